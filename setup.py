@@ -1,0 +1,144 @@
+"""Builds `densenet_fast._C`: operator schemas, CPU kernels and the pybind11 module.
+
+Everything is compiled against the LibTorch Stable ABI, so that one binary runs under every torch
+from TORCH_TARGET on, whichever torch it was built with. Everything else about the package is in
+pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import runpy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = "0x020a000000000000"  # 2.10
+
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",  # Python's own flags ask for debug information: it would make the module 20 times larger
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+    # Multiplications and additions may fuse and nobody reads errno or floating-point traps. Nothing
+    # else is relaxed: NaN, infinities and the order of summation keep their meaning.
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+]
+
+# Instruction sets, each compiled from csrc/cpu/isa_<name>.cpp with flags of its own and chosen at
+# run time. "baseline" needs no flags and is always there.
+ISA_FLAGS = {
+    "x86_64": {
+        "avx512": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+            "-mprefer-vector-width=512",
+        ],
+        "avx2": ["-mavx2", "-mfma"],
+        "baseline": [],
+    },
+    "aarch64": {"neon": [], "baseline": []},
+}
+
+
+def isa_flags() -> dict[str, list[str]]:
+    """Instruction sets to compile for this machine and the compiler flags each of them needs."""
+    machine = platform.machine().lower()
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    return ISA_FLAGS.get(machine, {"baseline": []})
+
+
+def sources() -> list[str]:
+    """All C++ files of the module, without the instruction sets of other machines."""
+    files = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    wanted = {f"isa_{isa}" for isa in isa_flags()}
+    kept = (f for f in files if not f.stem.startswith("isa_") or f.stem in wanted)
+    return sorted(str(f.relative_to(ROOT)) for f in kept)
+
+
+def flags_by_source() -> dict[str, list[str]]:
+    """Flags of single files, by stem. They extend CXX_FLAGS."""
+    fingerprint = runpy.run_path(str(ROOT / "densenet_fast" / "_fingerprint.py"))["fingerprint"]
+    # Only module.cpp sees what changes with every edit and every torch: the rest stays up to date.
+    module = [
+        f'-DDENSENET_FAST_FINGERPRINT="{fingerprint(ROOT)}"',
+        f'-DDENSENET_FAST_BUILT_WITH_TORCH="{torch.__version__}"',
+    ]
+    return {"module": module, **{f"isa_{isa}": flags for isa, flags in isa_flags().items()}}
+
+
+class BuildPerFile(BuildExtension):  # type: ignore[misc]
+    """BuildExtension in which some files have compiler flags of their own.
+
+    Files with own flags are compiled in directories of their own, each by its own (ninja or plain)
+    run, since one run has one set of flags. Incremental builds follow headers as usual with ninja.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_group = self.compiler.compile
+        self.compiler.compile = self._compile_per_file(compile_group)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_group
+
+    def _compile_per_file(self, compile_group: Callable[..., list[str]]) -> Callable[..., list[str]]:
+        own_flags = flags_by_source()
+        # torch's ninja-less path swaps attributes of the shared compiler object: one thread then.
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) if self.use_ninja else 1
+
+        def compile_all(sources: list[str], output_dir: str, **options: Any) -> list[str]:
+            common = options.pop("extra_postargs")
+
+            def compile_one(source: str) -> list[str]:
+                stem = Path(source).stem
+                flags = {lang: args + own_flags[stem] for lang, args in common.items()}
+                directory = os.path.join(output_dir, stem)
+                # Torch's ninja run does not create the directory its build file goes to.
+                os.makedirs(directory, exist_ok=True)
+                return compile_group([source], directory, extra_postargs=flags, **options)
+
+            special = [s for s in sources if Path(s).stem in own_flags]
+            plain = [s for s in sources if s not in special]
+            objects = compile_group(plain, output_dir, extra_postargs=common, **options)
+            with ThreadPoolExecutor(jobs) as pool:
+                for compiled in pool.map(compile_one, special):
+                    objects += compiled
+            return objects
+
+        return compile_all
+
+
+def extension() -> Extension:
+    macros = [(f"DENSENET_FAST_HAVE_{isa.upper()}", "1") for isa in isa_flags()]
+    ext = CppExtension(
+        "densenet_fast._C",
+        sources(),
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
+        define_macros=macros,
+        extra_compile_args={"cxx": CXX_FLAGS},
+        depends=[str(h.relative_to(ROOT)) for h in ROOT.glob("csrc/**/*.h")],
+    )
+    # The module speaks to torch through the stable C interface alone: none of its Python bindings.
+    ext.libraries.remove("torch_python")
+    return ext
+
+
+if os.name == "nt":
+    raise SystemExit(
+        "densenet_fast builds with GCC or Clang on Linux and macOS; on Windows use it inside WSL."
+    )
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildPerFile})
