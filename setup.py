@@ -23,6 +23,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"  # 2.10
 
+Compile = Callable[..., list[str]]  # sources and options -> object files
+
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -40,7 +42,7 @@ CXX_FLAGS = [
 
 # Instruction sets, each compiled from csrc/cpu/isa_<name>.cpp with flags of its own and chosen at
 # run time. "baseline" needs no flags and is always there.
-ISA_FLAGS = {
+ISA_FLAGS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "avx512": [
             *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
@@ -79,7 +81,7 @@ def flags_by_source() -> dict[str, list[str]]:
     return {"module": module, **{f"isa_{isa}": flags for isa, flags in isa_flags().items()}}
 
 
-class BuildPerFile(BuildExtension):  # type: ignore[misc]
+class BuildPerFile(BuildExtension):
     """BuildExtension in which some files have compiler flags of their own.
 
     Files with own flags are compiled in directories of their own, each by its own (ninja or plain)
@@ -94,7 +96,7 @@ class BuildPerFile(BuildExtension):  # type: ignore[misc]
         finally:
             self.compiler.compile = compile_group
 
-    def _compile_per_file(self, compile_group: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    def _compile_per_file(self, compile_group: Compile) -> Compile:
         own_flags = flags_by_source()
         # torch's ninja-less path swaps attributes of the shared compiler object: one thread then.
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) if self.use_ninja else 1
@@ -106,8 +108,6 @@ class BuildPerFile(BuildExtension):  # type: ignore[misc]
                 stem = Path(source).stem
                 flags = {lang: args + own_flags[stem] for lang, args in common.items()}
                 directory = os.path.join(output_dir, stem)
-                # Torch's ninja run does not create the directory its build file goes to.
-                os.makedirs(directory, exist_ok=True)
                 return compile_group([source], directory, extra_postargs=flags, **options)
 
             special = [s for s in sources if Path(s).stem in own_flags]
@@ -131,8 +131,8 @@ def extension() -> Extension:
         extra_compile_args={"cxx": CXX_FLAGS},
         depends=[str(h.relative_to(ROOT)) for h in ROOT.glob("csrc/**/*.h")],
     )
-    # The module speaks to torch through the stable C interface alone: none of its Python bindings.
-    ext.libraries.remove("torch_python")
+    # The stable C interface is all the module uses of torch.
+    ext.libraries = ["torch_cpu"]
     return ext
 
 

@@ -56,7 +56,7 @@ LOADED = C is not None
 STALE = C is not None and _stale(C)
 
 if C is not None:
-    C.isa_in_use()  # raises for an unknown or unsupported DENSENET_FAST_ISA: now, not in a first step
+    C.isa_in_use()  # raises for an unknown or unsupported DENSENET_FAST_ISA: now, not in a step
 if C is not None and STALE:
     warnings.warn(
         f"{C.__file__} was compiled from other sources than {_PACKAGE.parent / 'csrc'}: "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def fingerprint(root: Path) -> str | None:
-    """Digest of every file under `root`/csrc; None where there are no sources (installed package)."""
+    """Digest of every file under `root`/csrc; None without sources (installed package)."""
     if not (root / "csrc" / "ops.cpp").is_file():
         return None
     digest = hashlib.sha256()
