@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .specs import (
+from densenet_fast.specs import (
     CHECKPOINT_MODES,
     AvgPoolTail,
     Checkpoint,
@@ -15,7 +15,7 @@ from .specs import (
     Tail,
     TransitionTail,
 )
-from .stem import stem_norm_relu_maxpool
+from densenet_fast.stem import stem_norm_relu_maxpool
 
 __all__ = [
     "CHECKPOINT_MODES",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .specs import NormSpec
+from densenet_fast.specs import NormSpec
 
 
 def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
