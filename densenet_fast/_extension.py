@@ -5,6 +5,8 @@ other `densenet_fast` folders of sys.path: in the repository's root the source f
 the installed package, has no compiled module of its own, and borrows the installed one.
 
 LOADED says whether that worked, LOAD_ERROR why not. Without it the reference twins do the work.
+CURRENT is False, after a warning, where the C++ sources beside this package are not those the
+module was compiled from; None where there are none.
 """
 
 from __future__ import annotations
@@ -45,22 +47,25 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
-def _stale(module: ModuleType) -> bool:
-    """Whether the sources beside this package are not those the module was compiled from."""
+def _current(module: ModuleType) -> bool | None:
+    """Whether the module was compiled from the sources beside this package; None without any."""
     here = fingerprint(_PACKAGE.parent)
-    return here is not None and here != module.fingerprint()
+    if here is None:
+        return None
+    if here != module.fingerprint():
+        warnings.warn(
+            f"{module.__file__} was compiled from other sources than {_PACKAGE.parent / 'csrc'}: "
+            f"{REINSTALL} (or `python setup.py build_ext --inplace`) to run what you see",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return here == module.fingerprint()
 
 
 C, LOAD_ERROR = _load()
 LOADED = C is not None
-STALE = C is not None and _stale(C)
+CURRENT: bool | None = None
 
 if C is not None:
     C.isa_in_use()  # raises for an unknown or unsupported DENSENET_FAST_ISA: now, not in a step
-if C is not None and STALE:
-    warnings.warn(
-        f"{C.__file__} was compiled from other sources than {_PACKAGE.parent / 'csrc'}: "
-        f"{REINSTALL} (or `python setup.py build_ext --inplace`) to run what you see",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    CURRENT = _current(C)
