@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from densenet_fast.philox import philox
 
@@ -223,9 +224,7 @@ def conv3x3_wgrad(
     """`grad_weight` = correlation of act(bottleneck), padded with zeros, and grad_growth."""
     activation = _activation(bottleneck, scale, shift).to(grad_growth.dtype)
     grad_weight.copy_(
-        torch.nn.grad.conv2d_weight(
-            _nchw(activation), grad_weight.shape, _nchw(grad_growth), padding=1
-        )
+        conv2d_weight(_nchw(activation), grad_weight.shape, _nchw(grad_growth), padding=1)
     )
 
 
