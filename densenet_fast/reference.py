@@ -108,7 +108,7 @@ def update_running_statistics(
     running_mean: Tensor,
     running_var: Tensor,
 ) -> None:
-    """For mean and variance: running = (1 - momentum) * running + momentum * (mean | unbiased variance)."""
+    """Both: running = (1 - momentum) * running + momentum * new, with the unbiased variance."""
     for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
         running.copy_((1 - momentum) * running.to(new.dtype) + momentum * new)
 

@@ -1,0 +1,388 @@
+"""The operators as the rest of the package calls them: typed, checked, on the right backend.
+
+The definitions are in `densenet_fast.reference`. All operators write into tensors of their caller
+and check every argument before they write anything. They are not differentiable by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor
+
+from densenet_fast import _extension, op_checks, reference
+from densenet_fast.backend import select
+
+Arguments = ParamSpec("Arguments")
+
+
+def _fake(*arguments: Any) -> None:
+    """Operators only write into their arguments: there are no outputs to describe."""
+
+
+def _operator(check: Callable[Arguments, bool | None]) -> Callable[Arguments, None]:
+    """The operator of this name, behind its check of the arguments.
+
+    A check that returns False has found types that only the reference twin handles.
+    """
+    twin = kernel = getattr(reference, check.__name__)
+    if _extension.LOADED:
+        kernel = getattr(torch.ops.densenet_fast, check.__name__).default
+        torch.library.register_fake(f"densenet_fast::{check.__name__}", _fake)
+
+    @wraps(check)
+    def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        supported = check(*args, **kwargs)
+        first: Any = args[0] if args else next(iter(kwargs.values()))
+        use_twin = select(first) == "reference" or supported is False
+        (twin if use_twin else kernel)(*args, **kwargs)
+
+    return operator
+
+
+_MEAN_VAR = ("mean", "var")
+_SCALE_SHIFT = ("scale", "shift")
+_NORM_GRAD = ("scale", "shift", "mean", "rstd", "grad_gamma", "grad_beta")
+
+
+# Normalisation vectors
+
+
+@_operator
+def channel_statistics(features: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Mean and biased variance of each channel over all pixels."""
+    op = "channel_statistics"
+    channels = op_checks.image(op, "features", features)[3]
+    op_checks.vectors(op, _MEAN_VAR, (mean, var), channels, features)
+
+
+@_operator
+def norm_coefficients(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+    rstd: Tensor,
+) -> bool:
+    """The norm as scale * x + shift, and its rstd = 1 / sqrt(var + eps)."""
+    op = "norm_coefficients"
+    names = ("mean", "var", "scale", "shift", "rstd")
+    op_checks.vectors(op, names, (mean, var, scale, shift, rstd), mean.numel(), mean)
+    plain = weight is None or op_checks.affine(op, "weight", weight, mean)
+    return (bias is None or op_checks.affine(op, "bias", bias, mean)) and plain
+
+
+@_operator
+def update_running_statistics(
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+) -> bool:
+    """Move the running statistics towards those of this batch of `count` values per channel."""
+    op = "update_running_statistics"
+    op_checks.vectors(op, _MEAN_VAR, (mean, var), mean.numel(), mean)
+    plain = op_checks.affine(op, "running_mean", running_mean, mean)
+    plain = op_checks.affine(op, "running_var", running_var, mean) and plain
+    if count < 2:
+        raise ValueError(
+            f"{op}: `count` should be at least 2, as one value has no variance, got {count}"
+        )
+    return plain
+
+
+@_operator
+def norm_grad_coefficients(
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+    count: int,
+    coefficients: Tensor,
+) -> None:
+    """BatchNorm's backward as one affine map, rows p, q, s: grad_x = p * grad_norm + q * x + s."""
+    op = "norm_grad_coefficients"
+    names = ("scale", "mean", "rstd", "grad_gamma", "grad_beta")
+    channels = scale.numel()
+    op_checks.vectors(op, names, (scale, mean, rstd, grad_gamma, grad_beta), channels, scale)
+    op_checks.dense(op, "coefficients", coefficients, (3, channels), scale.dtype, scale)
+    if count < 1:
+        raise ValueError(f"{op}: `count` should be at least 1, got {count}")
+
+
+# Convolutions
+
+
+@_operator
+def conv1x1_forward(
+    features: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bottleneck: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> None:
+    """`bottleneck` = relu(scale * features + shift) @ weight.T, and its statistics if wanted."""
+    op = "conv1x1_forward"
+    images, height, width, channels = op_checks.image(op, "features", features)
+    op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), channels, features)
+    outputs = weight.shape[0]
+    op_checks.weight(op, weight, (outputs, channels), features)
+    op_checks.same_image(op, "bottleneck", bottleneck, (images, height, width, outputs), features)
+    op_checks.optional_statistics(op, mean, var, outputs, features)
+
+
+@_operator
+def conv1x1_backward(
+    grad_norm: Tensor,
+    bottleneck: Tensor,
+    coefficients: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    grad_features: Tensor | None,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+    grad_weight: Tensor | None,
+) -> None:
+    """Through norm2's affine map, conv1 and norm1: `grad_features` accumulates, the rest is set."""
+    op = "conv1x1_backward"
+    shape = op_checks.image(op, "features", features)
+    channels, outputs = shape[3], weight.shape[0]
+    op_checks.weight(op, weight, (outputs, channels), features)
+    narrow = (*shape[:3], outputs)
+    op_checks.same_image(op, "grad_norm", grad_norm, narrow, features)
+    op_checks.same_image(op, "bottleneck", bottleneck, narrow, features)
+    vectors = (scale, shift, mean, rstd, grad_gamma, grad_beta)
+    op_checks.vectors(op, _NORM_GRAD, vectors, channels, features)
+    op_checks.dense(op, "coefficients", coefficients, (3, outputs), scale.dtype, features)
+    if grad_features is not None:
+        op_checks.same_image(op, "grad_features", grad_features, shape, features)
+    if grad_weight is not None:
+        op_checks.dense(op, "grad_weight", grad_weight, (outputs, channels), weight.dtype, features)
+
+
+@_operator
+def conv3x3_forward(
+    bottleneck: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    growth: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> None:
+    """`growth` = conv3x3(relu(scale * bottleneck + shift), weight), and its statistics if wanted."""
+    op = "conv3x3_forward"
+    shape = op_checks.image(op, "bottleneck", bottleneck)
+    channels, outputs = shape[3], weight.shape[0]
+    op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), channels, bottleneck)
+    op_checks.weight(op, weight, (outputs, channels, 3, 3), bottleneck)
+    op_checks.same_image(op, "growth", growth, (*shape[:3], outputs), bottleneck)
+    op_checks.optional_statistics(op, mean, var, outputs, bottleneck)
+
+
+@_operator
+def conv3x3_dgrad(
+    grad_growth: Tensor,
+    bottleneck: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    grad_norm: Tensor,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+) -> None:
+    """Gradient of norm2's output through the 3x3 convolution and the ReLU, and norm2's sums."""
+    op = "conv3x3_dgrad"
+    shape = op_checks.image(op, "bottleneck", bottleneck)
+    channels, outputs = shape[3], weight.shape[0]
+    op_checks.weight(op, weight, (outputs, channels, 3, 3), bottleneck)
+    op_checks.same_image(op, "grad_growth", grad_growth, (*shape[:3], outputs), bottleneck)
+    op_checks.same_image(op, "grad_norm", grad_norm, shape, bottleneck)
+    vectors = (scale, shift, mean, rstd, grad_gamma, grad_beta)
+    op_checks.vectors(op, _NORM_GRAD, vectors, channels, bottleneck)
+
+
+@_operator
+def conv3x3_wgrad(
+    grad_growth: Tensor, bottleneck: Tensor, scale: Tensor, shift: Tensor, grad_weight: Tensor
+) -> None:
+    """Gradient of the 3x3 convolution's weight."""
+    op = "conv3x3_wgrad"
+    shape = op_checks.image(op, "bottleneck", bottleneck)
+    channels, outputs = shape[3], grad_weight.shape[0]
+    op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), channels, bottleneck)
+    op_checks.same_image(op, "grad_growth", grad_growth, (*shape[:3], outputs), bottleneck)
+    dtype = bottleneck.dtype
+    op_checks.dense(op, "grad_weight", grad_weight, (outputs, channels, 3, 3), dtype, bottleneck)
+
+
+@_operator
+def dropout_(growth: Tensor, seed: int, p: float) -> None:
+    """Zero each element with probability p, scale the others; the seed alone decides which."""
+    op = "dropout_"
+    op_checks.image(op, "growth", growth)
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: `p` should be a probability between 0 and 1, got {p}")
+
+
+@_operator
+def finish_gradient(
+    features: Tensor,
+    grad_features: Tensor,
+    mean: Tensor,
+    sum_grad: Tensor,
+    sum_grad_x: Tensor,
+    out: Tensor,
+) -> None:
+    """The deferred BatchNorm correction: the complete gradient of some channels."""
+    op = "finish_gradient"
+    shape = op_checks.image(op, "features", features)
+    names = ("mean", "sum_grad", "sum_grad_x")
+    op_checks.vectors(op, names, (mean, sum_grad, sum_grad_x), shape[3], features)
+    op_checks.same_image(op, "grad_features", grad_features, shape, features)
+    op_checks.same_image(op, "out", out, shape, features)
+
+
+# What may follow a block
+
+
+@_operator
+def transition_forward(
+    features: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> None:
+    """`out` = avgpool2x2(relu(scale * features + shift)) @ weight.T, and its statistics if wanted."""
+    op = "transition_forward"
+    images, height, width, channels = op_checks.image(op, "features", features)
+    outputs = weight.shape[0]
+    op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), channels, features)
+    op_checks.weight(op, weight, (outputs, channels), features)
+    op_checks.same_image(op, "out", out, (images, height // 2, width // 2, outputs), features)
+    op_checks.optional_statistics(op, mean, var, outputs, features)
+
+
+@_operator
+def transition_backward(
+    grad_out: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    grad_features: Tensor,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+    grad_weight: Tensor | None,
+) -> None:
+    """Backward of `transition_forward`: `grad_features` is written at all pixels."""
+    op = "transition_backward"
+    shape = op_checks.image(op, "features", features)
+    images, height, width, channels = shape
+    outputs = weight.shape[0]
+    op_checks.weight(op, weight, (outputs, channels), features)
+    pooled = (images, height // 2, width // 2, outputs)
+    op_checks.same_image(op, "grad_out", grad_out, pooled, features)
+    op_checks.same_image(op, "grad_features", grad_features, shape, features)
+    vectors = (scale, shift, mean, rstd, grad_gamma, grad_beta)
+    op_checks.vectors(op, _NORM_GRAD, vectors, channels, features)
+    if grad_weight is not None:
+        op_checks.dense(op, "grad_weight", grad_weight, (outputs, channels), weight.dtype, features)
+
+
+@_operator
+def norm_relu_avgpool_forward(features: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """`out` [N, C] = the average of relu(scale * features + shift) over each image."""
+    op = "norm_relu_avgpool_forward"
+    images, _, _, channels = op_checks.image(op, "features", features)
+    op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), channels, features)
+    op_checks.dense(op, "out", out, (images, channels), features.dtype, features)
+
+
+@_operator
+def norm_relu_avgpool_backward(
+    grad_out: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_features: Tensor,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+) -> None:
+    """Backward of `norm_relu_avgpool_forward`: `grad_features` is written."""
+    op = "norm_relu_avgpool_backward"
+    shape = op_checks.image(op, "features", features)
+    op_checks.dense(op, "grad_out", grad_out, (shape[0], shape[3]), features.dtype, features)
+    op_checks.same_image(op, "grad_features", grad_features, shape, features)
+    vectors = (scale, shift, mean, rstd, grad_gamma, grad_beta)
+    op_checks.vectors(op, _NORM_GRAD, vectors, shape[3], features)
+
+
+# Stem
+
+
+def _pooled_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    images, height, width, channels = shape
+    return images, (height + 1) // 2, (width + 1) // 2, channels
+
+
+@_operator
+def norm_relu_maxpool_forward(
+    input: Tensor, scale: Tensor, shift: Tensor, out: Tensor, argmax: Tensor
+) -> None:
+    """Max-pool (kernel 3, stride 2, padding 1) of relu(scale * input + shift), and where it was."""
+    op = "norm_relu_maxpool_forward"
+    shape = op_checks.image(op, "input", input)
+    op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), shape[3], input)
+    pooled = _pooled_shape(shape)
+    op_checks.same_image(op, "out", out, pooled, input)
+    op_checks.dense(op, "argmax", argmax, pooled, torch.uint8, input)
+
+
+@_operator
+def norm_relu_maxpool_backward(
+    grad_out: Tensor,
+    argmax: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    batch_statistics: bool,
+    grad_input: Tensor,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+) -> None:
+    """Backward of max-pool, ReLU and norm, complete: `grad_input` needs no correction."""
+    op = "norm_relu_maxpool_backward"
+    shape = op_checks.image(op, "input", input)
+    pooled = _pooled_shape(shape)
+    op_checks.same_image(op, "grad_out", grad_out, pooled, input)
+    op_checks.dense(op, "argmax", argmax, pooled, torch.uint8, input)
+    op_checks.same_image(op, "grad_input", grad_input, shape, input)
+    vectors = (scale, shift, mean, rstd, grad_gamma, grad_beta)
+    op_checks.vectors(op, _NORM_GRAD, vectors, shape[3], input)
