@@ -1,5 +1,5 @@
-// The Python module `densenet_fast._C`. Importing it registers the operators (torch.ops.densenet_fast);
-// its own functions say how it was built and choose the CPU's instruction set.
+// The Python module `densenet_fast._C`. Importing it registers torch.ops.densenet_fast; its own
+// functions say how it was built and choose the CPU's instruction set.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,13 +23,17 @@ std::string compiler() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Operators and CPU kernels of densenet_fast";
-  m.def("isa_compiled", &densenet_fast::cpu::isa_compiled, "Instruction sets compiled in, best first");
-  m.def("isa_in_use", &densenet_fast::cpu::isa_in_use, "The instruction set the CPU kernels run with");
+  m.def("isa_compiled", &densenet_fast::cpu::isa_compiled,
+        "Instruction sets compiled in, best first");
+  m.def("isa_in_use", &densenet_fast::cpu::isa_in_use,
+        "The instruction set the CPU kernels run with");
   m.def("set_isa", &densenet_fast::cpu::set_isa, pybind11::arg("name"),
         "Run the CPU kernels with this instruction set from now on");
   m.def("compiler", &compiler, "The C++ compiler");
-  m.def("built_with_torch", [] { return std::string(DENSENET_FAST_BUILT_WITH_TORCH); },
-        "The torch whose headers were used; any torch from 2.10 on runs it");
-  m.def("fingerprint", [] { return std::string(DENSENET_FAST_FINGERPRINT); },
-        "Digest of the C++ sources");
+  m.def(
+      "built_with_torch", [] { return std::string(DENSENET_FAST_BUILT_WITH_TORCH); },
+      "The torch whose headers were used; any torch from 2.10 on runs it");
+  m.def(
+      "fingerprint", [] { return std::string(DENSENET_FAST_FINGERPRINT); },
+      "Digest of the C++ sources");
 }

@@ -15,7 +15,7 @@ def fingerprint(root: Path) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in sorted((root / "csrc").rglob("*")):
-        if file.suffix in {".cpp", ".h"}:
+        if file.is_file() and not file.name.startswith("."):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0")
             digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
