@@ -1,0 +1,105 @@
+"""A network's feature modules as steps: what may be fused across the border of two modules is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from densenet_fast import eligibility
+from densenet_fast.layers import DenseBlock, Transition
+from densenet_fast.steps import DenseStep, ModuleStep, StemStep, Step
+
+
+def stem_obstacle(
+    modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why these are not a norm, a ReLU and the stem's max-pooling to run as one node, or None."""
+    if len(modules) != 3:
+        return "is not followed by a ReLU and a max-pooling"
+    norm, relu, pool = modules
+    if type(norm) is not nn.BatchNorm2d:
+        return eligibility.other_type(norm, nn.BatchNorm2d)
+    if (found := eligibility.norm(norm, norm.num_features, dtype, device)) is not None:
+        return f"the norm {found}"
+    if (found := eligibility.exactly(relu, nn.ReLU)) is not None:
+        return f"the ReLU {found}"
+    if (found := eligibility.max_pool(pool)) is not None:
+        return f"the pooling {found}"
+    return None
+
+
+def block_obstacle(block: nn.Module) -> str | None:
+    """Why `block` must be called as a module (which may still fuse its layers), or None."""
+    return eligibility.exactly(block, DenseBlock)
+
+
+def transition_obstacle(
+    transition: nn.Module, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why `transition` cannot be fused behind a block, or None."""
+    found = eligibility.exactly(transition, Transition)
+    if found is None:
+        assert isinstance(transition, Transition)
+        found = transition.obstacle(None, dtype, device)
+    return found
+
+
+def final_norm_obstacle(norm: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `norm` cannot be fused with the ReLU and the pooling behind it, or None."""
+    if type(norm) is not nn.BatchNorm2d:
+        return eligibility.other_type(norm, nn.BatchNorm2d)
+    return eligibility.norm(norm, norm.num_features, dtype, device)
+
+
+def steps(
+    modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Step], bool]:
+    """The steps of a chain of modules that ReLU and the average over all pixels follow.
+
+    The second value says whether the last step includes these two already.
+    """
+    planned: list[Step] = []
+    at = 0
+    while at < len(modules):
+        module = modules[at]
+        if type(module) is nn.BatchNorm2d:
+            if stem_obstacle(modules[at : at + 3], dtype, device) is None:
+                planned.append(StemStep(module))
+                at += 3
+                continue
+        elif isinstance(module, DenseBlock) and block_obstacle(module) is None:
+            step = DenseStep(module.segments(None, dtype, device), module.checkpoint)
+            planned.append(step)
+            at += 1
+            if at == len(modules) or not _ends_fused(step):
+                continue
+            behind = modules[at]
+            if isinstance(behind, Transition):
+                if transition_obstacle(behind, dtype, device) is None:
+                    step.tail = behind
+                    at += 1
+            elif isinstance(behind, nn.BatchNorm2d) and at + 1 == len(modules):
+                if final_norm_obstacle(behind, dtype, device) is None:
+                    step.tail = behind
+                    return planned, True
+            continue
+        planned.append(ModuleStep(module))
+        at += 1
+    return planned, False
+
+
+def _ends_fused(step: DenseStep) -> bool:
+    return bool(step.segments) and not isinstance(step.segments[-1], nn.Module)
+
+
+def called_modules(planned: Sequence[Step]) -> list[nn.Module]:
+    """The modules that the steps call as modules."""
+    called: list[nn.Module] = []
+    for step in planned:
+        if isinstance(step, ModuleStep):
+            called.append(step.module)
+        elif isinstance(step, DenseStep):
+            called.extend(part for part in step.segments if isinstance(part, nn.Module))
+    return called

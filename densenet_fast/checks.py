@@ -1,0 +1,185 @@
+"""Arguments and inputs are refused here, in plain words, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast.eligibility import touched
+from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
+
+
+def integer(name: str, value: Any, minimum: int = 1) -> int:
+    """`value` as an int that is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    """`value` as a float in [0, 1]."""
+    number = _real(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return number
+
+
+def compression(value: Any) -> float:
+    """The share of channels that a transition keeps, in (0, 1]."""
+    number = _real("compression", value)
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"compression must be above 0 and at most 1, got {value}")
+    return number
+
+
+def compressed(num_features: int, share: float) -> int:
+    """floor(num_features * share), where 0.29 * 100 is 29 although floating point says less."""
+    kept = math.floor(num_features * share + 1e-9)
+    if kept < 1:
+        raise ValueError(
+            f"compression={share} leaves no channel of the {num_features} before a transition"
+        )
+    return kept
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def block_config(value: Any) -> tuple[int, ...]:
+    """The number of layers of every block."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(
+            "block_config must be a sequence of integers, one per block, "
+            f"got {value!r} ({type(value).__name__})"
+        )
+    layers = tuple(integer(f"block_config[{i}]", count) for i, count in enumerate(value))
+    if not layers:
+        raise ValueError("block_config must name at least one block, got none")
+    return layers
+
+
+def checkpoint_mode(value: Any) -> Checkpoint:
+    """`value` if it is a checkpoint mode."""
+    choices = ", ".join(repr(mode) for mode in CHECKPOINT_MODES)
+    if not isinstance(value, str):
+        raise TypeError(f"checkpoint must be one of {choices}, got {value!r}")
+    for mode in CHECKPOINT_MODES:
+        if value == mode:
+            return mode
+    raise ValueError(f"checkpoint must be one of {choices}, got {value!r}")
+
+
+def images(owner: str, input: Any) -> None:
+    """A floating-point tensor [N, C, H, W] without empty dimensions."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{owner} expects a tensor [N, C, H, W], got {type(input).__name__}")
+    if input.dim() != 4:
+        raise ValueError(
+            f"{owner} expects a 4-D input [N, C, H, W], got {input.dim()}-D {tuple(input.shape)}"
+        )
+    if not input.is_floating_point() and not input.is_quantized:
+        raise TypeError(
+            f"{owner} expects a floating-point input, got {input.dtype}: convert it first, "
+            "for example with input.float()"
+        )
+    n, c, h, w = input.shape
+    if n == 0:
+        raise ValueError(f"{owner} got an empty batch: {tuple(input.shape)}")
+    if h == 0 or w == 0 or c == 0:
+        raise ValueError(f"{owner} got images without any pixel: {tuple(input.shape)}")
+
+
+def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
+    """The input has as many channels as `first`, the module that will read it, expects."""
+    if first is None or touched(first):
+        return
+    if type(first) is nn.BatchNorm2d:
+        expected = first.num_features
+    elif type(first) is nn.Conv2d:
+        expected = first.in_channels
+    else:
+        return
+    if input.shape[1] != expected:
+        raise ValueError(
+            f"{owner} expects {expected} input channels, got {input.shape[1]}: {tuple(input.shape)}"
+        )
+
+
+_CHECKED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+_CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
+_REDUCED = (torch.float16, torch.bfloat16)
+
+
+def parameters(owner: nn.Module, module: nn.Module, input: Tensor) -> None:
+    """Every tensor below `module`, a part of `owner`, fits the input's device and dtype.
+
+    Modules of other types, and hooked ones, are left out with all they contain: they may convert
+    or move tensors themselves.
+    """
+    if input.is_quantized or not input.is_floating_point():
+        return
+    device = input.device.type
+    any_dtype = device != "meta" and torch.is_autocast_enabled(device)
+    _parameters(owner, module, input, any_dtype)
+
+
+def _parameters(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: bool) -> None:
+    if type(module) in _CHECKED:
+        if not touched(module):
+            _tensors(owner, module, input, any_dtype)
+    elif type(module).__module__.startswith("densenet_fast.") or type(module) in _CONTAINERS:
+        for child in module.children():
+            if not touched(child):
+                _parameters(owner, child, input, any_dtype)
+
+
+def _tensors(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: bool) -> None:
+    is_norm = type(module) is nn.BatchNorm2d
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{type(owner).__name__}: the input is on {input.device}, but "
+                f"{_path(owner, module)}{name} is on {tensor.device}; move one of them with .to()"
+            )
+        mixed_norm = is_norm and tensor.dtype == torch.float32 and input.dtype in _REDUCED
+        if tensor.dtype != input.dtype and not any_dtype and not mixed_norm:
+            raise TypeError(
+                f"{type(owner).__name__}: the input is {input.dtype}, but "
+                f"{_path(owner, module)}{name} is {tensor.dtype}; convert one of them with .to()"
+            )
+
+
+def _path(owner: nn.Module, part: nn.Module) -> str:
+    names = [name for name, module in owner.named_modules() if module is part]
+    return f"{names[0]}." if names and names[0] else ""
+
+
+def values_per_channel(module: nn.Module, n: int, h: int, w: int) -> None:
+    """BatchNorm's own error, if a norm below `module` would take statistics of a single value."""
+    if n * h * w != 1:
+        return
+    for norm in module.modules():
+        if type(norm) is nn.BatchNorm2d and (norm.training or norm.running_mean is None):
+            size = torch.Size([n, norm.num_features, h, w])
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {size}"
+            )

@@ -1,0 +1,222 @@
+"""When a module may be computed without being called: the obstacles to fusing it, in words.
+
+Fusing skips the module's own call, so it is allowed only where nobody could tell the difference:
+the exact type, nothing hooked or overridden, ordinary tensors. Every function returns the obstacle
+or None. They run for every layer of every forward, hence the direct reading of `__dict__`:
+`nn.Module.__getattr__` would cost ten times as much.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.nn.modules import module as _module
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+# kernel_size, stride, padding, dilation, groups, padding_mode
+POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
+SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+_FORWARDS = tuple(
+    (kind, kind.forward)
+    for kind in (nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+)
+_CALL = nn.Module.__call__
+
+
+def touched(module: nn.Module) -> str | None:
+    """What makes calling `module` more than running its class's forward."""
+    state = module.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or state.get("_compiled_call_impl") is not None
+    ):
+        return _touched_how(state)
+    return None
+
+
+def _touched_how(state: dict[str, Any]) -> str:
+    if "forward" in state:
+        return "has its own forward"
+    if state.get("_compiled_call_impl") is not None:
+        return "is compiled by itself"
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    hooked = [kind for kind in kinds if state[f"_{kind}_hooks"]]
+    return f"has a {hooked[0]} hook"
+
+
+def other_type(module: nn.Module, kind: type[nn.Module]) -> str:
+    """Words for a module that is not exactly a `kind`."""
+    if hasattr(module, "parametrizations"):
+        return "is parametrised"
+    if isinstance(module, kind):
+        return f"is a subclass of {kind.__name__} ({type(module).__name__})"
+    return f"is a {type(module).__name__}, not a {kind.__name__}"
+
+
+def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """An untouched module of exactly this type."""
+    if type(module) is not kind:
+        return other_type(module, kind)
+    return touched(module)
+
+
+def _tensor(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    if type(tensor) not in PLAIN_TENSORS:
+        return f"{name} is a {type(tensor).__name__}"
+    if tensor.dtype is not dtype:
+        return f"{name} is {tensor.dtype}, not {dtype}"
+    if tensor.device != device:
+        return f"{name} is on {tensor.device}, not {device}"
+    return None
+
+
+def _parameter(state: dict[str, Any], name: str) -> Any:
+    parameters = state["_parameters"]
+    # The replicas of DataParallel hold their parameters as ordinary attributes.
+    return parameters[name] if name in parameters else state[name]
+
+
+def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Obstacle to computing a BatchNorm2d of this many channels."""
+    obstacle = exactly(module, nn.BatchNorm2d)
+    if obstacle is not None:
+        return obstacle
+    state = module.__dict__
+    if state["num_features"] != channels:
+        return f"normalises {state['num_features']} channels, not {channels}"
+    if not state["eps"] > 0:
+        return f"has eps={state['eps']}"
+    try:
+        weight, bias = _parameter(state, "weight"), _parameter(state, "bias")
+        mean, var = state["_buffers"]["running_mean"], state["_buffers"]["running_var"]
+    except KeyError as missing:
+        return f"has no registered {missing.args[0]}"
+    if (mean is None) is not (var is None):
+        return "has only one of running_mean and running_var"
+    for tensor in (weight, bias, mean, var):
+        if tensor is not None and (
+            type(tensor) not in PLAIN_TENSORS
+            or tensor.dtype is not dtype
+            or tensor.device != device
+        ):
+            return _tensor(tensor, "one of its tensors", dtype, device)
+    return None
+
+
+def conv(
+    module: nn.Module,
+    settings: tuple[Any, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Obstacle to computing a convolution without bias and with these settings."""
+    obstacle = exactly(module, nn.Conv2d)
+    if obstacle is not None:
+        return obstacle
+    state = module.__dict__
+    try:
+        weight, bias = _parameter(state, "weight"), _parameter(state, "bias")
+    except KeyError as missing:
+        return f"has no registered {missing.args[0]}"
+    if bias is not None:
+        return "has a bias"
+    actual = (
+        state["kernel_size"],
+        state["stride"],
+        state["padding"],
+        state["dilation"],
+        state["groups"],
+        state["padding_mode"],
+    )
+    if actual != settings:
+        return (
+            "has kernel_size {}, stride {}, padding {}, dilation {}, groups {}, padding_mode {}"
+        ).format(*actual)
+    return _tensor(weight, "its weight", dtype, device)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of the weight of an eligible convolution."""
+    return tuple(_parameter(module.__dict__, "weight").shape)
+
+
+def average_pool(module: nn.Module) -> str | None:
+    """Obstacle to computing a transition's 2×2 average pooling."""
+    obstacle = exactly(module, nn.AvgPool2d)
+    if obstacle is None:
+        settings = _pool_settings(module, "kernel_size", "stride", "padding")
+        plain = not module.ceil_mode and module.divisor_override is None
+        if settings != [(2, 2), (2, 2), (0, 0)] or not plain:
+            obstacle = f"is {module}, not a plain 2×2 average"
+    return obstacle
+
+
+def max_pool(module: nn.Module) -> str | None:
+    """Obstacle to computing the stem's 3×3 max-pooling of stride 2."""
+    obstacle = exactly(module, nn.MaxPool2d)
+    if obstacle is None:
+        settings = _pool_settings(module, "kernel_size", "stride", "padding", "dilation")
+        plain = not module.ceil_mode and not module.return_indices
+        if settings != [(3, 3), (2, 2), (1, 1), (1, 1)] or not plain:
+            obstacle = f"is {module}, not a 3×3 maximum of stride 2"
+    return obstacle
+
+
+def _pool_settings(module: nn.Module, *names: str) -> list[tuple[int, ...]]:
+    values = (module.__dict__[name] for name in names)
+    return [(value, value) if isinstance(value, int) else tuple(value) for value in values]
+
+
+def surroundings() -> str | None:
+    """Obstacle in the state of the process: hooks on all modules, tracing, transforms."""
+    if (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    ):
+        return "hooks on all modules are registered"
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return "torch.compile or torch.export is tracing"
+    if is_tracing():
+        return "torch.jit is tracing"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if nn.Module.__call__ is not _CALL:
+        return "nn.Module.__call__ is patched"
+    for kind, forward in _FORWARDS:
+        if kind.forward is not forward:
+            return f"{kind.__name__}.forward is patched"
+    return None
+
+
+def autocast(device: torch.device) -> str | None:
+    """Obstacle in automatic mixed precision: it decides the dtype of every operation."""
+    # Autocast raises for the meta device, which cannot have it.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return f"autocast is active on {device.type}"
+    return None
+
+
+def input(tensor: Tensor) -> str | None:
+    """Obstacle in the tensor that a network or block is called with, or around it."""
+    if type(tensor) not in PLAIN_TENSORS:
+        return f"the input is a {type(tensor).__name__}"
+    if tensor.device.type == "meta":
+        return "the input is on the meta device"
+    if tensor.layout is not torch.strided:
+        return f"the input's layout is {tensor.layout}"
+    if not tensor.is_floating_point():
+        return f"the input is {tensor.dtype}"
+    return autocast(tensor.device) or surroundings()

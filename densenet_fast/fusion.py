@@ -1,0 +1,161 @@
+"""Which parts of a network run fused, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from densenet_fast import chain, eligibility
+from densenet_fast.backend import backend_for, get_backend
+from densenet_fast.layers import DenseBlock, DenseLayer, Transition, layer_obstacle
+from densenet_fast.model import EfficientDenseNet
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """One part of a network. `reason` says why it is not fused, `backend` what computes it."""
+
+    name: str
+    fused: bool
+    reason: str | None
+    backend: str
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What a forward would do now, with inputs of the parameters' dtype and device.
+
+    Iterable over its rows; `str()` gives a table.
+    """
+
+    rows: tuple[FusionRow, ...]
+    dtype: torch.dtype
+    device: torch.device
+    note: str | None
+
+    @property
+    def all_fused(self) -> bool:
+        """Whether nothing runs through its plain modules."""
+        return all(row.fused for row in self.rows)
+
+    def __iter__(self) -> Iterator[FusionRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> FusionRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        fused = sum(row.fused for row in self.rows)
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [f"{fused} of {len(self.rows)} parts run fused ({self.dtype} on {self.device})"]
+        if self.note is not None:
+            lines.append(f"reference backend: {self.note}")
+        for row in self.rows:
+            how = "fused" if row.fused else "plain"
+            reason = "" if row.reason is None else f"  {row.reason}"
+            lines.append(f"{row.name:<{width}}  {how}  {row.backend:<9}{reason}".rstrip())
+        return "\n".join(lines)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Every dense layer, transition, stem and final norm below `model`: fused, or why not.
+
+    Valid for this moment: hooks, replaced submodules, autocast and the like are looked at now, as
+    every forward does.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fusion_report expects a module, got {type(model).__name__}")
+    example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    report = _Report(example.dtype, example.device)
+    report.visit("", model)
+    forced = get_backend() == "reference"
+    note = "forced" if forced else backend_for(example.device, example.dtype).reason
+    return FusionReport(tuple(report.rows), example.dtype, example.device, note)
+
+
+class _Report:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.where = (dtype, device)
+        self.rows: list[FusionRow] = []
+        forced = get_backend()
+        chosen = backend_for(device, dtype).backend if forced == "auto" else forced
+        self.backend = str(chosen)
+        self.everywhere = eligibility.autocast(device) or eligibility.surroundings()
+        if device.type == "meta":
+            self.everywhere = "the parameters are on the meta device"
+
+    def add(self, name: str, obstacle: str | None, called: str | None = None) -> None:
+        """`obstacle` is inside the part, `called` is why it must be called as a module."""
+        within = self.everywhere or obstacle
+        reason = within
+        if within is None and called is not None:
+            reason = f"{called}: called by itself, which is fused within"
+        backend = self.backend if within is None else "torch"
+        self.rows.append(FusionRow(name, reason is None, reason, backend))
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        prefix = f"{name}." if name else ""
+        if isinstance(module, EfficientDenseNet):
+            self.network(prefix, module)
+        elif isinstance(module, DenseBlock):
+            self.block(prefix, module)
+        elif isinstance(module, DenseLayer):
+            self.layer(name or type(module).__name__, module)
+        elif isinstance(module, Transition):
+            self.transition(name or type(module).__name__, module)
+        else:
+            for part, child in module.named_children():
+                self.visit(f"{prefix}{part}", child)
+
+    def layer(self, name: str, layer: DenseLayer) -> None:
+        channels = getattr(layer._modules.get("norm1"), "num_features", 0)
+        self.add(name, layer.obstacle(channels, *self.where), eligibility.touched(layer))
+
+    def transition(self, name: str, transition: Transition) -> None:
+        obstacle = transition.obstacle(None, *self.where)
+        self.add(name, obstacle, eligibility.touched(transition))
+
+    def block(self, prefix: str, block: DenseBlock) -> None:
+        channels: int | None = None
+        for name, layer in block.named_children():
+            channels, obstacle = layer_obstacle(layer, channels, *self.where)
+            if isinstance(layer, DenseLayer) and eligibility.touched(layer) is not None:
+                self.layer(f"{prefix}{name}", layer)
+            else:
+                self.add(f"{prefix}{name}", obstacle)
+
+    def network(self, prefix: str, model: EfficientDenseNet) -> None:
+        """The same walk as `chain.steps`, with a row for everything that could be fused."""
+        whole = eligibility.exactly(model.features, nn.Sequential)
+        if whole is not None:
+            whole = f"features {whole}: its modules are called one by one"
+        prefix = f"{prefix}features."
+        parts = list(model.features.named_children())
+        modules = [module for _, module in parts]
+        for at, (name, module) in enumerate(parts):
+            if isinstance(module, nn.BatchNorm2d) or name in ("norm0", "norm5"):
+                self.add(prefix + name, whole or self._norm(modules, at))
+            elif isinstance(module, (DenseBlock, DenseLayer, Transition)):
+                self.visit(prefix + name, module)
+
+    def _norm(self, modules: list[nn.Module], at: int) -> str | None:
+        if at + 1 < len(modules):
+            return chain.stem_obstacle(modules[at : at + 3], *self.where)
+        before = modules[at - 1] if at else None
+        if not isinstance(before, DenseBlock):
+            return "is not behind a DenseBlock"
+        if (found := chain.block_obstacle(before)) is not None:
+            return f"the block before it {found}"
+        segments = before.segments(None, *self.where)
+        if not segments or isinstance(segments[-1], nn.Module):
+            return "the layer before it runs plain"
+        return chain.final_norm_obstacle(modules[at], *self.where)

@@ -1,0 +1,99 @@
+"""Image sizes through a network, worked out before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from densenet_fast import checks
+from densenet_fast.eligibility import touched
+
+Size = tuple[int, int]
+
+# A search for the smallest image gives up here: some module takes no image that is reasonable.
+_LARGEST_SEARCHED = 4096
+
+_KEEP_SIZE = (nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+def output_size(module: nn.Module, size: Size) -> Size | None:
+    """Height and width behind `module`, or None where that cannot be known."""
+    if touched(module):
+        return None
+    # Types are compared by name and base, not imported: layers.py itself imports this module.
+    own = type(module).__name__ if type(module).__module__ == "densenet_fast.layers" else ""
+    if own in ("DenseBlock", "DenseLayer") or type(module) in _KEEP_SIZE:
+        return size
+    if own == "Transition":
+        through: Size | None = size
+        for child in module.children():
+            through = None if through is None else output_size(child, through)
+        return through
+    if isinstance(module, nn.Conv2d):
+        readable = type(module) is nn.Conv2d and not isinstance(module.padding, str)
+    elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+        readable = type(module) in (nn.MaxPool2d, nn.AvgPool2d) and not module.ceil_mode
+    else:
+        return None
+    if not readable:
+        return None
+    height, width = (
+        (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for n, kernel, stride, padding, dilation in zip(
+            size,
+            _pair(module.kernel_size),
+            _pair(module.stride),
+            _pair(module.padding),
+            _pair(1 if isinstance(module, nn.AvgPool2d) else module.dilation),
+            strict=True,
+        )
+    )
+    return height, width
+
+
+def _pair(value: Any) -> Size:
+    return (value, value) if isinstance(value, int) else value
+
+
+def known_sizes(modules: Iterable[nn.Module], size: Size) -> list[tuple[nn.Module, Size]]:
+    """The modules, each with the size of its input, as far as that is known.
+
+    Ends behind the first module that leaves no pixel.
+    """
+    known: list[tuple[nn.Module, Size]] = []
+    through: Size | None = size
+    for module in modules:
+        if through is None or min(through) < 1:
+            break
+        known.append((module, through))
+        through = output_size(module, through)
+    return known
+
+
+def _fits(modules: list[nn.Module], size: Size) -> bool:
+    known = known_sizes(modules, size)
+    last = output_size(*known[-1]) if known else None
+    return last is None or min(last) >= 1
+
+
+def check(owner: str, modules: Iterable[nn.Module], input: Tensor) -> list[nn.Module]:
+    """Refuse images too small for pooling, and norms that would see one value per channel.
+
+    Returns the modules whose input size is known.
+    """
+    chain = list(modules)
+    n, size = input.shape[0], (input.shape[2], input.shape[3])
+    if not _fits(chain, size):
+        minimum = next(
+            (edge for edge in range(1, _LARGEST_SEARCHED) if _fits(chain, (edge, edge))), None
+        )
+        raise ValueError(
+            f"{owner} got images too small for its pooling: {size[0]}×{size[1]}, "
+            f"expected at least {minimum}×{minimum}"
+        )
+    known = known_sizes(chain, size)
+    for module, (height, width) in known:
+        checks.values_per_channel(module, n, height, width)
+    return [module for module, _ in known]

@@ -1,0 +1,204 @@
+"""DenseNet-BC with torchvision's signature, names and initialisation, in less memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densenet_fast import chain, checks, eligibility, geometry
+from densenet_fast.layers import DenseBlock, DenseLayer, Transition, mode_of, outside_graph, traced
+from densenet_fast.specs import Checkpoint
+
+
+class EfficientDenseNet(nn.Module):
+    """Densely connected convolutional network (arXiv 1608.06993), exact and memory-efficient.
+
+    Args:
+        growth_rate: channels that every layer adds (k in the paper).
+        block_config: layers of every block; any number of blocks.
+        num_init_features: channels of the first convolution.
+        bn_size: bottleneck channels of a layer as a multiple of its growth.
+        drop_rate: dropout probability behind every layer.
+        num_classes: outputs of the classifier.
+        memory_efficient: False means checkpoint="none", whatever `checkpoint` says.
+        checkpoint: what blocks keep for the backward: "none" keeps features and bottlenecks,
+            "bottleneck" the features alone, "block" the block's input alone.
+        small_inputs: the stem for small images (CIFAR): one 3×3 convolution, no pooling.
+        compression: share of the channels that a transition keeps.
+        in_channels: channels of the images.
+    """
+
+    features: nn.Sequential
+    classifier: nn.Linear
+
+    def __init__(
+        self,
+        growth_rate: int = 32,
+        block_config: tuple[int, ...] = (6, 12, 24, 16),
+        num_init_features: int = 64,
+        bn_size: int = 4,
+        drop_rate: float = 0,
+        num_classes: int = 1000,
+        memory_efficient: bool = True,
+        *,
+        checkpoint: Checkpoint = "bottleneck",
+        small_inputs: bool = False,
+        compression: float = 0.5,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        growth_rate = checks.integer("growth_rate", growth_rate)
+        blocks = checks.block_config(block_config)
+        num_features = checks.integer("num_init_features", num_init_features)
+        bn_size = checks.integer("bn_size", bn_size)
+        drop_rate = checks.probability("drop_rate", drop_rate)
+        num_classes = checks.integer("num_classes", num_classes)
+        compression = checks.compression(compression)
+        in_channels = checks.integer("in_channels", in_channels)
+        self._checkpoint = mode_of(memory_efficient, checkpoint)
+
+        # Modules are made in torchvision's order: the same seed gives the same parameters.
+        self.features = _stem(in_channels, num_features, checks.flag("small_inputs", small_inputs))
+        for i, num_layers in enumerate(blocks):
+            block = DenseBlock(
+                num_layers,
+                num_features,
+                bn_size,
+                growth_rate,
+                drop_rate,
+                checkpoint=self._checkpoint,
+            )
+            self.features.add_module(f"denseblock{i + 1}", block)
+            num_features += num_layers * growth_rate
+            if i != len(blocks) - 1:
+                kept = checks.compressed(num_features, compression)
+                self.features.add_module(f"transition{i + 1}", Transition(num_features, kept))
+                num_features = kept
+        self.features.add_module("norm5", nn.BatchNorm2d(num_features))
+        self.classifier = nn.Linear(num_features, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What the blocks keep for the backward: "none", "bottleneck" or "block"."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, mode: Checkpoint) -> None:
+        self._checkpoint = checks.checkpoint_mode(mode)
+        for module in self.modules():
+            if isinstance(module, (DenseBlock, DenseLayer)):
+                module.checkpoint = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
+        if traced(x):
+            return self._compose(x)
+        if torch.compiler.is_compiling():
+            return outside_graph(self, x)
+        return self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The checked forward, fused where nothing is in the way."""
+        owner = type(self).__name__
+        checks.images(owner, x)
+        obstacle = eligibility.input(x) or eligibility.exactly(self.features, nn.Sequential)
+        if obstacle is not None:
+            self._check(owner, x, list(self.features.children()))
+            return self._compose(x)
+
+        modules = list(self.features.children())
+        steps, pooled = chain.steps(modules, x.dtype, x.device)
+        self._check(owner, x, chain.called_modules(steps))
+        for step in steps:
+            x = step.run(x)
+        return self.classifier(x if pooled else _relu_and_average(x))
+
+    def _check(self, owner: str, x: Tensor, called: list[nn.Module]) -> None:
+        """Refuse what some module on the way would refuse, before the first one has run.
+
+        Nothing is said about modules behind one of unknown type, which may change anything.
+        `called` are the modules whose tensors nobody has looked at yet.
+        """
+        if type(self.features) is not nn.Sequential or eligibility.touched(self.features):
+            return
+        modules = list(self.features.children())
+        checks.channels(owner, x, modules[0] if modules else None)
+        known = geometry.check(owner, modules, x)
+        reached = {id(part) for module in known for part in (module, *module.children())}
+        for module in called:
+            if id(module) in reached and not eligibility.touched(module):
+                checks.parameters(self, module, x)
+        if len(known) == len(modules) and not eligibility.touched(self.classifier):
+            checks.parameters(self, self.classifier, x)
+
+    def _compose(self, x: Tensor) -> Tensor:
+        """The modules called one by one."""
+        return self.classifier(_relu_and_average(self.features(x)))
+
+
+def _relu_and_average(features: Tensor) -> Tensor:
+    # Not in place: the features may be a block's own buffer, if norm5 was taken out.
+    return torch.flatten(F.adaptive_avg_pool2d(F.relu(features), (1, 1)), 1)
+
+
+def _stem(in_channels: int, num_features: int, small_inputs: bool) -> nn.Sequential:
+    if small_inputs:
+        conv = nn.Conv2d(in_channels, num_features, kernel_size=3, padding=1, bias=False)
+        return nn.Sequential(OrderedDict([("conv0", conv)]))
+    conv = nn.Conv2d(in_channels, num_features, kernel_size=7, stride=2, padding=3, bias=False)
+    return nn.Sequential(
+        OrderedDict(
+            [
+                ("conv0", conv),
+                ("norm0", nn.BatchNorm2d(num_features)),
+                ("relu0", nn.ReLU(inplace=True)),
+                ("pool0", nn.MaxPool2d(kernel_size=3, stride=2, padding=1)),
+            ]
+        )
+    )
+
+
+def densenet121(**kwargs: Any) -> EfficientDenseNet:
+    """DenseNet-121; `kwargs` are those of `EfficientDenseNet`."""
+    return _densenet(32, (6, 12, 24, 16), 64, kwargs)
+
+
+def densenet161(**kwargs: Any) -> EfficientDenseNet:
+    """DenseNet-161; `kwargs` are those of `EfficientDenseNet`."""
+    return _densenet(48, (6, 12, 36, 24), 96, kwargs)
+
+
+def densenet169(**kwargs: Any) -> EfficientDenseNet:
+    """DenseNet-169; `kwargs` are those of `EfficientDenseNet`."""
+    return _densenet(32, (6, 12, 32, 32), 64, kwargs)
+
+
+def densenet201(**kwargs: Any) -> EfficientDenseNet:
+    """DenseNet-201; `kwargs` are those of `EfficientDenseNet`."""
+    return _densenet(32, (6, 12, 48, 32), 64, kwargs)
+
+
+def densenet264(**kwargs: Any) -> EfficientDenseNet:
+    """DenseNet-264; `kwargs` are those of `EfficientDenseNet`."""
+    return _densenet(32, (6, 12, 64, 48), 64, kwargs)
+
+
+def _densenet(
+    growth_rate: int, block_config: tuple[int, ...], num_init_features: int, kwargs: dict[str, Any]
+) -> EfficientDenseNet:
+    shape: dict[str, Any] = {
+        "growth_rate": growth_rate,
+        "block_config": block_config,
+        "num_init_features": num_init_features,
+    }
+    return EfficientDenseNet(**{**shape, **kwargs})

@@ -1,0 +1,61 @@
+"""One batch normalisation around the operators: coefficients, running statistics, its gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from densenet_fast import ops
+from densenet_fast.specs import NormSpec
+
+
+class Coefficients(NamedTuple):
+    """A norm as the operators read it: scale * x + shift; mean and rstd are for its backward."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+def coefficients(norm: NormSpec, mean: Tensor, var: Tensor) -> Coefficients:
+    """Coefficients from the batch's statistics `mean` and `var`, or a frozen norm's own."""
+    if not norm.batch_statistics:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean = norm.running_mean.to(mean.dtype).contiguous()
+        var = norm.running_var.to(var.dtype).contiguous()
+    scale, shift, rstd = torch.empty(3, len(mean), dtype=mean.dtype, device=mean.device).unbind()
+    ops.norm_coefficients(mean, var, norm.weight, norm.bias, norm.eps, scale, shift, rstd)
+    return Coefficients(scale, shift, mean, rstd)
+
+
+def update_running_statistics(norm: NormSpec, mean: Tensor, var: Tensor, count: int) -> None:
+    """This step's share in the running statistics, where the norm keeps them."""
+    if not norm.batch_statistics or norm.momentum is None:
+        return
+    if norm.running_mean is not None and norm.running_var is not None:
+        ops.update_running_statistics(
+            mean, var, count, norm.momentum, norm.running_mean, norm.running_var
+        )
+
+
+def gradient_coefficients(
+    norm: NormSpec, forward: Coefficients, grad_gamma: Tensor, grad_beta: Tensor, count: int
+) -> Tensor:
+    """Rows p, q, s of grad_x = p * grad_norm + q * x + s."""
+    scale, _, mean, rstd = forward
+    rows = torch.empty(3, len(scale), dtype=scale.dtype, device=scale.device)
+    if norm.batch_statistics:
+        ops.norm_grad_coefficients(scale, mean, rstd, grad_gamma, grad_beta, count, rows)
+    else:
+        rows[0].copy_(scale)
+        rows[1:].zero_()
+    return rows
+
+
+def parameter_gradient(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    """The gradient in the parameter's own type; None for a norm without affine parameters."""
+    return None if parameter is None else gradient.to(parameter.dtype)

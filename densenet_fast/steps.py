@@ -1,0 +1,107 @@
+"""The steps that a forward consists of: a module called, or several modules fused into one node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+from densenet_fast.dense_block import dense_block, stem_norm_relu_maxpool
+from densenet_fast.norms import StepCounts, norm_spec
+from densenet_fast.specs import AvgPoolTail, Checkpoint, LayerSpec, Tail, TransitionTail
+
+if TYPE_CHECKING:
+    from densenet_fast.layers import DenseLayer, Transition
+
+    FusedRun = Sequence[DenseLayer]
+    Segment = FusedRun | nn.Module
+
+
+class Step(Protocol):
+    """One step of a forward."""
+
+    def run(self, input: Tensor) -> Tensor:
+        """The step's output."""
+
+
+@dataclass
+class ModuleStep:
+    """A module, called as such: its hooks run, its type decides."""
+
+    module: nn.Module
+
+    def run(self, input: Tensor) -> Tensor:
+        """The module's output."""
+        return self.module(input)
+
+
+@dataclass
+class StemStep:
+    """norm0, relu0 and pool0 as one node."""
+
+    norm: nn.BatchNorm2d
+
+    def run(self, input: Tensor) -> Tensor:
+        """The pooled features."""
+        counts = StepCounts()
+        output = stem_norm_relu_maxpool(input, norm_spec(self.norm, counts))
+        counts.commit()
+        return output
+
+
+@dataclass
+class DenseStep:
+    """A block's segments, and what is fused behind the last of them.
+
+    A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
+    a transition, or the norm of norm, ReLU and average over all pixels.
+    """
+
+    segments: Sequence[Segment]
+    checkpoint: Checkpoint
+    tail: Transition | nn.BatchNorm2d | None = None
+
+    def run(self, input: Tensor) -> Tensor:
+        """The concatenated features, or what the tail makes of them."""
+        segments = list(self.segments)
+        last: FusedRun = ()
+        if segments:
+            ending = segments.pop()
+            if isinstance(ending, nn.Module):
+                segments.append(ending)
+            else:
+                last = ending
+        for segment in segments:
+            if isinstance(segment, nn.Module):
+                input = segment(input)
+            else:
+                input = self._fused(input, segment, None)
+        if last or self.tail is not None:
+            input = self._fused(input, last, self.tail)
+        return input
+
+    def _fused(
+        self, input: Tensor, run: FusedRun, tail: Transition | nn.BatchNorm2d | None
+    ) -> Tensor:
+        counts = StepCounts()
+        layers = [_layer_spec(layer, counts) for layer in run]
+        behind: Tail | None = None
+        if isinstance(tail, nn.BatchNorm2d):
+            behind = AvgPoolTail(norm_spec(tail, counts))
+        elif tail is not None:
+            behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)
+        output = dense_block(input, layers, tail=behind, checkpoint=self.checkpoint)
+        counts.commit()
+        return output
+
+
+def _layer_spec(layer: DenseLayer, counts: StepCounts) -> LayerSpec:
+    return LayerSpec(
+        norm1=norm_spec(layer.norm1, counts),
+        conv1_weight=layer.conv1.weight,
+        norm2=norm_spec(layer.norm2, counts),
+        conv2_weight=layer.conv2.weight,
+        dropout=layer.drop_rate if layer.training else 0.0,
+    )
