@@ -1,0 +1,69 @@
+// bottleneck = relu(scale * features + shift) * weight^T, statistics of the result in the epilogue.
+// The normalised input exists only as a panel of one tile in the first-level cache.
+#pragma once
+
+#include "statistics.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+constexpr int64_t kForwardTile = 28;  // two register tiles of 14 rows
+constexpr int kForwardVectors = 2;
+
+// Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
+// prefetch(row, rows, stream) names what the tile at `row` will read.
+template <class T, class Build, class Prefetch>
+void product_forward(int64_t rows, int64_t k, Weight<T> weight, Image<T> out,
+                     Statistics<T> statistics, const Build& build, const Prefetch& prefetch) {
+  const int64_t columns = weight.out;
+  CallMemory<T> packed(padded<T>(columns) * k);
+  pack_columns<T>(packed.get(), k, columns, kForwardVectors, [&](int64_t i, int64_t j) {
+    return weight.data[j * weight.stride_out + i * weight.stride_in];
+  });
+  const int64_t per_task = task_rows(rows, kForwardTile);
+  const int64_t tasks = ceil_div(rows, per_task);
+  TaskStatistics<T> partial(tasks, columns);
+  const int64_t steps = product_steps<T>(kForwardTile, k, columns, kForwardVectors);
+  for_each_task(tasks, [&](int64_t task) {
+    T* panel = scratch<T>(Scratch::kOperand, kForwardTile * kPanelPitch);
+    const int64_t end = smaller(rows, (task + 1) * per_task);
+    for (int64_t r = task * per_task; r < end; r += kForwardTile) {
+      const int64_t count = smaller(kForwardTile, end - r);
+      PrefetchStream stream;
+      const int64_t next = r + kForwardTile;
+      if (next < rows) {
+        const int64_t next_count = smaller(kForwardTile, rows - next);
+        prefetch(next, next_count, stream);
+        stream.add(out.data + next * out.pitch, columns * sizeof(T), out.pitch * sizeof(T),
+                   next_count, true);
+      }
+      stream.start(steps);
+      T* to = out.data + r * out.pitch;
+      product_tile<T>(
+          count, k, columns, kForwardVectors, packed.get(), to, out.pitch, panel, stream,
+          [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); });
+      if (statistics.mean) {
+        accumulate_statistics<T>(to, out.pitch, count, 1, 0, columns, partial.of(task));
+      }
+    }
+  });
+  if (statistics.mean) partial.finish(statistics);
+}
+
+template <class T>
+void conv1x1_forward(Image<const T> features, Activation<T> act, Weight<T> weight,
+                     Image<T> bottleneck, Statistics<T> statistics) {
+  product_forward<T>(
+      features.rows(), features.c, weight, bottleneck, statistics,
+      [&](int64_t row, int64_t rows, int64_t c0, int64_t width, T* panel) {
+        activate_panel<T>(features.data + row * features.pitch, features.pitch, rows, c0, width,
+                          act.scale, act.shift, panel);
+      },
+      [&](int64_t row, int64_t rows, PrefetchStream& stream) {
+        stream.add(features.data + row * features.pitch, features.c * sizeof(T),
+                   features.pitch * sizeof(T), rows, false);
+      });
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu

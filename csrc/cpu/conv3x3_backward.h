@@ -1,0 +1,84 @@
+// Backward of norm - ReLU - 3x3 convolution with padding 1. For every bottleneck pixel the nine
+// output gradients that it reached are gathered into one row of 9k values; then both gradients are
+// products with it, whatever the image's size.
+#pragma once
+
+#include "product_backward.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+// Row p holds, tap by tap, the gradient of output pixel p - (tap offset), or zero outside.
+template <class T>
+struct GatheredTapsSource {
+  Image<const T> grad_growth;
+
+  void build(int64_t row, int64_t rows, int64_t first, int64_t width, T* panel) const {
+    const int64_t h = grad_growth.h, w = grad_growth.w, k = grad_growth.c;
+    int64_t x = row % w, y = (row / w) % h;
+    for (int64_t r = 0; r < rows; ++r) {
+      T* to = panel + r * kPanelPitch;
+      const T* here = grad_growth.data + (row + r) * grad_growth.pitch;
+      for (int64_t e = 0; e < width;) {
+        const int64_t tap = (first + e) / k, o = (first + e) % k;
+        const int64_t run = smaller(k - o, width - e);
+        const int64_t up = 1 - tap / 3, left = 1 - tap % 3;
+        if (y + up >= 0 && y + up < h && x + left >= 0 && x + left < w) {
+          copy(to + e, here + (up * w + left) * grad_growth.pitch + o, run);
+        } else {
+          clear(to + e, run);
+        }
+        e += run;
+      }
+      if (++x == w) {
+        x = 0;
+        if (++y == h) y = 0;
+      }
+    }
+  }
+
+  void prefetch(int64_t row, int64_t rows, PrefetchStream& stream) const {
+    stream.add(grad_growth.data + row * grad_growth.pitch, grad_growth.c * sizeof(T),
+               grad_growth.pitch * sizeof(T), rows, false);
+  }
+
+ private:
+  static void copy(T* to, const T* from, int64_t n) {
+    for (; n >= kLanes<T>; n -= kLanes<T>, to += kLanes<T>, from += kLanes<T>) {
+      store<T>(to, load<T>(from));
+    }
+    if (n > 0) store_partial<T>(to, load_partial<T>(from, n), n);
+  }
+
+  static void clear(T* to, int64_t n) {
+    for (; n >= kLanes<T>; n -= kLanes<T>, to += kLanes<T>) store<T>(to, zero<T>());
+    if (n > 0) store_partial<T>(to, zero<T>(), n);
+  }
+};
+
+template <class T>
+void conv3x3_backward(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
+                      Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
+                      T* grad_weight) {
+  const int64_t k = weight.out, channels = weight.in;
+  // Whole taps a panel where they fit.
+  const int64_t panel_width = k <= kPanel ? kPanel / k * k : kPanel;
+  const BackwardShape<T> shape{bottleneck.rows(), 9 * k, channels, smaller(panel_width, 9 * k)};
+  const PaddedNorm<T> padded_norm(norm, channels);
+  product_backward<T>(
+      shape, grad_affine.beta != nullptr, grad_weight != nullptr,
+      [&](int64_t e, int64_t n) {
+        const int64_t tap = e / k, o = e % k;
+        return weight.data[o * weight.stride_out + n * weight.stride_in +
+                           tap / 3 * weight.stride_h + tap % 3 * weight.stride_w];
+      },
+      norm, grad_affine, GatheredTapsSource<T>{grad_growth},
+      PixelSink<T, false>{bottleneck, padded_norm, grad_norm},
+      [&](int64_t e, const T* row) {
+        T* to = grad_weight + e % k * channels * 9 + e / k;
+        for (int64_t n = 0; n < channels; ++n) to[n * 9] = row[n];
+      });
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu

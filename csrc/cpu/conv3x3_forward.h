@@ -1,0 +1,149 @@
+// growth = conv3x3(relu(scale * bottleneck + shift)), padding 1 after the activation, written into
+// its slice of the feature buffer, statistics in the epilogue. Direct: a band of image rows is
+// activated into scratch with a border of zeros, and a tile of output pixels stays in registers
+// over all nine taps.
+#pragma once
+
+#include "statistics.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+constexpr int64_t kBandRows = 8;
+constexpr int64_t kBandColumns = 64;
+constexpr int kConv3x3Vectors = 2;
+
+// How one image is cut into bands.
+struct Bands {
+  int64_t rows, columns;  // of one band, at most
+  int64_t down, across;   // bands in an image
+
+  Bands(int64_t n, int64_t h, int64_t w) {
+    // Small batches get lower bands, so that there is work for every thread.
+    const int64_t wanted = ceil_div(16, n);
+    down = larger(ceil_div(h, kBandRows), smaller(wanted, ceil_div(h, 2)));
+    rows = ceil_div(h, down);
+    down = ceil_div(h, rows);
+    across = ceil_div(w, kBandColumns);
+    columns = ceil_div(w, across);
+    across = ceil_div(w, columns);
+  }
+  int64_t count(int64_t n) const { return n * down * across; }
+};
+
+// The band's place in its image.
+struct Band {
+  int64_t image, y, x, rows, columns;
+
+  Band(const Bands& bands, int64_t task, int64_t h, int64_t w) {
+    x = task % bands.across * bands.columns;
+    y = task / bands.across % bands.down * bands.rows;
+    image = task / bands.across / bands.down;
+    rows = smaller(bands.rows, h - y);
+    columns = smaller(bands.columns, w - x);
+  }
+};
+
+// Activates channels [c0, c0 + width) of the band and its border of one pixel into `to`,
+// [rows + 2, columns + 2, kPanelPitch]; outside the image: zero.
+template <class T>
+void activate_band(const Image<const T>& image, const Band& band, Activation<T> act, int64_t c0,
+                   int64_t width, T* to) {
+  const int64_t columns = band.columns + 2;
+  const auto clear = [&](T* p, int64_t pixels) {
+    for (int64_t i = 0; i < pixels; ++i) {
+      for (int64_t c = 0; c < width; c += kLanes<T>) store<T>(p + i * kPanelPitch + c, zero<T>());
+    }
+  };
+  for (int64_t i = 0; i < band.rows + 2; ++i) {
+    T* row = to + i * columns * kPanelPitch;
+    const int64_t y = band.y + i - 1;
+    if (y < 0 || y >= image.h) {
+      clear(row, columns);
+      continue;
+    }
+    const int64_t first = larger(0, band.x - 1);
+    const int64_t last = smaller(image.w, band.x + band.columns + 1);
+    const int64_t left = first - (band.x - 1);
+    clear(row, left);
+    activate_panel<T>(image.data + ((band.image * image.h + y) * image.w + first) * image.pitch,
+                      image.pitch, last - first, c0, width, act.scale, act.shift,
+                      row + left * kPanelPitch);
+    clear(row + (left + last - first) * kPanelPitch, columns - left - (last - first));
+  }
+}
+
+template <class T>
+void conv3x3_forward(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
+                     Image<T> growth, Statistics<T> statistics) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t channels = weight.in, k = weight.out, vecs = vectors<T>(k), width = padded<T>(k);
+  const int64_t h = bottleneck.h, w = bottleneck.w;
+  CallMemory<T> packed(9 * channels * width);
+  // Panel by panel, all nine taps of one panel together.
+  for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
+    const int64_t panel = smaller(kPanel, channels - c0);
+    pack_columns<T>(packed.get() + 9 * c0 * width, 9 * panel, k, kConv3x3Vectors,
+                    [&](int64_t i, int64_t o) {
+                      const int64_t tap = i / panel, c = c0 + i % panel;
+                      return weight.data[o * weight.stride_out + c * weight.stride_in +
+                                         tap / 3 * weight.stride_h + tap % 3 * weight.stride_w];
+                    });
+  }
+
+  const Bands bands(bottleneck.n, h, w);
+  const int64_t tasks = bands.count(bottleneck.n);
+  TaskStatistics<T> partial(tasks, k);
+  for_each_task(tasks, [&](int64_t task) {
+    const Band band(bands, task, h, w);
+    const int64_t columns = band.columns + 2;
+    T* activated =
+        scratch<T>(Scratch::kOperand, (bands.rows + 2) * (bands.columns + 2) * kPanelPitch);
+    int64_t taps[9];
+    for (int64_t t = 0; t < 9; ++t) taps[t] = (t / 3 * columns + t % 3) * kPanelPitch;
+    T* out = growth.data + ((band.image * h + band.y) * w + band.x) * growth.pitch;
+
+    PrefetchStream stream;
+    if (task + 1 < tasks) {
+      const Band next(bands, task + 1, h, w);
+      const T* from = bottleneck.data + ((next.image * h + next.y) * w + next.x) * bottleneck.pitch;
+      stream.add(from, channels * sizeof(T), bottleneck.pitch * sizeof(T), next.rows * w, false);
+    }
+    stream.start(ceil_div(vecs, kConv3x3Vectors) * band.rows *
+                 ceil_div(band.columns, kMaxRows[kConv3x3Vectors]) * 9 *
+                 ceil_div(channels, kPrefetchEvery));
+
+    for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
+      const int64_t panel = smaller(kPanel, channels - c0);
+      activate_band<T>(bottleneck, band, act, c0, panel, activated);
+      for (int64_t v = 0; v < vecs;) {
+        const int nv = block_vectors(vecs - v, kConv3x3Vectors);
+        const T* b = packed.get() + 9 * c0 * width + v * L * 9 * panel;
+        for (int64_t y = 0; y < band.rows; ++y) {
+          for_each_row_tile(band.columns, nv, [&](int64_t x, int count) {
+            RowsProduct<T> product{activated + (y * columns + x) * kPanelPitch,
+                                   taps,
+                                   9,
+                                   panel,
+                                   b,
+                                   out + (y * w + x) * growth.pitch + v * L,
+                                   growth.pitch,
+                                   smaller(nv * L, k - v * L),
+                                   c0 > 0,
+                                   &stream};
+            kMicrokernels<T>.rows[nv][count](product);
+          });
+        }
+        v += nv;
+      }
+    }
+    if (statistics.mean) {
+      accumulate_statistics<T>(out, growth.pitch, band.columns, band.rows, w * growth.pitch, k,
+                               partial.of(task));
+    }
+  });
+  if (statistics.mean) partial.finish(statistics);
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu

@@ -1,0 +1,449 @@
+// The operators on CPU tensors: tensors become argument structs, the element type picks the
+// kernels. densenet_fast/ops.py has checked everything with better messages; these checks are the
+// second line.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <optional>
+
+#include "isa.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+template <class T>
+void check_type(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == kScalarType<T>, name, " has another dtype than the features");
+}
+
+template <class T>
+Image<T> image(const Tensor& t, const char* name) {
+  using Element = std::remove_const_t<T>;
+  check_type<Element>(t, name);
+  STD_TORCH_CHECK(t.dim() == 4, name, " must be [N, H, W, C], got ", t.dim(), " dimensions");
+  const int64_t n = t.size(0), h = t.size(1), w = t.size(2), c = t.size(3);
+  // The stride of a dimension of size one means nothing; the pitch is the first that does.
+  int64_t pitch = c;
+  if (w > 1) {
+    pitch = t.stride(2);
+  } else if (h > 1) {
+    pitch = t.stride(1);
+  } else if (n > 1) {
+    pitch = t.stride(0);
+  }
+  STD_TORCH_CHECK((c <= 1 || t.stride(3) == 1) && pitch >= c &&
+                      (h <= 1 || t.stride(1) == w * pitch) &&
+                      (n <= 1 || t.stride(0) == h * w * pitch),
+                  name, " must have its channels innermost and evenly spaced rows of pixels");
+  if constexpr (std::is_const_v<T>) {
+    return {t.const_data_ptr<Element>(), n, h, w, c, pitch};
+  } else {
+    return {t.mutable_data_ptr<Element>(), n, h, w, c, pitch};
+  }
+}
+
+template <class T>
+void check_vector(const Tensor& t, int64_t size, const char* name) {
+  check_type<T>(t, name);
+  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous(), name, " must be contiguous with ", size,
+                  " elements, got ", t.numel());
+}
+
+template <class T>
+const T* vector(const Tensor& t, int64_t size, const char* name) {
+  check_vector<T>(t, size, name);
+  return t.const_data_ptr<T>();
+}
+
+template <class T>
+T* mutable_vector(const Tensor& t, int64_t size, const char* name) {
+  check_vector<T>(t, size, name);
+  return t.mutable_data_ptr<T>();
+}
+
+template <class T>
+T* mutable_vector(const OptionalTensor& t, int64_t size, const char* name) {
+  return t ? mutable_vector<T>(*t, size, name) : nullptr;
+}
+
+template <class T>
+Activation<T> activation(const Tensor& scale, const Tensor& shift, int64_t channels) {
+  return {vector<T>(scale, channels, "scale"), vector<T>(shift, channels, "shift")};
+}
+
+template <class T>
+Norm<T> norm(const Tensor& scale, const Tensor& shift, const Tensor& mean, const Tensor& rstd,
+             int64_t channels) {
+  return {vector<T>(scale, channels, "scale"), vector<T>(shift, channels, "shift"),
+          vector<T>(mean, channels, "mean"), vector<T>(rstd, channels, "rstd")};
+}
+
+template <class T>
+Statistics<T> statistics(const OptionalTensor& mean, const OptionalTensor& var, int64_t channels) {
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var are given together or not");
+  return {mutable_vector<T>(mean, channels, "mean"), mutable_vector<T>(var, channels, "var")};
+}
+
+template <class T>
+NormGradient<T> norm_gradient(const Tensor& gamma, const Tensor& beta, int64_t channels) {
+  return {mutable_vector<T>(gamma, channels, "grad_gamma"),
+          mutable_vector<T>(beta, channels, "grad_beta")};
+}
+
+template <class T>
+Weight<T> weight(const Tensor& t, int64_t dims, int64_t in) {
+  check_type<T>(t, "weight");
+  STD_TORCH_CHECK(t.dim() == dims && t.size(1) == in, "weight does not fit ", in, " channels");
+  Weight<T> w{t.const_data_ptr<T>(), t.size(0), t.size(1), t.stride(0), t.stride(1), 0, 0};
+  if (dims == 4) {
+    STD_TORCH_CHECK(t.size(2) == 3 && t.size(3) == 3, "weight must be [k, B, 3, 3]");
+    w.stride_h = t.stride(2);
+    w.stride_w = t.stride(3);
+  }
+  return w;
+}
+
+template <class A, class B>
+void check_same_pixels(const Image<A>& a, const Image<B>& b) {
+  STD_TORCH_CHECK(a.n == b.n && a.h == b.h && a.w == b.w,
+                  "images of one operator differ in batch or size");
+}
+
+// body(T{}) with the element type of `t`.
+template <class F>
+void dispatch(const Tensor& t, const F& body) {
+  if (t.scalar_type() == ScalarType::Float) {
+    body(float{});
+  } else {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double,
+                    "the CPU kernels compute in float32 and float64");
+    body(double{});
+  }
+}
+
+void channel_statistics(const Tensor& features, const Tensor& mean, const Tensor& var) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(features, "features");
+    kernels<T>().channel_statistics(x, statistics<T>(mean, var, x.c));
+  });
+}
+
+void norm_coefficients(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
+                       const OptionalTensor& beta, double eps, const Tensor& scale,
+                       const Tensor& shift, const Tensor& rstd) {
+  dispatch(mean, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t channels = mean.numel();
+    const T* m = vector<T>(mean, channels, "mean");
+    const T* v = vector<T>(var, channels, "var");
+    const T* g = gamma ? vector<T>(*gamma, channels, "weight") : nullptr;
+    const T* b = beta ? vector<T>(*beta, channels, "bias") : nullptr;
+    T* a = mutable_vector<T>(scale, channels, "scale");
+    T* s = mutable_vector<T>(shift, channels, "shift");
+    T* r = mutable_vector<T>(rstd, channels, "rstd");
+    for (int64_t c = 0; c < channels; ++c) {
+      r[c] = T(1) / std::sqrt(v[c] + static_cast<T>(eps));
+      a[c] = g ? g[c] * r[c] : r[c];
+      s[c] = (b ? b[c] : T(0)) - m[c] * a[c];
+    }
+  });
+}
+
+void update_running_statistics(const Tensor& mean, const Tensor& var, int64_t count,
+                               double momentum, const Tensor& running_mean,
+                               const Tensor& running_var) {
+  dispatch(mean, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t channels = mean.numel();
+    STD_TORCH_CHECK(count > 1, "an unbiased variance needs more than one value per channel");
+    const T* m = vector<T>(mean, channels, "mean");
+    const T* v = vector<T>(var, channels, "var");
+    T* rm = mutable_vector<T>(running_mean, channels, "running_mean");
+    T* rv = mutable_vector<T>(running_var, channels, "running_var");
+    const T unbiased = static_cast<T>(static_cast<double>(count) / static_cast<double>(count - 1));
+    const T keep = static_cast<T>(1.0 - momentum), take = static_cast<T>(momentum);
+    for (int64_t c = 0; c < channels; ++c) {
+      rm[c] = keep * rm[c] + take * m[c];
+      rv[c] = keep * rv[c] + take * (v[c] * unbiased);
+    }
+  });
+}
+
+void norm_grad_coefficients(const Tensor& scale, const Tensor& mean, const Tensor& rstd,
+                            const Tensor& grad_gamma, const Tensor& grad_beta, int64_t count,
+                            const Tensor& coefficients) {
+  dispatch(scale, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t channels = scale.numel();
+    const T* a = vector<T>(scale, channels, "scale");
+    const T* m = vector<T>(mean, channels, "mean");
+    const T* r = vector<T>(rstd, channels, "rstd");
+    const T* gamma = vector<T>(grad_gamma, channels, "grad_gamma");
+    const T* beta = vector<T>(grad_beta, channels, "grad_beta");
+    T* out = mutable_vector<T>(coefficients, 3 * channels, "coefficients");
+    const T inverse = static_cast<T>(1.0 / static_cast<double>(count));
+    for (int64_t c = 0; c < channels; ++c) {
+      const T q = -a[c] * r[c] * gamma[c] * inverse;
+      out[c] = a[c];
+      out[channels + c] = q;
+      out[2 * channels + c] = -a[c] * beta[c] * inverse - q * m[c];
+    }
+  });
+}
+
+void conv1x1_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
+                     const Tensor& w, const Tensor& bottleneck, const OptionalTensor& mean,
+                     const OptionalTensor& var) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(features, "features");
+    const auto z = image<T>(bottleneck, "bottleneck");
+    const auto weights = weight<T>(w, 2, x.c);
+    check_same_pixels(x, z);
+    STD_TORCH_CHECK(z.c == weights.out, "bottleneck and weight differ in channels");
+    kernels<T>().conv1x1_forward(x, activation<T>(scale, shift, x.c), weights, z,
+                                 statistics<T>(mean, var, z.c));
+  });
+}
+
+void conv1x1_backward(const Tensor& grad_norm, const Tensor& bottleneck, const Tensor& coefficients,
+                      const Tensor& features, const Tensor& scale, const Tensor& shift,
+                      const Tensor& mean, const Tensor& rstd, const Tensor& w,
+                      const OptionalTensor& grad_features, const Tensor& grad_gamma,
+                      const Tensor& grad_beta, const OptionalTensor& grad_weight) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(features, "features");
+    const auto z = image<const T>(bottleneck, "bottleneck");
+    const auto g = image<const T>(grad_norm, "grad_norm");
+    const auto weights = weight<T>(w, 2, x.c);
+    Image<T> gx;
+    if (grad_features) {
+      gx = image<T>(*grad_features, "grad_features");
+      check_same_pixels(x, gx);
+      STD_TORCH_CHECK(gx.c == x.c, "grad_features and features differ in channels");
+    }
+    check_same_pixels(x, z);
+    check_same_pixels(x, g);
+    STD_TORCH_CHECK(z.c == weights.out && g.c == weights.out,
+                    "bottleneck and weight differ in channels");
+    kernels<T>().conv1x1_backward(
+        g, z, vector<T>(coefficients, 3 * z.c, "coefficients"), x,
+        norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
+        norm_gradient<T>(grad_gamma, grad_beta, x.c),
+        mutable_vector<T>(grad_weight, weights.out * weights.in, "grad_weight"));
+  });
+}
+
+void conv3x3_forward(const Tensor& bottleneck, const Tensor& scale, const Tensor& shift,
+                     const Tensor& w, const Tensor& growth, const OptionalTensor& mean,
+                     const OptionalTensor& var) {
+  dispatch(bottleneck, [&](auto zero) {
+    using T = decltype(zero);
+    const auto z = image<const T>(bottleneck, "bottleneck");
+    const auto y = image<T>(growth, "growth");
+    const auto weights = weight<T>(w, 4, z.c);
+    check_same_pixels(z, y);
+    STD_TORCH_CHECK(y.c == weights.out, "growth and weight differ in channels");
+    kernels<T>().conv3x3_forward(z, activation<T>(scale, shift, z.c), weights, y,
+                                 statistics<T>(mean, var, y.c));
+  });
+}
+
+void conv3x3_dgrad(const Tensor& grad_growth, const Tensor& bottleneck, const Tensor& scale,
+                   const Tensor& shift, const Tensor& mean, const Tensor& rstd, const Tensor& w,
+                   const Tensor& grad_norm, const Tensor& grad_gamma, const Tensor& grad_beta) {
+  dispatch(bottleneck, [&](auto zero) {
+    using T = decltype(zero);
+    const auto g = image<const T>(grad_growth, "grad_growth");
+    const auto z = image<const T>(bottleneck, "bottleneck");
+    const auto out = image<T>(grad_norm, "grad_norm");
+    const auto weights = weight<T>(w, 4, z.c);
+    check_same_pixels(z, g);
+    check_same_pixels(z, out);
+    STD_TORCH_CHECK(g.c == weights.out && out.c == z.c, "gradients and weight differ in channels");
+    kernels<T>().conv3x3_backward(g, z, norm<T>(scale, shift, mean, rstd, z.c), weights, out,
+                                  norm_gradient<T>(grad_gamma, grad_beta, z.c), nullptr);
+  });
+}
+
+void conv3x3_wgrad(const Tensor& grad_growth, const Tensor& bottleneck, const Tensor& scale,
+                   const Tensor& shift, const Tensor& grad_weight) {
+  dispatch(bottleneck, [&](auto zero) {
+    using T = decltype(zero);
+    const auto g = image<const T>(grad_growth, "grad_growth");
+    const auto z = image<const T>(bottleneck, "bottleneck");
+    check_same_pixels(z, g);
+    const Weight<T> weights{nullptr, g.c, z.c, 0, 0, 0, 0};
+    const auto act = activation<T>(scale, shift, z.c);
+    kernels<T>().conv3x3_backward(g, z, {act.scale, act.shift, act.shift, act.scale}, weights, {},
+                                  {}, mutable_vector<T>(grad_weight, 9 * g.c * z.c, "grad_weight"));
+  });
+}
+
+void dropout(const Tensor& growth, int64_t seed, double p) {
+  dispatch(growth, [&](auto zero) {
+    using T = decltype(zero);
+    kernels<T>().dropout(image<T>(growth, "growth"), static_cast<uint64_t>(seed), p);
+  });
+}
+
+void finish_gradient(const Tensor& features, const Tensor& grad_features, const Tensor& mean,
+                     const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& out) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(features, "features");
+    const auto g = image<const T>(grad_features, "grad_features");
+    const auto to = image<T>(out, "out");
+    check_same_pixels(x, g);
+    check_same_pixels(x, to);
+    STD_TORCH_CHECK(g.c == x.c && to.c == x.c, "gradients and features differ in channels");
+    kernels<T>().finish_gradient(x, g, vector<T>(mean, x.c, "mean"),
+                                 vector<T>(sum_grad, x.c, "sum_grad"),
+                                 vector<T>(sum_grad_x, x.c, "sum_grad_x"), to);
+  });
+}
+
+template <class A, class B>
+void check_pooled(const Image<A>& x, const Image<B>& pooled) {
+  STD_TORCH_CHECK(pooled.n == x.n && pooled.h == x.h / 2 && pooled.w == x.w / 2,
+                  "the transition halves both sides of the image");
+}
+
+void transition_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
+                        const Tensor& w, const Tensor& out, const OptionalTensor& mean,
+                        const OptionalTensor& var) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(features, "features");
+    const auto to = image<T>(out, "out");
+    const auto weights = weight<T>(w, 2, x.c);
+    check_pooled(x, to);
+    STD_TORCH_CHECK(to.c == weights.out, "out and weight differ in channels");
+    kernels<T>().transition_forward(x, activation<T>(scale, shift, x.c), weights, to,
+                                    statistics<T>(mean, var, to.c));
+  });
+}
+
+void transition_backward(const Tensor& grad_out, const Tensor& features, const Tensor& scale,
+                         const Tensor& shift, const Tensor& mean, const Tensor& rstd,
+                         const Tensor& w, const Tensor& grad_features, const Tensor& grad_gamma,
+                         const Tensor& grad_beta, const OptionalTensor& grad_weight) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto g = image<const T>(grad_out, "grad_out");
+    const auto x = image<const T>(features, "features");
+    const auto gx = image<T>(grad_features, "grad_features");
+    const auto weights = weight<T>(w, 2, x.c);
+    check_pooled(x, g);
+    check_same_pixels(x, gx);
+    STD_TORCH_CHECK(g.c == weights.out && gx.c == x.c, "gradients and weight differ in channels");
+    kernels<T>().transition_backward(
+        g, x, norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
+        norm_gradient<T>(grad_gamma, grad_beta, x.c),
+        mutable_vector<T>(grad_weight, weights.out * weights.in, "grad_weight"));
+  });
+}
+
+void norm_relu_avgpool_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
+                               const Tensor& out) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(features, "features");
+    kernels<T>().norm_relu_avgpool_forward(x, activation<T>(scale, shift, x.c),
+                                           mutable_vector<T>(out, x.n * x.c, "out"));
+  });
+}
+
+void norm_relu_avgpool_backward(const Tensor& grad_out, const Tensor& features, const Tensor& scale,
+                                const Tensor& shift, const Tensor& mean, const Tensor& rstd,
+                                const Tensor& grad_features, const Tensor& grad_gamma,
+                                const Tensor& grad_beta) {
+  dispatch(features, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(features, "features");
+    const auto gx = image<T>(grad_features, "grad_features");
+    check_same_pixels(x, gx);
+    STD_TORCH_CHECK(gx.c == x.c, "grad_features and features differ in channels");
+    kernels<T>().norm_relu_avgpool_backward(vector<T>(grad_out, x.n * x.c, "grad_out"), x,
+                                            norm<T>(scale, shift, mean, rstd, x.c), gx,
+                                            norm_gradient<T>(grad_gamma, grad_beta, x.c));
+  });
+}
+
+template <class A, class B>
+void check_max_pooled(const Image<A>& x, const Image<B>& pooled, const Tensor& argmax) {
+  STD_TORCH_CHECK(
+      pooled.n == x.n && pooled.h == (x.h + 1) / 2 && pooled.w == (x.w + 1) / 2 && pooled.c == x.c,
+      "the stem's pooling halves both sides of the image, rounding up");
+  STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Byte && argmax.is_contiguous() &&
+                      argmax.numel() == pooled.rows() * pooled.c,
+                  "argmax must be contiguous uint8 of the pooled shape");
+}
+
+void norm_relu_maxpool_forward(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                               const Tensor& out, const Tensor& argmax) {
+  dispatch(input, [&](auto zero) {
+    using T = decltype(zero);
+    const auto x = image<const T>(input, "input");
+    const auto to = image<T>(out, "out");
+    check_max_pooled(x, to, argmax);
+    kernels<T>().norm_relu_maxpool_forward(x, activation<T>(scale, shift, x.c), to,
+                                           argmax.mutable_data_ptr<uint8_t>());
+  });
+}
+
+void norm_relu_maxpool_backward(const Tensor& grad_out, const Tensor& argmax, const Tensor& input,
+                                const Tensor& scale, const Tensor& shift, const Tensor& mean,
+                                const Tensor& rstd, bool batch_statistics, const Tensor& grad_input,
+                                const Tensor& grad_gamma, const Tensor& grad_beta) {
+  dispatch(input, [&](auto zero) {
+    using T = decltype(zero);
+    const auto g = image<const T>(grad_out, "grad_out");
+    const auto x = image<const T>(input, "input");
+    const auto gx = image<T>(grad_input, "grad_input");
+    check_max_pooled(x, g, argmax);
+    check_same_pixels(x, gx);
+    STD_TORCH_CHECK(gx.c == x.c, "grad_input and input differ in channels");
+    kernels<T>().norm_relu_maxpool_backward(
+        g, argmax.const_data_ptr<uint8_t>(), x, norm<T>(scale, shift, mean, rstd, x.c),
+        batch_statistics, gx, norm_gradient<T>(grad_gamma, grad_beta, x.c));
+  });
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
+  namespace cpu = densenet_fast::cpu;
+  m.impl("channel_statistics", TORCH_BOX(&cpu::channel_statistics));
+  m.impl("norm_coefficients", TORCH_BOX(&cpu::norm_coefficients));
+  m.impl("update_running_statistics", TORCH_BOX(&cpu::update_running_statistics));
+  m.impl("norm_grad_coefficients", TORCH_BOX(&cpu::norm_grad_coefficients));
+  m.impl("conv1x1_forward", TORCH_BOX(&cpu::conv1x1_forward));
+  m.impl("conv1x1_backward", TORCH_BOX(&cpu::conv1x1_backward));
+  m.impl("conv3x3_forward", TORCH_BOX(&cpu::conv3x3_forward));
+  m.impl("conv3x3_dgrad", TORCH_BOX(&cpu::conv3x3_dgrad));
+  m.impl("conv3x3_wgrad", TORCH_BOX(&cpu::conv3x3_wgrad));
+  m.impl("dropout_", TORCH_BOX(&cpu::dropout));
+  m.impl("finish_gradient", TORCH_BOX(&cpu::finish_gradient));
+  m.impl("transition_forward", TORCH_BOX(&cpu::transition_forward));
+  m.impl("transition_backward", TORCH_BOX(&cpu::transition_backward));
+  m.impl("norm_relu_avgpool_forward", TORCH_BOX(&cpu::norm_relu_avgpool_forward));
+  m.impl("norm_relu_avgpool_backward", TORCH_BOX(&cpu::norm_relu_avgpool_backward));
+  m.impl("norm_relu_maxpool_forward", TORCH_BOX(&cpu::norm_relu_maxpool_forward));
+  m.impl("norm_relu_maxpool_backward", TORCH_BOX(&cpu::norm_relu_maxpool_backward));
+}

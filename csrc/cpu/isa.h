@@ -1,0 +1,21 @@
+// The instruction sets this build holds, and the one in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "args.h"
+
+namespace densenet_fast::cpu {
+
+// Names of the compiled sets that this machine can run, widest first.
+const std::vector<std::string>& isa_compiled();
+std::string isa_in_use();
+
+// Throws std::invalid_argument naming the choices. Not to be called while kernels run.
+void set_isa(const std::string& name);
+
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace densenet_fast::cpu

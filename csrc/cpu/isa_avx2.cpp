@@ -1,0 +1,2 @@
+#define DF_ISA kernels_avx2
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define DF_ISA kernels_baseline
+#include "kernels.inc"

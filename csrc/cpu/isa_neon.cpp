@@ -1,0 +1,2 @@
+#define DF_ISA kernels_neon
+#include "kernels.inc"

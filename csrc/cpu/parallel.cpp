@@ -1,0 +1,69 @@
+#include "parallel.h"
+
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+namespace densenet_fast::cpu {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+void* allocate(size_t bytes) {
+  const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  void* memory = std::aligned_alloc(kAlignment, rounded ? rounded : kAlignment);
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+struct ThreadScratch {
+  void* memory[static_cast<size_t>(Scratch::kCount)] = {};
+  size_t bytes[static_cast<size_t>(Scratch::kCount)] = {};
+  ~ThreadScratch() {
+    for (void* p : memory) std::free(p);
+  }
+};
+
+}  // namespace
+
+void run_tasks(int64_t tasks, TaskFunction function, void* context) {
+  if (tasks <= 0) return;
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t workers = threads < tasks ? threads : tasks;
+  if (workers <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) function(context, i);
+    return;
+  }
+  // Whoever is free takes the next task: a thread that was descheduled delays only its own.
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < tasks;
+           i = next.fetch_add(1, std::memory_order_relaxed)) {
+        function(context, i);
+      }
+    }
+  });
+}
+
+void* thread_scratch(Scratch slot, size_t bytes) {
+  thread_local ThreadScratch scratch;
+  const size_t i = static_cast<size_t>(slot);
+  if (scratch.bytes[i] < bytes) {
+    std::free(scratch.memory[i]);
+    scratch.memory[i] = nullptr;
+    scratch.bytes[i] = 0;
+    scratch.memory[i] = allocate(bytes);
+    scratch.bytes[i] = bytes;
+  }
+  return scratch.memory[i];
+}
+
+void* call_memory_allocate(size_t bytes) { return allocate(bytes); }
+
+void call_memory_free(void* memory) { std::free(memory); }
+
+}  // namespace densenet_fast::cpu

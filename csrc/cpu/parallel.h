@@ -1,0 +1,55 @@
+// Fixed tasks on PyTorch's threads, and scratch memory.
+//
+// What a task computes depends on shapes alone, never on the number of threads; results of tasks
+// are merged in task order. That makes every operator bitwise repeatable for any thread count.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace densenet_fast::cpu {
+
+using TaskFunction = void (*)(void* context, int64_t task);
+
+// Runs `function(context, 0 .. tasks - 1)`, each once, in any order and on any thread.
+void run_tasks(int64_t tasks, TaskFunction function, void* context);
+
+// Scratch of the calling thread, 64-byte aligned, kept for the next call; bounded by the tile
+// sizes. Every slot is one buffer: asking again for the same slot may move it.
+enum class Scratch { kOperand, kResult, kActivated, kSums, kCount };
+void* thread_scratch(Scratch slot, size_t bytes);
+
+// Memory that lives for one operator call: packed weights, partial results of tasks.
+void* call_memory_allocate(size_t bytes);
+void call_memory_free(void* memory);
+
+namespace {
+
+template <class T>
+class CallMemory {
+ public:
+  explicit CallMemory(int64_t count)
+      : data_(static_cast<T*>(call_memory_allocate(static_cast<size_t>(count) * sizeof(T)))) {}
+  ~CallMemory() { call_memory_free(data_); }
+  CallMemory(const CallMemory&) = delete;
+  CallMemory& operator=(const CallMemory&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+template <class F>
+void for_each_task(int64_t tasks, const F& body) {
+  run_tasks(
+      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+template <class T>
+T* scratch(Scratch slot, int64_t count) {
+  return static_cast<T*>(thread_scratch(slot, static_cast<size_t>(count) * sizeof(T)));
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu

@@ -1,0 +1,291 @@
+// The backward of "activate, then multiply": for a product P = act(X) * B with [K] output columns
+// and [N] input channels, one pass over the rows of G = dL/dP and X makes
+//
+//   D  = G * B^T                 masked by the activation: the gradient of the norm's output
+//   sums of D and D * (x - mean)   gradients of the norm's affine parameters
+//   dB = G^T * act(X)
+//
+// so that G and X are read once for the data and the weight gradient together. The 1x1 and the 3x3
+// convolution and the transition differ in how rows of G are made (Source) and in what is done with
+// D (Sink).
+#pragma once
+
+#include "blocking.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+constexpr int64_t kBackwardTile = 56;
+constexpr int kBackwardVectors = 3;
+
+// Panels of G: a Source may use fewer than kPanel columns a panel.
+DF_INLINE int64_t panel_count(int64_t k, int64_t panel_width) { return ceil_div(k, panel_width); }
+
+// One column block of one row tile, as a Sink sees it.
+template <class T>
+struct BackwardBlock {
+  int64_t row, rows;  // of the product
+  int64_t column;     // first channel of the block
+  int64_t columns;    // valid channels
+  int nv;             // whole vectors
+  const T* product;   // D before masking, [rows, ld]; null where no data gradient is wanted
+  T* activated;       // act(X) for the weight gradient, [rows, ld], zero in padded columns
+  int64_t ld;
+  T* sum;          // [nv * lanes] to add sums of D to
+  T* sum_centred;  // ... and of D * (x - mean)
+};
+
+template <class T>
+struct BackwardShape {
+  int64_t rows, k, n;
+  int64_t panel_width;  // columns of G in one panel
+};
+
+// Coefficients of the norm padded to whole vectors.
+template <class T>
+class PaddedNorm {
+ public:
+  PaddedNorm(Norm<T> norm, int64_t columns) : width_(padded<T>(columns)), memory_(3 * width_) {
+    pad_vector<T>(memory_.get(), norm.scale, columns);
+    pad_vector<T>(memory_.get() + width_, norm.shift, columns);
+    pad_vector<T>(memory_.get() + 2 * width_, norm.mean, columns);
+  }
+  const T* scale() const { return memory_.get(); }
+  const T* shift() const { return memory_.get() + width_; }
+  const T* mean() const { return memory_.get() + 2 * width_; }
+
+ private:
+  int64_t width_;
+  CallMemory<T> memory_;
+};
+
+// weight_at(k, n) is element (k, n) of B^T; source.build(row, rows, panel, first, width, to) fills
+// columns [first, first + width) of G; sink.block(block) applies the epilogue. store_weight(k, row)
+// receives the finished row k of dB, [n]. `prefetch_tile` names what source.build will read.
+template <class T, class WeightAt, class Source, class Sink, class StoreWeight>
+void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_weight,
+                      const WeightAt& weight_at, const Norm<T>& norm, NormGradient<T> grad_affine,
+                      const Source& source, const Sink& sink, const StoreWeight& store_weight) {
+  constexpr int64_t L = kLanes<T>;
+  constexpr int64_t kBlock = kBackwardVectors * L;
+  const int64_t width = padded<T>(shape.n), vecs = vectors<T>(shape.n);
+  const int64_t panels = panel_count(shape.k, shape.panel_width);
+
+  CallMemory<T> packed(want_data ? panels * shape.panel_width * width : 1);
+  if (want_data) {
+    // Packed panel by panel: every panel is a product of its own.
+    for (int64_t q = 0; q < panels; ++q) {
+      const int64_t k0 = q * shape.panel_width;
+      pack_columns<T>(packed.get() + k0 * width, smaller(shape.panel_width, shape.k - k0), shape.n,
+                      kBackwardVectors, [&](int64_t i, int64_t j) { return weight_at(k0 + i, j); });
+    }
+  }
+
+  // Tasks: runs of rows, each cut into groups of column blocks where rows are few.
+  const int64_t blocks = ceil_div(vecs, kBackwardVectors);
+  const int64_t chunks = larger(1, smaller(16, shape.rows / 1024));
+  const int64_t chunk_rows = ceil_div(ceil_div(shape.rows, chunks), kBackwardTile) * kBackwardTile;
+  const int64_t groups = smaller(blocks, ceil_div(16, chunks));
+  const int64_t group_blocks = ceil_div(blocks, groups);
+
+  CallMemory<T> partial_sums(2 * chunks * width);
+  CallMemory<T> partial_weight(want_weight ? chunks * shape.k * width : 1);
+
+  for_each_task(chunks * groups, [&](int64_t task) {
+    const int64_t chunk = task / groups, group = task % groups;
+    T* sums = partial_sums.get() + 2 * chunk * width;
+    T* grad_weight = want_weight ? partial_weight.get() + chunk * shape.k * width : nullptr;
+    const int64_t row_end = smaller(shape.rows, (chunk + 1) * chunk_rows);
+    const int64_t row_begin = smaller(row_end, chunk * chunk_rows);
+
+    // Column blocks follow block_vectors(); find this group's.
+    int64_t v_begin = 0, v_end = 0;
+    for (int64_t v = 0, index = 0; v < vecs; ++index) {
+      if (index == group * group_blocks) v_begin = v;
+      v += block_vectors(vecs - v, kBackwardVectors);
+      if (index < (group + 1) * group_blocks) v_end = v;
+      if (index < group * group_blocks) v_begin = v;
+    }
+    if (v_begin >= v_end) return;
+    const int64_t c_begin = v_begin * L, c_end = smaller(shape.n, v_end * L);
+    for (int64_t c = c_begin; c < v_end * L; ++c) sums[c] = sums[width + c] = T(0);
+    if (want_weight) {
+      for (int64_t k = 0; k < shape.k; ++k) {
+        for (int64_t c = c_begin; c < v_end * L; ++c) grad_weight[k * width + c] = T(0);
+      }
+    }
+
+    const int64_t panel_size = kBackwardTile * kPanelPitch;
+    T* operand = scratch<T>(Scratch::kOperand, panels * panel_size);
+    T* product = scratch<T>(Scratch::kResult, kBackwardTile * kBlock);
+    T* activated = scratch<T>(Scratch::kActivated, kBackwardTile * kBlock);
+    PrefetchStream stream;
+
+    for (int64_t r = row_begin; r < row_end; r += kBackwardTile) {
+      const int64_t rows = smaller(kBackwardTile, row_end - r);
+      for (int64_t q = 0; q < panels; ++q) {
+        const int64_t k0 = q * shape.panel_width;
+        source.build(r, rows, k0, smaller(shape.panel_width, shape.k - k0),
+                     operand + q * panel_size);
+      }
+      for (int64_t v = v_begin; v < v_end;) {
+        const int nv = block_vectors(vecs - v, kBackwardVectors);
+        const int64_t c = v * L;
+        const int64_t columns = smaller(nv * L, shape.n - c);
+        const int64_t next_v = v + nv;
+
+        // While this block computes, fetch what the next one will touch.
+        stream.clear();
+        if (next_v < v_end) {
+          sink.prefetch(r, rows, next_v * L, smaller(kBlock, c_end - next_v * L), stream);
+        } else if (r + kBackwardTile < row_end) {
+          const int64_t next = r + kBackwardTile;
+          const int64_t next_rows = smaller(kBackwardTile, row_end - next);
+          source.prefetch(next, next_rows, stream);
+          sink.prefetch(next, next_rows, c_begin, smaller(kBlock, c_end - c_begin), stream);
+        }
+        const int64_t row_tiles = ceil_div(rows, kMaxRows[nv]);
+        const int64_t k_tiles = ceil_div(shape.k, kMaxRows[nv]);
+        stream.start((want_data ? row_tiles * ceil_div(shape.k, kPrefetchEvery) : 0) +
+                     (want_weight ? k_tiles * ceil_div(rows, kPrefetchEvery) : 0));
+
+        if (want_data) {
+          for (int64_t q = 0; q < panels; ++q) {
+            const int64_t k0 = q * shape.panel_width;
+            const int64_t panel_k = smaller(shape.panel_width, shape.k - k0);
+            const T* b = packed.get() + k0 * width + v * L * panel_k;
+            for_each_row_tile(rows, nv, [&](int64_t first, int count) {
+              RowsProduct<T> p{operand + q * panel_size + first * kPanelPitch,
+                               nullptr,
+                               1,
+                               panel_k,
+                               b,
+                               product + first * kBlock,
+                               kBlock,
+                               nv * L,
+                               q > 0,
+                               &stream};
+              kMicrokernels<T>.rows[nv][count](p);
+            });
+          }
+        }
+        sink.block(BackwardBlock<T>{r, rows, c, columns, nv, want_data ? product : nullptr,
+                                    activated, kBlock, sums + c, sums + width + c});
+        if (want_weight) {
+          for (int64_t q = 0; q < panels; ++q) {
+            const int64_t k0 = q * shape.panel_width;
+            for_each_row_tile(smaller(shape.panel_width, shape.k - k0), nv,
+                              [&](int64_t first, int count) {
+                                TransposedProduct<T> p{
+                                    operand + q * panel_size + first,       activated, kBlock, rows,
+                                    grad_weight + (k0 + first) * width + c, width,     &stream};
+                                kMicrokernels<T>.transposed[nv][count](p);
+                              });
+          }
+        }
+        v = next_v;
+      }
+    }
+  });
+
+  if (want_data) {
+    for (int64_t c = 0; c < shape.n; ++c) {
+      double beta = 0, gamma = 0;
+      for (int64_t i = 0; i < chunks; ++i) {
+        beta += static_cast<double>(partial_sums.get()[2 * i * width + c]);
+        gamma += static_cast<double>(partial_sums.get()[(2 * i + 1) * width + c]);
+      }
+      grad_affine.beta[c] = static_cast<T>(beta);
+      grad_affine.gamma[c] = static_cast<T>(gamma) * norm.rstd[c];
+    }
+  }
+  if (want_weight) {
+    for_each_task(shape.k, [&](int64_t k) {
+      T* row = partial_weight.get() + k * width;
+      for (int64_t i = 1; i < chunks; ++i) {
+        const T* part = row + i * shape.k * width;
+        for (int64_t c = 0; c < width; c += L) {
+          store<T>(row + c, load<T>(row + c) + load<T>(part + c));
+        }
+      }
+      store_weight(k, row);
+    });
+  }
+}
+
+// The usual Sink: row r of the product is pixel r of X. kAccumulate: gradient += scale * D (the
+// gradient buffer of the block); otherwise gradient = D (gradient of the norm's output).
+template <class T, bool kAccumulate>
+struct PixelSink {
+  Image<const T> x;
+  const PaddedNorm<T>& norm;
+  Image<T> gradient;  // data null: only sums and the activation
+
+  void prefetch(int64_t row, int64_t rows, int64_t c, int64_t columns,
+                PrefetchStream& stream) const {
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+    stream.add(x.data + row * x.pitch + c, bytes, x.pitch * sizeof(T), rows, false);
+    if (gradient.data) {
+      stream.add(gradient.data + row * gradient.pitch + c, bytes, gradient.pitch * sizeof(T), rows,
+                 true);
+    }
+  }
+
+  void block(const BackwardBlock<T>& b) const {
+    for (int j = 0; j < b.nv; ++j) {
+      const int64_t n = b.columns - j * kLanes<T>;
+      if (n >= kLanes<T>) {
+        vector<true>(b, j, n);
+      } else {
+        vector<false>(b, j, n);
+      }
+    }
+  }
+
+ private:
+  template <bool kFull>
+  DF_INLINE Vec<T> get(const T* p, int64_t n) {
+    return kFull ? load<T>(p) : load_partial<T>(p, n);
+  }
+
+  template <bool kFull>
+  void vector(const BackwardBlock<T>& b, int j, int64_t n) const {
+    constexpr int L = kLanes<T>;
+    const int64_t c = b.column + j * L;
+    const Vec<T> scale = load<T>(norm.scale() + c), shift = load<T>(norm.shift() + c);
+    const T* from = x.data + b.row * x.pitch + c;
+    T* activated = b.activated + j * L;
+    if (!b.product) {
+      for (int64_t r = 0; r < b.rows; ++r) {
+        const Vec<T> y = fma<T>(scale, get<kFull>(from + r * x.pitch, n), shift);
+        store<T>(activated + r * b.ld, relu<T>(y));
+      }
+      return;
+    }
+    const Vec<T> mean = load<T>(norm.mean() + c);
+    const T* product = b.product + j * L;
+    T* to = gradient.data ? gradient.data + b.row * gradient.pitch + c : nullptr;
+    Vec<T> sum = zero<T>(), sum_centred = zero<T>();
+    for (int64_t r = 0; r < b.rows; ++r) {
+      const Vec<T> value = get<kFull>(from + r * x.pitch, n);
+      const Vec<T> y = fma<T>(scale, value, shift);
+      const Vec<T> d = where_positive<T>(y, load<T>(product + r * b.ld));
+      store<T>(activated + r * b.ld, relu<T>(y));
+      sum += d;
+      sum_centred = fma<T>(d, value - mean, sum_centred);
+      if (!to) continue;
+      T* g = to + r * gradient.pitch;
+      const Vec<T> out = kAccumulate ? fma<T>(scale, d, get<kFull>(g, n)) : d;
+      if (kFull) {
+        store<T>(g, out);
+      } else {
+        store_partial<T>(g, out, n);
+      }
+    }
+    store<T>(b.sum + j * L, load<T>(b.sum + j * L) + sum);
+    store<T>(b.sum_centred + j * L, load<T>(b.sum_centred + j * L) + sum_centred);
+  }
+};
+
+}  // namespace
+}  // namespace densenet_fast::cpu

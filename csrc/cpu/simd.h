@@ -1,0 +1,173 @@
+// One vector type per instruction set, by compiler vector extensions. Every instruction-set file
+// compiles the same kernels with its own flags; nothing here has external linkage, so that no wide
+// instruction can leak into code that runs before the dispatch.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own headers start some intrinsics from an undefined register.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+#define DF_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define DF_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define DF_VECTOR_BYTES 32
+#else
+#define DF_VECTOR_BYTES 16
+#endif
+
+namespace densenet_fast::cpu {
+namespace {
+
+template <class T>
+struct VectorOf;
+
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(DF_VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
+};
+
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(DF_VECTOR_BYTES)));
+  typedef double unaligned __attribute__((vector_size(DF_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+constexpr int kLanes = DF_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// Registers hold kMaxRows(NV) x NV accumulators, NV vectors of weights and one broadcast.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxVectors = 3;
+constexpr int kMaxRows[kMaxVectors + 1] = {0, 14, 14, 9};
+#else
+constexpr int kMaxVectors = 3;
+constexpr int kMaxRows[kMaxVectors + 1] = {0, 8, 6, 4};
+#endif
+
+template <class T>
+DF_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+
+template <class T>
+DF_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+template <class T>
+DF_INLINE Vec<T> zero() {
+  return Vec<T>{};
+}
+
+template <class T>
+DF_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// The first `n` lanes (0 < n <= lanes); the others read as zero and are not touched in memory.
+template <class T>
+DF_INLINE Vec<T> load_partial(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p);
+  }
+#else
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load<T>(lanes);
+#endif
+}
+
+template <class T>
+DF_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1u), (__m512d)v);
+  }
+#else
+  T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
+}
+
+template <class T>
+DF_INLINE Vec<T> load_upto(const T* p, int64_t n) {
+  return n >= kLanes<T> ? load<T>(p) : load_partial<T>(p, n);
+}
+
+template <class T>
+DF_INLINE void store_upto(T* p, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) {
+    store<T>(p, v);
+  } else {
+    store_partial<T>(p, v, n);
+  }
+}
+
+// relu as PyTorch's: NaN stays NaN (the x86 maximum returns its second operand when unordered).
+template <class T>
+DF_INLINE Vec<T> relu(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+  } else {
+    return (Vec<T>)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)x);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x);
+  } else {
+    return (Vec<T>)_mm256_max_pd(_mm256_setzero_pd(), (__m256d)x);
+  }
+#else
+  return x < zero<T>() ? zero<T>() : x;
+#endif
+}
+
+// `g` where `x > 0`, else zero; a NaN in x stops the gradient's flow as PyTorch's threshold does
+// not: threshold_backward keeps g unless x <= 0, so the unordered case keeps it here as well.
+template <class T>
+DF_INLINE Vec<T> where_positive(Vec<T> x, Vec<T> g) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+    return (Vec<T>)_mm512_maskz_mov_ps(keep, (__m512)g);
+  } else {
+    const __mmask8 keep = _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NLE_UQ);
+    return (Vec<T>)_mm512_maskz_mov_pd(keep, (__m512d)g);
+  }
+#else
+  return x <= zero<T>() ? zero<T>() : g;
+#endif
+}
+
+template <class T>
+DF_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a * b + c;  // contracted by -ffp-contract=fast
+}
+
+constexpr int kCacheLine = 64;
+
+DF_INLINE void prefetch_read(const char* p) { __builtin_prefetch(p, 0, 2); }
+DF_INLINE void prefetch_write(const char* p) { __builtin_prefetch(p, 1, 2); }
+
+}  // namespace
+}  // namespace densenet_fast::cpu
