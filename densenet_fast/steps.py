@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 
 from densenet_fast.dense_block import dense_block, stem_norm_relu_maxpool
-from densenet_fast.norms import StepCounts, norm_spec
+from densenet_fast.norm_modules import StepCounts, norm_spec
 from densenet_fast.specs import AvgPoolTail, Checkpoint, LayerSpec, Tail, TransitionTail
 
 if TYPE_CHECKING:
