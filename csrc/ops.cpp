@@ -1,8 +1,8 @@
 // Schemas of every operator, and nothing else. The mathematics is in densenet_fast/reference.py.
 //
-// All activations are NHWC: `[N, H, W, C]`, channels innermost, rows of pixels `pitch >= C` apart, so
-// that a channel slice of the feature buffer is an ordinary argument. Operators write into tensors
-// their caller owns; they allocate no outputs.
+// All activations are NHWC: `[N, H, W, C]`, channels innermost, rows of pixels `pitch >= C` apart,
+// so that a channel slice of the feature buffer is an ordinary argument. Operators write into
+// tensors their caller owns; they allocate no outputs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -51,7 +51,8 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
       "Tensor(c!) grad_beta, Tensor(d!)? grad_weight) -> ()");
 
   m.def(
-      "norm_relu_avgpool_forward(Tensor features, Tensor scale, Tensor shift, Tensor(a!) out) -> ()");
+      "norm_relu_avgpool_forward(Tensor features, Tensor scale, Tensor shift, Tensor(a!) out) -> "
+      "()");
   m.def(
       "norm_relu_avgpool_backward(Tensor grad_out, Tensor features, Tensor scale, Tensor shift, "
       "Tensor mean, Tensor rstd, Tensor(a!) grad_features, Tensor(b!) grad_gamma, "

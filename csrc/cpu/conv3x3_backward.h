@@ -14,26 +14,13 @@ struct GatheredTapsSource {
   Image<const T> grad_growth;
 
   void build(int64_t row, int64_t rows, int64_t first, int64_t width, T* panel) const {
-    const int64_t h = grad_growth.h, w = grad_growth.w, k = grad_growth.c;
-    int64_t x = row % w, y = (row / w) % h;
-    for (int64_t r = 0; r < rows; ++r) {
-      T* to = panel + r * kPanelPitch;
-      const T* here = grad_growth.data + (row + r) * grad_growth.pitch;
-      for (int64_t e = 0; e < width;) {
-        const int64_t tap = (first + e) / k, o = (first + e) % k;
-        const int64_t run = smaller(k - o, width - e);
-        const int64_t up = 1 - tap / 3, left = 1 - tap % 3;
-        if (y + up >= 0 && y + up < h && x + left >= 0 && x + left < w) {
-          copy(to + e, here + (up * w + left) * grad_growth.pitch + o, run);
-        } else {
-          clear(to + e, run);
-        }
-        e += run;
-      }
-      if (++x == w) {
-        x = 0;
-        if (++y == h) y = 0;
-      }
+    const int64_t k = grad_growth.c;
+    // The panel's columns are runs of channels of one tap each.
+    for (int64_t e = 0; e < width;) {
+      const int64_t tap = (first + e) / k, o = (first + e) % k;
+      const int64_t run = smaller(k - o, width - e);
+      gather(row, rows, 1 - tap / 3, 1 - tap % 3, o, run, panel + e);
+      e += run;
     }
   }
 
@@ -43,16 +30,25 @@ struct GatheredTapsSource {
   }
 
  private:
-  static void copy(T* to, const T* from, int64_t n) {
-    for (; n >= kLanes<T>; n -= kLanes<T>, to += kLanes<T>, from += kLanes<T>) {
-      store<T>(to, load<T>(from));
+  // Channels [o, o + run) of the pixels (down, right) of rows `row` on. Whole vectors are stored:
+  // what lies behind the run is the next run's place or the panel's slack.
+  void gather(int64_t row, int64_t rows, int64_t down, int64_t right, int64_t o, int64_t run,
+              T* to) const {
+    constexpr int L = kLanes<T>;
+    const int64_t h = grad_growth.h, w = grad_growth.w, pitch = grad_growth.pitch;
+    const T* from = grad_growth.data + (row + down * w + right) * pitch + o;
+    int64_t x = row % w, y = (row / w) % h;
+    for (int64_t r = 0; r < rows; ++r, from += pitch, to += kPanelPitch) {
+      const bool inside = static_cast<uint64_t>(y + down) < static_cast<uint64_t>(h) &&
+                          static_cast<uint64_t>(x + right) < static_cast<uint64_t>(w);
+      for (int64_t c = 0; c < run; c += L) {
+        store<T>(to + c, inside ? load_upto<T>(from + c, run - c) : zero<T>());
+      }
+      if (++x == w) {
+        x = 0;
+        if (++y == h) y = 0;
+      }
     }
-    if (n > 0) store_partial<T>(to, load_partial<T>(from, n), n);
-  }
-
-  static void clear(T* to, int64_t n) {
-    for (; n >= kLanes<T>; n -= kLanes<T>, to += kLanes<T>) store<T>(to, zero<T>());
-    if (n > 0) store_partial<T>(to, zero<T>(), n);
   }
 };
 

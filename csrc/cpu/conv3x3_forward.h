@@ -4,7 +4,7 @@
 // over all nine taps.
 #pragma once
 
-#include "statistics.h"
+#include "conv1x1_forward.h"
 
 namespace densenet_fast::cpu {
 namespace {
@@ -74,8 +74,8 @@ void activate_band(const Image<const T>& image, const Band& band, Activation<T> 
 }
 
 template <class T>
-void conv3x3_forward(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
-                     Image<T> growth, Statistics<T> statistics) {
+void conv3x3_forward_direct(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
+                            Image<T> growth, Statistics<T> statistics) {
   constexpr int64_t L = kLanes<T>;
   const int64_t channels = weight.in, k = weight.out, vecs = vectors<T>(k), width = padded<T>(k);
   const int64_t h = bottleneck.h, w = bottleneck.w;

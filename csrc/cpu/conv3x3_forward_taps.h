@@ -1,0 +1,107 @@
+// The same 3x3 convolution for growth rates that fill vectors badly (k = 12 uses 12 of 16 lanes,
+// and one vector of outputs leaves the load units as the limit): one product makes all nine taps of
+// a pixel, [pixels, 9k], whose columns fill their vectors; then every output pixel adds its nine
+// neighbours' taps. Image rows pass through a ring of three.
+#pragma once
+
+#include "conv3x3_forward.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+// The rule: less than four fifths of the lanes used, or a single vector.
+template <class T>
+DF_INLINE bool taps_product_is_faster(int64_t k) {
+  return vectors<T>(k) == 1 || 5 * k < 4 * padded<T>(k);
+}
+
+template <class T>
+void conv3x3_forward_taps(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
+                          Image<T> growth, Statistics<T> statistics) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kMinBandRows = 16;  // two more rows are computed than a band has
+  const int64_t channels = weight.in, k = weight.out, columns = 9 * k;
+  const int64_t h = bottleneck.h, w = bottleneck.w;
+  const int64_t pitch = padded<T>(columns) + L;  // slack: the last tap is read as whole vectors
+  CallMemory<T> packed(padded<T>(columns) * channels);
+  pack_columns<T>(packed.get(), channels, columns, kForwardVectors, [&](int64_t c, int64_t e) {
+    const int64_t tap = e / k, o = e % k;
+    return weight.data[o * weight.stride_out + c * weight.stride_in + tap / 3 * weight.stride_h +
+                       tap % 3 * weight.stride_w];
+  });
+
+  const int64_t wanted = ceil_div(16, bottleneck.n);
+  const int64_t down = larger(1, smaller(wanted, h / kMinBandRows));
+  const int64_t band_rows = ceil_div(h, down);
+  const int64_t tasks = bottleneck.n * ceil_div(h, band_rows);
+  TaskStatistics<T> partial(tasks, k);
+  for_each_task(tasks, [&](int64_t task) {
+    const int64_t bands = ceil_div(h, band_rows);
+    const int64_t image = task / bands, begin = task % bands * band_rows;
+    const int64_t end = smaller(h, begin + band_rows);
+    T* panel = scratch<T>(Scratch::kOperand, kForwardTile * kPanelPitch);
+    T* ring = scratch<T>(Scratch::kResult, 3 * w * pitch);
+    const int64_t tile_steps = product_steps<T>(kForwardTile, channels, columns, kForwardVectors);
+
+    const auto multiply_row = [&](int64_t y) {
+      const T* from = bottleneck.data + (image * h + y) * w * bottleneck.pitch;
+      T* to = ring + y % 3 * w * pitch;
+      for (int64_t x = 0; x < w; x += kForwardTile) {
+        const int64_t rows = smaller(kForwardTile, w - x);
+        PrefetchStream stream;
+        // The next tile of this image row, or of the next one: they follow in memory.
+        const int64_t next = (image * h + y) * w + x + rows;
+        stream.add(bottleneck.data + next * bottleneck.pitch, channels * sizeof(T),
+                   bottleneck.pitch * sizeof(T), smaller(kForwardTile, bottleneck.rows() - next),
+                   false);
+        stream.start(tile_steps);
+        product_tile<T>(rows, channels, columns, kForwardVectors, packed.get(), to + x * pitch,
+                        pitch, panel, stream, [&](int64_t c0, int64_t width, T* into) {
+                          activate_panel<T>(from + x * bottleneck.pitch, bottleneck.pitch, rows, c0,
+                                            width, act.scale, act.shift, into);
+                        });
+      }
+    };
+
+    const auto add_taps = [&](int64_t y) {
+      T* out = growth.data + (image * h + y) * w * growth.pitch;
+      for (int64_t x = 0; x < w; ++x) {
+        for (int64_t c = 0; c < k; c += L) {
+          Vec<T> sum = zero<T>();
+          for (int64_t kh = larger(0, 1 - y); kh < smaller(3, h + 1 - y); ++kh) {
+            const T* row = ring + (y + kh - 1) % 3 * w * pitch + kh * 3 * k + c;
+            for (int64_t kw = larger(0, 1 - x); kw < smaller(3, w + 1 - x); ++kw) {
+              sum += load<T>(row + (x + kw - 1) * pitch + kw * k);
+            }
+          }
+          store_upto<T>(out + x * growth.pitch + c, sum, k - c);
+        }
+      }
+    };
+
+    const int64_t last = smaller(h, end + 1);
+    for (int64_t y = larger(0, begin - 1); y < last; ++y) {
+      multiply_row(y);
+      if (y > begin) add_taps(y - 1);
+    }
+    if (end == h) add_taps(h - 1);
+    if (statistics.mean) {
+      accumulate_statistics<T>(growth.data + (image * h + begin) * w * growth.pitch, growth.pitch,
+                               w, end - begin, w * growth.pitch, k, partial.of(task));
+    }
+  });
+  if (statistics.mean) partial.finish(statistics);
+}
+
+template <class T>
+void conv3x3_forward(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
+                     Image<T> growth, Statistics<T> statistics) {
+  if (taps_product_is_faster<T>(weight.out)) {
+    conv3x3_forward_taps<T>(bottleneck, act, weight, growth, statistics);
+  } else {
+    conv3x3_forward_direct<T>(bottleneck, act, weight, growth, statistics);
+  }
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu
