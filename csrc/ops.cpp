@@ -24,19 +24,16 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
   m.def(
       "conv1x1_backward(Tensor grad_norm, Tensor bottleneck, Tensor coefficients, Tensor features, "
       "Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor weight, "
-      "Tensor(a!)? grad_features, Tensor(b!) grad_gamma, Tensor(c!) grad_beta, "
+      "Tensor(a!)? grad_features, Tensor(b!)? grad_gamma, Tensor(c!)? grad_beta, "
       "Tensor(d!)? grad_weight) -> ()");
 
   m.def(
       "conv3x3_forward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor weight, "
       "Tensor(a!) growth, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
   m.def(
-      "conv3x3_dgrad(Tensor grad_growth, Tensor bottleneck, Tensor scale, Tensor shift, "
-      "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!) grad_norm, Tensor(b!) grad_gamma, "
-      "Tensor(c!) grad_beta) -> ()");
-  m.def(
-      "conv3x3_wgrad(Tensor grad_growth, Tensor bottleneck, Tensor scale, Tensor shift, "
-      "Tensor(a!) grad_weight) -> ()");
+      "conv3x3_backward(Tensor grad_growth, Tensor bottleneck, Tensor scale, Tensor shift, "
+      "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!)? grad_norm, Tensor(b!)? grad_gamma, "
+      "Tensor(c!)? grad_beta, Tensor(d!)? grad_weight) -> ()");
   m.def("dropout_(Tensor(a!) growth, int seed, float p) -> ()");
   m.def(
       "finish_gradient(Tensor features, Tensor grad_features, Tensor mean, Tensor sum_grad, "

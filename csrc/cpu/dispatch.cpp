@@ -102,6 +102,16 @@ NormGradient<T> norm_gradient(const Tensor& gamma, const Tensor& beta, int64_t c
           mutable_vector<T>(beta, channels, "grad_beta")};
 }
 
+// Absent together: no data gradient is wanted.
+template <class T>
+NormGradient<T> norm_gradient(const OptionalTensor& gamma, const OptionalTensor& beta, bool needed,
+                              int64_t channels) {
+  STD_TORCH_CHECK(gamma.has_value() == beta.has_value() && (gamma.has_value() || !needed),
+                  "grad_gamma and grad_beta are given together, and with every data gradient");
+  return {mutable_vector<T>(gamma, channels, "grad_gamma"),
+          mutable_vector<T>(beta, channels, "grad_beta")};
+}
+
 template <class T>
 Weight<T> weight(const Tensor& t, int64_t dims, int64_t in) {
   check_type<T>(t, "weight");
@@ -222,8 +232,8 @@ void conv1x1_forward(const Tensor& features, const Tensor& scale, const Tensor& 
 void conv1x1_backward(const Tensor& grad_norm, const Tensor& bottleneck, const Tensor& coefficients,
                       const Tensor& features, const Tensor& scale, const Tensor& shift,
                       const Tensor& mean, const Tensor& rstd, const Tensor& w,
-                      const OptionalTensor& grad_features, const Tensor& grad_gamma,
-                      const Tensor& grad_beta, const OptionalTensor& grad_weight) {
+                      const OptionalTensor& grad_features, const OptionalTensor& grad_gamma,
+                      const OptionalTensor& grad_beta, const OptionalTensor& grad_weight) {
   dispatch(features, [&](auto zero) {
     using T = decltype(zero);
     const auto x = image<const T>(features, "features");
@@ -243,7 +253,7 @@ void conv1x1_backward(const Tensor& grad_norm, const Tensor& bottleneck, const T
     kernels<T>().conv1x1_backward(
         g, z, vector<T>(coefficients, 3 * z.c, "coefficients"), x,
         norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
-        norm_gradient<T>(grad_gamma, grad_beta, x.c),
+        norm_gradient<T>(grad_gamma, grad_beta, grad_features.has_value(), x.c),
         mutable_vector<T>(grad_weight, weights.out * weights.in, "grad_weight"));
   });
 }
@@ -263,34 +273,27 @@ void conv3x3_forward(const Tensor& bottleneck, const Tensor& scale, const Tensor
   });
 }
 
-void conv3x3_dgrad(const Tensor& grad_growth, const Tensor& bottleneck, const Tensor& scale,
-                   const Tensor& shift, const Tensor& mean, const Tensor& rstd, const Tensor& w,
-                   const Tensor& grad_norm, const Tensor& grad_gamma, const Tensor& grad_beta) {
+void conv3x3_backward(const Tensor& grad_growth, const Tensor& bottleneck, const Tensor& scale,
+                      const Tensor& shift, const Tensor& mean, const Tensor& rstd, const Tensor& w,
+                      const OptionalTensor& grad_norm, const OptionalTensor& grad_gamma,
+                      const OptionalTensor& grad_beta, const OptionalTensor& grad_weight) {
   dispatch(bottleneck, [&](auto zero) {
     using T = decltype(zero);
     const auto g = image<const T>(grad_growth, "grad_growth");
     const auto z = image<const T>(bottleneck, "bottleneck");
-    const auto out = image<T>(grad_norm, "grad_norm");
     const auto weights = weight<T>(w, 4, z.c);
+    Image<T> out;
+    if (grad_norm) {
+      out = image<T>(*grad_norm, "grad_norm");
+      check_same_pixels(z, out);
+      STD_TORCH_CHECK(out.c == z.c, "grad_norm and bottleneck differ in channels");
+    }
     check_same_pixels(z, g);
-    check_same_pixels(z, out);
-    STD_TORCH_CHECK(g.c == weights.out && out.c == z.c, "gradients and weight differ in channels");
-    kernels<T>().conv3x3_backward(g, z, norm<T>(scale, shift, mean, rstd, z.c), weights, out,
-                                  norm_gradient<T>(grad_gamma, grad_beta, z.c), nullptr);
-  });
-}
-
-void conv3x3_wgrad(const Tensor& grad_growth, const Tensor& bottleneck, const Tensor& scale,
-                   const Tensor& shift, const Tensor& grad_weight) {
-  dispatch(bottleneck, [&](auto zero) {
-    using T = decltype(zero);
-    const auto g = image<const T>(grad_growth, "grad_growth");
-    const auto z = image<const T>(bottleneck, "bottleneck");
-    check_same_pixels(z, g);
-    const Weight<T> weights{nullptr, g.c, z.c, 0, 0, 0, 0};
-    const auto act = activation<T>(scale, shift, z.c);
-    kernels<T>().conv3x3_backward(g, z, {act.scale, act.shift, act.shift, act.scale}, weights, {},
-                                  {}, mutable_vector<T>(grad_weight, 9 * g.c * z.c, "grad_weight"));
+    STD_TORCH_CHECK(g.c == weights.out, "gradients and weight differ in channels");
+    kernels<T>().conv3x3_backward(
+        g, z, norm<T>(scale, shift, mean, rstd, z.c), weights, out,
+        norm_gradient<T>(grad_gamma, grad_beta, grad_norm.has_value(), z.c),
+        mutable_vector<T>(grad_weight, 9 * g.c * z.c, "grad_weight"));
   });
 }
 
@@ -436,8 +439,7 @@ STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   m.impl("conv1x1_forward", TORCH_BOX(&cpu::conv1x1_forward));
   m.impl("conv1x1_backward", TORCH_BOX(&cpu::conv1x1_backward));
   m.impl("conv3x3_forward", TORCH_BOX(&cpu::conv3x3_forward));
-  m.impl("conv3x3_dgrad", TORCH_BOX(&cpu::conv3x3_dgrad));
-  m.impl("conv3x3_wgrad", TORCH_BOX(&cpu::conv3x3_wgrad));
+  m.impl("conv3x3_backward", TORCH_BOX(&cpu::conv3x3_backward));
   m.impl("dropout_", TORCH_BOX(&cpu::dropout));
   m.impl("finish_gradient", TORCH_BOX(&cpu::finish_gradient));
   m.impl("transition_forward", TORCH_BOX(&cpu::transition_forward));
