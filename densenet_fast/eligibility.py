@@ -79,7 +79,8 @@ def _tensor(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device)
     return None
 
 
-def _parameter(state: dict[str, Any], name: str) -> Any:
+def parameter(state: dict[str, Any], name: str) -> Any:
+    """A parameter from a module's `__dict__`; KeyError if it is not an ordinary one."""
     parameters = state["_parameters"]
     # The replicas of DataParallel hold their parameters as ordinary attributes.
     return parameters[name] if name in parameters else state[name]
@@ -96,8 +97,13 @@ def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.dev
     if not state["eps"] > 0:
         return f"has eps={state['eps']}"
     try:
-        weight, bias = _parameter(state, "weight"), _parameter(state, "bias")
-        mean, var = state["_buffers"]["running_mean"], state["_buffers"]["running_var"]
+        weight, bias = parameter(state, "weight"), parameter(state, "bias")
+        buffers = state["_buffers"]
+        mean, var, _ = (
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
+        )
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
     if (mean is None) is not (var is None):
@@ -124,7 +130,7 @@ def conv(
         return obstacle
     state = module.__dict__
     try:
-        weight, bias = _parameter(state, "weight"), _parameter(state, "bias")
+        weight, bias = parameter(state, "weight"), parameter(state, "bias")
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
     if bias is not None:
@@ -144,9 +150,9 @@ def conv(
     return _tensor(weight, "its weight", dtype, device)
 
 
-def weight_shape(module: nn.Module) -> tuple[int, ...]:
+def weight_shape(module: nn.Module | None) -> torch.Size:
     """The shape of the weight of an eligible convolution."""
-    return tuple(_parameter(module.__dict__, "weight").shape)
+    return parameter(module.__dict__, "weight").shape
 
 
 def average_pool(module: nn.Module) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,10 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from densenet_fast import checks, eligibility, geometry
 from densenet_fast.specs import Checkpoint
-from densenet_fast.steps import DenseStep, Segment
+from densenet_fast.steps import DenseStep
+
+if TYPE_CHECKING:
+    from densenet_fast.steps import Segment
 
 # Norms that leave their input alone and return another tensor.
 _OUT_OF_PLACE = (
@@ -288,7 +291,7 @@ def layer_obstacle(
     found = eligibility.touched(layer) or layer.obstacle(channels, dtype, device)
     if found is not None:
         return None, found
-    return channels + layer.conv2.weight.shape[0], None
+    return channels + eligibility.weight_shape(layer._modules["conv2"])[0], None
 
 
 def fused_throughout(segments: list[Segment]) -> bool:

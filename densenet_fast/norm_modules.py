@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from densenet_fast.eligibility import parameter
 from densenet_fast.specs import NormSpec
 
 
@@ -33,22 +34,27 @@ class StepCounts:
 
 def norm_spec(norm: nn.BatchNorm2d, counts: StepCounts) -> NormSpec:
     """What `norm` would do if it were called now, as in `nn.BatchNorm2d.forward`."""
-    mean, var = norm.running_mean, norm.running_var
+    # Every norm in every step: nn.Module.__getattr__ would be most of the work.
+    state = norm.__dict__
+    buffers = state["_buffers"]
+    mean, var = buffers["running_mean"], buffers["running_var"]
     momentum = None
-    if norm.training and norm.track_running_stats:
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.num_batches_tracked is not None:
-            counts.add(norm.num_batches_tracked)
-            if norm.momentum is None:
-                momentum = 1.0 / counts.including_this_step(norm.num_batches_tracked)
+    if state["training"] and state["track_running_stats"]:
+        momentum = state["momentum"]
+        counter = buffers["num_batches_tracked"]
+        if counter is not None:
+            counts.add(counter)
+            if momentum is None:
+                momentum = 1.0 / counts.including_this_step(counter)
+        # Neither a momentum nor a counter: BatchNorm leaves the running statistics alone then.
         if mean is None:
             momentum = None
     return NormSpec(
-        weight=norm.weight,
-        bias=norm.bias,
+        weight=parameter(state, "weight"),
+        bias=parameter(state, "bias"),
         running_mean=mean,
         running_var=var,
-        eps=norm.eps,
-        batch_statistics=norm.training or mean is None,
+        eps=state["eps"],
+        batch_statistics=state["training"] or mean is None,
         momentum=momentum,
     )

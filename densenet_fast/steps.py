@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from densenet_fast.dense_block import dense_block, stem_norm_relu_maxpool
+from densenet_fast.eligibility import parameter
 from densenet_fast.norm_modules import StepCounts, norm_spec
 from densenet_fast.specs import AvgPoolTail, Checkpoint, LayerSpec, Tail, TransitionTail
 
@@ -98,10 +99,11 @@ class DenseStep:
 
 
 def _layer_spec(layer: DenseLayer, counts: StepCounts) -> LayerSpec:
+    parts: Any = layer._modules  # as in norm_spec, not through nn.Module.__getattr__
     return LayerSpec(
-        norm1=norm_spec(layer.norm1, counts),
-        conv1_weight=layer.conv1.weight,
-        norm2=norm_spec(layer.norm2, counts),
-        conv2_weight=layer.conv2.weight,
+        norm1=norm_spec(parts["norm1"], counts),
+        conv1_weight=parameter(parts["conv1"].__dict__, "weight"),
+        norm2=norm_spec(parts["norm2"], counts),
+        conv2_weight=parameter(parts["conv2"].__dict__, "weight"),
         dropout=layer.drop_rate if layer.training else 0.0,
     )
