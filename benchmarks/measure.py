@@ -1,0 +1,189 @@
+"""Measurement inside one process: peak and kept memory of a step, bytes saved for the backward
+pass, and times of several implementations in turn.
+
+Memory is in bytes and time in seconds everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+class MeasurementError(RuntimeError):
+    """A figure could not be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class MemorySample:
+    """Memory of this process, or of the device, around one call; bytes."""
+
+    before: int
+    peak: int
+    after: int
+
+    @property
+    def peak_above_rest(self) -> int:
+        """What the call needed at its worst moment beyond what was there before it."""
+        return self.peak - self.before
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """`VmRSS` (resident now) or `VmHWM` (most resident since the last reset) of this process."""
+    for line in STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise MeasurementError(f"{STATUS} has no field {field}")
+
+
+def reset_peak() -> None:
+    """Lower `VmHWM` to what is resident now."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError as error:
+        raise MeasurementError(
+            f"peak memory on the CPU is read from Linux's /proc, and {CLEAR_REFS} "
+            f"cannot be written here: {error}"
+        ) from error
+
+
+def release_free_memory() -> None:
+    """Collect garbage and give free heap pages back, so that reuse of them counts."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on an accelerator; nothing to do on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample_memory(call: Callable[[], object], device: torch.device) -> MemorySample:
+    """Run `call` and sample memory around it: resident pages on the CPU, the caching
+    allocator's bytes on a CUDA device. What `call` returns lives until `after` is read."""
+    release_free_memory()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        after = torch.cuda.memory_allocated(device)
+    else:
+        reset_peak()
+        before = resident_bytes()
+        result = call()
+        peak, after = resident_bytes("VmHWM"), resident_bytes()
+    del result
+    return MemorySample(before, max(peak, after), after)
+
+
+class _Saved:
+    """A tensor in the hands of autograd: it dies with the node of the graph that saved it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output that is saved would hold its own node
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def saved_for_backward(model: nn.Module, forward: Callable[[], Tensor], inputs: Tensor) -> int:
+    """Bytes that autograd keeps between `forward` and its backward pass.
+
+    Every storage counts once and whole, however many views of it are saved; parameters,
+    buffers and `inputs` exist anyway and do not count.
+    """
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        output = forward()
+    free_of_charge = _storages([*model.parameters(), *model.buffers(), inputs])
+    storages = _storages(saved.tensor for saved in alive)
+    kept = sum(size for key, size in storages.items() if key not in free_of_charge)
+    del output
+    return kept
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Summary of the times of one implementation; seconds."""
+
+    minimum: float
+    median: float
+    low_quartile: float
+    high_quartile: float
+    rounds: int
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles relative to the median."""
+        return (self.high_quartile - self.low_quartile) / self.median
+
+
+def summarize(seconds: list[float]) -> Timing:
+    """Minimum, median and quartiles of a list of times."""
+    if not seconds:
+        raise ValueError("there are no times to summarize")
+    if len(seconds) == 1:
+        low = high = seconds[0]
+    else:
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Timing(min(seconds), statistics.median(seconds), low, high, len(seconds))
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, with the device idle before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    *,
+    times: dict[str, list[float]],
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Time several calls in turn, A B C A B C ..., after one untimed round.
+
+    What disturbs the machine then disturbs all of them. Times are appended to `times` as they
+    arrive, so an interrupt keeps the rounds that were finished.
+    """
+    for call in calls.values():
+        call()
+        advance()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times.setdefault(name, []).append(timed(call, device))
+            advance()

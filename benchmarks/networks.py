@@ -1,0 +1,84 @@
+"""The networks that are measured, as data: every peer is built from the same `NetworkSpec`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A DenseNet-BC and the input it is measured with."""
+
+    name: str
+    growth_rate: int
+    block_config: tuple[int, ...]
+    num_init_features: int
+    image_size: int  # pixels, height and width
+    batch_size: int  # images
+    bn_size: int = 4
+    num_classes: int = 1000
+    in_channels: int = 3
+    small_inputs: bool = False  # 3×3 stem without norm and pooling
+    compression: float = 0.5
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one batch, [N, C, H, W]."""
+        return (self.batch_size, self.in_channels, self.image_size, self.image_size)
+
+    @property
+    def title(self) -> str:
+        """Name and input, as tables show them."""
+        n, c, h, w = self.input_shape
+        return f"{self.name} (k={self.growth_rate}), {n}×{c}×{h}×{w}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that `from_json` turns back into this specification."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> NetworkSpec:
+        """Inverse of `to_json`."""
+        return cls(**{**data, "block_config": tuple(data["block_config"])})
+
+
+def densenet_bc(
+    depth: int,
+    growth_rate: int,
+    *,
+    batch_size: int,
+    image_size: int = 32,
+    in_channels: int = 3,
+    num_classes: int = 10,
+) -> NetworkSpec:
+    """DenseNet-BC for small images: three equal blocks, `depth` layers, 2k stem channels."""
+    layers, rest = divmod(depth - 4, 6)
+    if layers < 1 or rest:
+        raise ValueError(
+            f"the depth of a DenseNet-BC of three blocks is 6·n + 4 (10, 16, ...), got {depth}"
+        )
+    return NetworkSpec(
+        name=f"DenseNet-BC-{depth}",
+        growth_rate=growth_rate,
+        block_config=(layers,) * 3,
+        num_init_features=2 * growth_rate,
+        image_size=image_size,
+        batch_size=batch_size,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        small_inputs=True,
+    )
+
+
+NETWORKS: dict[str, NetworkSpec] = {
+    "densenet121": NetworkSpec(
+        name="DenseNet-121",
+        growth_rate=32,
+        block_config=(6, 12, 24, 16),
+        num_init_features=64,
+        image_size=224,
+        batch_size=8,
+    ),
+    "densenet-bc-100": densenet_bc(100, 12, batch_size=64),
+}

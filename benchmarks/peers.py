@@ -1,0 +1,172 @@
+"""The implementations that are compared, all with the same parameters under the same names.
+
+`naive` and `memory-efficient` are torchvision's own layers, blocks and transitions. torchvision
+assembles them only with the ImageNet stem and a compression of one half; `PlainDenseNet`
+assembles the same classes for every other network.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import densenet as torchvision_densenet
+
+from benchmarks.networks import NetworkSpec
+
+
+class PlainDenseNet(nn.Module):
+    """torchvision's dense blocks and transitions with any stem, compression and channels."""
+
+    def __init__(self, spec: NetworkSpec, *, memory_efficient: bool) -> None:
+        super().__init__()
+        stem: list[tuple[str, nn.Module]]
+        channels = spec.num_init_features
+        if spec.small_inputs:
+            stem = [("conv0", nn.Conv2d(spec.in_channels, channels, 3, padding=1, bias=False))]
+        else:
+            stem = [
+                ("conv0", nn.Conv2d(spec.in_channels, channels, 7, 2, padding=3, bias=False)),
+                ("norm0", nn.BatchNorm2d(channels)),
+                ("relu0", nn.ReLU(inplace=True)),
+                ("pool0", nn.MaxPool2d(kernel_size=3, stride=2, padding=1)),
+            ]
+        self.features = nn.Sequential(OrderedDict(stem))
+        for index, num_layers in enumerate(spec.block_config, start=1):
+            block = torchvision_densenet._DenseBlock(
+                num_layers, channels, spec.bn_size, spec.growth_rate, 0.0, memory_efficient
+            )
+            self.features.add_module(f"denseblock{index}", block)
+            channels += num_layers * spec.growth_rate
+            if index < len(spec.block_config):
+                reduced = int(channels * spec.compression)
+                transition = torchvision_densenet._Transition(channels, reduced)
+                self.features.add_module(f"transition{index}", transition)
+                channels = reduced
+        self.features.add_module("norm5", nn.BatchNorm2d(channels))
+        self.classifier = nn.Linear(channels, spec.num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, num_classes] of images [N, C, H, W]."""
+        features = nn.functional.relu(self.features(images), inplace=True)
+        pooled = nn.functional.adaptive_avg_pool2d(features, (1, 1))
+        return self.classifier(torch.flatten(pooled, 1))
+
+
+def build_torchvision(spec: NetworkSpec, *, memory_efficient: bool) -> nn.Module:
+    """torchvision's network, or its layers assembled for what torchvision does not assemble."""
+    if spec.small_inputs or spec.in_channels != 3 or spec.compression != 0.5:
+        return PlainDenseNet(spec, memory_efficient=memory_efficient)
+    return torchvision_densenet.DenseNet(
+        growth_rate=spec.growth_rate,
+        # torchvision annotates four blocks and takes any number.
+        block_config=spec.block_config,  # type: ignore[arg-type, unused-ignore]
+        num_init_features=spec.num_init_features,
+        bn_size=spec.bn_size,
+        num_classes=spec.num_classes,
+        memory_efficient=memory_efficient,
+    )
+
+
+def build_ours(spec: NetworkSpec, *, checkpoint: str) -> nn.Module:
+    """`EfficientDenseNet` in one of its checkpoint modes."""
+    from densenet_fast import EfficientDenseNet
+
+    return EfficientDenseNet(
+        growth_rate=spec.growth_rate,
+        block_config=spec.block_config,
+        num_init_features=spec.num_init_features,
+        bn_size=spec.bn_size,
+        num_classes=spec.num_classes,
+        checkpoint=checkpoint,
+        small_inputs=spec.small_inputs,
+        compression=spec.compression,
+        in_channels=spec.in_channels,
+    )
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation in one memory layout."""
+
+    name: str
+    label: str
+    color: str  # in plots
+    build: Callable[[NetworkSpec], nn.Module]
+    memory_format: torch.memory_format = torch.channels_last
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is `densenet_fast`."""
+        return self.name.startswith("ours-")
+
+    @property
+    def naive(self) -> bool:
+        """Whether this is torchvision's network as it is, in whichever layout."""
+        return self.name.startswith("naive")
+
+
+def _naive(spec: NetworkSpec) -> nn.Module:
+    return build_torchvision(spec, memory_efficient=False)
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("naive", "naive, contiguous", "#7f7f7f", _naive, torch.contiguous_format),
+        Peer("naive-channels-last", "naive, channels_last", "#4d4d4d", _naive),
+        Peer(
+            "memory-efficient",
+            "torchvision memory_efficient, channels_last",
+            "#e08214",
+            lambda spec: build_torchvision(spec, memory_efficient=True),
+        ),
+        Peer(
+            "ours-none",
+            'densenet_fast, checkpoint="none"',
+            "#92c5de",
+            lambda spec: build_ours(spec, checkpoint="none"),
+        ),
+        Peer(
+            "ours-bottleneck",
+            'densenet_fast, checkpoint="bottleneck" (default)',
+            "#2166ac",
+            lambda spec: build_ours(spec, checkpoint="bottleneck"),
+        ),
+        Peer(
+            "ours-block",
+            'densenet_fast, checkpoint="block"',
+            "#053061",
+            lambda spec: build_ours(spec, checkpoint="block"),
+        ),
+    )
+}
+
+
+def initial_state(spec: NetworkSpec, seed: int) -> dict[str, Tensor]:
+    """The weights that every peer starts from: those of the naive network after `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _naive(spec).state_dict()
+
+
+def build(
+    peer: Peer,
+    spec: NetworkSpec,
+    state: dict[str, Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The network of one peer with the weights of `state`, which must fit name by name."""
+    model = peer.build(spec)
+    model.load_state_dict(state, strict=True)
+    return model.to(device, dtype).to(memory_format=peer.memory_format)

@@ -1,0 +1,70 @@
+"""The suites: each measures into a record of plain data and renders its page from that."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from benchmarks.progress import Progress
+    from benchmarks.report import Page
+
+# Name of a suite → what it answers; the module of the same name holds it.
+SUITES: dict[str, str] = {
+    "training": "the main job: train naive and densenet_fast side by side on real images",
+    "step": "peak memory and speed of one training step of DenseNet-121 and DenseNet-BC-100",
+}
+DEFAULT_SUITE = "training"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None means the suite's own choice."""
+
+    full: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    peers: tuple[str, ...] | None = None
+    networks: tuple[str, ...] | None = None
+    parts: tuple[str, ...] | None = None
+    growth_rates: tuple[int, ...] | None = None
+    rounds: int | None = None
+    output: Path = Path("results")
+
+
+Record = dict[str, Any]
+Save = Callable[[], None]
+
+
+class Suite(Protocol):
+    """The interface of a suite's module."""
+
+    OPTIONS: frozenset[str]  # names of the `Options` beyond the common ones that it takes
+    PARTS: tuple[str, ...]
+
+    def plan(self, options: Options) -> Record:
+        """Settings of a run and empty places for its figures."""
+
+    def run(self, options: Options, record: Record, progress: Progress, save: Save) -> None:
+        """Measure into `record`, calling `save` whenever something was added."""
+
+    def page(self, record: Record) -> Page:
+        """The page of a record, which may be partial."""
+
+    def figure(self, record: Record) -> Figure | None:
+        """The plot of a record, or None when there is nothing to plot yet."""
+
+    def failures(self, record: Record) -> list[str]:
+        """What must not be and is; such a run exits with an error."""
+
+
+def load(name: str) -> Suite:
+    """The suite of that name."""
+    return cast(Suite, importlib.import_module(f"benchmarks.suites.{name}"))

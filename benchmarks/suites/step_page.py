@@ -1,0 +1,190 @@
+"""The page and the plot of the `step` suite, made from its record alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.measure import Timing, summarize
+from benchmarks.memory import CHILD_ENVIRONMENT
+from benchmarks.networks import NetworkSpec
+from benchmarks.peers import PEERS
+from benchmarks.report import MISSING, Page, Table, intro, mebibytes, percent, ratio, seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from benchmarks.suites import Record
+
+Figures = dict[str, dict[str, Any]]
+
+PEAK = "peak_gradients_allocated"
+FREED = "peak_gradients_freed"
+
+
+def _of(record: Record, part: str, network: str) -> Figures:
+    return {entry["peer"]: entry for entry in record[part] if entry["network"] == network}
+
+
+def _timings(record: Record, part: str, network: str) -> dict[str, Timing]:
+    return {
+        name: summarize(entry["seconds"])
+        for name, entry in _of(record, part, network).items()
+        if entry["seconds"]
+    }
+
+
+def _best_naive(values: dict[str, float]) -> float | None:
+    """The smallest figure of the naive network in any layout."""
+    return min((value for name, value in values.items() if PEERS[name].naive), default=None)
+
+
+def _label(name: str) -> str:
+    return PEERS[name].label
+
+
+def page(record: Record) -> Page:
+    """Memory, time and inference tables of every network."""
+    result = Page("One training step: memory and speed")
+    settings = record["settings"]
+    environment = " ".join(f"{key}={value}" for key, value in CHILD_ENVIRONMENT.items())
+    result.add(*intro(record))
+    result.add(
+        "Float32; a step is forward, cross entropy and backward, without an optimizer. All "
+        "implementations start from the same weights. densenet_fast gets channels_last input, as "
+        "the peers in that layout do.",
+        "Memory: each case in a child process of its own, after one whole warm-up step. Peak is "
+        "the most that was resident during the step (VmHWM, reset before it) minus what was "
+        f"resident before it (VmRSS), with `{environment}` so that freed buffers leave the "
+        "process. *Gradients allocated*: the parameters' gradients exist before the step, zeroed "
+        "in place; *gradients freed*: they were set to None, and the step's own allocation of "
+        "them counts. *Saved*: bytes autograd keeps between forward and backward, each storage "
+        "once, without parameters, buffers and input. *Resident after forward*: what the process "
+        "holds between forward and backward beyond what it held before, whoever keeps it. On a "
+        "CUDA device all of them are the caching allocator's bytes.",
+        f"Time: all implementations in one process, in turn, {settings['rounds']} rounds after an "
+        "untimed one, malloc as it is. Ratios are against the naive network in its best layout.",
+    )
+    for data in settings["networks"]:
+        spec = NetworkSpec.from_json(data)
+        result.heading(spec.title)
+        if record["memory"]:
+            _memory_section(result, record, spec)
+        for part, text in (("time", "training step"), ("inference", "inference, no_grad")):
+            timings = _timings(record, part, spec.name)
+            if timings:
+                result.add(_time_table(timings, text))
+    return result
+
+
+def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
+    figures = _of(record, "memory", spec.name)
+    measured = {name: entry for name, entry in figures.items() if "error" not in entry}
+    base = {
+        key: _best_naive({name: entry[key] for name, entry in measured.items()})
+        for key in (PEAK, FREED)
+    }
+    efficient = measured.get("memory-efficient", {}).get(PEAK)
+    table = Table(
+        (
+            "memory, MiB",
+            "peak, gradients allocated",
+            "naive / this",
+            "memory_efficient / this",
+            "peak, gradients freed",
+            "naive / this",
+            "saved",
+            "resident after forward",
+        )
+    )
+    for name, entry in measured.items():
+        table.rows.append(
+            (
+                _label(name),
+                mebibytes(entry[PEAK]),
+                ratio(base[PEAK], entry[PEAK]),
+                ratio(efficient, entry[PEAK]),
+                mebibytes(entry[FREED]),
+                ratio(base[FREED], entry[FREED]),
+                mebibytes(entry["saved_for_backward"]),
+                mebibytes(entry["resident_after_forward"]),
+            )
+        )
+    if table.rows:
+        size = mebibytes(next(iter(measured.values()))["parameters"])
+        result.add(table, f"Parameters: {size} MiB, and their gradients as much again.")
+    errors = [f"- {name}: {e['error']}" for name, e in figures.items() if "error" in e]
+    if errors:
+        result.add("Not measured:\n" + "\n".join(errors))
+
+
+def _time_table(timings: dict[str, Timing], text: str) -> Table:
+    table = Table(
+        (
+            f"{text}, seconds",
+            "minimum",
+            "median",
+            "quartiles",
+            "spread",
+            "speed by minimum",
+            "speed by median",
+        )
+    )
+    best_minimum = _best_naive({name: timing.minimum for name, timing in timings.items()})
+    best_median = _best_naive({name: timing.median for name, timing in timings.items()})
+    for name, timing in timings.items():
+        table.rows.append(
+            (
+                _label(name),
+                seconds(timing.minimum),
+                seconds(timing.median),
+                f"{seconds(timing.low_quartile)} – {seconds(timing.high_quartile)}",
+                percent(timing.spread) if timing.rounds > 1 else MISSING,
+                ratio(best_minimum, timing.minimum),
+                ratio(best_median, timing.median),
+            )
+        )
+    return table
+
+
+def figure(record: Record) -> Figure | None:
+    """Bars of peak memory, training time and inference time, a row for each network."""
+    specs = [NetworkSpec.from_json(data) for data in record["settings"]["networks"]]
+    panels: list[tuple[str, Callable[[NetworkSpec], dict[str, float]]]] = [
+        ("peak memory of a step, MiB", lambda spec: _peaks(record, spec)),
+        ("training step, median s", lambda spec: _medians(record, "time", spec)),
+        ("inference, median s", lambda spec: _medians(record, "inference", spec)),
+    ]
+    panels = [(text, get) for text, get in panels if any(get(spec) for spec in specs)]
+    if not panels:
+        return None
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=(1.5 + 4 * len(panels), 2.8 * len(specs)), layout="constrained")
+    grid = plot.subplots(len(specs), len(panels), squeeze=False)
+    names = record["settings"]["peers"]
+    for spec, row in zip(specs, grid, strict=True):
+        for index, ((text, get), axes) in enumerate(zip(panels, row, strict=True)):
+            values = get(spec)
+            bars = axes.barh(
+                range(len(names)),
+                [values.get(name, 0.0) for name in names],
+                color=[PEERS[name].color for name in names],
+            )
+            axes.bar_label(bars, fmt="{:.3g}", fontsize="small", padding=2)
+            axes.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
+            axes.invert_yaxis()
+            axes.margins(x=0.15)
+            axes.set_xlabel(text)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_title(spec.title, loc="left")
+    return plot
+
+
+def _peaks(record: Record, spec: NetworkSpec) -> dict[str, float]:
+    entries = _of(record, "memory", spec.name).items()
+    return {name: entry[PEAK] / 2**20 for name, entry in entries if PEAK in entry}
+
+
+def _medians(record: Record, part: str, spec: NetworkSpec) -> dict[str, float]:
+    return {name: t.median for name, t in _timings(record, part, spec.name).items()}

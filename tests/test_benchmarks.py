@@ -1,0 +1,323 @@
+"""The benchmarks measure what they say, and their command line refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from benchmarks import cli, digits, measure, memory, peers, report
+from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
+from benchmarks.suites import load, training_page
+
+CPU = torch.device("cpu")
+MIB = 2**20
+TINY = densenet_bc(10, 4, batch_size=2, image_size=16)
+PROC = pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
+
+
+@PROC
+def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end() -> None:
+    def allocate_and_free() -> None:
+        torch.ones(64 * MIB // 4)
+
+    sample = measure.sample_memory(allocate_and_free, CPU)
+    assert sample.peak_above_rest == pytest.approx(64 * MIB, rel=0.05)
+    assert abs(sample.after - sample.before) < 4 * MIB
+
+
+@PROC
+def test_memory_after_a_call_contains_what_it_returned() -> None:
+    sample = measure.sample_memory(lambda: torch.ones(48 * MIB // 4), CPU)
+    assert sample.after - sample.before == pytest.approx(48 * MIB, rel=0.05)
+
+
+@PROC
+def test_peak_memory_does_not_remember_what_was_before_the_reset() -> None:
+    torch.ones(256 * MIB // 4)
+    assert measure.sample_memory(lambda: None, CPU).peak_above_rest < 4 * MIB
+
+
+def test_a_peak_that_cannot_be_reset_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    with pytest.raises(measure.MeasurementError, match="peak memory on the CPU is read from"):
+        measure.reset_peak()
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
+    model = nn.Linear(64, 32)
+    inputs = torch.randn(16, 64)
+
+    def forward() -> torch.Tensor:
+        return model(inputs).exp().sin()
+
+    # exp saves its result and sin its input: the same storage.
+    assert measure.saved_for_backward(model, forward, inputs) == 16 * 32 * 4
+
+
+def test_saved_bytes_leave_out_what_the_graph_has_dropped() -> None:
+    model = nn.Linear(8, 8)
+    inputs = torch.randn(4, 8)
+
+    def forward() -> torch.Tensor:
+        model(inputs).exp()  # its graph dies here
+        return model(inputs).sin()
+
+    assert measure.saved_for_backward(model, forward, inputs) == 4 * 8 * 4
+
+
+def test_interleaved_calls_take_turns_and_are_warmed_up() -> None:
+    order: list[str] = []
+    times: dict[str, list[float]] = {}
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    measure.interleave(calls, 2, CPU, times=times)
+    assert order == ["a", "b"] * 3
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+
+
+def test_timing_summary() -> None:
+    timing = measure.summarize([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert (timing.minimum, timing.median, timing.rounds) == (1.0, 3.0, 5)
+    assert timing.spread == pytest.approx(2 / 3)
+    assert measure.summarize([2.0]).spread == 0
+    with pytest.raises(ValueError, match="no times"):
+        measure.summarize([])
+
+
+@PROC
+def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
+    spec = replace(TINY, image_size=32, batch_size=32)
+    small = memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1))
+    large = memory.measure_in_child(memory.MemoryCase(replace(spec, batch_size=64), "naive", 1))
+    assert large.saved_for_backward == pytest.approx(2 * small.saved_for_backward, rel=0.01)
+    assert small.peak_gradients_allocated > 0.95 * small.saved_for_backward
+    assert small.resident_after_forward == pytest.approx(small.saved_for_backward, rel=0.2)
+    growth = large.peak_gradients_allocated - small.peak_gradients_allocated
+    assert 0.9 < growth / small.saved_for_backward < 1.5
+
+
+def test_failing_child_says_why() -> None:
+    case = memory.MemoryCase(TINY, "no-such-peer", threads=1)
+    with pytest.raises(measure.MeasurementError, match="no-such-peer"):
+        memory.measure_in_child(case)
+
+
+@pytest.mark.parametrize("compression", [0.5, 0.7])
+@pytest.mark.parametrize(
+    "spec", [TINY, replace(NETWORKS["densenet121"], block_config=(2, 2), batch_size=1)], ids=str
+)
+def test_all_peers_share_names_and_function(spec: NetworkSpec, compression: float) -> None:
+    spec = replace(spec, compression=compression, num_classes=5, image_size=32)
+    state = peers.initial_state(spec, seed=3)
+    images = torch.randn(spec.input_shape, dtype=torch.float64)
+    outputs = {}
+    for name, peer in peers.PEERS.items():
+        model = peers.build(peer, spec, state, device=CPU, dtype=torch.float64).eval()
+        assert list(model.state_dict()) == list(state)
+        with torch.no_grad():
+            outputs[name] = model(images.contiguous(memory_format=peer.memory_format))
+    for output in outputs.values():
+        torch.testing.assert_close(output, outputs["naive"], rtol=1e-9, atol=1e-12)
+
+
+def test_initial_state_depends_on_its_seed_alone() -> None:
+    before = torch.get_rng_state()
+    first, again = peers.initial_state(TINY, 1), peers.initial_state(TINY, 1)
+    other = peers.initial_state(TINY, 2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_network_depth_is_checked() -> None:
+    assert NETWORKS["densenet-bc-100"].block_config == (16, 16, 16)
+    assert NetworkSpec.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
+    with pytest.raises(ValueError, match="got 23"):
+        densenet_bc(23, 12, batch_size=1)
+
+
+def test_digits_are_split_and_normalised() -> None:
+    data = digits.load(size=16)
+    assert data.train_images.shape == (1437, 1, 16, 16)
+    assert data.test_images.shape == (360, 1, 16, 16)
+    assert data.train_images.mean().abs() < 1e-4
+    batches = list(digits.batches(data, 700, 5, seed=0))
+    assert [len(labels) for _, labels in batches] == [700] * 5
+    first = torch.cat([batches[0][0], batches[1][0]])
+    assert len(first.flatten(1).unique(dim=0)) > 1390  # an epoch draws no image twice
+
+
+def test_tables_line_up() -> None:
+    table = report.Table(("name", "MiB"), [("a", "1"), ("longer", "1,234")])
+    assert table.markdown().splitlines() == [
+        "| name   |   MiB |",
+        "| ------ | ----: |",
+        "| a      |     1 |",
+        "| longer | 1,234 |",
+    ]
+    assert report.mebibytes(1.5 * MIB) == "1.5"
+    assert report.mebibytes(None) == report.ratio(1.0, None) == report.MISSING
+    assert report.ratio(3.0, 2.0) == "1.50×"
+
+
+def test_stages_and_differences() -> None:
+    assert training_page.stage_losses([1, 3, 5, 7, 9], 2) == [2, 7]
+    assert training_page.stage_losses([4.0], 2) == [4]
+    assert training_page.stage_losses([], 2) == []
+    assert training_page.largest_difference([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
+    assert training_page.largest_difference([float("nan")], [1.0]) == float("inf")
+
+
+MAIN_JOB = ["--threads", "1", "--no-progress", "--growth-rates", "12", "--rounds", "3"]
+
+
+@PROC
+def test_main_job_writes_its_results_and_the_losses_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        arguments = [*MAIN_JOB, "--peers", "naive-channels-last,ours-bottleneck"]
+        assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"training.md", "training.json", "training.png", "training.svg"}
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["complete"]
+    assert record["environment"]["threads"] == 1
+    assert [entry["peer"] for entry in record["memory"]] == [
+        "naive",
+        "naive-channels-last",
+        "ours-bottleneck",
+    ]
+    assert all(entry["peak_gradients_allocated"] > MIB for entry in record["memory"])
+    assert all(0 <= entry["test_accuracy"] <= 1 for entry in record["training"])
+    reference, *others = (entry["losses"] for entry in record["parity"])
+    for losses in others:
+        assert losses == pytest.approx(reference, rel=1e-9)
+    text = (tmp_path / "training.md").read_text()
+    assert text in capsys.readouterr().out or "![" in text
+    assert "**NO**" not in text
+    assert "Machine:" in text
+
+
+def test_disagreement_is_flagged_and_fails() -> None:
+    record = load("training").plan(cli.Options(growth_rates=(12,), peers=("ours-none",)))
+    for peer, last in (("naive", 2.0), ("ours-none", 2.001)):
+        losses = [2.5, 2.5, 2.5, last, last, last]
+        record["parity"].append({"growth_rate": 12, "peer": peer, "losses": losses, "seconds": []})
+    (text,) = load("training").failures(record)
+    assert "ours-none" in text
+    assert "5.0e-04" in text
+    record.update(command="", complete=True, environment=_environment())
+    assert "**NO**" in load("training").page(record).markdown()
+
+
+def _environment() -> dict[str, Any]:
+    from benchmarks.environment import describe
+
+    return describe(CPU)
+
+
+@pytest.mark.parametrize("name", ["training", "step"])
+def test_pages_of_interrupted_runs(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load(name), "run", interrupt)
+    status = cli.main([name, "--no-progress", "--output", str(tmp_path)])
+    assert status == cli.INTERRUPTED
+    assert "partial" in (tmp_path / f"{name}.md").read_text()
+    assert not json.loads((tmp_path / f"{name}.json").read_text())["complete"]
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_step_suite_on_a_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    arguments = ["step", "--no-progress", "--networks", "tiny", "--parts", "time,inference"]
+    assert cli.main([*arguments, "--rounds", "2", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "step.json").read_text())
+    for part in ("time", "inference"):
+        assert [len(entry["seconds"]) for entry in record[part]] == [2] * len(peers.PEERS)
+    assert "speed by median" in (tmp_path / "step.md").read_text()
+
+
+def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(case: memory.MemoryCase) -> memory.StepMemory:
+        if case.peer == "naive":
+            raise measure.MeasurementError("does not fit")
+        return memory.StepMemory(8 * MIB, 9 * MIB, 7 * MIB, 7 * MIB, MIB)
+
+    monkeypatch.setattr(load("step"), "measure_in_child", measured)
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    arguments = ["step", "--no-progress", "--networks", "tiny", "--parts", "memory"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 1
+    text = (tmp_path / "step.md").read_text()
+    assert "- naive: does not fit" in text
+    assert "8.0" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "unknown suite 'speed'; there are training, step"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--device", "meta"], "cannot measure on device 'meta'"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["--threads", "0"], "a whole number of at least 1, got '0'"),
+        (["--rounds", "many"], "got 'many'"),
+        (["--growth-rates", "12,x"], "got 'x'"),
+        (["--peers", "naive,fastest"], "unknown peer: 'fastest'; there are naive,"),
+        (["--peers", ","], "unknown peer: an empty list"),
+        (["step", "--networks", "resnet"], "unknown network: 'resnet'"),
+        (["--parts", "inference"], "unknown part: 'inference'"),
+        (["--networks", "densenet121"], "--networks does not apply to the suite 'training'"),
+        (["--quick", "--full"], "not allowed with argument"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["--output", str(tmp_path / "file" / "results")])
+    assert "cannot write results to" in capsys.readouterr().err
+
+
+def test_missing_dependency_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.REQUIREMENTS, "no_such_module_at_all", "nosuch-distribution")
+    with pytest.raises(SystemExit):
+        cli.main([])
+    text = capsys.readouterr().err
+    assert "the benchmarks need nosuch-distribution" in text
+    assert "pip install '.[bench]'" in text
