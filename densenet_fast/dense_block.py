@@ -1,11 +1,27 @@
-"""A dense block with the transition or the final norm behind it, as one autograd node."""
+"""A dense block with the transition or the final norm behind it, as one autograd node.
+
+All layers read and write one feature buffer X, channels innermost; each channel's statistics are
+taken once, when it is produced. The backward walks over one gradient buffer G and defers the
+correction for batch statistics until all readers of a channel are done. Kept in between:
+
+- `checkpoint="none"`: X and every layer's bottleneck;
+- `checkpoint="bottleneck"`: X, from which the backward recomputes the bottlenecks;
+- `checkpoint="block"`: the block's input, from which the backward recomputes X.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from densenet_fast.block_backward import BlockBackward
+from densenet_fast.block_checks import check_block
+from densenet_fast.block_forward import Geometry, Statistics, forward, recompute_features
+from densenet_fast.first_order import first_order_only
+from densenet_fast.layout import as_rows
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
     AvgPoolTail,
@@ -14,6 +30,14 @@ from densenet_fast.specs import (
     NormSpec,
     Tail,
     TransitionTail,
+    layer_buffers,
+    layer_parameters,
+    tail_buffers,
+    tail_parameters,
+    with_layer_tensors,
+    with_tail_tensors,
+    without_layer_tensors,
+    without_tail_tensors,
 )
 from densenet_fast.stem import stem_norm_relu_maxpool
 
@@ -29,6 +53,8 @@ __all__ = [
     "stem_norm_relu_maxpool",
 ]
 
+_LARGEST_SEED = 2**63 - 1
+
 
 def dense_block(
     input: Tensor,
@@ -42,4 +68,110 @@ def dense_block(
     Returns the concatenated features [N, C, H, W] without a tail, [N, Cout, H // 2, W // 2] behind
     a `TransitionTail` (both channels last in memory), [N, C] behind an `AvgPoolTail`.
     """
-    raise NotImplementedError
+    check_block(input, layers, tail, checkpoint)
+    geometry = Geometry(input.shape, layers, tail)
+    seeds = _draw_seeds(layers)
+    parameters = [tensor for layer in layers for tensor in layer_parameters(layer)]
+    parameters += tail_parameters(tail)
+    differentiable = torch.is_grad_enabled() and (
+        input.requires_grad
+        or any(tensor is not None and tensor.requires_grad for tensor in parameters)
+    )
+    if differentiable:
+        output: Tensor = _DenseBlock.apply(
+            input, layers, tail, geometry, seeds, checkpoint, *parameters
+        )
+        return output
+    with torch.no_grad():
+        return forward(input, layers, tail, geometry, seeds, keep_bottlenecks=False)[0]
+
+
+def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
+    """One seed for each layer with dropout (0 for the others), from torch's default generator."""
+    dropping = [layer.dropout > 0 for layer in layers]
+    if not any(dropping):
+        return [0] * len(dropping)
+    drawn = iter(torch.randint(_LARGEST_SEED, (sum(dropping),), dtype=torch.int64).tolist())
+    return [next(drawn) if drops else 0 for drops in dropping]
+
+
+class _DenseBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        layers: Sequence[LayerSpec],
+        tail: Tail | None,
+        geometry: Geometry,
+        seeds: Sequence[int],
+        checkpoint: Checkpoint,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        output, result = forward(
+            input, layers, tail, geometry, seeds, keep_bottlenecks=checkpoint == "none"
+        )
+        # The buffer is either the output itself or never leaves: in both cases the version counter
+        # notices whoever writes into it before the backward has read it.
+        anchor = input if checkpoint == "block" else result.buffer
+        tensors = [tensor for layer in layers for tensor in layer_buffers(layer)]
+        tensors += tail_buffers(tail)
+        ctx.save_for_backward(anchor, result.statistics, *result.bottlenecks, *parameters, *tensors)
+        ctx.kept_bottlenecks = len(result.bottlenecks)
+        ctx.layers = [without_layer_tensors(layer) for layer in layers]
+        ctx.tail = without_tail_tensors(tail)
+        ctx.geometry, ctx.seeds, ctx.checkpoint = geometry, seeds, checkpoint
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        with torch.no_grad():
+            gradients = _backward(ctx, grad_outputs[0])
+        input, *others = first_order_only("a fused dense block", gradients)
+        return (input, None, None, None, None, None, *others)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+    """The gradients of the input and of every parameter, from what the forward has kept."""
+    anchor, vector, *tensors = ctx.saved_tensors
+    bottlenecks, tensors = tensors[: ctx.kept_bottlenecks], tensors[ctx.kept_bottlenecks :]
+    layers, tail = _restore(ctx.layers, ctx.tail, tensors)
+    geometry: Geometry = ctx.geometry
+    statistics = Statistics(geometry, vector)
+    if ctx.checkpoint == "block":
+        features = recompute_features(anchor, layers, tail, geometry, statistics, ctx.seeds)
+    else:
+        features = as_rows(anchor)
+    first = 6  # the position of the first parameter among the arguments of `apply`
+    needed = ctx.needs_input_grad
+    ends = first + 6 * len(layers)
+    backward = BlockBackward(
+        geometry,
+        layers,
+        features,
+        statistics,
+        [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in bottlenecks],
+        ctx.seeds,
+        input_needed=needed[0],
+        needs=[needed[start : start + 6] for start in range(first, ends, 6)],
+    )
+    grad_input, gradients = backward.run(tail, needed[ends:], grad_output)
+    return [grad_input, *gradients]
+
+
+def _restore(
+    layers: Sequence[LayerSpec], tail: Tail | None, tensors: Sequence[Tensor | None]
+) -> tuple[list[LayerSpec], Tail | None]:
+    """The specs with their tensors again: first all parameters, then all buffers."""
+    parameters = 6 * len(layers)
+    buffers = parameters + len(tail_parameters(tail))
+    restored = [
+        with_layer_tensors(
+            layer,
+            tensors[6 * index : 6 * index + 6],
+            tensors[buffers + 4 * index : buffers + 4 * index + 4],
+        )
+        for index, layer in enumerate(layers)
+    ]
+    return restored, with_tail_tensors(
+        tail, tensors[parameters:buffers], tensors[buffers + 4 * len(layers) :]
+    )

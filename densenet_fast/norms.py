@@ -33,7 +33,7 @@ def coefficients(norm: NormSpec, mean: Tensor, var: Tensor) -> Coefficients:
 
 
 def update_running_statistics(norm: NormSpec, mean: Tensor, var: Tensor, count: int) -> None:
-    """This step's share in the running statistics, where the norm keeps them."""
+    """The share of this step in the running statistics, where the norm keeps them."""
     if not norm.batch_statistics or norm.momentum is None:
         return
     if norm.running_mean is not None and norm.running_var is not None:
@@ -56,6 +56,8 @@ def gradient_coefficients(
     return rows
 
 
-def parameter_gradient(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
-    """The gradient in the parameter's own type; None for a norm without affine parameters."""
-    return None if parameter is None else gradient.to(parameter.dtype)
+def parameter_gradient(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """The gradient in the parameter's own type; None where there is no parameter or no gradient."""
+    if parameter is None or gradient is None:
+        return None
+    return gradient.to(parameter.dtype)

@@ -106,6 +106,24 @@ def optional_statistics(
         )
 
 
+def norm_gradient(
+    op: str,
+    grad_gamma: Tensor | None,
+    grad_beta: Tensor | None,
+    data_gradient: Tensor | None,
+    length: int,
+    like: Tensor,
+) -> None:
+    """A norm's sums: wanted together or not at all, and with every gradient of the data."""
+    if grad_gamma is not None and grad_beta is not None:
+        vectors(op, ("grad_gamma", "grad_beta"), (grad_gamma, grad_beta), length, like)
+    elif grad_gamma is not None or grad_beta is not None or data_gradient is not None:
+        raise ValueError(
+            f"{op}: `grad_gamma` and `grad_beta` should both be tensors, or both be None where no "
+            "gradient of the data is wanted either"
+        )
+
+
 def affine(op: str, name: str, tensor: Tensor, like: Tensor) -> bool:
     """Whether kernels can read a parameter or buffer of a norm: its type may differ from theirs."""
     if tensor.shape != like.shape or tensor.device != like.device:

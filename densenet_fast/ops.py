@@ -45,6 +45,7 @@ def _operator(check: Callable[Arguments, bool | None]) -> Callable[Arguments, No
 
 _MEAN_VAR = ("mean", "var")
 _SCALE_SHIFT = ("scale", "shift")
+_NORM = ("scale", "shift", "mean", "rstd")
 _NORM_GRAD = ("scale", "shift", "mean", "rstd", "grad_gamma", "grad_beta")
 
 
@@ -132,7 +133,7 @@ def conv1x1_forward(
     mean: Tensor | None,
     var: Tensor | None,
 ) -> None:
-    """`bottleneck` = relu(scale * features + shift) @ weight.T, and its statistics if wanted."""
+    """`bottleneck` = relu(scale * features + shift) @ weight.T, and its statistics."""
     op = "conv1x1_forward"
     images, height, width, channels = op_checks.image(op, "features", features)
     op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), channels, features)
@@ -154,8 +155,8 @@ def conv1x1_backward(
     rstd: Tensor,
     weight: Tensor,
     grad_features: Tensor | None,
-    grad_gamma: Tensor,
-    grad_beta: Tensor,
+    grad_gamma: Tensor | None,
+    grad_beta: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
     """Through norm2's affine map, conv1 and norm1: `grad_features` accumulates, the rest is set."""
@@ -166,8 +167,8 @@ def conv1x1_backward(
     narrow = (*shape[:3], outputs)
     op_checks.same_image(op, "grad_norm", grad_norm, narrow, features)
     op_checks.same_image(op, "bottleneck", bottleneck, narrow, features)
-    vectors = (scale, shift, mean, rstd, grad_gamma, grad_beta)
-    op_checks.vectors(op, _NORM_GRAD, vectors, channels, features)
+    op_checks.vectors(op, _NORM, (scale, shift, mean, rstd), channels, features)
+    op_checks.norm_gradient(op, grad_gamma, grad_beta, grad_features, channels, features)
     op_checks.dense(op, "coefficients", coefficients, (3, outputs), scale.dtype, features)
     if grad_features is not None:
         op_checks.same_image(op, "grad_features", grad_features, shape, features)
@@ -185,7 +186,7 @@ def conv3x3_forward(
     mean: Tensor | None,
     var: Tensor | None,
 ) -> None:
-    """`growth` = conv3x3(relu(scale * bottleneck + shift), weight), and its statistics if wanted."""
+    """`growth` = conv3x3(relu(scale * bottleneck + shift), weight), and its statistics."""
     op = "conv3x3_forward"
     shape = op_checks.image(op, "bottleneck", bottleneck)
     channels, outputs = shape[3], weight.shape[0]
@@ -196,7 +197,7 @@ def conv3x3_forward(
 
 
 @_operator
-def conv3x3_dgrad(
+def conv3x3_backward(
     grad_growth: Tensor,
     bottleneck: Tensor,
     scale: Tensor,
@@ -204,33 +205,24 @@ def conv3x3_dgrad(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    grad_norm: Tensor,
-    grad_gamma: Tensor,
-    grad_beta: Tensor,
+    grad_norm: Tensor | None,
+    grad_gamma: Tensor | None,
+    grad_beta: Tensor | None,
+    grad_weight: Tensor | None,
 ) -> None:
-    """Gradient of norm2's output through the 3x3 convolution and the ReLU, and norm2's sums."""
-    op = "conv3x3_dgrad"
+    """Gradients of the weight, and through the ReLU of norm2's output and norm2."""
+    op = "conv3x3_backward"
     shape = op_checks.image(op, "bottleneck", bottleneck)
     channels, outputs = shape[3], weight.shape[0]
-    op_checks.weight(op, weight, (outputs, channels, 3, 3), bottleneck)
+    kernel = (outputs, channels, 3, 3)
+    op_checks.weight(op, weight, kernel, bottleneck)
     op_checks.same_image(op, "grad_growth", grad_growth, (*shape[:3], outputs), bottleneck)
-    op_checks.same_image(op, "grad_norm", grad_norm, shape, bottleneck)
-    vectors = (scale, shift, mean, rstd, grad_gamma, grad_beta)
-    op_checks.vectors(op, _NORM_GRAD, vectors, channels, bottleneck)
-
-
-@_operator
-def conv3x3_wgrad(
-    grad_growth: Tensor, bottleneck: Tensor, scale: Tensor, shift: Tensor, grad_weight: Tensor
-) -> None:
-    """Gradient of the 3x3 convolution's weight."""
-    op = "conv3x3_wgrad"
-    shape = op_checks.image(op, "bottleneck", bottleneck)
-    channels, outputs = shape[3], grad_weight.shape[0]
-    op_checks.vectors(op, _SCALE_SHIFT, (scale, shift), channels, bottleneck)
-    op_checks.same_image(op, "grad_growth", grad_growth, (*shape[:3], outputs), bottleneck)
-    dtype = bottleneck.dtype
-    op_checks.dense(op, "grad_weight", grad_weight, (outputs, channels, 3, 3), dtype, bottleneck)
+    op_checks.vectors(op, _NORM, (scale, shift, mean, rstd), channels, bottleneck)
+    op_checks.norm_gradient(op, grad_gamma, grad_beta, grad_norm, channels, bottleneck)
+    if grad_norm is not None:
+        op_checks.same_image(op, "grad_norm", grad_norm, shape, bottleneck)
+    if grad_weight is not None:
+        op_checks.dense(op, "grad_weight", grad_weight, kernel, weight.dtype, bottleneck)
 
 
 @_operator
@@ -273,7 +265,7 @@ def transition_forward(
     mean: Tensor | None,
     var: Tensor | None,
 ) -> None:
-    """`out` = avgpool2x2(relu(scale * features + shift)) @ weight.T, and its statistics if wanted."""
+    """`out` = avgpool2x2(relu(scale * features + shift)) @ weight.T, and its statistics."""
     op = "transition_forward"
     images, height, width, channels = op_checks.image(op, "features", features)
     outputs = weight.shape[0]

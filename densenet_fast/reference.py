@@ -158,8 +158,8 @@ def conv1x1_backward(
     rstd: Tensor,
     weight: Tensor,
     grad_features: Tensor | None,
-    grad_gamma: Tensor,
-    grad_beta: Tensor,
+    grad_gamma: Tensor | None,
+    grad_beta: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
     """From the gradient of norm2's output to those of conv1's weight, norm1 and the features.
@@ -168,6 +168,8 @@ def conv1x1_backward(
     grad_weight = grad_bottleneck.T @ act(features)
     grad_norm1 = (grad_bottleneck @ weight) where act(features) > 0
     grad_features += scale * grad_norm1
+
+    `grad_gamma` and `grad_beta` may be absent together, if `grad_features` is.
     """
     p, q, s = coefficients.unbind()
     grad_bottleneck = torch.addcmul(s, _wide(bottleneck), q).addcmul_(_wide(grad_norm), p)
@@ -176,6 +178,8 @@ def conv1x1_backward(
         activation = _activation(features, scale, shift).to(weight.dtype)
         torch.mm(grad_rows.t(), _rows(activation), out=grad_weight)
         del activation
+    if grad_gamma is None or grad_beta is None:
+        return
     grad_norm1 = _masked((grad_rows @ weight).view(features.shape), features, scale, shift)
     _norm_sums(grad_norm1, features, mean, rstd, grad_gamma, grad_beta)
     if grad_features is not None:
@@ -200,7 +204,7 @@ def conv3x3_forward(
     _optional_statistics(growth, mean, var)
 
 
-def conv3x3_dgrad(
+def conv3x3_backward(
     grad_growth: Tensor,
     bottleneck: Tensor,
     scale: Tensor,
@@ -208,24 +212,30 @@ def conv3x3_dgrad(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    grad_norm: Tensor,
-    grad_gamma: Tensor,
-    grad_beta: Tensor,
+    grad_norm: Tensor | None,
+    grad_gamma: Tensor | None,
+    grad_beta: Tensor | None,
+    grad_weight: Tensor | None,
 ) -> None:
-    """`grad_norm` = transposed conv3x3 of grad_growth, where act(bottleneck) > 0, and its sums."""
-    grad_activation = _nhwc(F.conv_transpose2d(_nchw(grad_growth), weight, padding=1))
-    grad_norm.copy_(_masked(grad_activation, bottleneck, scale, shift))
-    _norm_sums(_wide(grad_norm), bottleneck, mean, rstd, grad_gamma, grad_beta)
+    """Gradients of the weight, of norm2's output and of norm2.
 
+    grad_weight = correlation of act(bottleneck), padded with zeros, and grad_growth
+    grad_norm = transposed conv3x3(grad_growth, weight) where act(bottleneck) > 0
 
-def conv3x3_wgrad(
-    grad_growth: Tensor, bottleneck: Tensor, scale: Tensor, shift: Tensor, grad_weight: Tensor
-) -> None:
-    """`grad_weight` = correlation of act(bottleneck), padded with zeros, and grad_growth."""
-    activation = _activation(bottleneck, scale, shift).to(grad_growth.dtype)
-    grad_weight.copy_(
-        conv2d_weight(_nchw(activation), grad_weight.shape, _nchw(grad_growth), padding=1)
-    )
+    `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is.
+    """
+    if grad_weight is not None:
+        activation = _nchw(_activation(bottleneck, scale, shift).to(weight.dtype))
+        size = tuple(grad_weight.shape)
+        grad_weight.copy_(conv2d_weight(activation, size, _nchw(grad_growth), padding=1))
+        del activation
+    if grad_gamma is None or grad_beta is None:
+        return
+    grad = _nhwc(F.conv_transpose2d(_nchw(grad_growth), weight, padding=1))
+    grad = _masked(grad, bottleneck, scale, shift)
+    if grad_norm is not None:
+        grad = _wide(grad_norm.copy_(grad))
+    _norm_sums(grad, bottleneck, mean, rstd, grad_gamma, grad_beta)
 
 
 # Dropout

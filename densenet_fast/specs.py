@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -60,3 +61,88 @@ class AvgPoolTail:
 
 
 Tail = TransitionTail | AvgPoolTail
+
+
+# The tensors of a spec, in a fixed order, and the spec without them. Autograd must be handed the
+# tensors to save; what an autograd node remembers besides should hold none.
+
+Tensors = Sequence[Tensor | None]
+
+
+def layer_parameters(layer: LayerSpec) -> list[Tensor | None]:
+    """Norm1's weight and bias, conv1's weight, norm2's weight and bias, conv2's weight."""
+    norm1, norm2 = layer.norm1, layer.norm2
+    return [
+        norm1.weight,
+        norm1.bias,
+        layer.conv1_weight,
+        norm2.weight,
+        norm2.bias,
+        layer.conv2_weight,
+    ]
+
+
+def norm_buffers(norm: NormSpec) -> list[Tensor | None]:
+    """The running statistics, where the norm computes with them."""
+    return [None, None] if norm.batch_statistics else [norm.running_mean, norm.running_var]
+
+
+def layer_buffers(layer: LayerSpec) -> list[Tensor | None]:
+    """The running statistics that the layer computes with."""
+    return norm_buffers(layer.norm1) + norm_buffers(layer.norm2)
+
+
+def tail_parameters(tail: Tail | None) -> list[Tensor | None]:
+    """The tail's norm's weight and bias, and a transition's weight."""
+    if tail is None:
+        return []
+    affine = [tail.norm.weight, tail.norm.bias]
+    return [*affine, tail.conv_weight] if isinstance(tail, TransitionTail) else affine
+
+
+def tail_buffers(tail: Tail | None) -> list[Tensor | None]:
+    """The running statistics that the tail computes with."""
+    return [] if tail is None else norm_buffers(tail.norm)
+
+
+def with_norm_tensors(norm: NormSpec, affine: Tensors, buffers: Tensors) -> NormSpec:
+    """The norm with these tensors. It updates no running statistics."""
+    weight, bias = affine
+    running_mean, running_var = buffers
+    return NormSpec(
+        weight, bias, running_mean, running_var, norm.eps, norm.batch_statistics, momentum=None
+    )
+
+
+def with_layer_tensors(layer: LayerSpec, parameters: Tensors, buffers: Tensors) -> LayerSpec:
+    """The layer with these tensors, in the order of `layer_parameters` and `layer_buffers`."""
+    return LayerSpec(
+        with_norm_tensors(layer.norm1, parameters[:2], buffers[:2]),
+        cast(Tensor, parameters[2]),
+        with_norm_tensors(layer.norm2, parameters[3:5], buffers[2:]),
+        cast(Tensor, parameters[5]),
+        layer.dropout,
+    )
+
+
+def with_tail_tensors(tail: Tail | None, parameters: Tensors, buffers: Tensors) -> Tail | None:
+    """The tail with these tensors."""
+    if tail is None:
+        return None
+    norm = with_norm_tensors(tail.norm, parameters[:2], buffers)
+    if isinstance(tail, TransitionTail):
+        return TransitionTail(norm, cast(Tensor, parameters[2]))
+    return AvgPoolTail(norm)
+
+
+_NOTHING: Tensors = (None,) * 6
+
+
+def without_layer_tensors(layer: LayerSpec) -> LayerSpec:
+    """The layer's numbers alone."""
+    return with_layer_tensors(layer, _NOTHING, _NOTHING[:4])
+
+
+def without_tail_tensors(tail: Tail | None) -> Tail | None:
+    """The tail's numbers alone."""
+    return with_tail_tensors(tail, _NOTHING[:3], _NOTHING[:2])

@@ -1,0 +1,235 @@
+"""The forward of a dense block: every layer writes its channels into one feature buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from densenet_fast import norms, ops
+from densenet_fast.layout import Scratch, empty_channels_last, row_pitch
+from densenet_fast.norms import Coefficients
+from densenet_fast.reference import statistics_dtype
+from densenet_fast.specs import AvgPoolTail, LayerSpec, NormSpec, Tail, TransitionTail
+
+
+class Geometry:
+    """Sizes of a block, and which channels somebody normalises with statistics of the batch.
+
+    Segment 0 of the features is the block's input, segment l + 1 the growth of layer l. `starts[l]`
+    channels are the input of layer l; `starts[-1]` are all.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], layers: Sequence[LayerSpec], tail: Tail | None
+    ) -> None:
+        """Describe the block of `layers` and `tail` on an input [N, C0, H, W]."""
+        images, channels, height, width = shape
+        self.pixels = (images, height, width)
+        self.rows = images * height * width
+        self.growths = [layer.conv2_weight.shape[0] for layer in layers]
+        self.widths = [layer.conv1_weight.shape[0] for layer in layers]
+        self.starts = [channels]
+        for growth in self.growths:
+            self.starts.append(self.starts[-1] + growth)
+        self.channels = self.starts[-1]
+        readers = [index for index, layer in enumerate(layers) if layer.norm1.batch_statistics]
+        if tail is not None and tail.norm.batch_statistics:
+            readers.append(len(layers))
+        # Layer l reads segments 0 to l, so all segments up to the last reader need statistics.
+        self._last_reader = readers[-1] if readers else -1
+
+    def reduced(self, segment: int) -> bool:
+        """Whether some norm takes the batch's statistics of this segment."""
+        return segment <= self._last_reader
+
+
+class Statistics:
+    """Mean and biased variance of all features and of each layer's bottleneck, in one vector."""
+
+    def __init__(self, geometry: Geometry, vector: Tensor) -> None:
+        """Name the parts of `vector`, which has `Statistics.size(geometry)` elements."""
+        sizes = [geometry.channels] * 2
+        for width in geometry.widths:
+            sizes += [width] * 2
+        parts = vector.split(sizes)
+        self.mean, self.var = parts[:2]
+        self._bottleneck = parts[2:]
+
+    @staticmethod
+    def size(geometry: Geometry) -> int:
+        """Elements needed."""
+        return 2 * (geometry.channels + sum(geometry.widths))
+
+    def features(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of some channels of the features."""
+        return self.mean[start:end], self.var[start:end]
+
+    def bottleneck(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a layer's bottleneck."""
+        return self._bottleneck[2 * layer], self._bottleneck[2 * layer + 1]
+
+
+@dataclass
+class Forward:
+    """What a forward leaves behind."""
+
+    buffer: Tensor  # the features [N, C, H, W], channels last
+    statistics: Tensor  # the vector of `Statistics`
+    bottlenecks: list[Tensor]  # one for each layer, or none where they were not kept
+
+
+def norm1_coefficients(
+    layer: LayerSpec, index: int, geometry: Geometry, statistics: Statistics
+) -> Coefficients:
+    """Norm1 of a layer over all features before it."""
+    return norms.coefficients(layer.norm1, *statistics.features(0, geometry.starts[index]))
+
+
+def norm2_coefficients(layer: LayerSpec, index: int, statistics: Statistics) -> Coefficients:
+    """Norm2 of a layer over its bottleneck."""
+    return norms.coefficients(layer.norm2, *statistics.bottleneck(index))
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight [B, C, 1, 1] as [B, C]."""
+    return weight.view(weight.shape[:2])
+
+
+def forward(
+    input: Tensor,
+    layers: Sequence[LayerSpec],
+    tail: Tail | None,
+    geometry: Geometry,
+    seeds: Sequence[int],
+    *,
+    keep_bottlenecks: bool,
+) -> tuple[Tensor, Forward]:
+    """The block's output, and what a backward may want. Updates running statistics."""
+    vector = torch.empty(
+        Statistics.size(geometry), dtype=statistics_dtype(input.dtype), device=input.device
+    )
+    statistics = Statistics(geometry, vector)
+    buffer, features = _feature_buffer(input, geometry, padded=tail is not None)
+    if geometry.reduced(0):
+        start = geometry.starts[0]
+        ops.channel_statistics(features[..., :start], *statistics.features(0, start))
+    bottlenecks: list[Tensor] = []
+    scratch = None if keep_bottlenecks else _bottleneck_scratch(geometry, input)
+    for index, layer in enumerate(layers):
+        if scratch is None:
+            size = (*geometry.pixels, geometry.widths[index])
+            bottlenecks.append(torch.empty(size, dtype=input.dtype, device=input.device))
+            bottleneck = bottlenecks[-1]
+        else:
+            bottleneck = scratch.take(geometry.widths[index])
+        _first_layer_run(layer, index, geometry, statistics, features, bottleneck, seeds[index])
+    del scratch
+    result = Forward(buffer, vector, bottlenecks)
+    return (buffer if tail is None else _tail(tail, features, geometry, statistics)), result
+
+
+def _bottleneck_scratch(geometry: Geometry, like: Tensor) -> Scratch:
+    return Scratch(geometry.pixels, max(geometry.widths, default=0), like)
+
+
+def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple[Tensor, Tensor]:
+    """The buffer [N, C, H, W] and its rows [N, H, W, C], the block's input in the first channels.
+
+    Rows are padded only where the buffer never leaves the block: others want them contiguous.
+    """
+    images, height, width = geometry.pixels
+    pitch = row_pitch(geometry.channels, input.dtype) if padded else geometry.channels
+    shape = (images, geometry.channels, height, width)
+    buffer = empty_channels_last(shape, input, pitch)
+    features = buffer.permute(0, 2, 3, 1)
+    features[..., : geometry.starts[0]].copy_(input.permute(0, 2, 3, 1))
+    return buffer, features
+
+
+def _first_layer_run(
+    layer: LayerSpec,
+    index: int,
+    geometry: Geometry,
+    statistics: Statistics,
+    features: Tensor,
+    bottleneck: Tensor,
+    seed: int,
+) -> None:
+    """One layer, its output's statistics reduced and its running statistics updated."""
+    start, end = geometry.starts[index : index + 2]
+    prefix = features.narrow(3, 0, start)
+    norms.update_running_statistics(
+        layer.norm1, *statistics.features(0, start), count=geometry.rows
+    )
+    scale, shift, _, _ = norm1_coefficients(layer, index, geometry, statistics)
+    mean, var = statistics.bottleneck(index)
+    wanted = (mean, var) if layer.norm2.batch_statistics else (None, None)
+    ops.conv1x1_forward(prefix, scale, shift, matrix(layer.conv1_weight), bottleneck, *wanted)
+
+    norms.update_running_statistics(layer.norm2, mean, var, count=geometry.rows)
+    scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
+    growth = features.narrow(3, start, end - start)
+    wanted = statistics.features(start, end) if geometry.reduced(index + 1) else (None, None)
+    if not layer.dropout:
+        ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, *wanted)
+        return
+    ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
+    ops.dropout_(growth, seed, layer.dropout)
+    if wanted[0] is not None and wanted[1] is not None:
+        ops.channel_statistics(growth, *wanted)
+
+
+def recompute_bottleneck(
+    layer: LayerSpec, norm1: Coefficients, prefix: Tensor, bottleneck: Tensor
+) -> None:
+    """The bottleneck once more, from the statistics of the first run."""
+    weight = matrix(layer.conv1_weight)
+    ops.conv1x1_forward(prefix, norm1.scale, norm1.shift, weight, bottleneck, None, None)
+
+
+def recompute_features(
+    input: Tensor,
+    layers: Sequence[LayerSpec],
+    tail: Tail | None,
+    geometry: Geometry,
+    statistics: Statistics,
+    seeds: Sequence[int],
+) -> Tensor:
+    """The rows of the features once more, [N, H, W, C]: nothing is reduced, nothing updated."""
+    _, features = _feature_buffer(input, geometry, padded=True)
+    scratch = _bottleneck_scratch(geometry, input)
+    # Without a tail nothing reads the last layer's growth: its gradient needs no correction.
+    for index, layer in enumerate(layers if tail is not None else layers[:-1]):
+        start, end = geometry.starts[index : index + 2]
+        bottleneck = scratch.take(geometry.widths[index])
+        norm1 = norm1_coefficients(layer, index, geometry, statistics)
+        recompute_bottleneck(layer, norm1, features.narrow(3, 0, start), bottleneck)
+        scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
+        growth = features.narrow(3, start, end - start)
+        ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
+        if layer.dropout:
+            ops.dropout_(growth, seeds[index], layer.dropout)
+    return features
+
+
+def tail_coefficients(norm: NormSpec, statistics: Statistics) -> Coefficients:
+    """The norm behind the block, over all its features."""
+    return norms.coefficients(norm, statistics.mean, statistics.var)
+
+
+def _tail(tail: Tail, features: Tensor, geometry: Geometry, statistics: Statistics) -> Tensor:
+    norms.update_running_statistics(tail.norm, statistics.mean, statistics.var, count=geometry.rows)
+    scale, shift, _, _ = tail_coefficients(tail.norm, statistics)
+    images, height, width = geometry.pixels
+    if isinstance(tail, AvgPoolTail):
+        out = torch.empty(images, geometry.channels, dtype=features.dtype, device=features.device)
+        ops.norm_relu_avgpool_forward(features, scale, shift, out)
+        return out
+    assert isinstance(tail, TransitionTail)
+    weight = matrix(tail.conv_weight)
+    out = empty_channels_last((images, len(weight), height // 2, width // 2), features)
+    ops.transition_forward(features, scale, shift, weight, out.permute(0, 2, 3, 1), None, None)
+    return out

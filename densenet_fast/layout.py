@@ -1,0 +1,58 @@
+"""Tensors whose pixels are rows of channels: allocation and conversion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CACHE_PAGE = 4096  # rows a multiple of this many bytes apart all fall into the same cache sets
+_PADDING = 16
+
+
+def row_pitch(channels: int, dtype: torch.dtype) -> int:
+    """Elements between the rows of a buffer that nobody outside sees."""
+    return channels + _PADDING * (channels * dtype.itemsize % _CACHE_PAGE == 0)
+
+
+def empty_channels_last(
+    shape: tuple[int, int, int, int], like: Tensor, pitch: int | None = None
+) -> Tensor:
+    """An uninitialised [N, C, H, W] tensor of rows `pitch` apart, C by default.
+
+    Its own storage and no view, so that autograd's version counter guards it as an output too.
+    """
+    _, channels, height, width = shape
+    pitch = pitch or channels
+    strides = (height * width * pitch, 1, width * pitch, pitch)
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[N, C, H, W] of any layout as [N, H, W, C], rows one pitch apart: a copy only if it must."""
+    rows = tensor.permute(0, 2, 3, 1)
+    _, height, width, channels = rows.shape
+    image_stride, row_stride, pitch, channel_stride = rows.stride()
+    if (
+        channel_stride == 1
+        and pitch >= channels
+        and row_stride == width * pitch
+        and image_stride == height * row_stride
+    ):
+        return rows
+    # Dimensions of size 1 may carry any stride, even in a contiguous tensor: name them all.
+    strides = (height * width * channels, width * channels, channels, 1)
+    return rows.contiguous().as_strided(rows.shape, strides)
+
+
+class Scratch:
+    """One buffer for tensors [N, H, W, C] of the same pixels that are never alive together."""
+
+    def __init__(self, pixels: tuple[int, int, int], channels: int, like: Tensor) -> None:
+        """Reserve room for `channels`, the most that will be asked for."""
+        self._pixels = pixels
+        self._rows = pixels[0] * pixels[1] * pixels[2]
+        self._buffer = torch.empty(self._rows * channels, dtype=like.dtype, device=like.device)
+
+    def take(self, channels: int) -> Tensor:
+        """The buffer as contiguous [N, H, W, channels]: what was taken before is overwritten."""
+        return self._buffer[: self._rows * channels].view(*self._pixels, channels)
