@@ -1,0 +1,356 @@
+// Runs every CPU kernel of every instruction set over many odd shapes, without torch, for the
+// sanitizers to watch. Buffers are as small as the kernels may assume: an image ends with its last
+// channel, scratch and call memory have exactly the size asked for and start as NaN. Besides what
+// the sanitizers see, this checks that
+// - nothing is written between the rows of a channel slice,
+// - every output is written and finite, so that neither row gaps nor fresh memory reach a result,
+// - results are bitwise the same for any number of threads and any order of tasks,
+// - instruction sets agree.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace densenet_fast::cpu {
+
+// ---- what the kernels get from torch in the extension ------------------------------------------
+
+namespace {
+
+int num_threads = 1;
+
+void* allocate_nan(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, bytes ? bytes : 1) != 0) std::abort();
+  std::memset(memory, 0xFF, bytes);
+  return memory;
+}
+
+struct ThreadScratch {
+  void* memory[static_cast<size_t>(Scratch::kCount)] = {};
+  ~ThreadScratch() {
+    for (void* p : memory) std::free(p);
+  }
+};
+
+}  // namespace
+
+void* call_memory_allocate(size_t bytes) { return allocate_nan(bytes); }
+void call_memory_free(void* memory) { std::free(memory); }
+
+// A new buffer for every request: nothing that was left behind can be found again.
+void* thread_scratch(Scratch slot, size_t bytes) {
+  thread_local ThreadScratch scratch;
+  void*& memory = scratch.memory[static_cast<size_t>(slot)];
+  std::free(memory);
+  return memory = allocate_nan(bytes);
+}
+
+void run_tasks(int64_t tasks, TaskFunction function, void* context) {
+  if (num_threads == 1) {
+    for (int64_t i = 0; i < tasks; ++i) function(context, i);
+    return;
+  }
+  std::atomic<int64_t> left{tasks};  // from the last task to the first
+  std::vector<std::thread> threads;
+  for (int t = 0; t < num_threads; ++t) {
+    threads.emplace_back([&] {
+      for (int64_t i = left.fetch_sub(1); i > 0; i = left.fetch_sub(1)) function(context, i - 1);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+namespace {
+
+// ---- buffers and shapes -------------------------------------------------------------------------
+
+struct Case {
+  int64_t n, h, w;        // images
+  int64_t channels, out;  // columns read and made
+  int64_t gap;            // elements between the rows of channel slices
+  bool permuted;          // weights whose input channels are not innermost
+  bool optional;          // statistics, data and weight gradients that may be left out are wanted
+};
+
+std::string name(const Case& s) {
+  return "n=" + std::to_string(s.n) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) +
+         " channels=" + std::to_string(s.channels) + " out=" + std::to_string(s.out) +
+         " gap=" + std::to_string(s.gap) + (s.permuted ? " permuted" : "") +
+         (s.optional ? "" : " without optional outputs");
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+
+template <class T>
+class Tester {
+ public:
+  Tester(const Kernels<T>& kernels, const Case& shape) : kernels_(kernels), s_(shape) {}
+
+  // All outputs of all kernels, in a fixed order.
+  std::vector<T> run() {
+    forward();
+    backward();
+    pooling();
+    for (const Owned& o : images_) check_gaps(o);
+    for (const auto& [data, size] : outputs_) result_.insert(result_.end(), data, data + size);
+    for (T value : result_) {
+      if (!std::isfinite(value)) fail("an output is not finite or was not written");
+    }
+    return result_;
+  }
+
+ private:
+  struct Owned {
+    std::unique_ptr<T[]> memory;
+    Image<T> image;
+  };
+
+  // Sixteenths: with the coefficients below, products and sums of the activation are exact and
+  // never zero, so that no instruction set rounds a value to the other side of the rectifier.
+  T random() { return static_cast<T>(static_cast<int>(random_() % 65) - 32) / 16; }
+
+  Image<T> image(int64_t n, int64_t h, int64_t w, int64_t c, bool filled) {
+    const int64_t pitch = c + s_.gap, rows = n * h * w;
+    const int64_t size = rows > 0 ? (rows - 1) * pitch + c : 0;
+    Owned owned{std::make_unique<T[]>(static_cast<size_t>(size)), {}};
+    owned.image = {owned.memory.get(), n, h, w, c, pitch};
+    std::memset(owned.image.data, 0xFF, static_cast<size_t>(size) * sizeof(T));
+    for (int64_t r = 0; filled && r < rows; ++r) {
+      for (int64_t j = 0; j < c; ++j) owned.image.data[r * pitch + j] = random();
+    }
+    images_.push_back(std::move(owned));
+    return images_.back().image;
+  }
+
+  Image<const T> input(int64_t h, int64_t w, int64_t c) { return view(image(s_.n, h, w, c, true)); }
+  Image<T> output(int64_t h, int64_t w, int64_t c) { return image(s_.n, h, w, c, false); }
+  static Image<const T> view(Image<T> i) { return {i.data, i.n, i.h, i.w, i.c, i.pitch}; }
+
+  T* vector(int64_t size) {
+    vectors_.push_back(std::make_unique<T[]>(static_cast<size_t>(size)));
+    std::memset(vectors_.back().get(), 0xFF, static_cast<size_t>(size) * sizeof(T));
+    return vectors_.back().get();
+  }
+  T* coefficients(int64_t size, T offset) {
+    T* v = vector(size);
+    for (int64_t i = 0; i < size; ++i) v[i] = random() + offset;
+    return v;
+  }
+  T* output_vector(int64_t size) {
+    T* v = vector(size);
+    outputs_.emplace_back(v, size);
+    return v;
+  }
+
+  Activation<T> activation(int64_t c) { return {coefficients(c, 0), coefficients(c, T(1) / 512)}; }
+  Norm<T> norm(int64_t c) {
+    return {coefficients(c, 0), coefficients(c, T(1) / 512), coefficients(c, 0),
+            coefficients(c, 0)};
+  }
+  Statistics<T> statistics(int64_t c) {
+    if (!s_.optional) return {};
+    return {output_vector(c), output_vector(c)};
+  }
+  NormGradient<T> affine(int64_t c) { return {output_vector(c), output_vector(c)}; }
+  T* weight_gradient(int64_t size) { return s_.optional ? output_vector(size) : nullptr; }
+
+  Weight<T> weight(int64_t out, int64_t in, int64_t kernel) {
+    const int64_t taps = kernel * kernel;
+    const T* data = coefficients(out * in * taps, 0);
+    if (s_.permuted) return {data, out, in, 1, out * taps, out * kernel, out};
+    return {data, out, in, in * taps, taps, kernel, 1};
+  }
+
+  void keep(Image<T> i) {
+    for (int64_t r = 0; r < i.rows(); ++r) {
+      result_.insert(result_.end(), i.data + r * i.pitch, i.data + r * i.pitch + i.c);
+    }
+  }
+
+  void check_gaps(const Owned& o) const {
+    const Image<T>& i = o.image;
+    for (int64_t r = 0; r + 1 < i.rows(); ++r) {
+      for (int64_t j = i.c; j < i.pitch; ++j) {
+        unsigned char bytes[sizeof(T)];
+        std::memcpy(bytes, i.data + r * i.pitch + j, sizeof(T));
+        for (unsigned char byte : bytes) {
+          if (byte != 0xFF) fail("written between the rows of a channel slice");
+        }
+      }
+    }
+  }
+
+  // ---- the kernels ------------------------------------------------------------------------------
+
+  void forward() {
+    const int64_t h = s_.h, w = s_.w, c = s_.channels, out = s_.out;
+    const Image<const T> features = input(h, w, c);
+    kernels_.channel_statistics(features, {output_vector(c), output_vector(c)});
+
+    const Image<T> bottleneck = output(h, w, out);
+    kernels_.conv1x1_forward(features, activation(c), weight(out, c, 1), bottleneck,
+                             statistics(out));
+    keep(bottleneck);
+    const Image<T> growth = output(h, w, out);
+    kernels_.conv3x3_forward(features, activation(c), weight(out, c, 3), growth, statistics(out));
+    for (double p : {0.3, 1.0}) {
+      keep(growth);
+      kernels_.dropout(growth, 0x123456789abcdefu, p);
+    }
+    keep(growth);
+    if (h < 2 || w < 2) return;
+    const Image<T> pooled = output(h / 2, w / 2, out);
+    kernels_.transition_forward(features, activation(c), weight(out, c, 1), pooled,
+                                statistics(out));
+    keep(pooled);
+  }
+
+  void backward() {
+    const int64_t h = s_.h, w = s_.w, c = s_.channels, out = s_.out;
+    const Image<const T> features = input(h, w, c), gradient = input(h, w, out);
+    {
+      const Image<T> to = s_.optional ? image(s_.n, h, w, c, true) : Image<T>{};  // accumulates
+      kernels_.conv1x1_backward(gradient, input(h, w, out), coefficients(3 * out, 0), features,
+                                norm(c), weight(out, c, 1), to, affine(c),
+                                weight_gradient(out * c));
+      keep(to);
+    }
+    {
+      const Image<T> to = output(h, w, c);
+      kernels_.conv3x3_backward(gradient, features, norm(c), weight(out, c, 3), to, affine(c),
+                                weight_gradient(out * c * 9));
+      keep(to);
+      kernels_.conv3x3_backward(gradient, features, norm(c), weight(out, c, 3), {}, {},
+                                output_vector(out * c * 9));
+    }
+    {
+      const Image<T> to = output(h, w, c);
+      kernels_.finish_gradient(features, input(h, w, c), coefficients(c, 0), coefficients(c, 0),
+                               coefficients(c, 0), to);
+      keep(to);
+    }
+    if (h < 2 || w < 2) return;
+    const Image<T> to = output(h, w, c);
+    kernels_.transition_backward(input(h / 2, w / 2, out), features, norm(c), weight(out, c, 1), to,
+                                 affine(c), weight_gradient(out * c));
+    keep(to);
+  }
+
+  void pooling() {
+    const int64_t h = s_.h, w = s_.w, c = s_.channels;
+    const Image<const T> features = input(h, w, c);
+    kernels_.norm_relu_avgpool_forward(features, activation(c), output_vector(s_.n * c));
+    const Image<T> to = output(h, w, c);
+    kernels_.norm_relu_avgpool_backward(coefficients(s_.n * c, 0), features, norm(c), to,
+                                        affine(c));
+    keep(to);
+
+    const int64_t out_h = (h - 1) / 2 + 1, out_w = (w - 1) / 2 + 1;
+    const Image<T> pooled = output(out_h, out_w, c);
+    const auto argmax = std::make_unique<uint8_t[]>(static_cast<size_t>(s_.n * out_h * out_w * c));
+    kernels_.norm_relu_maxpool_forward(features, activation(c), pooled, argmax.get());
+    keep(pooled);
+    for (int64_t i = 0; i < s_.n * out_h * out_w * c; ++i) {
+      if (argmax[static_cast<size_t>(i)] > 8) fail("argmax is not a position in a 3x3 window");
+      result_.push_back(argmax[static_cast<size_t>(i)]);
+    }
+    for (bool batch_statistics : {false, true}) {
+      const Image<T> gradient = output(h, w, c);
+      kernels_.norm_relu_maxpool_backward(input(out_h, out_w, c), argmax.get(), features, norm(c),
+                                          batch_statistics, gradient, affine(c));
+      keep(gradient);
+    }
+  }
+
+  const Kernels<T>& kernels_;
+  Case s_;
+  std::mt19937 random_{7};
+  std::vector<Owned> images_;
+  std::vector<std::unique_ptr<T[]>> vectors_;
+  std::vector<std::pair<const T*, int64_t>> outputs_;
+  std::vector<T> result_;
+};
+
+// ---- comparisons --------------------------------------------------------------------------------
+
+template <class T>
+void compare(const std::vector<T>& got, const std::vector<T>& want, const std::string& where) {
+  // Sums of up to a few thousand products of numbers below 10^2, in another order.
+  const double tolerance = sizeof(T) == 4 ? 3e-4 : 1e-12;
+  if (got.size() != want.size()) fail(where + ": another number of outputs");
+  double largest = 1;
+  for (T value : want) largest = std::max(largest, std::abs(static_cast<double>(value)));
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double a = got[i], b = want[i];
+    if (std::abs(a - b) > tolerance * (std::abs(b) + 1e-2 * largest)) {
+      fail(where + ": output " + std::to_string(i) + " is " + std::to_string(a) + ", baseline " +
+           std::to_string(b));
+    }
+  }
+}
+
+template <class T>
+void check(const Case& shape) {
+  std::vector<T> baseline;
+  const std::vector<std::string>& names = isa_compiled();  // baseline is last
+  for (auto isa = names.rbegin(); isa != names.rend(); ++isa) {
+    const std::string where = *isa + (sizeof(T) == 4 ? " float32 " : " float64 ") + name(shape);
+    std::fprintf(stderr, "%s\n", where.c_str());
+    set_isa(*isa);
+    num_threads = 1;
+    const std::vector<T> one = Tester<T>(kernels<T>(), shape).run();
+    num_threads = 3;
+    const std::vector<T> three = Tester<T>(kernels<T>(), shape).run();
+    if (one.size() != three.size() ||
+        std::memcmp(one.data(), three.data(), one.size() * sizeof(T)) != 0) {
+      fail(where + ": results depend on the number of threads");
+    }
+    if (baseline.empty()) baseline = one;
+    compare(one, baseline, where);
+  }
+}
+
+int64_t pick(std::mt19937& random, std::initializer_list<int64_t> from) {
+  return from.begin()[random() % from.size()];
+}
+
+void check_all(int cases) {
+  std::mt19937 random{1};
+  for (int i = 0; i < cases; ++i) {
+    const Case shape{pick(random, {1, 2, 3}),
+                     pick(random, {1, 2, 3, 5, 8, 13}),
+                     pick(random, {1, 2, 3, 4, 7, 9, 30}),
+                     pick(random, {1, 3, 8, 15, 16, 17, 33, 48, 70, 130, 145}),
+                     pick(random, {1, 2, 4, 12, 16, 17, 24, 32, 47, 64, 129}),
+                     pick(random, {0, 0, 1, 5}),
+                     random() % 3 == 0,
+                     random() % 4 != 0};
+    check<float>(shape);
+    check<double>(shape);
+  }
+  // Images tall enough to be cut into bands, batches long enough for tasks of several tiles.
+  check<float>({1, 40, 33, 20, 12, 3, false, true});
+  check<double>({3, 37, 29, 16, 8, 0, true, true});
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu
+
+int main(int argc, char** argv) {
+  densenet_fast::cpu::check_all(argc > 1 ? std::atoi(argv[1]) : 40);
+  std::puts("passed");
+}
