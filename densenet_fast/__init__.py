@@ -1,6 +1,33 @@
 """Exact DenseNets in a fraction of the memory."""
 
 from densenet_fast._version import __version__
+from densenet_fast.backend import get_backend, set_backend, use_backend
 from densenet_fast.build_info import build_info
+from densenet_fast.fusion import fusion_report
+from densenet_fast.layers import DenseBlock, DenseLayer, Transition
+from densenet_fast.model import (
+    EfficientDenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+)
 
-__all__ = ["__version__", "build_info"]
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "EfficientDenseNet",
+    "Transition",
+    "__version__",
+    "build_info",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "fusion_report",
+    "get_backend",
+    "set_backend",
+    "use_backend",
+]

@@ -61,7 +61,7 @@ def source_and_installed(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_source_folder_borrows_the_installed_module(source_and_installed: tuple[Path, Path]):
     source, site = source_and_installed
-    result = run_python("-W", "error::RuntimeWarning", "-c", SHOW, cwd=source, PYTHONPATH=str(site))
+    result = run_python(*STRICT, "-c", SHOW, cwd=source, PYTHONPATH=str(site))
     assert result.returncode == 0, result.stderr
     package, module = map(Path, result.stdout.split())
     assert package.is_relative_to(source)
@@ -80,7 +80,7 @@ def test_other_sources_than_the_compiled_ones_warn(source_and_installed: tuple[P
 
 def test_installed_package_works_elsewhere(source_and_installed: tuple[Path, Path], tmp_path: Path):
     _, site = source_and_installed
-    result = run_python("-W", "error::RuntimeWarning", "-c", SHOW, cwd=tmp_path, PYTHONPATH=str(site))
+    result = run_python(*STRICT, "-c", SHOW, cwd=tmp_path, PYTHONPATH=str(site))
     assert result.returncode == 0, result.stderr
     assert all(Path(line).is_relative_to(site) for line in result.stdout.split())
 
