@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densenet_fast import autocast
 from densenet_fast.block_backward import BlockBackward
 from densenet_fast.block_checks import check_block
 from densenet_fast.block_forward import Geometry, Statistics, forward, recompute_features
@@ -68,6 +69,14 @@ def dense_block(
     Returns the concatenated features [N, C, H, W] without a tail, [N, Cout, H // 2, W // 2] behind
     a `TransitionTail` (both channels last in memory), [N, C] behind an `AvgPoolTail`.
     """
+    input, layers, tail = autocast.lowered(input, layers, tail)
+    with autocast.disabled(input.device.type):
+        return _dense_block(input, layers, tail, checkpoint)
+
+
+def _dense_block(
+    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: Checkpoint
+) -> Tensor:
     check_block(input, layers, tail, checkpoint)
     geometry = Geometry(input.shape, layers, tail)
     seeds = _draw_seeds(layers)
@@ -124,7 +133,7 @@ class _DenseBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
             gradients = _backward(ctx, grad_outputs[0])
         input, *others = first_order_only("a fused dense block", gradients)
         return (input, None, None, None, None, None, *others)

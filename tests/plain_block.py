@@ -1,0 +1,53 @@
+"""The oracle: a dense block and the stem as ordinary PyTorch, differentiated by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densenet_fast.specs import LayerSpec, NormSpec, Tail, TransitionTail
+
+
+def plain_norm(input: Tensor, norm: NormSpec) -> Tensor:
+    update = not norm.batch_statistics or norm.momentum is not None
+    return F.batch_norm(
+        input,
+        norm.running_mean if update else None,
+        norm.running_var if update else None,
+        norm.weight,
+        norm.bias,
+        norm.batch_statistics,
+        norm.momentum or 0.0,
+        norm.eps,
+    )
+
+
+def plain_block(
+    input: Tensor,
+    layers: Sequence[LayerSpec],
+    tail: Tail | None = None,
+    masks: Sequence[Tensor | None] = (),
+) -> Tensor:
+    """The block and its tail; `masks` are the factors of dropout, [N, k, H, W] for each layer."""
+    features = input
+    for index, layer in enumerate(layers):
+        bottleneck = F.conv2d(F.relu(plain_norm(features, layer.norm1)), layer.conv1_weight)
+        growth = F.conv2d(
+            F.relu(plain_norm(bottleneck, layer.norm2)), layer.conv2_weight, padding=1
+        )
+        if masks and masks[index] is not None:
+            growth = growth * masks[index]
+        features = torch.cat([features, growth], 1)
+    if tail is None:
+        return features
+    activation = F.relu(plain_norm(features, tail.norm))
+    if isinstance(tail, TransitionTail):
+        return F.avg_pool2d(F.conv2d(activation, tail.conv_weight), 2)
+    return activation.mean((2, 3))
+
+
+def plain_stem(input: Tensor, norm: NormSpec) -> Tensor:
+    return F.max_pool2d(F.relu(plain_norm(input, norm)), 3, 2, padding=1)
