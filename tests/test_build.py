@@ -19,6 +19,7 @@ from densenet_fast._fingerprint import fingerprint
 from densenet_fast.build_info import build_info
 
 ROOT = Path(__file__).resolve().parents[1]
+STRICT = ("-W", "error::RuntimeWarning")
 SHOW = (
     "import densenet_fast, densenet_fast._C as c; print(densenet_fast.__file__); print(c.__file__)"
 )
