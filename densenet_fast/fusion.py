@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,7 +127,7 @@ class _Report:
 
     def block(self, prefix: str, block: DenseBlock) -> None:
         channels: int | None = None
-        for name, layer in block.named_children():
+        for name, layer in block.items():
             channels, obstacle = layer_obstacle(layer, channels, *self.where)
             if isinstance(layer, DenseLayer) and eligibility.touched(layer) is not None:
                 self.layer(f"{prefix}{name}", layer)
@@ -139,7 +140,7 @@ class _Report:
         if whole is not None:
             whole = f"features {whole}: its modules are called one by one"
         prefix = f"{prefix}features."
-        parts = list(model.features.named_children())
+        parts: list[Any] = list(model.features._modules.items())
         modules = [module for _, module in parts]
         for at, (name, module) in enumerate(parts):
             if isinstance(module, nn.BatchNorm2d) or name in ("norm0", "norm5"):

@@ -15,7 +15,21 @@ Size = tuple[int, int]
 # A search for the smallest image gives up here: some module takes no image that is reasonable.
 _LARGEST_SEARCHED = 4096
 
-_KEEP_SIZE = (nn.BatchNorm2d, nn.ReLU, nn.Identity, nn.Dropout, nn.Dropout2d)
+_KEEP_SIZE = (
+    nn.BatchNorm2d,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.SyncBatchNorm,
+    nn.ReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.ELU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+)
 
 
 def output_size(module: nn.Module, size: Size) -> Size | None:
@@ -28,7 +42,7 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
         return size
     if own == "Transition":
         through: Size | None = size
-        for child in module.children():
+        for child in module._modules.values():
             through = None if through is None else output_size(child, through)
         return through
     if isinstance(module, nn.Conv2d):
