@@ -43,7 +43,9 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
     if own == "Transition":
         through: Size | None = size
         for child in module._modules.values():
-            through = None if through is None else output_size(child, through)
+            if through is None or child is None:
+                return None
+            through = output_size(child, through)
         return through
     if isinstance(module, nn.Conv2d):
         readable = type(module) is nn.Conv2d and not isinstance(module.padding, str)

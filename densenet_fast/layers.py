@@ -16,12 +16,15 @@ from densenet_fast.steps import DenseStep
 if TYPE_CHECKING:
     from densenet_fast.steps import Segment
 
-# Norms that leave their input alone and return another tensor.
+# The forwards of norms that leave their input alone and return another tensor.
 _OUT_OF_PLACE = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    nn.modules.instancenorm._InstanceNorm.forward,
+    nn.GroupNorm.forward,
 )
+
+_PARTS = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
 
 
 def _may_write(first: nn.Module | None) -> bool:
@@ -30,7 +33,9 @@ def _may_write(first: nn.Module | None) -> bool:
     The ReLU of a chain works in place: on the input itself, if what stands for the norm returns it.
     The input is a block's feature buffer, which others read.
     """
-    return not isinstance(first, _OUT_OF_PLACE) or eligibility.touched(first) is not None
+    if first is None or eligibility.touched(first) is not None:
+        return True
+    return type(first).forward not in _OUT_OF_PLACE
 
 
 def traced(input: Any) -> bool:
@@ -135,13 +140,12 @@ class DenseLayer(nn.Module):
 
     def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why the submodules must be called one by one, or None."""
-        parts = self._modules
-        try:
-            norm1, relu1, conv1 = parts["norm1"], parts["relu1"], parts["conv1"]
-            norm2, relu2, conv2 = parts["norm2"], parts["relu2"], parts["conv2"]
-        except KeyError as missing:
-            return f"{missing.args[0]} is missing"
-        assert norm1 and relu1 and conv1 and norm2 and relu2 and conv2
+        parts: Any = self._modules
+        for name in _PARTS:
+            if parts.get(name) is None:
+                return f"{name} is missing"
+        norm1, relu1, conv1 = parts["norm1"], parts["relu1"], parts["conv1"]
+        norm2, relu2, conv2 = parts["norm2"], parts["relu2"], parts["conv2"]
         if (found := eligibility.conv(conv1, eligibility.POINTWISE, dtype, device)) is not None:
             return f"conv1 {found}"
         if (found := eligibility.conv(conv2, eligibility.SPATIAL, dtype, device)) is not None:
@@ -223,14 +227,14 @@ class DenseBlock(nn.ModuleDict):
     @checkpoint.setter
     def checkpoint(self, mode: Checkpoint) -> None:
         self._checkpoint = checks.checkpoint_mode(mode)
-        for layer in self.children():
+        for layer in self.values():
             if isinstance(layer, DenseLayer):
                 layer.checkpoint = mode
 
     def forward(self, init_features: Tensor) -> Tensor:
         """`init_features` [N, C, H, W] and the features of all layers behind them."""
         if traced(init_features):
-            for layer in self.children():
+            for layer in self.values():
                 init_features = layer(init_features)
             return init_features
         if torch.compiler.is_compiling():
@@ -250,7 +254,7 @@ class DenseBlock(nn.ModuleDict):
 
     def first_reader(self) -> nn.Module | None:
         """The module that decides how many channels the block expects, if one does."""
-        first = next(self.children(), None)
+        first = next(iter(self.values()), None)
         if type(first) is not DenseLayer or eligibility.touched(first):
             return None
         return first._modules.get("norm1")
@@ -261,11 +265,11 @@ class DenseBlock(nn.ModuleDict):
         """Longest runs of layers to fuse, and single layers to call, in order."""
         segments: list[Segment] = []
         if obstacle is not None:
-            segments.extend(self.children())
+            segments.extend(self.values())
             return segments
         run: list[DenseLayer] = []
         channels = None
-        for layer in self.children():
+        for layer in self.values():
             channels, found = layer_obstacle(layer, channels, dtype, device)
             if found is not None or not isinstance(layer, DenseLayer):
                 segments.append(layer)
@@ -296,7 +300,7 @@ def layer_obstacle(
 
 def fused_throughout(segments: list[Segment]) -> bool:
     """Whether no layer is called as a module."""
-    return not any(isinstance(segment, nn.Module) for segment in segments)
+    return all(isinstance(segment, list) for segment in segments)
 
 
 class Transition(nn.Sequential):
@@ -328,15 +332,15 @@ class Transition(nn.Sequential):
         """The checked forward, fused if nothing is in the way."""
         name = type(self).__name__
         checks.images(name, input)
-        checks.channels(name, input, next(self.children(), None))
+        first = next(iter(self), None)
+        checks.channels(name, input, first)
         obstacle = eligibility.input(input) or self.obstacle(
             input.shape[1], input.dtype, input.device
         )
         if obstacle is not None:
             checks.parameters(self, self, input)
-        geometry.check(name, self.children(), input)
+        geometry.check(name, self, input)
         if obstacle is not None:
-            first = next(self.children(), None)
             return super().forward(input.clone() if _may_write(first) else input)
         return DenseStep([], "bottleneck", self).run(input)
 
@@ -347,7 +351,7 @@ class Transition(nn.Sequential):
         parts = self._modules
         if list(parts) != ["norm", "relu", "conv", "pool"]:
             return f"its submodules are {', '.join(parts)}"
-        norm, relu, conv, pool = self.children()
+        norm, relu, conv, pool = self
         if (found := eligibility.conv(conv, eligibility.POINTWISE, dtype, device)) is not None:
             return f"conv {found}"
         read = eligibility.weight_shape(conv)[1]

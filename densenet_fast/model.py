@@ -116,7 +116,7 @@ class EfficientDenseNet(nn.Module):
             self._check(owner, x, list(self.features.children()))
             return self._compose(x)
 
-        modules = list(self.features.children())
+        modules = list(self.features)
         steps, pooled = chain.steps(modules, x.dtype, x.device)
         self._check(owner, x, chain.called_modules(steps))
         for step in steps:
@@ -131,7 +131,7 @@ class EfficientDenseNet(nn.Module):
         """
         if type(self.features) is not nn.Sequential or eligibility.touched(self.features):
             return
-        modules = list(self.features.children())
+        modules = list(self.features)
         checks.channels(owner, x, modules[0] if modules else None)
         known = geometry.check(owner, modules, x)
         reached = {id(part) for module in known for part in (module, *module.children())}

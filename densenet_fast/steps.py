@@ -16,7 +16,7 @@ from densenet_fast.specs import AvgPoolTail, Checkpoint, LayerSpec, Tail, Transi
 if TYPE_CHECKING:
     from densenet_fast.layers import DenseLayer, Transition
 
-    FusedRun = Sequence[DenseLayer]
+    FusedRun = list[DenseLayer]
     Segment = FusedRun | nn.Module
 
 
@@ -67,18 +67,15 @@ class DenseStep:
     def run(self, input: Tensor) -> Tensor:
         """The concatenated features, or what the tail makes of them."""
         segments = list(self.segments)
-        last: FusedRun = ()
-        if segments:
-            ending = segments.pop()
-            if isinstance(ending, nn.Module):
-                segments.append(ending)
-            else:
-                last = ending
+        last: FusedRun = []
+        if segments and isinstance(segments[-1], list):
+            last = segments[-1]
+            segments.pop()
         for segment in segments:
-            if isinstance(segment, nn.Module):
-                input = segment(input)
-            else:
+            if isinstance(segment, list):
                 input = self._fused(input, segment, None)
+            else:
+                input = segment(input)
         if last or self.tail is not None:
             input = self._fused(input, last, self.tail)
         return input
