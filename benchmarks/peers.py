@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import densenet as torchvision_densenet
 
 from benchmarks.networks import NetworkSpec
+
+Checkpoint = Literal["none", "bottleneck", "block"]
 
 
 class PlainDenseNet(nn.Module):
@@ -76,7 +79,7 @@ def build_torchvision(spec: NetworkSpec, *, memory_efficient: bool) -> nn.Module
     )
 
 
-def build_ours(spec: NetworkSpec, *, checkpoint: str) -> nn.Module:
+def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
     """`EfficientDenseNet` in one of its checkpoint modes."""
     from densenet_fast import EfficientDenseNet
 

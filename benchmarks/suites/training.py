@@ -35,8 +35,8 @@ GROWTH_RATES = (12, 24, 32)
 QUICK_PEERS = ("naive", "naive-channels-last", "ours-none", "ours-bottleneck", "ours-block")
 LEARNING_RATE = 0.01
 FLOAT64_TOLERANCE = 1e-9
-# Work of the progress bar: a float64 step costs about four in float32, a child some steps more.
-FLOAT64_WORK = 4
+# Work of the progress bar: a float64 step costs about five in float32, a child some steps more.
+FLOAT64_WORK = 5
 CHILD_WORK = 1_500
 
 
@@ -57,8 +57,8 @@ def plan(options: Options) -> Record:
             "parts": list(options.parts or PARTS),
             "steps": steps,
             "stage_steps": max(1, steps // (10 if options.full else 8)),
-            "parity_steps": min(steps, 12),
-            "parity_stage_steps": 3,
+            "parity_steps": min(steps, 12 if options.full else 6),
+            "parity_stage_steps": 2,
             "parity_batch_size": 16,
             "float64_tolerance": FLOAT64_TOLERANCE,
             "learning_rate": LEARNING_RATE,
