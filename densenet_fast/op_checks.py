@@ -43,7 +43,7 @@ def _check_layout(op: str, name: str, tensor: Tensor) -> None:
         or image_stride != height * row_stride
     ):
         raise ValueError(
-            f"{op}: the pixels of `{name}` should be rows of channels one pitch apart, strides "
+            f"{op}: `{name}` should have its pixels as rows of channels one pitch apart, strides "
             f"(H*W*pitch, W*pitch, pitch, 1) with pitch >= {channels}, got strides "
             f"{tensor.stride()} for shape {tuple(tensor.shape)}"
         )

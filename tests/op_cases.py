@@ -132,9 +132,9 @@ def assert_close(
     its typical size; `magnitude` is that size where the exact result may cancel.
     """
     assert actual.shape == exact.shape
-    size = exact.abs().max() if magnitude is None else magnitude
+    size = exact.detach().abs().max() if magnitude is None else magnitude
     bound = 8 * torch.finfo(dtype).eps * (length**0.5 + 2) * float(size) + 1e-30
-    error = (actual.double() - exact).abs()
+    error = (actual.double() - exact.detach()).abs()
     worst = float(error.max())
     if not worst <= bound:
         where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))

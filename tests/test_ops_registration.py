@@ -1,0 +1,64 @@
+"""What PyTorch knows of the compiled operators, and that they agree with their twins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from op_cases import WIDE
+from ops_arguments import ARGUMENTS, arguments
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from densenet_fast import _extension, ops
+from densenet_fast.backend import use_backend
+
+pytestmark = pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
+
+
+def operator(op: str) -> Any:
+    return getattr(torch.ops.densenet_fast, op).default
+
+
+def test_every_operator_is_covered() -> None:
+    schemas = {
+        schema.name.removeprefix("densenet_fast::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("densenet_fast::")
+    }
+    assert schemas == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sliced"])
+def test_opcheck(op: str, dtype: torch.dtype, dense: bool) -> None:
+    torch.library.opcheck(operator(op), tuple(arguments(op, dtype, dense=dense).values()))
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_fake_tensors_pass_through(op: str) -> None:
+    with FakeTensorMode() as mode:
+        fakes = [
+            mode.from_tensor(value) if isinstance(value, Tensor) else value
+            for value in arguments(op).values()
+        ]
+        assert operator(op)(*fakes) is None
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_kernels_and_twins_agree(op: str, dtype: torch.dtype) -> None:
+    results = []
+    for name in ("reference", "cpu"):
+        given = arguments(op, dtype)
+        with use_backend(name):  # type: ignore[arg-type]
+            getattr(ops, op)(**given)
+        results.append(given)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name, expected in results[0].items():
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(
+                results[1][name], expected, rtol=10 * tolerance, atol=10 * tolerance, msg=name
+            )
