@@ -69,13 +69,13 @@ def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return touched(module)
 
 
-def _tensor(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
     if type(tensor) not in PLAIN_TENSORS:
-        return f"{name} is a {type(tensor).__name__}"
+        return f"holds a {type(tensor).__name__}"
     if tensor.dtype is not dtype:
-        return f"{name} is {tensor.dtype}, not {dtype}"
+        return f"is {tensor.dtype}, not {dtype}"
     if tensor.device != device:
-        return f"{name} is on {tensor.device}, not {device}"
+        return f"is on {tensor.device}, not {device}"
     return None
 
 
@@ -114,7 +114,7 @@ def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.dev
             or tensor.dtype is not dtype
             or tensor.device != device
         ):
-            return _tensor(tensor, "one of its tensors", dtype, device)
+            return _tensor(tensor, dtype, device)
     return None
 
 
@@ -147,7 +147,7 @@ def conv(
         return (
             "has kernel_size {}, stride {}, padding {}, dilation {}, groups {}, padding_mode {}"
         ).format(*actual)
-    return _tensor(weight, "its weight", dtype, device)
+    return _tensor(weight, dtype, device)
 
 
 def weight_shape(module: nn.Module | None) -> torch.Size:

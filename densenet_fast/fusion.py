@@ -114,8 +114,9 @@ class _Report:
         elif isinstance(module, Transition):
             self.transition(name or type(module).__name__, module)
         else:
-            for part, child in module.named_children():
-                self.visit(f"{prefix}{part}", child)
+            for part, child in module._modules.items():
+                if child is not None:
+                    self.visit(f"{prefix}{part}", child)
 
     def layer(self, name: str, layer: DenseLayer) -> None:
         channels = getattr(layer._modules.get("norm1"), "num_features", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from densenet_fast.eligibility import parameter
@@ -9,27 +10,38 @@ from densenet_fast.specs import NormSpec
 
 
 class StepCounts:
-    """The norms' `num_batches_tracked`, counted after the step has succeeded.
+    """The norms' `num_batches_tracked`: counted around the step, as a context.
 
-    A step that is refused for its input must leave every counter as it was.
+    A step that is refused leaves every counter as it was. One that is cut short does not: where
+    torch.utils.checkpoint has recomputed all it needs, it stops a forward by an exception of its
+    own, and the running statistics have been updated by then.
     """
 
     def __init__(self) -> None:
         self._counters: list[Tensor] = []
 
     def add(self, counter: Tensor) -> None:
-        """Count this step when it is committed. A norm used twice counts twice."""
+        """Count this step too. A norm used twice counts twice."""
         self._counters.append(counter)
 
     def including_this_step(self, counter: Tensor) -> int:
-        """Steps so far, with those still to be committed."""
+        """Steps so far, with those still to be counted."""
         return int(counter) + sum(pending is counter for pending in self._counters)
 
-    def commit(self) -> None:
-        """Count now."""
+    def __enter__(self) -> None:
+        self._count(1)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, (TypeError, ValueError, RuntimeError)):
+            self._count(-1)
+
+    def _count(self, steps: int) -> None:
+        once = {id(counter): counter for counter in self._counters}
+        if len(once) == len(self._counters) > 0:
+            torch._foreach_add_(self._counters, steps)
+            return
         for counter in self._counters:
-            counter.add_(1)
-        self._counters.clear()
+            counter.add_(steps)
 
 
 def norm_spec(norm: nn.BatchNorm2d, counts: StepCounts) -> NormSpec:

@@ -47,9 +47,9 @@ class StemStep:
     def run(self, input: Tensor) -> Tensor:
         """The pooled features."""
         counts = StepCounts()
-        output = stem_norm_relu_maxpool(input, norm_spec(self.norm, counts))
-        counts.commit()
-        return output
+        norm = norm_spec(self.norm, counts)
+        with counts:
+            return stem_norm_relu_maxpool(input, norm)
 
 
 @dataclass
@@ -90,9 +90,8 @@ class DenseStep:
             behind = AvgPoolTail(norm_spec(tail, counts))
         elif tail is not None:
             behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)
-        output = dense_block(input, layers, tail=behind, checkpoint=self.checkpoint)
-        counts.commit()
-        return output
+        with counts:
+            return dense_block(input, layers, tail=behind, checkpoint=self.checkpoint)
 
 
 def _layer_spec(layer: DenseLayer, counts: StepCounts) -> LayerSpec:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from densenet_fast import steps as fused_steps
 from densenet_fast.layers import DenseBlock
 from densenet_fast.model import EfficientDenseNet
 
@@ -152,3 +153,24 @@ def assert_same_steps(
                 for parameter in module.parameters():
                     if parameter.grad is not None:
                         parameter -= 0.01 * parameter.grad / (1 + parameter.grad.norm())
+
+
+def without_inplace(network: nn.Module) -> None:
+    """Full backward hooks forbid working in place on what they return, in torchvision too."""
+    for part in network.modules():
+        if isinstance(part, nn.ReLU):
+            part.inplace = False
+
+
+class Recorder:
+    """Counts the fused nodes of a forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[int] = []
+        original = fused_steps.dense_block
+
+        def recorded(input: Tensor, layers: Any, **kwargs: Any) -> Tensor:
+            self.runs.append(len(layers))
+            return original(input, layers, **kwargs)
+
+        monkeypatch.setattr(fused_steps, "dense_block", recorded)
