@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from densenet_fast import chain, checks, eligibility, geometry
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition, mode_of, outside_graph, traced
+from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.specs import Checkpoint
 
 
@@ -144,6 +146,13 @@ class EfficientDenseNet(nn.Module):
     def _compose(self, x: Tensor) -> Tensor:
         """The modules called one by one."""
         return self.classifier(_relu_and_average(self.features(x)))
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
+        with unchanged_after_errors(self):
+            return super().load_state_dict(state_dict, strict, assign)
 
 
 def _relu_and_average(features: Tensor) -> Tensor:
