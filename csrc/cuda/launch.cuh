@@ -1,0 +1,91 @@
+// The only way a kernel is started: shared memory requested, the launch checked, errors that name
+// the kernel and its geometry. Under the emulator the same call runs the kernel's threads as
+// fibers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace densenet_fast::cuda {
+
+struct LaunchConfig {
+  const char* name;
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+};
+
+// What the choice of tiles and stages depends on.
+struct DeviceLimits {
+  int major;
+  int minor;
+  int shared_bytes_per_block;  // with opt-in
+  int shared_bytes_per_multiprocessor;
+  int multiprocessors;
+};
+
+inline std::string describe(const LaunchConfig& c) {
+  const auto dims = [](const dim3& d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) +
+           ")";
+  };
+  return std::string(c.name) + ", grid " + dims(c.grid) + ", block " + dims(c.block) + ", " +
+         std::to_string(c.shared_bytes) + " bytes of shared memory";
+}
+
+#ifdef DENSENET_FAST_EMULATOR
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
+  ::emulator::run({c.name, c.grid, c.block, c.shared_bytes},
+                  [&] { kernel(static_cast<P>(args)...); });
+}
+
+inline DeviceLimits current_device_limits() {
+  const auto d = ::emulator::device();
+  return {d.major, d.minor, d.shared_bytes_per_block, d.shared_bytes_per_multiprocessor,
+          d.multiprocessors};
+}
+
+#else
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error("densenet_fast: " + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
+  if (c.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(c.shared_bytes)),
+          describe(c));
+  }
+  kernel<<<c.grid, c.block, c.shared_bytes, c.stream> > >(static_cast<P>(args)...);
+  check(cudaGetLastError(), describe(c));
+}
+
+inline DeviceLimits current_device_limits() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {attribute(cudaDevAttrComputeCapabilityMajor),
+          attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          attribute(cudaDevAttrMultiProcessorCount)};
+}
+
+#endif
+
+}  // namespace densenet_fast::cuda
