@@ -30,23 +30,32 @@ def plain_block(
     layers: Sequence[LayerSpec],
     tail: Tail | None = None,
     masks: Sequence[Tensor | None] = (),
+    normalised: list[Tensor] | None = None,
 ) -> Tensor:
-    """The block and its tail; `masks` are the factors of dropout, [N, k, H, W] for each layer."""
+    """The block and its tail; `masks` are the factors of dropout, [N, k, H, W] for each layer.
+
+    `normalised` collects what the ReLUs are given.
+    """
+
+    def activation(input: Tensor, norm: NormSpec) -> Tensor:
+        output = plain_norm(input, norm)
+        if normalised is not None:
+            normalised.append(output)
+        return F.relu(output)
+
     features = input
     for index, layer in enumerate(layers):
-        bottleneck = F.conv2d(F.relu(plain_norm(features, layer.norm1)), layer.conv1_weight)
-        growth = F.conv2d(
-            F.relu(plain_norm(bottleneck, layer.norm2)), layer.conv2_weight, padding=1
-        )
+        bottleneck = F.conv2d(activation(features, layer.norm1), layer.conv1_weight)
+        growth = F.conv2d(activation(bottleneck, layer.norm2), layer.conv2_weight, padding=1)
         if masks and masks[index] is not None:
             growth = growth * masks[index]
         features = torch.cat([features, growth], 1)
     if tail is None:
         return features
-    activation = F.relu(plain_norm(features, tail.norm))
+    output = activation(features, tail.norm)
     if isinstance(tail, TransitionTail):
-        return F.avg_pool2d(F.conv2d(activation, tail.conv_weight), 2)
-    return activation.mean((2, 3))
+        return F.avg_pool2d(F.conv2d(output, tail.conv_weight), 2)
+    return output.mean((2, 3))
 
 
 def plain_stem(input: Tensor, norm: NormSpec) -> Tensor:
