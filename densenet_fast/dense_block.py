@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 _LARGEST_SEED = 2**63 - 1
+_FIRST_PARAMETER = 7  # its position among the arguments of `_DenseBlock.apply`
 
 
 def dense_block(
@@ -87,8 +88,11 @@ def _dense_block(
         or any(tensor is not None and tensor.requires_grad for tensor in parameters)
     )
     if differentiable:
+        # A way back to the input that keeps none of it alive: second derivatives must be found
+        # out also where the backward does not need the input.
+        link = input[:0].sum() if input.requires_grad else None
         output: Tensor = _DenseBlock.apply(
-            input, layers, tail, geometry, seeds, checkpoint, *parameters
+            input, link, layers, tail, geometry, seeds, checkpoint, *parameters
         )
         return output
     with torch.no_grad():
@@ -109,6 +113,7 @@ class _DenseBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: Tensor,
+        link: Tensor | None,
         layers: Sequence[LayerSpec],
         tail: Tail | None,
         geometry: Geometry,
@@ -124,7 +129,9 @@ class _DenseBlock(torch.autograd.Function):
         anchor = input if checkpoint == "block" else result.buffer
         tensors = [tensor for layer in layers for tensor in layer_buffers(layer)]
         tensors += tail_buffers(tail)
-        ctx.save_for_backward(anchor, result.statistics, *result.bottlenecks, *parameters, *tensors)
+        ctx.save_for_backward(
+            link, anchor, result.statistics, *result.bottlenecks, *parameters, *tensors
+        )
         ctx.kept_bottlenecks = len(result.bottlenecks)
         ctx.layers = [without_layer_tensors(layer) for layer in layers]
         ctx.tail = without_tail_tensors(tail)
@@ -135,13 +142,14 @@ class _DenseBlock(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
             gradients = _backward(ctx, grad_outputs[0])
-        input, *others = first_order_only("a fused dense block", gradients)
-        return (input, None, None, None, None, None, *others)
+        behind = [*grad_outputs, *ctx.saved_tensors] if torch.is_grad_enabled() else ()
+        input, *others = first_order_only("a fused dense block", gradients, behind)
+        return (input, *[None] * (_FIRST_PARAMETER - 1), *others)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     """The gradients of the input and of every parameter, from what the forward has kept."""
-    anchor, vector, *tensors = ctx.saved_tensors
+    _, anchor, vector, *tensors = ctx.saved_tensors
     bottlenecks, tensors = tensors[: ctx.kept_bottlenecks], tensors[ctx.kept_bottlenecks :]
     layers, tail = _restore(ctx.layers, ctx.tail, tensors)
     geometry: Geometry = ctx.geometry
@@ -150,9 +158,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
         features = recompute_features(anchor, layers, tail, geometry, statistics, ctx.seeds)
     else:
         features = as_rows(anchor)
-    first = 6  # the position of the first parameter among the arguments of `apply`
     needed = ctx.needs_input_grad
-    ends = first + 6 * len(layers)
+    ends = _FIRST_PARAMETER + 6 * len(layers)
     backward = BlockBackward(
         geometry,
         layers,
@@ -161,7 +168,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
         [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in bottlenecks],
         ctx.seeds,
         input_needed=needed[0],
-        needs=[needed[start : start + 6] for start in range(first, ends, 6)],
+        needs=[needed[start : start + 6] for start in range(_FIRST_PARAMETER, ends, 6)],
     )
     grad_input, gradients = backward.run(tail, needed[ends:], grad_output)
     return [grad_input, *gradients]

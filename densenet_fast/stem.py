@@ -65,7 +65,8 @@ class _Stem(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         with torch.no_grad():
             gradients = _backward(ctx, grad_outputs[0])
-        input, weight, bias = first_order_only("the fused stem", gradients)
+        behind = [*grad_outputs, *ctx.saved_tensors]
+        input, weight, bias = first_order_only("the fused stem", gradients, behind)
         return input, None, weight, bias
 
 
