@@ -9,7 +9,7 @@ from torch import nn
 
 from densenet_fast import eligibility
 from densenet_fast.layers import DenseBlock, Transition
-from densenet_fast.steps import DenseStep, ModuleStep, StemStep, Step
+from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 
 
 def stem_obstacle(
@@ -66,11 +66,14 @@ def steps(
         module = modules[at]
         if type(module) is nn.BatchNorm2d:
             if stem_obstacle(modules[at : at + 3], dtype, device) is None:
+                _channels_innermost(planned)
                 planned.append(StemStep(module))
                 at += 3
                 continue
         elif isinstance(module, DenseBlock) and block_obstacle(module) is None:
             step = DenseStep(module.segments(None, dtype, device), module.checkpoint)
+            if step.segments and isinstance(step.segments[0], list):
+                _channels_innermost(planned)
             planned.append(step)
             at += 1
             if at == len(modules) or not _ends_fused(step):
@@ -90,15 +93,23 @@ def steps(
     return planned, False
 
 
+def _channels_innermost(planned: list[Step]) -> None:
+    """Make the last step, if it is a convolution, write its output as fused steps want it."""
+    last = planned[-1] if planned else None
+    if isinstance(last, ModuleStep) and eligibility.any_conv(last.module) is None:
+        assert isinstance(last.module, nn.Conv2d)
+        planned[-1] = ConvStep(last.module)
+
+
 def _ends_fused(step: DenseStep) -> bool:
-    return bool(step.segments) and not isinstance(step.segments[-1], nn.Module)
+    return bool(step.segments) and isinstance(step.segments[-1], list)
 
 
 def called_modules(planned: Sequence[Step]) -> list[nn.Module]:
-    """The modules that the steps call as modules."""
+    """The modules that the steps call as modules, or at which nobody has looked closely."""
     called: list[nn.Module] = []
     for step in planned:
-        if isinstance(step, ModuleStep):
+        if isinstance(step, (ConvStep, ModuleStep)):
             called.append(step.module)
         elif isinstance(step, DenseStep):
             called.extend(part for part in step.segments if isinstance(part, nn.Module))

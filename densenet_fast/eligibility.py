@@ -150,6 +150,19 @@ def conv(
     return _tensor(weight, dtype, device)
 
 
+def any_conv(module: nn.Module) -> str | None:
+    """Obstacle to computing a convolution of any kind with a copy of its weight."""
+    obstacle = exactly(module, nn.Conv2d)
+    if obstacle is None:
+        parameters = module.__dict__["_parameters"]
+        for name in ("weight", "bias"):
+            if name not in parameters:
+                return f"has no registered {name}"
+            if parameters[name] is not None and type(parameters[name]) not in PLAIN_TENSORS:
+                return f"holds a {type(parameters[name]).__name__}"
+    return obstacle
+
+
 def weight_shape(module: nn.Module | None) -> torch.Size:
     """The shape of the weight of an eligible convolution."""
     return parameter(module.__dict__, "weight").shape

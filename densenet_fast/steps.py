@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from densenet_fast.dense_block import dense_block, stem_norm_relu_maxpool
@@ -36,6 +37,23 @@ class ModuleStep:
     def run(self, input: Tensor) -> Tensor:
         """The module's output."""
         return self.module(input)
+
+
+@dataclass
+class ConvStep:
+    """A convolution in front of a fused step, which wants its input's channels innermost.
+
+    A weight in that layout makes the convolution write its output so, without another copy of the
+    images: autograd keeps them as they came.
+    """
+
+    module: nn.Conv2d
+
+    def run(self, input: Tensor) -> Tensor:
+        """The module's output."""
+        state = self.module.__dict__
+        weight = parameter(state, "weight").contiguous(memory_format=torch.channels_last)
+        return self.module._conv_forward(input, weight, parameter(state, "bias"))
 
 
 @dataclass
