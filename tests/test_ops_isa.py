@@ -1,0 +1,128 @@
+"""Every instruction set the module was compiled for, and every number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ops_arguments
+import pytest
+import torch
+from op_cases import WIDE
+from ops_arguments import ARGUMENTS, arguments
+from test_ops_conv import check_conv1x1_backward, check_conv3x3_backward, check_forward
+from test_ops_pool import check_average, check_maxpool, check_transition
+from torch import Tensor
+
+from densenet_fast import _extension, ops
+from densenet_fast.backend import use_backend
+from densenet_fast.build_info import build_info
+
+pytestmark = pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
+
+ISAS = build_info()["cpu_isa_compiled"] if _extension.LOADED else []
+# Full and partial vectors, tiles and panels of every instruction set.
+PIXELS = ((1, 1, 1), (1, 3, 70), (2, 9, 17))
+POINTWISE = (
+    "channel_statistics",
+    "norm_coefficients",
+    "update_running_statistics",
+    "norm_grad_coefficients",
+    "dropout_",
+    "finish_gradient",
+)
+CHANNELS = ((1, 1), (17, 3), (48, 12), (100, 32), (65, 48))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on one instruction set, if this processor has it."""
+    from densenet_fast import _C
+
+    before = _C.isa_in_use()
+    try:
+        _C.set_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        with use_backend("cpu"):
+            yield request.param
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("pixels", PIXELS, ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
+def test_convolutions(
+    isa: str, dtype: torch.dtype, pixels: tuple[int, int, int], channels: int, outputs: int
+) -> None:
+    check_forward(1, pixels, channels, outputs, dtype)
+    check_conv1x1_backward(pixels, channels, outputs, dtype)
+    check_forward(3, pixels, channels, outputs, dtype)
+    check_conv3x3_backward(pixels, channels, outputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("pixels", [(1, 2, 2), (1, 3, 70), (2, 9, 17)], ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
+def test_pooling(
+    isa: str, dtype: torch.dtype, pixels: tuple[int, int, int], channels: int, outputs: int
+) -> None:
+    check_transition(pixels, channels, outputs, dtype)
+    check_average(pixels, channels, dtype)
+    check_maxpool(pixels, channels, True, dtype)
+    check_maxpool(pixels, channels, False, dtype)
+
+
+def run(op: str, dtype: torch.dtype) -> list[Tensor]:
+    """The operator's arguments after its run: its results among them."""
+    given = arguments(op, dtype)
+    getattr(ops, op)(**given)
+    return [value for value in given.values() if isinstance(value, Tensor)]
+
+
+@pytest.fixture
+def sized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments of sizes that are worth several threads, and that divide into none evenly."""
+    for name, value in {
+        "PIXELS": (3, 17, 39),
+        "SMALL": (3, 8, 19),
+        "STEM": (3, 9, 20),
+        "C": 70,
+        "B": 48,
+        "K": 12,
+    }.items():
+        monkeypatch.setattr(ops_arguments, name, value)
+
+
+@pytest.mark.usefixtures("sized")
+@pytest.mark.parametrize("op", ARGUMENTS)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_the_same_bits_for_any_number_of_threads_and_from_run_to_run(
+    isa: str, op: str, dtype: torch.dtype
+) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 1, 2, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(run(op, dtype))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for expected, actual in zip(results[0], other, strict=True):
+            assert torch.equal(expected, actual)
+
+
+@pytest.mark.usefixtures("sized")
+@pytest.mark.parametrize("op", POINTWISE)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_pointwise_operators_agree_with_the_reference(
+    isa: str, op: str, dtype: torch.dtype
+) -> None:
+    actual = run(op, dtype)
+    with use_backend("reference"):
+        expected = run(op, dtype)
+    eps = torch.finfo(dtype).eps
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=16 * eps * float(other.abs().max()))

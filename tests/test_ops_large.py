@@ -1,0 +1,49 @@
+"""Offsets beyond 32 bits: rows so far apart that the last ones lie past 2**31 elements.
+
+The buffers are tens of gigabytes of addresses, of which the operators touch a page for each row.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops_arguments import ARGUMENTS, arguments
+from torch import Tensor
+
+from densenet_fast import _extension, ops
+from densenet_fast.backend import use_backend
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels"),
+]
+
+
+def far_apart(rows: Tensor) -> Tensor:
+    """The same values, the last row more than 2**31 elements behind the first."""
+    count = rows[..., 0].numel()
+    pitch = 2**31 // (count - 1) + rows.shape[3]
+    wide = torch.empty(*rows.shape[:3], pitch, dtype=rows.dtype)[..., : rows.shape[3]]
+    assert wide[-1, -1, -1, 0].storage_offset() > 2**31
+    return wide.copy_(rows)
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_rows_beyond_32_bit_offsets(op: str) -> None:
+    near, far = arguments(op), arguments(op)
+    images = [
+        name
+        for name, value in far.items()
+        if isinstance(value, Tensor) and value.dim() == 4 and name not in ("weight", "grad_weight")
+    ]
+    images = [name for name in images if name != "argmax"]
+    if not images:
+        pytest.skip("no images among the arguments")
+    for name in images:
+        far[name] = far_apart(far[name])
+    with use_backend("cpu"):
+        getattr(ops, op)(**near)
+        getattr(ops, op)(**far)
+    for name, expected in near.items():
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(far[name], expected, rtol=1e-5, atol=1e-5, msg=name)
