@@ -1,4 +1,4 @@
-"""Fingerprint of the C++ sources, baked into the compiled module and compared when it is loaded.
+"""Fingerprint of the C++ sources of `_C`, baked into it and compared when it is loaded.
 
 setup.py runs this file by itself, before the package can be imported: standard library only.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+FOLDERS = ("csrc", "csrc/cpu")
+
 
 def fingerprint(root: Path) -> str | None:
-    """Digest of every file under `root`/csrc; None without sources (installed package)."""
+    """Digest of the files in FOLDERS under `root`; None without sources (installed package)."""
     if not (root / "csrc" / "ops.cpp").is_file():
         return None
     digest = hashlib.sha256()
-    for file in sorted((root / "csrc").rglob("*")):
-        if file.is_file() and not file.name.startswith("."):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0")
-            digest.update(file.read_bytes() + b"\0")
+    for folder in FOLDERS:
+        for file in sorted((root / folder).iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+                digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -80,8 +80,18 @@ struct Case {
   int64_t channels, out;  // columns read and made
   int64_t gap;            // elements between the rows of channel slices
   bool permuted;          // weights whose input channels are not innermost
-  bool optional;          // statistics, data and weight gradients that may be left out are wanted
+  bool optional;          // outputs that may be left out are wanted
 };
+
+// The combinations of gradients that a convolution's backward may be asked for.
+struct Wanted {
+  bool data, affine, weight;
+};
+constexpr Wanted kWanted[] = {{true, true, true},
+                              {true, true, false},
+                              {false, true, true},
+                              {false, true, false},
+                              {false, false, true}};
 
 std::string name(const Case& s) {
   return "n=" + std::to_string(s.n) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) +
@@ -222,20 +232,22 @@ class Tester {
   void backward() {
     const int64_t h = s_.h, w = s_.w, c = s_.channels, out = s_.out;
     const Image<const T> features = input(h, w, c), gradient = input(h, w, out);
-    {
-      const Image<T> to = s_.optional ? image(s_.n, h, w, c, true) : Image<T>{};  // accumulates
-      kernels_.conv1x1_backward(gradient, input(h, w, out), coefficients(3 * out, 0), features,
-                                norm(c), weight(out, c, 1), to, affine(c),
-                                weight_gradient(out * c));
+    for (const Wanted wanted : kWanted) {
+      const NormGradient<T> to_affine = wanted.affine ? affine(c) : NormGradient<T>{};
+      const auto to_weight = [&](int64_t size) {
+        return wanted.weight ? output_vector(size) : nullptr;
+      };
+      {
+        const Image<T> to = wanted.data ? image(s_.n, h, w, c, true) : Image<T>{};  // accumulates
+        kernels_.conv1x1_backward(gradient, input(h, w, out), coefficients(3 * out, 0), features,
+                                  norm(c), weight(out, c, 1), to, to_affine, to_weight(out * c));
+        keep(to);
+      }
+      const NormGradient<T> to_affine3 = wanted.affine ? affine(c) : NormGradient<T>{};
+      const Image<T> to = wanted.data ? output(h, w, c) : Image<T>{};
+      kernels_.conv3x3_backward(gradient, features, norm(c), weight(out, c, 3), to, to_affine3,
+                                to_weight(out * c * 9));
       keep(to);
-    }
-    {
-      const Image<T> to = output(h, w, c);
-      kernels_.conv3x3_backward(gradient, features, norm(c), weight(out, c, 3), to, affine(c),
-                                weight_gradient(out * c * 9));
-      keep(to);
-      kernels_.conv3x3_backward(gradient, features, norm(c), weight(out, c, 3), {}, {},
-                                output_vector(out * c * 9));
     }
     {
       const Image<T> to = output(h, w, c);
@@ -328,23 +340,37 @@ int64_t pick(std::mt19937& random, std::initializer_list<int64_t> from) {
   return from.begin()[random() % from.size()];
 }
 
+// n, h, w, channels, out, gap, permuted, optional: single pixels, single lines, images that are cut
+// into bands and columns, batches long enough for tasks of several tiles.
+constexpr Case kCases[] = {
+    {1, 1, 1, 1, 1, 0, false, true},      {3, 1, 1, 300, 12, 1, false, true},
+    {2, 1, 9, 128, 32, 3, true, true},    {2, 7, 7, 129, 32, 5, false, true},
+    {1, 7, 7, 256, 48, 0, false, false},  {1, 13, 5, 257, 48, 0, true, true},
+    {2, 13, 5, 300, 3, 7, false, true},   {1, 3, 70, 20, 12, 1, false, true},
+    {1, 2, 129, 33, 32, 0, true, false},  {2, 5, 65, 48, 24, 3, false, true},
+    {1, 40, 33, 20, 12, 3, false, true},  {1, 37, 29, 16, 8, 0, true, true},
+    {3, 30, 30, 17, 16, 1, false, false}, {3, 24, 24, 40, 33, 0, false, true},
+};
+
 void check_all(int cases) {
+  for (const Case& shape : kCases) {
+    check<float>(shape);
+    check<double>(shape);
+  }
   std::mt19937 random{1};
   for (int i = 0; i < cases; ++i) {
+    const int64_t channels = 1 + static_cast<int64_t>(random() % 300);
     const Case shape{pick(random, {1, 2, 3}),
                      pick(random, {1, 2, 3, 5, 8, 13}),
                      pick(random, {1, 2, 3, 4, 7, 9, 30}),
-                     pick(random, {1, 3, 8, 15, 16, 17, 33, 48, 70, 130, 145}),
-                     pick(random, {1, 2, 4, 12, 16, 17, 24, 32, 47, 64, 129}),
+                     random() % 2 ? channels : pick(random, {1, 3, 8, 15, 16, 17, 33, 48, 70, 130}),
+                     pick(random, {1, 2, 3, 4, 12, 16, 17, 24, 32, 47, 48, 64, 129}),
                      pick(random, {0, 0, 1, 5}),
                      random() % 3 == 0,
                      random() % 4 != 0};
     check<float>(shape);
     check<double>(shape);
   }
-  // Images tall enough to be cut into bands, batches long enough for tasks of several tiles.
-  check<float>({1, 40, 33, 20, 12, 3, false, true});
-  check<double>({3, 37, 29, 16, 8, 0, true, true});
 }
 
 }  // namespace
