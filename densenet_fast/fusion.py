@@ -146,8 +146,8 @@ class _Report:
         for at, (name, module) in enumerate(parts):
             if isinstance(module, nn.BatchNorm2d) or name in ("norm0", "norm5"):
                 self.add(prefix + name, whole or self._norm(modules, at))
-            elif isinstance(module, (DenseBlock, DenseLayer, Transition)):
-                self.visit(prefix + name, module)
+            elif module is not None:
+                self.visit(prefix + name, module)  # nothing of ours in it: no rows
 
     def _norm(self, modules: list[nn.Module], at: int) -> str | None:
         if at + 1 < len(modules):
