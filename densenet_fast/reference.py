@@ -51,9 +51,9 @@ def _activation(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _masked(grad: Tensor, features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The gradient of the normalised values from that of the rectified ones."""
+    """The gradient of the normalised values: as in PyTorch's ReLU, it passes where one is NaN."""
     grad = _wide(grad)
-    return torch.where(_normalised(features, scale, shift) > 0, grad, grad.new_zeros(()))
+    return torch.where(_normalised(features, scale, shift) <= 0, grad.new_zeros(()), grad)
 
 
 def _norm_sums(
