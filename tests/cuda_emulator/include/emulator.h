@@ -626,6 +626,8 @@ inline uint32_t __ballot_sync(uint32_t mask, bool predicate) {
   return ::emulator::ballot(mask, predicate);
 }
 
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+
 template <class T>
 T __ldg(const T* p) {
   return *p;

@@ -1,0 +1,115 @@
+// The CUDA backend's operators as plain functions: device pointers, sizes and a stream, no torch types.
+// The torch dispatch and the emulator's tests call the same functions.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace densenet_fast::cuda {
+
+enum class Dtype { kFloat16, kBfloat16, kFloat32, kFloat64 };
+
+// Memory for one operator call, given back behind it in stream order.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+  virtual void* allocate(size_t bytes) = 0;
+};
+
+struct Context {
+  Dtype dtype;         // of all images
+  bool allow_tf32;     // float32 products may use tf32 tensor cores
+  cudaStream_t stream;
+  Workspace* workspace;
+};
+
+// An NHWC image batch; data null: not given.
+struct ImageArgument {
+  void* data = nullptr;
+  int64_t n = 0, h = 0, w = 0, c = 0, pitch = 0;
+};
+
+// Vectors of statistics and coefficients are float32, float64 for float64 images.
+struct NormArgument {
+  const void* scale = nullptr;
+  const void* shift = nullptr;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+};
+
+struct StatisticsResult {
+  void* mean = nullptr;  // null: not wanted
+  void* var = nullptr;
+};
+
+struct NormGradientResult {
+  void* gamma = nullptr;  // null: no data gradient is wanted
+  void* beta = nullptr;
+};
+
+// Strides in elements. The type is the images' or float32.
+struct WeightArgument {
+  const void* data = nullptr;
+  bool is_float32 = false;
+  int64_t out = 0, in = 0;
+  int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
+};
+
+// A weight gradient, contiguous, of the weight's type; null: not wanted.
+struct WeightGradient {
+  void* data = nullptr;
+  bool is_float32 = false;
+};
+
+void channel_statistics(const Context&, const ImageArgument& features, const StatisticsResult&);
+void norm_coefficients(const Context&, int64_t channels, const void* mean, const void* var,
+                       const void* gamma, const void* beta, double eps, void* scale, void* shift,
+                       void* rstd);
+void update_running_statistics(const Context&, int64_t channels, const void* mean, const void* var,
+                               int64_t count, double momentum, void* running_mean,
+                               void* running_var);
+void norm_grad_coefficients(const Context&, int64_t channels, const NormArgument&,
+                            const NormGradientResult&, int64_t count, void* coefficients);
+
+void conv1x1_forward(const Context&, const ImageArgument& features, const NormArgument& act,
+                     const WeightArgument& weight, const ImageArgument& bottleneck,
+                     const StatisticsResult&);
+void conv1x1_backward(const Context&, const ImageArgument& grad_norm,
+                      const ImageArgument& bottleneck, const void* coefficients,
+                      const ImageArgument& features, const NormArgument&,
+                      const WeightArgument& weight, const ImageArgument& grad_features,
+                      const NormGradientResult&, const WeightGradient&);
+void conv3x3_forward(const Context&, const ImageArgument& bottleneck, const NormArgument& act,
+                     const WeightArgument& weight, const ImageArgument& growth,
+                     const StatisticsResult&);
+void conv3x3_backward(const Context&, const ImageArgument& grad_growth,
+                      const ImageArgument& bottleneck, const NormArgument&,
+                      const WeightArgument& weight, const ImageArgument& grad_norm,
+                      const NormGradientResult&, const WeightGradient&);
+void transition_forward(const Context&, const ImageArgument& features, const NormArgument& act,
+                        const WeightArgument& weight, const ImageArgument& out,
+                        const StatisticsResult&);
+void transition_backward(const Context&, const ImageArgument& grad_out,
+                         const ImageArgument& features, const NormArgument&,
+                         const WeightArgument& weight, const ImageArgument& grad_features,
+                         const NormGradientResult&, const WeightGradient&);
+
+void dropout(const Context&, const ImageArgument& growth, uint64_t seed, double p);
+void finish_gradient(const Context&, const ImageArgument& features,
+                     const ImageArgument& grad_features, const void* mean, const void* sum_grad,
+                     const void* sum_grad_x, const ImageArgument& out);
+void norm_relu_avgpool_forward(const Context&, const ImageArgument& features,
+                               const NormArgument& act, void* out);
+void norm_relu_avgpool_backward(const Context&, const void* grad_out, const ImageArgument& features,
+                                const NormArgument&, const ImageArgument& grad_features,
+                                const NormGradientResult&);
+void norm_relu_maxpool_forward(const Context&, const ImageArgument& input, const NormArgument& act,
+                               const ImageArgument& out, uint8_t* argmax);
+void norm_relu_maxpool_backward(const Context&, const ImageArgument& grad_out,
+                                const uint8_t* argmax, const ImageArgument& input,
+                                const NormArgument&, bool batch_statistics,
+                                const ImageArgument& grad_input, const NormGradientResult&);
+
+}  // namespace densenet_fast::cuda

@@ -1,0 +1,219 @@
+// Norm - ReLU - pooling at the two ends of the network.
+#include "pointwise.cuh"
+
+namespace densenet_fast::cuda {
+namespace {
+
+// One thread a channel of an image: the mean over its pixels, image row by image row.
+template <class E>
+__global__ void __launch_bounds__(kThreads)
+    avgpool_kernel(Image<const E> x, Activation<Accumulator<E>> act, E* out) {
+  using A = Accumulator<E>;
+  const int64_t i = flat_index();
+  if (i >= int64_t{x.n} * x.c) return;
+  const int c = static_cast<int>(i % x.c);
+  const A scale = act.scale[c], shift = act.shift[c];
+  const E* p = x.data + i / x.c * x.h * x.w * x.pitch + c;
+  A total = 0;
+  for (int row = 0; row < x.h; ++row) {
+    A line = 0;
+    for (int column = 0; column < x.w; ++column, p += x.pitch) {
+      line += relu(multiply_add(scale, A(widen(*p)), shift));
+    }
+    total += line;
+  }
+  out[i] = narrow<E>(total / static_cast<A>(x.h * x.w));
+}
+
+// gradient = scale * d; one tile of sums an image.
+template <class E>
+__global__ void __launch_bounds__(kThreads)
+    avgpool_backward_kernel(const E* grad_out, Image<const E> x, Norm<Accumulator<E>> norm,
+                            Image<E> gradient, TileSums<Accumulator<E>> partial) {
+  using A = Accumulator<E>;
+  const int64_t i = flat_index();
+  if (i >= int64_t{x.n} * x.c) return;
+  const int c = static_cast<int>(i % x.c);
+  const int64_t pixels = int64_t{x.h} * x.w, first = i / x.c * pixels;
+  const A scale = norm.scale[c], shift = norm.shift[c], mean = norm.mean[c];
+  const A g = widen(grad_out[i]) / static_cast<A>(pixels);
+  A sum = 0, centred = 0;
+  for (int64_t p = first; p < first + pixels; ++p) {
+    const A value = widen(x.data[p * x.pitch + c]);
+    const A d = where_positive(multiply_add(scale, value, shift), g);
+    sum += d;
+    centred = multiply_add(d, value - mean, centred);
+    gradient.data[p * gradient.pitch + c] = narrow<E>(scale * d);
+  }
+  partial.sum[i] = sum;
+  partial.sum_centred[i] = centred;
+}
+
+// 3x3, stride 2, padding 1; the first of equal maxima, the last NaN, as PyTorch's.
+template <class E>
+__global__ void __launch_bounds__(kThreads)
+    maxpool_kernel(Image<const E> x, Activation<Accumulator<E>> act, Image<E> out,
+                   uint8_t* argmax) {
+  using A = Accumulator<E>;
+  const int64_t i = flat_index();
+  if (i >= out.rows() * out.c) return;
+  const int c = static_cast<int>(i % out.c);
+  const int64_t pixel = i / out.c;
+  const int ox = static_cast<int>(pixel % out.w), oy = static_cast<int>(pixel / out.w % out.h);
+  const int64_t n = pixel / out.w / out.h;
+  const A scale = act.scale[c], shift = act.shift[c];
+  A best = -INFINITY;
+  int code = 0;
+  for (int kh = 0; kh < 3; ++kh) {
+    const int y = 2 * oy + kh - 1;
+    if (y < 0 || y >= x.h) continue;
+    for (int kw = 0; kw < 3; ++kw) {
+      const int column = 2 * ox + kw - 1;
+      if (column < 0 || column >= x.w) continue;
+      const A value = widen(x.data[((n * x.h + y) * x.w + column) * x.pitch + c]);
+      // Rounded, so that the maximum is that of the values PyTorch would compare.
+      const A v = widen(narrow<E>(relu(multiply_add(scale, value, shift))));
+      if (v > best || v != v) {
+        best = v;
+        code = kh * 3 + kw;
+      }
+    }
+  }
+  out.data[pixel * out.pitch + c] = narrow<E>(best);
+  argmax[i] = static_cast<uint8_t>(code);
+}
+
+constexpr int kUnpoolRows = 256;  // pixels of one tile of sums
+
+// d of one pixel: every window that holds it (at most four) is asked whether it was its maximum.
+template <class E>
+__global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
+    unpool_kernel(Image<const E> grad_out, const uint8_t* argmax, Image<const E> x,
+                  Norm<Accumulator<E>> norm, Image<E> gradient, TileSums<Accumulator<E>> partial) {
+  using A = Accumulator<E>;
+  DF_DYNAMIC_SHARED(shared);
+  A* sums = reinterpret_cast<A*>(shared);
+  A* centreds = sums + kReduceColumns * kReduceRuns;
+  const int c = blockIdx.y * kReduceColumns + threadIdx.x, run = threadIdx.y;
+  const int64_t begin = int64_t{blockIdx.x} * kUnpoolRows;
+  const int64_t end = begin + kUnpoolRows < x.rows() ? begin + kUnpoolRows : x.rows();
+  A sum = 0, centred = 0;
+  if (c < x.c) {
+    const A scale = norm.scale[c], shift = norm.shift[c], mean = norm.mean[c];
+    for (int64_t pixel = begin + run; pixel < end; pixel += kReduceRuns) {
+      const int px = static_cast<int>(pixel % x.w), py = static_cast<int>(pixel / x.w % x.h);
+      const int64_t n = pixel / x.w / x.h;
+      A g = 0;
+      for (int oy = py / 2; oy <= (py + 1) / 2 && oy < grad_out.h; ++oy) {
+        for (int ox = px / 2; ox <= (px + 1) / 2 && ox < grad_out.w; ++ox) {
+          const int code = (py + 1 - 2 * oy) * 3 + (px + 1 - 2 * ox);
+          const int64_t window = (n * grad_out.h + oy) * grad_out.w + ox;
+          if (argmax[window * x.c + c] == code) {
+            g += widen(grad_out.data[window * grad_out.pitch + c]);
+          }
+        }
+      }
+      const A value = widen(x.data[pixel * x.pitch + c]);
+      const A d = where_positive(multiply_add(scale, value, shift), g);
+      sum += d;
+      centred = multiply_add(d, value - mean, centred);
+      gradient.data[pixel * gradient.pitch + c] = narrow<E>(d);
+    }
+  }
+  sums[run * kReduceColumns + threadIdx.x] = sum;
+  centreds[run * kReduceColumns + threadIdx.x] = centred;
+  __syncthreads();
+  if (run != 0 || c >= x.c) return;
+  for (int r = 1; r < kReduceRuns; ++r) {
+    sum += sums[r * kReduceColumns + threadIdx.x];
+    centred += centreds[r * kReduceColumns + threadIdx.x];
+  }
+  partial.sum[int64_t{blockIdx.x} * x.c + c] = sum;
+  partial.sum_centred[int64_t{blockIdx.x} * x.c + c] = centred;
+}
+
+// gradient = scale * (d - beta / M - xhat * gamma / M), in place over d.
+template <class E>
+__global__ void __launch_bounds__(kThreads)
+    norm_gradient_kernel(Image<const E> x, Norm<Accumulator<E>> norm, const Accumulator<E>* gamma,
+                         const Accumulator<E>* beta, Accumulator<E> inverse, Image<E> gradient) {
+  using A = Accumulator<E>;
+  const int64_t i = flat_index();
+  if (i >= x.rows() * x.c) return;
+  const int64_t row = i / x.c;
+  const int c = static_cast<int>(i % x.c);
+  const A centred = widen(x.data[row * x.pitch + c]) - norm.mean[c];
+  E& g = gradient.data[row * gradient.pitch + c];
+  const A d = widen(g) - beta[c] * inverse - centred * (gamma[c] * inverse * norm.rstd[c]);
+  g = narrow<E>(norm.scale[c] * d);
+}
+
+}  // namespace
+
+void norm_relu_avgpool_forward(const Context& context, const ImageArgument& features,
+                               const NormArgument& act, void* out) {
+  with_element(context, [&](auto policy) {
+    using E = typename decltype(policy)::Element;
+    using A = Accumulator<E>;
+    const auto x = image<const E>(features);
+    launch(&avgpool_kernel<E>, flat(context, "norm_relu_avgpool_forward", int64_t{x.n} * x.c), x,
+           activation<A>(act), static_cast<E*>(out));
+  });
+}
+
+void norm_relu_avgpool_backward(const Context& context, const void* grad_out,
+                                const ImageArgument& features, const NormArgument& norm_argument,
+                                const ImageArgument& grad_features,
+                                const NormGradientResult& grad_affine) {
+  with_element(context, [&](auto policy) {
+    using E = typename decltype(policy)::Element;
+    using A = Accumulator<E>;
+    const auto x = image<const E>(features);
+    const auto partial = allocate_sums<A>(context, x.n, x.c);
+    launch(&avgpool_backward_kernel<E>,
+           flat(context, "norm_relu_avgpool_backward", int64_t{x.n} * x.c),
+           static_cast<const E*>(grad_out), x, norm<A>(norm_argument), image<E>(grad_features),
+           partial);
+    run_finish_sums<A>(context, partial, x.n, x.c, norm_argument, grad_affine);
+  });
+}
+
+void norm_relu_maxpool_forward(const Context& context, const ImageArgument& input,
+                               const NormArgument& act, const ImageArgument& out,
+                               uint8_t* argmax) {
+  with_element(context, [&](auto policy) {
+    using E = typename decltype(policy)::Element;
+    using A = Accumulator<E>;
+    const auto to = image<E>(out);
+    launch(&maxpool_kernel<E>, flat(context, "norm_relu_maxpool_forward", to.rows() * to.c),
+           image<const E>(input), activation<A>(act), to, argmax);
+  });
+}
+
+void norm_relu_maxpool_backward(const Context& context, const ImageArgument& grad_out,
+                                const uint8_t* argmax, const ImageArgument& input,
+                                const NormArgument& norm_argument, bool batch_statistics,
+                                const ImageArgument& grad_input,
+                                const NormGradientResult& grad_affine) {
+  with_element(context, [&](auto policy) {
+    using E = typename decltype(policy)::Element;
+    using A = Accumulator<E>;
+    const auto x = image<const E>(input);
+    const auto gradient = image<E>(grad_input);
+    const int64_t tiles = (x.rows() + kUnpoolRows - 1) / kUnpoolRows;
+    const auto partial = allocate_sums<A>(context, tiles, x.c);
+    launch(&unpool_kernel<E>,
+           LaunchConfig{"norm_relu_maxpool_backward",
+                        dim3(static_cast<unsigned>(tiles), reduce_grid(x.c).x),
+                        dim3(kReduceColumns, kReduceRuns),
+                        2 * sizeof(A) * kReduceColumns * kReduceRuns, context.stream},
+           image<const E>(grad_out), argmax, x, norm<A>(norm_argument), gradient, partial);
+    run_finish_sums<A>(context, partial, tiles, x.c, norm_argument, grad_affine);
+    const double inverse = batch_statistics ? 1.0 / static_cast<double>(x.rows()) : 0.0;
+    launch(&norm_gradient_kernel<E>, flat(context, "norm_gradient", x.rows() * x.c), x,
+           norm<A>(norm_argument), static_cast<const A*>(grad_affine.gamma),
+           static_cast<const A*>(grad_affine.beta), static_cast<A>(inverse), gradient);
+  });
+}
+
+}  // namespace densenet_fast::cuda

@@ -1,0 +1,333 @@
+"""The operators of densenet_fast run by the CUDA launchers and kernels, on CPU tensors.
+
+`EmulatedOps(library)` has one method for every operator, with the operator's own signature, so that
+it can stand in for the compiled operators anywhere, whole networks included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64
+from ctypes import c_void_p as pointer
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+
+class ImageArgument(Structure):
+    """`densenet_fast::cuda::ImageArgument`."""
+
+    _fields_ = [("data", pointer), *((name, c_int64) for name in ("n", "h", "w", "c", "pitch"))]
+
+
+class NormArgument(Structure):
+    """`densenet_fast::cuda::NormArgument`."""
+
+    _fields_ = [(name, pointer) for name in ("scale", "shift", "mean", "rstd")]
+
+
+class Pair(Structure):
+    """`StatisticsResult` (mean, var) or `NormGradientResult` (gamma, beta)."""
+
+    _fields_ = [("first", pointer), ("second", pointer)]
+
+
+class WeightArgument(Structure):
+    """`densenet_fast::cuda::WeightArgument`."""
+
+    _fields_ = [
+        ("data", pointer),
+        ("is_float32", c_bool),
+        *((n, c_int64) for n in ("out", "in_", "stride_out", "stride_in", "stride_h", "stride_w")),
+    ]
+
+
+class WeightGradient(Structure):
+    """`densenet_fast::cuda::WeightGradient`."""
+
+    _fields_ = [("data", pointer), ("is_float32", c_bool)]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _image(tensor: Tensor | None) -> ImageArgument:
+    if tensor is None:
+        return ImageArgument()
+    n, h, w, c = tensor.shape
+    pitch = c
+    if w > 1:
+        pitch = tensor.stride(2)
+    elif h > 1:
+        pitch = tensor.stride(1)
+    elif n > 1:
+        pitch = tensor.stride(0)
+    return ImageArgument(tensor.data_ptr(), n, h, w, c, pitch)
+
+
+def _norm(*vectors: Tensor) -> NormArgument:
+    return NormArgument(*(v.data_ptr() for v in vectors))
+
+
+def _pair(first: Tensor | None, second: Tensor | None) -> Pair:
+    return Pair(_address(first), _address(second))
+
+
+def _weight(tensor: Tensor) -> WeightArgument:
+    strides = [*tensor.stride(), 0, 0][:4]
+    is_float32 = tensor.dtype == torch.float32
+    return WeightArgument(tensor.data_ptr(), is_float32, *tensor.shape[:2], *strides)
+
+
+def _weight_gradient(tensor: Tensor | None) -> WeightGradient:
+    return WeightGradient(_address(tensor), tensor is not None and tensor.dtype == torch.float32)
+
+
+class EmulatedOps:
+    """All operators, run under the emulator."""
+
+    def __init__(self, library: ctypes.CDLL, *, allow_tf32: bool = False) -> None:
+        """Call into `library`, built from csrc/cuda and kernels_api.cpp."""
+        self.library = library
+        self.allow_tf32 = allow_tf32
+
+    def _call(self, op: str, like: Tensor, *arguments: object) -> None:
+        function = getattr(self.library, f"df_{op}")
+        function.restype = c_char_p
+        passed = [byref(a) if isinstance(a, Structure) else a for a in arguments]
+        error = function(c_int(DTYPES[like.dtype]), c_int(self.allow_tf32), *passed)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def channel_statistics(self, features: Tensor, mean: Tensor, var: Tensor) -> None:
+        self._call("channel_statistics", features, _image(features), _pair(mean, var))
+
+    def norm_coefficients(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        scale: Tensor,
+        shift: Tensor,
+        rstd: Tensor,
+    ) -> None:
+        before = [pointer(_address(t)) for t in (mean, var, weight, bias)]
+        after = [pointer(_address(t)) for t in (scale, shift, rstd)]
+        count = c_int64(mean.numel())
+        self._call("norm_coefficients", mean, count, *before, c_double(eps), *after)
+
+    def update_running_statistics(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        count: int,
+        momentum: float,
+        running_mean: Tensor,
+        running_var: Tensor,
+    ) -> None:
+        self._call(
+            "update_running_statistics",
+            mean,
+            c_int64(mean.numel()),
+            pointer(mean.data_ptr()),
+            pointer(var.data_ptr()),
+            c_int64(count),
+            c_double(momentum),
+            pointer(running_mean.data_ptr()),
+            pointer(running_var.data_ptr()),
+        )
+
+    def norm_grad_coefficients(
+        self,
+        scale: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_gamma: Tensor,
+        grad_beta: Tensor,
+        count: int,
+        coefficients: Tensor,
+    ) -> None:
+        norm = NormArgument(scale.data_ptr(), None, mean.data_ptr(), rstd.data_ptr())
+        self._call(
+            "norm_grad_coefficients",
+            scale,
+            c_int64(scale.numel()),
+            norm,
+            _pair(grad_gamma, grad_beta),
+            c_int64(count),
+            pointer(coefficients.data_ptr()),
+        )
+
+    def _forward(
+        self,
+        op: str,
+        features: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+    ) -> None:
+        act = NormArgument(scale.data_ptr(), shift.data_ptr(), None, None)
+        statistics = _pair(mean, var)
+        self._call(op, features, _image(features), act, _weight(weight), _image(out), statistics)
+
+    def conv1x1_forward(self, *arguments: Tensor) -> None:
+        self._forward("conv1x1_forward", *arguments)
+
+    def conv3x3_forward(self, *arguments: Tensor) -> None:
+        self._forward("conv3x3_forward", *arguments)
+
+    def transition_forward(self, *arguments: Tensor) -> None:
+        self._forward("transition_forward", *arguments)
+
+    def conv1x1_backward(
+        self,
+        grad_norm: Tensor,
+        bottleneck: Tensor,
+        coefficients: Tensor,
+        features: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        grad_features: Tensor | None,
+        grad_gamma: Tensor | None,
+        grad_beta: Tensor | None,
+        grad_weight: Tensor | None,
+    ) -> None:
+        self._call(
+            "conv1x1_backward",
+            features,
+            _image(grad_norm),
+            _image(bottleneck),
+            pointer(coefficients.data_ptr()),
+            _image(features),
+            _norm(scale, shift, mean, rstd),
+            _weight(weight),
+            _image(grad_features),
+            _pair(grad_gamma, grad_beta),
+            _weight_gradient(grad_weight),
+        )
+
+    def _backward(
+        self,
+        op: str,
+        grad: Tensor,
+        features: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        grad_features: Tensor | None,
+        grad_gamma: Tensor | None,
+        grad_beta: Tensor | None,
+        grad_weight: Tensor | None,
+    ) -> None:
+        self._call(
+            op,
+            features,
+            _image(grad),
+            _image(features),
+            _norm(scale, shift, mean, rstd),
+            _weight(weight),
+            _image(grad_features),
+            _pair(grad_gamma, grad_beta),
+            _weight_gradient(grad_weight),
+        )
+
+    def conv3x3_backward(self, *arguments: Tensor) -> None:
+        self._backward("conv3x3_backward", *arguments)
+
+    def transition_backward(self, *arguments: Tensor) -> None:
+        self._backward("transition_backward", *arguments)
+
+    def dropout_(self, growth: Tensor, seed: int, p: float) -> None:
+        seed %= 1 << 64
+        self._call("dropout_", growth, _image(growth), c_uint64(seed), c_double(p))
+
+    def finish_gradient(
+        self,
+        features: Tensor,
+        grad_features: Tensor,
+        mean: Tensor,
+        sum_grad: Tensor,
+        sum_grad_x: Tensor,
+        out: Tensor,
+    ) -> None:
+        vectors = [pointer(v.data_ptr()) for v in (mean, sum_grad, sum_grad_x)]
+        images = _image(features), _image(grad_features)
+        self._call("finish_gradient", features, *images, *vectors, _image(out))
+
+    def norm_relu_avgpool_forward(
+        self, features: Tensor, scale: Tensor, shift: Tensor, out: Tensor
+    ) -> None:
+        act = NormArgument(scale.data_ptr(), shift.data_ptr(), None, None)
+        result = pointer(out.data_ptr())
+        self._call("norm_relu_avgpool_forward", features, _image(features), act, result)
+
+    def norm_relu_avgpool_backward(
+        self,
+        grad_out: Tensor,
+        features: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_features: Tensor,
+        grad_gamma: Tensor,
+        grad_beta: Tensor,
+    ) -> None:
+        self._call(
+            "norm_relu_avgpool_backward",
+            features,
+            pointer(grad_out.data_ptr()),
+            _image(features),
+            _norm(scale, shift, mean, rstd),
+            _image(grad_features),
+            _pair(grad_gamma, grad_beta),
+        )
+
+    def norm_relu_maxpool_forward(
+        self, input: Tensor, scale: Tensor, shift: Tensor, out: Tensor, argmax: Tensor
+    ) -> None:
+        act = NormArgument(scale.data_ptr(), shift.data_ptr(), None, None)
+        codes = pointer(argmax.data_ptr())
+        self._call("norm_relu_maxpool_forward", input, _image(input), act, _image(out), codes)
+
+    def norm_relu_maxpool_backward(
+        self,
+        grad_out: Tensor,
+        argmax: Tensor,
+        input: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        batch_statistics: bool,
+        grad_input: Tensor,
+        grad_gamma: Tensor,
+        grad_beta: Tensor,
+    ) -> None:
+        self._call(
+            "norm_relu_maxpool_backward",
+            input,
+            _image(grad_out),
+            pointer(argmax.data_ptr()),
+            _image(input),
+            _norm(scale, shift, mean, rstd),
+            c_int(batch_statistics),
+            _image(grad_input),
+            _pair(grad_gamma, grad_beta),
+        )
+
+
+
