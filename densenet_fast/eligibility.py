@@ -53,8 +53,10 @@ def _touched_how(state: dict[str, Any]) -> str:
     return f"has a {hooked[0]} hook"
 
 
-def other_type(module: nn.Module, kind: type[nn.Module]) -> str:
+def other_type(module: nn.Module | None, kind: type[nn.Module]) -> str:
     """Words for a module that is not exactly a `kind`."""
+    if module is None:
+        return "is missing"
     if hasattr(module, "parametrizations"):
         return "is parametrised"
     if isinstance(module, kind):

@@ -24,8 +24,6 @@ _OUT_OF_PLACE = (
     nn.GroupNorm.forward,
 )
 
-_PARTS = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
-
 
 def _may_write(first: nn.Module | None) -> bool:
     """Whether a chain of modules that starts with `first` may write to its input.
@@ -141,11 +139,11 @@ class DenseLayer(nn.Module):
     def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why the submodules must be called one by one, or None."""
         parts: Any = self._modules
-        for name in _PARTS:
-            if parts.get(name) is None:
-                return f"{name} is missing"
-        norm1, relu1, conv1 = parts["norm1"], parts["relu1"], parts["conv1"]
-        norm2, relu2, conv2 = parts["norm2"], parts["relu2"], parts["conv2"]
+        try:
+            norm1, relu1, conv1 = parts["norm1"], parts["relu1"], parts["conv1"]
+            norm2, relu2, conv2 = parts["norm2"], parts["relu2"], parts["conv2"]
+        except KeyError as missing:
+            return f"{missing.args[0]} is missing"
         if (found := eligibility.conv(conv1, eligibility.POINTWISE, dtype, device)) is not None:
             return f"conv1 {found}"
         if (found := eligibility.conv(conv2, eligibility.SPATIAL, dtype, device)) is not None:
