@@ -21,8 +21,8 @@ void conv1x1_backward(const Context& context, const ImageArgument& grad_norm,
       const MaskedGradient<P, Into::kGradientBuffer> sink{
           image<const E>(features), norm<A>(norm_argument), image<E>(grad_features),
           allocate_sums<A>(context, tiles, weight.in)};
-      run_rows_product<P>("conv1x1_dgrad", source, packed, sink, rows,
-                          static_cast<int>(weight.in), context.stream);
+      run_rows_product<P>("conv1x1_dgrad", source, packed, sink, rows, static_cast<int>(weight.in),
+                          context.stream);
       run_finish_sums<A>(context, sink.partial, tiles, weight.in, norm_argument, grad_affine);
     }
     if (grad_weight.data) {

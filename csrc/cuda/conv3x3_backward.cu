@@ -19,7 +19,8 @@ void run_tap_gradient(const Context& context, const PlainSource<P>& grad,
   const int64_t total = tiles.tiles();
   const int64_t wanted = (2 * device.multiprocessors + across * down - 1) / (across * down);
   const int64_t most = total / 2 > 1 ? total / 2 : 1;  // two tiles a split at least
-  const int64_t per_split = (total + (wanted < most ? wanted : most) - 1) / (wanted < most ? wanted : most);
+  const int64_t per_split =
+      (total + (wanted < most ? wanted : most) - 1) / (wanted < most ? wanted : most);
   const int64_t splits = (total + per_split - 1) / per_split;
   A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * splits * 9 * out * in));
   launch(&tap_product<P>,

@@ -14,7 +14,8 @@ void conv3x3_forward(const Context& context, const ImageArgument& bottleneck,
     const TileGrid tiles(choose_tile(z.n, z.h, z.w), z.n, z.h, z.w);
     const auto packed = run_pack<P>(context, weight, forward_order(weight, 9));
     StoreStatistics<P> sink{image<E>(growth), {}};
-    if (statistics.mean) sink.statistics = allocate_statistics<A>(context, tiles.tiles(), weight.out);
+    if (statistics.mean)
+      sink.statistics = allocate_statistics<A>(context, tiles.tiles(), weight.out);
     run_conv3x3_product<P>("conv3x3_forward", ActivatedSource<P>{z, activation<A>(act)}, packed,
                            sink, tiles, static_cast<int>(weight.out), context.stream);
     if (statistics.mean) {

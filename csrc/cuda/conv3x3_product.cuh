@@ -1,6 +1,6 @@
-// 3x3 convolutions with padding 1, forward and data gradient, as implicit products. A block makes 128
-// output pixels; the pixels they need, with a border of one, are brought to shared memory once per
-// step of channels, activated there, and used by all nine taps.
+// 3x3 convolutions with padding 1, forward and data gradient, as implicit products. A block makes
+// 128 output pixels; the pixels they need, with a border of one, are brought to shared memory once
+// per step of channels, activated there, and used by all nine taps.
 #pragma once
 
 #include "rows_product.cuh"
@@ -79,9 +79,7 @@ struct TilePlace {
     return r / per_image * (grid.shape.rows + 2) * columns +
            r % per_image / grid.shape.columns * columns + r % grid.shape.columns;
   }
-  __device__ int tap_offset(int tap) const {
-    return tap / 3 * (grid.shape.columns + 2) + tap % 3;
-  }
+  __device__ int tap_offset(int tap) const { return tap / 3 * (grid.shape.columns + 2) + tap % 3; }
 };
 
 // Taps whose weights travel together: narrow tiles take a row of the kernel at a time.
@@ -91,19 +89,19 @@ constexpr int kTapsPerStage = BN <= 32 ? 3 : 1;
 constexpr int kTapRing = 3;  // groups of taps in shared memory
 
 template <int BN>
-constexpr size_t conv3x3_ring_bytes(int halo_pixels) {
+__host__ __device__ constexpr size_t conv3x3_ring_bytes(int halo_pixels) {
   return 2 * static_cast<size_t>(halo_pixels) * kRowBytes +
          kTapRing * static_cast<size_t>(kTapsPerStage<BN>) * BN * kRowBytes;
 }
 
 template <class P, int BN>
-constexpr size_t conv3x3_shared_bytes(int halo_pixels) {
+__host__ __device__ constexpr size_t conv3x3_shared_bytes(int halo_pixels) {
   const size_t ring = conv3x3_ring_bytes<BN>(halo_pixels);
   return ring > epilogue_bytes<P, BN>() ? ring : epilogue_bytes<P, BN>();
 }
 
 template <class P, class Source, class Sink, int BN>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, BN>))
     conv3x3_product(Source source, PackedWeight<typename P::Element> weight, Sink sink,
                     TileGrid grid) {
   using E = typename P::Element;
@@ -125,12 +123,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int p = i / kStepPieces, piece = i % kStepPieces;
       const int channel = step * kStep<E> + piece * kPieceElements<E>;
       const int64_t pixel = place.halo_pixel(p);
-      unsigned char* raw[1] = {shared + step % 2 * halo_bytes + p * kRowBytes + piece * kPieceBytes};
+      unsigned char* raw[1] = {shared + step % 2 * halo_bytes + p * kRowBytes +
+                               piece * kPieceBytes};
       body(raw, pixel, pixel >= 0 && channel < source.channels(), channel);
     }
   };
   const auto start_halo = [&](int step) {
-    for_each_halo_piece(step, [&](unsigned char* (&raw)[1], int64_t pixel, bool exists, int c) {
+    for_each_halo_piece(step, [&](unsigned char*(&raw)[1], int64_t pixel, bool exists, int c) {
       source.start(raw, pixel, exists, c);
     });
   };
@@ -141,10 +140,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int step = group / kTapStages, tap = group % kTapStages * kTaps;
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
-        start_weights(weights + group % kTapRing * kWeightBytes + t * BN * kRowBytes,
-                      weight.data + ((int64_t{step} * 9 + tap + t) * weight.columns + block_column) *
-                                        kStep<E>,
-                      BN);
+        start_weights(
+            weights + group % kTapRing * kWeightBytes + t * BN * kRowBytes,
+            weight.data +
+                ((int64_t{step} * 9 + tap + t) * weight.columns + block_column) * kStep<E>,
+            BN);
       }
       // The next step's pixels: not before everyone is done with the step whose place they take.
       if (group % kTapStages == 2 && step + 1 < weight.steps) start_halo(step + 1);
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int step = group / kTapStages;
     ptx::cp_async_wait<1>();
     if (group % kTapStages == 0) {
-      for_each_halo_piece(step, [&](unsigned char* (&raw)[1], int64_t pixel, bool exists, int c) {
+      for_each_halo_piece(step, [&](unsigned char*(&raw)[1], int64_t pixel, bool exists, int c) {
         source.finish(raw, pixel, exists, c);
       });
     }
@@ -177,10 +177,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
       const int tap = group % kTapStages * kTaps + t;
-      multiply_step<P, NT>(acc, halo + place.tap_offset(tap) * kRowBytes, a_row,
-                           weights + group % kTapRing * kWeightBytes +
-                               (t * BN + warp_column * (BN / 2)) * kRowBytes,
-                           lane);
+      multiply_step<P, NT>(
+          acc, halo + place.tap_offset(tap) * kRowBytes, a_row,
+          weights + group % kTapRing * kWeightBytes + (t * BN + warp_column * (BN / 2)) * kRowBytes,
+          lane);
     }
   }
   ptx::cp_async_wait<0>();
@@ -210,12 +210,14 @@ void run_conv3x3_product(const char* name, const Source& source,
                          const PackedWeight<typename P::Element>& weight, const Sink& sink,
                          const TileGrid& tiles, int columns, cudaStream_t stream) {
   if (columns <= 32) {
-    launch_conv3x3_product<P, 32>(name, source, weight, sink, tiles, columns, stream);
-  } else if (columns <= 64 || kMaxColumns<P> == 64) {
-    launch_conv3x3_product<P, 64>(name, source, weight, sink, tiles, columns, stream);
-  } else {
-    launch_conv3x3_product<P, 128>(name, source, weight, sink, tiles, columns, stream);
+    return launch_conv3x3_product<P, 32>(name, source, weight, sink, tiles, columns, stream);
   }
+  if constexpr (kMaxColumns<P> > 64) {
+    if (columns > 64) {
+      return launch_conv3x3_product<P, 128>(name, source, weight, sink, tiles, columns, stream);
+    }
+  }
+  launch_conv3x3_product<P, 64>(name, source, weight, sink, tiles, columns, stream);
 }
 
 }  // namespace densenet_fast::cuda

@@ -1,14 +1,14 @@
 // From accumulators to global memory: sixteen columns at a time pass through a few kilobytes of
-// shared memory, so that every lane ends up with whole 16-byte pieces of rows, and each channel's sums
-// are reduced in a fixed order: lanes, then warps, then tiles.
+// shared memory, so that every lane ends up with whole 16-byte pieces of rows, and each channel's
+// sums are reduced in a fixed order: lanes, then warps, then tiles.
 #pragma once
 
 #include "mma.cuh"
 
 namespace densenet_fast::cuda {
 
-constexpr int kTileRows = 128;   // of a block: four warps of 32
-constexpr int kSlice = 16;       // columns handled at a time
+constexpr int kTileRows = 128;  // of a block: four warps of 32
+constexpr int kSlice = 16;      // columns handled at a time
 constexpr int kSlicePitch = kSlice + 4;
 constexpr int kRowWarps = kTileRows / 32;
 
@@ -84,11 +84,12 @@ struct WarpSums {
 };
 
 template <class A>
-constexpr size_t warp_sums_bytes(int columns) {
+__host__ __device__ constexpr size_t warp_sums_bytes(int columns) {
   return sizeof(A) * kRowWarps * columns * 2;
 }
 
-// ---- Sinks -----------------------------------------------------------------------------------------
+// ---- Sinks
+// -----------------------------------------------------------------------------------------
 
 // Per-tile statistics: count, mean and M2 of every column. [tiles, columns]; counts [tiles].
 template <class A>
@@ -103,6 +104,7 @@ template <class P>
 struct StoreStatistics {
   using E = typename P::Element;
   using A = Accumulator<E>;
+  static constexpr bool kLean = true;  // registers
   Image<E> out;
   TileStatistics<A> statistics;
 
@@ -201,15 +203,17 @@ __device__ __forceinline__ void finish_tile_sums(WarpSums<A> sums, TileSums<A> o
   }
 }
 
-// The backward of norm and ReLU behind a data gradient D: masks it by the activation of x, reduces the
-// two sums, and either adds scale * D to the gradient buffer (kAccumulate) or stores D. `kCorners` is
-// 4 for the transition, where a quarter of D goes to each of four pixels and scale * D is stored.
+// The backward of norm and ReLU behind a data gradient D: masks it by the activation of x, reduces
+// the two sums, and either adds scale * D to the gradient buffer (kAccumulate) or stores D.
+// `kCorners` is 4 for the transition, where a quarter of D goes to each of four pixels and scale *
+// D is stored.
 enum class Into { kGradientBuffer, kNormGradient };
 
 template <class P, Into kInto>
 struct MaskedGradient {
   using E = typename P::Element;
   using A = Accumulator<E>;
+  static constexpr bool kLean = false;  // registers
   Image<const E> x;
   Norm<A> norm;
   Image<E> gradient;  // data null: only the sums
@@ -232,8 +236,7 @@ struct MaskedGradient {
       for (int i = 0; i < Slice<E>::kPieces; ++i) {
         const int64_t pixel = pixel_of(warp_row * 32 + Slice<E>::row(lane, i));
         if (pixel < 0 || valid <= 0) continue;
-        const Piece<E> value =
-            load_piece<E>(x.data + pixel * x.pitch + column, valid, x.alignment);
+        const Piece<E> value = load_piece<E>(x.data + pixel * x.pitch + column, valid, x.alignment);
         E* to = gradient.data ? gradient.data + pixel * gradient.pitch + column : nullptr;
         Piece<E> out;
         if (kInto == Into::kGradientBuffer && to) {
@@ -273,6 +276,7 @@ template <class P>
 struct UnpooledGradient {
   using E = typename P::Element;
   using A = Accumulator<E>;
+  static constexpr bool kLean = false;  // registers
   Image<const E> x;
   Norm<A> norm;
   Image<E> gradient;
@@ -328,7 +332,8 @@ struct UnpooledGradient {
     finish_tile_sums(sums, partial, tile, block_column, x.c);
   }
 
-  // The top left of the four pixels that pooled pixel `pooled` averages, [N, h / 2, w / 2] to [N, h, w].
+  // The top left of the four pixels that pooled pixel `pooled` averages, [N, h / 2, w / 2] to [N,
+  // h, w].
   __device__ static int64_t first_of_four(int64_t pooled, int h, int w) {
     const int64_t ow = w / 2, oh = h / 2;
     const int64_t x = pooled % ow, y = pooled / ow % oh, n = pooled / (ow * oh);

@@ -1,5 +1,5 @@
-// The CUDA backend's operators as plain functions: device pointers, sizes and a stream, no torch types.
-// The torch dispatch and the emulator's tests call the same functions.
+// The CUDA backend's operators as plain functions: device pointers, sizes and a stream, no torch
+// types. The torch dispatch and the emulator's tests call the same functions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,8 +19,8 @@ class Workspace {
 };
 
 struct Context {
-  Dtype dtype;         // of all images
-  bool allow_tf32;     // float32 products may use tf32 tensor cores
+  Dtype dtype;      // of all images
+  bool allow_tf32;  // float32 products may use tf32 tensor cores
   cudaStream_t stream;
   Workspace* workspace;
 };

@@ -67,7 +67,12 @@ void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
                                static_cast<int>(c.shared_bytes)),
           describe(c));
   }
-  kernel<<<c.grid, c.block, c.shared_bytes, c.stream> > >(static_cast<P>(args)...);
+  [&](P... parameters) {
+    void* pointers[] = {static_cast<void*>(&parameters)...};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), c.grid, c.block, pointers,
+                           c.shared_bytes, c.stream),
+          describe(c));
+  }(static_cast<P>(args)...);
   check(cudaGetLastError(), describe(c));
 }
 

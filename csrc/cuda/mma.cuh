@@ -87,7 +87,8 @@ __device__ __forceinline__ void clear(WarpTile<P, NT>& acc) {
   }
 }
 
-// acc += A * B^T over one step: row r of A at a + a_row[handle of r], column n of B at b + n * kRowBytes.
+// acc += A * B^T over one step: row r of A at a + a_row[handle of r], column n of B at b + n *
+// kRowBytes.
 template <class P, int NT>
 __device__ __forceinline__ void multiply_step(WarpTile<P, NT>& acc, const unsigned char* a,
                                               const int (&a_row)[kRowHandles],

@@ -8,11 +8,11 @@ namespace densenet_fast::cuda {
 
 // What a packed weight's column and reduction index stand for.
 struct PackOrder {
-  int64_t columns, channels;                 // of the product: N and K (per tap)
-  int64_t stride_column, stride_channel;     // in the weight
+  int64_t columns, channels;              // of the product: N and K (per tap)
+  int64_t stride_column, stride_channel;  // in the weight
   int64_t stride_h, stride_w;
-  int taps;                                  // 1 or 9
-  bool flipped;                              // taps reversed: the data gradient
+  int taps;      // 1 or 9
+  bool flipped;  // taps reversed: the data gradient
 };
 
 template <class Source, class E>
@@ -40,7 +40,8 @@ PackedWeight<typename P::Element> run_pack(const Context& context, const WeightA
   const int steps = static_cast<int>((order.channels + kStep<E> - 1) / kStep<E>);
   const int64_t size = int64_t{steps} * order.taps * columns * kStep<E>;
   E* packed = static_cast<E*>(context.workspace->allocate(sizeof(E) * size));
-  const LaunchConfig config{"pack_weight", dim3(static_cast<unsigned>((size + kThreads - 1) / kThreads)),
+  const LaunchConfig config{"pack_weight",
+                            dim3(static_cast<unsigned>((size + kThreads - 1) / kThreads)),
                             dim3(kThreads), 0, context.stream};
   if (weight.is_float32 && sizeof(E) == 2) {
     launch(&pack_weight<float, E>, config, static_cast<const float*>(weight.data), order, columns,
@@ -52,7 +53,8 @@ PackedWeight<typename P::Element> run_pack(const Context& context, const WeightA
   return {packed, steps, columns};
 }
 
-// Order of a 1x1 weight [out, in] for the forward (columns: out) or the data gradient (columns: in).
+// Order of a 1x1 weight [out, in] for the forward (columns: out) or the data gradient (columns:
+// in).
 inline PackOrder forward_order(const WeightArgument& w, int taps = 1) {
   return {w.out, w.in, w.stride_out, w.stride_in, w.stride_h, w.stride_w, taps, false};
 }

@@ -1,5 +1,6 @@
 // Weight gradients: products whose reduction runs over pixels, split over runs of pixels so that
-// there is work for the whole device. Every split writes its own partial result; they are added in order.
+// there is work for the whole device. Every split writes its own partial result; they are added in
+// order.
 #pragma once
 
 #include "conv3x3_product.cuh"
@@ -21,17 +22,19 @@ struct PixelTile {
 };
 
 template <class E, class SourceI, class SourceJ, bool kNarrow>
-constexpr size_t pixel_stage_bytes() {
+__host__ __device__ constexpr size_t pixel_stage_bytes() {
   using T = PixelTile<E, kNarrow>;
-  return static_cast<size_t>(kStagePixels) * (SourceI::kRaw * T::kPitchI + SourceJ::kRaw * T::kPitchJ);
+  return static_cast<size_t>(kStagePixels) *
+         (SourceI::kRaw * T::kPitchI + SourceJ::kRaw * T::kPitchJ);
 }
 
 // A tile of `kWidth` channels of `kPixels` pixels in shared memory, fetched and finished piece by
 // piece; pixel_of maps a tile row to a source row or -1.
 template <class E, class Source, int kWidth, int kPitch, class PixelOf, class Body>
-__device__ __forceinline__ void for_each_tile_piece(unsigned char* tile, int pixels, int plane_bytes,
-                                                    int block_channel, const Source& source,
-                                                    const PixelOf& pixel_of, const Body& body) {
+__device__ __forceinline__ void for_each_tile_piece(unsigned char* tile, int pixels,
+                                                    int plane_bytes, int block_channel,
+                                                    const Source& source, const PixelOf& pixel_of,
+                                                    const Body& body) {
   constexpr int kPieces = kWidth / kPieceElements<E>;
   for (int i = threadIdx.x; i < pixels * kPieces; i += blockDim.x) {
     const int row = i / kPieces, piece = i % kPieces;
@@ -55,8 +58,7 @@ __global__ void __launch_bounds__(kThreads)
   using T = PixelTile<E, kNarrow>;
   constexpr int NT = T::NT;
   constexpr int kPlaneI = kStagePixels * T::kPitchI, kPlaneJ = kStagePixels * T::kPitchJ;
-  constexpr int kStageBytes =
-      static_cast<int>(pixel_stage_bytes<E, SourceI, SourceJ, kNarrow>());
+  constexpr int kStageBytes = static_cast<int>(pixel_stage_bytes<E, SourceI, SourceJ, kNarrow>());
   DF_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp / T::kColumnWarps, warp_column = warp % T::kColumnWarps;
@@ -130,26 +132,28 @@ inline int64_t rows_per_split(int64_t rows, int64_t tiles, int multiprocessors) 
   return (per_split + kStagePixels - 1) / kStagePixels * kStagePixels;
 }
 
-// ---- 3x3: one warp a tap ---------------------------------------------------------------------------
+// ---- 3x3: one warp a tap
+// ---------------------------------------------------------------------------
 
 constexpr int kTapThreads = 9 * 32;
 
 template <class E>
 struct TapTile {
-  static constexpr int BI = 32;                                   // output channels
-  static constexpr int BJ = 128 / static_cast<int>(sizeof(E));    // input channels
+  static constexpr int BI = 32;                                 // output channels
+  static constexpr int BJ = 128 / static_cast<int>(sizeof(E));  // input channels
   static constexpr int NT = BJ / 8;
   static constexpr int kPitchI = BI * static_cast<int>(sizeof(E)) + 16;
   static constexpr int kPitchJ = 128 + 16;
 };
 
 template <class E>
-constexpr size_t tap_stage_bytes(int halo_pixels) {
+__host__ __device__ constexpr size_t tap_stage_bytes(int halo_pixels) {
   return static_cast<size_t>(kTileRows) * TapTile<E>::kPitchI +
          static_cast<size_t>(halo_pixels) * TapTile<E>::kPitchJ;
 }
 
-// partial[split, tap, o, c] = sum over the split's tiles of grad[pixel, o] * act(Z)[pixel + tap, c].
+// partial[split, tap, o, c] = sum over the split's tiles of grad[pixel, o] * act(Z)[pixel + tap,
+// c].
 template <class P>
 __global__ void __launch_bounds__(kTapThreads)
     tap_product(PlainSource<P> grad, ActivatedSource<P> bottleneck,
@@ -164,7 +168,8 @@ __global__ void __launch_bounds__(kTapThreads)
   const int halo_pixels = grid.shape.halo_pixels();
   const int stage_bytes = static_cast<int>(tap_stage_bytes<E>(halo_pixels));
   const int64_t begin = int64_t{blockIdx.z} * tiles_per_split;
-  const int64_t end = begin + tiles_per_split < grid.tiles() ? begin + tiles_per_split : grid.tiles();
+  const int64_t end =
+      begin + tiles_per_split < grid.tiles() ? begin + tiles_per_split : grid.tiles();
 
   const auto for_each_piece = [&](int64_t tile, const auto& body_i, const auto& body_j) {
     const TilePlace place(grid, tile);

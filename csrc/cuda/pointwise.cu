@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
   }
   m2 = total(m2);
   if (run != 0) return;
-  if (blockIdx.y == 0 && threadIdx.x == 0) partial.count[blockIdx.x] = static_cast<int>(end - begin);
+  if (blockIdx.y == 0 && threadIdx.x == 0)
+    partial.count[blockIdx.x] = static_cast<int>(end - begin);
   if (c >= x.c) return;
   partial.mean[int64_t{blockIdx.x} * x.c + c] = mean;
   partial.m2[int64_t{blockIdx.x} * x.c + c] = m2;
@@ -136,8 +137,7 @@ void channel_statistics(const Context& context, const ImageArgument& features,
     const int64_t tiles = (x.rows() + kStatisticsRows - 1) / kStatisticsRows;
     const auto partial = allocate_statistics<A>(context, tiles, x.c);
     launch(&tile_statistics<E>,
-           LaunchConfig{"tile_statistics",
-                        dim3(static_cast<unsigned>(tiles), reduce_grid(x.c).x),
+           LaunchConfig{"tile_statistics", dim3(static_cast<unsigned>(tiles), reduce_grid(x.c).x),
                         dim3(kReduceColumns, kReduceRuns), sizeof(A) * kReduceColumns * kReduceRuns,
                         context.stream},
            x, x.rows(), partial);

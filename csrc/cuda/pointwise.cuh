@@ -32,9 +32,8 @@ __global__ void __launch_bounds__(kThreads) clear_cut_pixels(Image<E> gradient, 
 template <class E>
 void run_clear_cut_pixels(const Context& context, const Image<E>& gradient) {
   if (gradient.h % 2 == 0 && gradient.w % 2 == 0) return;
-  launch(&clear_cut_pixels<E>,
-         flat(context, "clear_cut_pixels", gradient.rows() * gradient.c), gradient,
-         gradient.rows());
+  launch(&clear_cut_pixels<E>, flat(context, "clear_cut_pixels", gradient.rows() * gradient.c),
+         gradient, gradient.rows());
 }
 
 }  // namespace densenet_fast::cuda

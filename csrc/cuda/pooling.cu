@@ -179,8 +179,7 @@ void norm_relu_avgpool_backward(const Context& context, const void* grad_out,
 }
 
 void norm_relu_maxpool_forward(const Context& context, const ImageArgument& input,
-                               const NormArgument& act, const ImageArgument& out,
-                               uint8_t* argmax) {
+                               const NormArgument& act, const ImageArgument& out, uint8_t* argmax) {
   with_element(context, [&](auto policy) {
     using E = typename decltype(policy)::Element;
     using A = Accumulator<E>;

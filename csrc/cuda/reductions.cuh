@@ -1,5 +1,5 @@
-// Second stage of every reduction: per-tile partial results, merged in a fixed order. No atomics, so
-// results are bitwise repeatable.
+// Second stage of every reduction: per-tile partial results, merged in a fixed order. No atomics,
+// so results are bitwise repeatable.
 #pragma once
 
 #include "arguments.cuh"
@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
   grad_gamma[c] = sum_centred * rstd[c];
 }
 
-// out[place(i)] = sum over splits of partial[split, i]. `taps` 9: i = (tap, o, c) goes to (o, c, tap).
+// out[place(i)] = sum over splits of partial[split, i]. `taps` 9: i = (tap, o, c) goes to (o, c,
+// tap).
 template <class A, class Out>
 __global__ void __launch_bounds__(kThreads)
     add_splits(const A* partial, int splits, int64_t size, int taps, Out* out) {
@@ -134,7 +135,8 @@ void run_add_splits(const Context& context, const Accumulator<typename P::Elemen
                     int64_t splits, int64_t size, int taps, const WeightGradient& out) {
   using E = typename P::Element;
   using A = Accumulator<E>;
-  const LaunchConfig config{"add_splits", dim3(static_cast<unsigned>((size + kThreads - 1) / kThreads)),
+  const LaunchConfig config{"add_splits",
+                            dim3(static_cast<unsigned>((size + kThreads - 1) / kThreads)),
                             dim3(kThreads), 0, context.stream};
   if (out.is_float32 && sizeof(E) == 2) {
     launch(&add_splits<A, A>, config, partial, static_cast<int>(splits), size, taps,

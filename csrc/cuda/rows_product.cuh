@@ -1,6 +1,6 @@
 // [rows, K] x [K, N]: the 1x1 convolutions and the transition, forward and data gradient. A block
-// makes a tile of 128 rows and up to 128 columns; raw operand pieces and packed weights arrive through
-// a ring of asynchronous stages.
+// makes a tile of 128 rows and up to 128 columns; raw operand pieces and packed weights arrive
+// through a ring of asynchronous stages.
 #pragma once
 
 #include "launch.cuh"
@@ -8,8 +8,8 @@
 
 namespace densenet_fast::cuda {
 
-// Weights packed for products: [step][tap][columns padded][kStep elements], zero padded, so that every
-// tile of them is whole 16-byte pieces.
+// Weights packed for products: [step][tap][columns padded][kStep elements], zero padded, so that
+// every tile of them is whole 16-byte pieces.
 template <class E>
 struct PackedWeight {
   const E* data;
@@ -17,21 +17,30 @@ struct PackedWeight {
   int columns;  // padded to whole tiles
 };
 
+// Columns of a tile at most: what the registers hold.
+template <class P>
+constexpr int kMaxColumns = sizeof(typename P::Element) == 2 || P::kTf32 ? 128 : 64;
+
+// Blocks that the registers of one multiprocessor must hold: two, but for the widest tiles whose
+// epilogue needs many, and for plain arithmetic. One block is eight warps.
+template <class P, class Sink, int BN>
+constexpr int kBlocksPerMultiprocessor = kMaxColumns<P> == 128 && (BN < 128 || Sink::kLean) ? 2 : 1;
+
 constexpr int kOperandBytes = kTileRows * kRowBytes;
 
 template <class P, int BN>
-constexpr size_t epilogue_bytes() {
+__host__ __device__ constexpr size_t epilogue_bytes() {
   using E = typename P::Element;
   return kWarps * kSliceBytes<E> + warp_sums_bytes<Accumulator<E>>(BN) + kRowWarps * sizeof(int);
 }
 
 template <class P, class Source, int BN>
-constexpr size_t product_stage_bytes() {
+__host__ __device__ constexpr size_t product_stage_bytes() {
   return static_cast<size_t>(Source::kRaw) * kOperandBytes + BN * kRowBytes;
 }
 
 template <class P, class Source, int BN>
-constexpr size_t product_shared_bytes(int stages) {
+__host__ __device__ constexpr size_t product_shared_bytes(int stages) {
   const size_t ring = stages * product_stage_bytes<P, Source, BN>();
   return ring > epilogue_bytes<P, BN>() ? ring : epilogue_bytes<P, BN>();
 }
@@ -46,7 +55,7 @@ __device__ __forceinline__ void start_weights(unsigned char* to, const E* from, 
 }
 
 template <class P, class Source, class Sink, int BN>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, BN>))
     rows_product(Source source, PackedWeight<typename P::Element> weight, Sink sink, int64_t rows,
                  int stages) {
   using E = typename P::Element;
@@ -61,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // This thread's pieces of the operand: one column of pieces, rows 64 apart.
   const int piece_row = threadIdx.x / kStepPieces, piece_column = threadIdx.x % kStepPieces;
-  const auto raw_pieces = [&](int stage, int i, unsigned char* (&raw)[Source::kRaw]) {
+  const auto raw_pieces = [&](int stage, int i, unsigned char*(&raw)[Source::kRaw]) {
     unsigned char* at = shared + stage * kStageBytes +
                         (piece_row + i * (kThreads / kStepPieces)) * kRowBytes +
                         piece_column * kPieceBytes;
@@ -145,24 +154,22 @@ void launch_rows_product(const char* name, const Source& source,
   const int stages = product_stages<P, Source, BN>(current_device_limits());
   const dim3 grid(static_cast<unsigned>((rows + kTileRows - 1) / kTileRows),
                   static_cast<unsigned>((columns + BN - 1) / BN));
-  launch(&rows_product<P, Source, Sink, BN>,
-         LaunchConfig{name, grid, dim3(kThreads), product_shared_bytes<P, Source, BN>(stages), stream},
-         source, weight, sink, rows, stages);
+  launch(
+      &rows_product<P, Source, Sink, BN>,
+      LaunchConfig{name, grid, dim3(kThreads), product_shared_bytes<P, Source, BN>(stages), stream},
+      source, weight, sink, rows, stages);
 }
-
-// Columns of a tile: as few as cover the product, at most what the registers hold.
-template <class P>
-constexpr int kMaxColumns = sizeof(Accumulator<typename P::Element>) == 8 ? 64 : 128;
 
 template <class P, class Source, class Sink>
 void run_rows_product(const char* name, const Source& source,
                       const PackedWeight<typename P::Element>& weight, const Sink& sink,
                       int64_t rows, int columns, cudaStream_t stream) {
-  if (columns <= 64 || kMaxColumns<P> == 64) {
-    launch_rows_product<P, 64>(name, source, weight, sink, rows, columns, stream);
-  } else {
-    launch_rows_product<P, 128>(name, source, weight, sink, rows, columns, stream);
+  if constexpr (kMaxColumns<P> > 64) {
+    if (columns > 64) {
+      return launch_rows_product<P, 128>(name, source, weight, sink, rows, columns, stream);
+    }
   }
+  launch_rows_product<P, 64>(name, source, weight, sink, rows, columns, stream);
 }
 
 }  // namespace densenet_fast::cuda

@@ -1,6 +1,6 @@
 // How the rows of a product's operand come to be. A Source names the raw pieces to fetch for one
-// 16-byte piece of the operand, and turns them into it: once per loaded element, in shared memory, by
-// the thread that fetched them, so that no barrier stands between.
+// 16-byte piece of the operand, and turns them into it: once per loaded element, in shared memory,
+// by the thread that fetched them, so that no barrier stands between.
 #pragma once
 
 #include "epilogue.cuh"
@@ -31,9 +31,9 @@ struct ActivatedSource {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       // Outside the image there is no pixel to activate: relu(shift) would be wrong.
-      value.element[v] = exists ? narrow<E>(relu(multiply_add(scale[v], A(widen(value.element[v])),
-                                                              shift[v])))
-                                : narrow<E>(0);
+      value.element[v] =
+          exists ? narrow<E>(relu(multiply_add(scale[v], A(widen(value.element[v])), shift[v])))
+                 : narrow<E>(0);
     }
     *piece = value;
   }

@@ -18,8 +18,8 @@ void transition_forward(const Context& context, const ImageArgument& features,
     if (statistics.mean) sink.statistics = allocate_statistics<A>(context, tiles, weight.out);
     // Four raw pieces an operand piece: narrow tiles leave shared memory for them everywhere.
     launch_rows_product<P, 64>("transition_forward",
-                               PooledSource<P>{image<const E>(features), activation<A>(act)}, packed,
-                               sink, rows, static_cast<int>(weight.out), context.stream);
+                               PooledSource<P>{image<const E>(features), activation<A>(act)},
+                               packed, sink, rows, static_cast<int>(weight.out), context.stream);
     if (statistics.mean) {
       run_finish_statistics<A>(context, sink.statistics, tiles, weight.out, statistics);
     }
@@ -42,14 +42,13 @@ void transition_backward(const Context& context, const ImageArgument& grad_out,
                                    image<E>(grad_features),
                                    allocate_sums<A>(context, tiles, weight.in)};
     run_clear_cut_pixels<E>(context, image<E>(grad_features));
-    run_rows_product<P>("transition_dgrad", source, packed, sink, rows,
-                        static_cast<int>(weight.in), context.stream);
+    run_rows_product<P>("transition_dgrad", source, packed, sink, rows, static_cast<int>(weight.in),
+                        context.stream);
     run_finish_sums<A>(context, sink.partial, tiles, weight.in, norm_argument, grad_affine);
     if (grad_weight.data) {
-      run_pixel_gradient<P>(
-          context, "transition_wgrad", source,
-          PooledSource<P>{image<const E>(features), activation<A>(norm_argument)}, rows, weight.out,
-          weight.in, grad_weight);
+      run_pixel_gradient<P>(context, "transition_wgrad", source,
+                            PooledSource<P>{image<const E>(features), activation<A>(norm_argument)},
+                            rows, weight.out, weight.in, grad_weight);
     }
   });
 }

@@ -50,7 +50,9 @@ __device__ __forceinline__ double narrow<double>(double x) {
 }
 
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+  return fma(a, b, c);
+}
 
 // NaN stays NaN, as in PyTorch's relu.
 template <class A>
@@ -91,8 +93,9 @@ __device__ __forceinline__ void start_piece(unsigned char* to, const E* from, in
     for (int i = 0; i < 4; ++i) {
       const int left = bytes - 4 * i;
       const int part = left < 0 ? 0 : left > 4 ? 4 : left;
-      ptx::cp_async_4(to + 4 * i, part ? reinterpret_cast<const unsigned char*>(from) + 4 * i
-                                       : reinterpret_cast<const unsigned char*>(from),
+      ptx::cp_async_4(to + 4 * i,
+                      part ? reinterpret_cast<const unsigned char*>(from) + 4 * i
+                           : reinterpret_cast<const unsigned char*>(from),
                       part);
     }
   } else {
@@ -110,7 +113,8 @@ __device__ __forceinline__ Piece<E> load_piece(const E* from, int valid, int ali
     piece = *reinterpret_cast<const Piece<E>*>(from);
   } else {
 #pragma unroll
-    for (int i = 0; i < kPieceElements<E>; ++i) piece.element[i] = i < valid ? from[i] : narrow<E>(0);
+    for (int i = 0; i < kPieceElements<E>; ++i)
+      piece.element[i] = i < valid ? from[i] : narrow<E>(0);
   }
   return piece;
 }

@@ -15,9 +15,8 @@ namespace {
 class PoisonedWorkspace : public cuda::Workspace {
  public:
   void* allocate(size_t bytes) override {
-    blocks_.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(
-                             64, (bytes + 63) / 64 * 64)),
-                         std::free);
+    blocks_.emplace_back(
+        static_cast<unsigned char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)), std::free);
     unsigned char* p = blocks_.back().get();
     for (size_t i = 0; i + 4 <= bytes; i += 4) {
       const uint32_t poison = 0x7fa1dead;
@@ -80,8 +79,8 @@ const char* df_norm_grad_coefficients(int dtype, int tf32, int64_t n, N norm, G 
 const char* df_conv1x1_forward(int dtype, int tf32, I x, N act, W w, I z, S s) {
   return guarded(dtype, tf32, [&](const auto& c) { cuda::conv1x1_forward(c, x, act, w, z, s); });
 }
-const char* df_conv1x1_backward(int dtype, int tf32, I g, I z, const void* coefficients, I x, N norm,
-                                W w, I gx, G sums, GW gw) {
+const char* df_conv1x1_backward(int dtype, int tf32, I g, I z, const void* coefficients, I x,
+                                N norm, W w, I gx, G sums, GW gw) {
   return guarded(dtype, tf32, [&](const auto& c) {
     cuda::conv1x1_backward(c, g, z, coefficients, x, norm, w, gx, sums, gw);
   });
@@ -90,27 +89,25 @@ const char* df_conv3x3_forward(int dtype, int tf32, I z, N act, W w, I y, S s) {
   return guarded(dtype, tf32, [&](const auto& c) { cuda::conv3x3_forward(c, z, act, w, y, s); });
 }
 const char* df_conv3x3_backward(int dtype, int tf32, I g, I z, N norm, W w, I gz, G sums, GW gw) {
-  return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::conv3x3_backward(c, g, z, norm, w, gz, sums, gw);
-  });
+  return guarded(dtype, tf32,
+                 [&](const auto& c) { cuda::conv3x3_backward(c, g, z, norm, w, gz, sums, gw); });
 }
 const char* df_transition_forward(int dtype, int tf32, I x, N act, W w, I out, S s) {
   return guarded(dtype, tf32,
                  [&](const auto& c) { cuda::transition_forward(c, x, act, w, out, s); });
 }
-const char* df_transition_backward(int dtype, int tf32, I g, I x, N norm, W w, I gx, G sums, GW gw) {
-  return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::transition_backward(c, g, x, norm, w, gx, sums, gw);
-  });
+const char* df_transition_backward(int dtype, int tf32, I g, I x, N norm, W w, I gx, G sums,
+                                   GW gw) {
+  return guarded(dtype, tf32,
+                 [&](const auto& c) { cuda::transition_backward(c, g, x, norm, w, gx, sums, gw); });
 }
 const char* df_dropout_(int dtype, int tf32, I y, uint64_t seed, double p) {
   return guarded(dtype, tf32, [&](const auto& c) { cuda::dropout(c, y, seed, p); });
 }
 const char* df_finish_gradient(int dtype, int tf32, I x, I g, const void* mean, const void* sum,
                                const void* sum_x, I out) {
-  return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::finish_gradient(c, x, g, mean, sum, sum_x, out);
-  });
+  return guarded(dtype, tf32,
+                 [&](const auto& c) { cuda::finish_gradient(c, x, g, mean, sum, sum_x, out); });
 }
 const char* df_norm_relu_avgpool_forward(int dtype, int tf32, I x, N act, void* out) {
   return guarded(dtype, tf32,
@@ -118,9 +115,8 @@ const char* df_norm_relu_avgpool_forward(int dtype, int tf32, I x, N act, void* 
 }
 const char* df_norm_relu_avgpool_backward(int dtype, int tf32, const void* g, I x, N norm, I gx,
                                           G sums) {
-  return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::norm_relu_avgpool_backward(c, g, x, norm, gx, sums);
-  });
+  return guarded(dtype, tf32,
+                 [&](const auto& c) { cuda::norm_relu_avgpool_backward(c, g, x, norm, gx, sums); });
 }
 const char* df_norm_relu_maxpool_forward(int dtype, int tf32, I x, N act, I out, uint8_t* argmax) {
   return guarded(dtype, tf32,
