@@ -67,7 +67,8 @@ def steps(
         if type(module) is nn.BatchNorm2d:
             if stem_obstacle(modules[at : at + 3], dtype, device) is None:
                 _channels_innermost(planned)
-                planned.append(StemStep(module))
+                conv = _recomputed_conv(planned, modules[at + 3 : at + 4])
+                planned.append(StemStep(module, conv))
                 at += 3
                 continue
         elif isinstance(module, DenseBlock) and block_obstacle(module) is None:
@@ -101,6 +102,19 @@ def _channels_innermost(planned: list[Step]) -> None:
         planned[-1] = ConvStep(last.module)
 
 
+def _recomputed_conv(planned: list[Step], behind: Sequence[nn.Module]) -> nn.Conv2d | None:
+    """The stem's convolution, taken off the plan, where the block behind the stem recomputes."""
+    last = planned[-1] if planned else None
+    if (
+        isinstance(last, ConvStep)
+        and eligibility.zero_padded(last.module)
+        and any(isinstance(block, DenseBlock) and block.checkpoint != "none" for block in behind)
+    ):
+        planned.pop()
+        return last.module
+    return None
+
+
 def _ends_fused(step: DenseStep) -> bool:
     return bool(step.segments) and isinstance(step.segments[-1], list)
 
@@ -111,6 +125,8 @@ def called_modules(planned: Sequence[Step]) -> list[nn.Module]:
     for step in planned:
         if isinstance(step, (ConvStep, ModuleStep)):
             called.append(step.module)
+        elif isinstance(step, StemStep) and step.conv is not None:
+            called.append(step.conv)
         elif isinstance(step, DenseStep):
             called.extend(part for part in step.segments if isinstance(part, nn.Module))
     return called

@@ -40,7 +40,7 @@ from densenet_fast.specs import (
     without_layer_tensors,
     without_tail_tensors,
 )
-from densenet_fast.stem import stem_norm_relu_maxpool
+from densenet_fast.stem import conv_stem, stem_norm_relu_maxpool
 
 __all__ = [
     "CHECKPOINT_MODES",
@@ -50,6 +50,7 @@ __all__ = [
     "NormSpec",
     "Tail",
     "TransitionTail",
+    "conv_stem",
     "dense_block",
     "stem_norm_relu_maxpool",
 ]

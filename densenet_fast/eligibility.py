@@ -165,6 +165,12 @@ def any_conv(module: nn.Module) -> str | None:
     return obstacle
 
 
+def zero_padded(conv: nn.Conv2d) -> bool:
+    """Whether the padding is a number of zeros, not a word or another kind of border."""
+    state = conv.__dict__
+    return state["padding_mode"] == "zeros" and not isinstance(state["padding"], str)
+
+
 def weight_shape(module: nn.Module | None) -> torch.Size:
     """The shape of the weight of an eligible convolution."""
     return parameter(module.__dict__, "weight").shape

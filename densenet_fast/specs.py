@@ -32,6 +32,16 @@ class NormSpec:
 
 
 @dataclass(frozen=True)
+class ConvGeometry:
+    """What a convolution with zero padding is besides its weight and bias."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """norm1, ReLU, 1x1 convolution `[B, C_l, 1, 1]`, norm2, ReLU, 3x3 convolution `[k, B, 3, 3]`.
 

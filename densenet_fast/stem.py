@@ -1,19 +1,24 @@
-"""The stem's norm, ReLU and 3x3 max-pool of stride 2 as one autograd node."""
+"""The stem: norm, ReLU and 3x3 max-pool of stride 2 as one node, and with the convolution.
+
+The convolution's output is the largest tensor of the network, and making it again costs little
+(about a hundredth of a DenseNet-121 step): where blocks recompute, so does the stem.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from densenet_fast import norms, ops
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.first_order import first_order_only
 from densenet_fast.layout import as_rows, empty_channels_last
-from densenet_fast.norms import parameter_gradient
+from densenet_fast.norms import Coefficients, parameter_gradient
 from densenet_fast.reference import statistics_dtype
-from densenet_fast.specs import NormSpec, norm_buffers, with_norm_tensors
+from densenet_fast.specs import ConvGeometry, NormSpec, norm_buffers, with_norm_tensors
 
 
 def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
@@ -73,21 +78,114 @@ class _Stem(torch.autograd.Function):
 def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     input, argmax, statistics, weight, bias, *buffers = ctx.saved_tensors
     norm = with_norm_tensors(ctx.norm, (weight, bias), buffers)
-    mean, var = statistics.unbind()
-    grad_input = empty_channels_last(tuple(input.shape), input)
-    grad_gamma, grad_beta = mean.new_empty(len(mean)), mean.new_empty(len(mean))
-    ops.norm_relu_maxpool_backward(
-        as_rows(grad_output),
-        argmax.contiguous(),
-        as_rows(input),
-        *norms.coefficients(norm, mean, var),
-        norm.batch_statistics,
-        grad_input.permute(0, 2, 3, 1),
-        grad_gamma,
-        grad_beta,
+    grad_input, grad_gamma, grad_beta = _norm_gradients(
+        grad_output, input, argmax, norm, norms.coefficients(norm, *statistics.unbind())
     )
     return [
         grad_input if ctx.needs_input_grad[0] else None,
         parameter_gradient(weight, grad_gamma),
         parameter_gradient(bias, grad_beta),
+    ]
+
+
+def _norm_gradients(
+    grad_output: Tensor, input: Tensor, argmax: Tensor, norm: NormSpec, forward: Coefficients
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the norm's input, and of its weight and bias."""
+    images, channels, height, width = input.shape
+    grad_input = empty_channels_last((images, channels, height, width), input)
+    grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
+    ops.norm_relu_maxpool_backward(
+        as_rows(grad_output),
+        argmax.contiguous(),
+        as_rows(input),
+        *forward,
+        norm.batch_statistics,
+        grad_input.permute(0, 2, 3, 1),
+        grad_gamma,
+        grad_beta,
+    )
+    return grad_input, grad_gamma, grad_beta
+
+
+def conv_stem(
+    input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, norm: NormSpec
+) -> Tensor:
+    """`stem_norm_relu_maxpool` of the convolution of `[N, Cin, H, W]`.
+
+    Keeps `input` and one byte per output element; the backward makes the convolution again.
+    """
+    tensors = (weight, bias, norm.weight, norm.bias)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, *tensors)
+    ):
+        output: Tensor = _ConvStem.apply(input, conv, norm, *tensors)
+        return output
+    with torch.no_grad():
+        return stem_norm_relu_maxpool(_convolution(input, conv, weight, bias), norm)
+
+
+def _convolution(input: Tensor, conv: ConvGeometry, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A weight with channels innermost makes the convolution write its output so.
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class _ConvStem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, conv: ConvGeometry, norm: NormSpec, *parameters: Tensor | None
+    ) -> Tensor:
+        weight, bias = parameters[:2]
+        assert weight is not None
+        features = _convolution(input, conv, weight, bias)
+        check_input(features)
+        images, channels, height, width = features.shape
+        check_norm(norm, "norm", channels, features, (images, height, width))
+        output, argmax, statistics = _forward(features, norm)
+        ctx.save_for_backward(input, argmax, statistics, *parameters, *norm_buffers(norm))
+        ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
+        ctx.conv = conv
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        with torch.no_grad():
+            gradients = _conv_stem_backward(ctx, grad_outputs[0])
+        behind = [*grad_outputs, *ctx.saved_tensors]
+        input, *parameters = first_order_only("the fused stem", gradients, behind)
+        return input, None, None, *parameters
+
+
+def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+    input, argmax, statistics, weight, bias, gamma, beta, *buffers = ctx.saved_tensors
+    conv: ConvGeometry = ctx.conv
+    norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
+    grad_features, grad_gamma, grad_beta = _norm_gradients(
+        grad_output,
+        _convolution(input, conv, weight, bias),
+        argmax,
+        norm,
+        norms.coefficients(norm, *statistics.unbind()),
+    )
+    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    gradients: list[Tensor | None] = [None, None, None]
+    if any(wanted):
+        gradients = torch.ops.aten.convolution_backward(
+            grad_features,
+            input,
+            weight,
+            None if bias is None else bias.shape,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            (0, 0),
+            conv.groups,
+            wanted,
+        )
+    return [
+        *gradients,
+        parameter_gradient(gamma, grad_gamma),
+        parameter_gradient(beta, grad_beta),
     ]

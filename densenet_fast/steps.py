@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.dense_block import dense_block, stem_norm_relu_maxpool
+from densenet_fast.dense_block import conv_stem, dense_block, stem_norm_relu_maxpool
 from densenet_fast.eligibility import parameter
 from densenet_fast.norm_modules import StepCounts, norm_spec
-from densenet_fast.specs import AvgPoolTail, Checkpoint, LayerSpec, Tail, TransitionTail
+from densenet_fast.specs import (
+    AvgPoolTail,
+    Checkpoint,
+    ConvGeometry,
+    LayerSpec,
+    Tail,
+    TransitionTail,
+)
 
 if TYPE_CHECKING:
     from densenet_fast.layers import DenseLayer, Transition
@@ -58,16 +65,24 @@ class ConvStep:
 
 @dataclass
 class StemStep:
-    """norm0, relu0 and pool0 as one node."""
+    """norm0, relu0 and pool0 as one node, with the convolution where that is recomputed."""
 
     norm: nn.BatchNorm2d
+    conv: nn.Conv2d | None = None
 
     def run(self, input: Tensor) -> Tensor:
         """The pooled features."""
         counts = StepCounts()
         norm = norm_spec(self.norm, counts)
         with counts:
-            return stem_norm_relu_maxpool(input, norm)
+            if self.conv is None:
+                return stem_norm_relu_maxpool(input, norm)
+            conv: Any = self.conv.__dict__
+            geometry = ConvGeometry(
+                conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
+            )
+            weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+            return conv_stem(input, weight, bias, geometry, norm)
 
 
 @dataclass
