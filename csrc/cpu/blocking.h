@@ -59,11 +59,10 @@ void pack_columns(T* packed, int64_t k, int64_t columns, int prefer, const At& a
       const int64_t width = nv * L;
       T* block = packed + v * L * k;
       const int64_t valid = smaller(width, columns - v * L);
-      for (int64_t j = 0; j < valid; ++j) {
-        for (int64_t i = begin; i < end; ++i) block[i * width + j] = at(i, v * L + j);
-      }
-      for (int64_t j = valid; j < width; ++j) {
-        for (int64_t i = begin; i < end; ++i) block[i * width + j] = T(0);
+      for (int64_t i = begin; i < end; ++i) {
+        T* row = block + i * width;
+        for (int64_t j = 0; j < valid; ++j) row[j] = at(i, v * L + j);
+        for (int64_t j = valid; j < width; ++j) row[j] = T(0);
       }
       v += nv;
     }

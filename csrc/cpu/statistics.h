@@ -76,22 +76,29 @@ class TaskStatistics {
     return {counts_.get() + task, mean, mean + width_};
   }
 
-  // Merges in task order, in double whatever T is: one value per channel and task.
+  // Merges in task order, in double whatever T is.
   void finish(Statistics<T> out) const {
-    for (int64_t c = 0; c < columns_; ++c) {
-      double count = 0, mean = 0, m2 = 0;
-      for (int64_t i = 0; i < tasks_; ++i) {
-        const double added = static_cast<double>(counts_.get()[i]);
-        if (added == 0) continue;
-        const PartialStatistics<T> part = of(i);
-        const double total = count + added;
-        const double delta = static_cast<double>(part.mean[c]) - mean;
-        mean += delta * (added / total);
-        m2 += static_cast<double>(part.m2[c]) + delta * delta * (count * added / total);
-        count = total;
+    CallMemory<double> merged(2 * columns_);
+    double* mean = merged.get();
+    double* m2 = mean + columns_;
+    for (int64_t c = 0; c < columns_; ++c) mean[c] = m2[c] = 0;
+    double count = 0;
+    for (int64_t i = 0; i < tasks_; ++i) {
+      const double added = static_cast<double>(counts_.get()[i]);
+      if (added == 0) continue;
+      const PartialStatistics<T> part = of(i);
+      const double share = added / (count + added);
+      const double weight = count * share;
+      for (int64_t c = 0; c < columns_; ++c) {
+        const double delta = static_cast<double>(part.mean[c]) - mean[c];
+        mean[c] += delta * share;
+        m2[c] += static_cast<double>(part.m2[c]) + delta * delta * weight;
       }
-      out.mean[c] = static_cast<T>(mean);
-      out.var[c] = static_cast<T>(m2 / count);
+      count += added;
+    }
+    for (int64_t c = 0; c < columns_; ++c) {
+      out.mean[c] = static_cast<T>(mean[c]);
+      out.var[c] = static_cast<T>(m2[c] / count);
     }
   }
 
