@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from densenet_fast import norms, ops
@@ -94,8 +95,8 @@ class BlockBackward:
     def _finish(self, start: int, end: int, out: Tensor) -> None:
         """The complete gradient of channels all of whose readers are done."""
         ops.finish_gradient(
-            self.features.narrow(3, start, end - start),
-            self.grad_features.narrow(3, start, end - start),
+            self.features[..., start:end],
+            self.grad_features[..., start:end],
             self.statistics.mean[start:end],
             self.sum_grad[start:end],
             self.sum_grad_x[start:end],
@@ -156,7 +157,7 @@ class BlockBackward:
     ) -> Gradients:
         layer, needs = self.layers[index], self.needs[index]
         start = self.geometry.starts[index]
-        prefix = self.features.narrow(3, 0, start)
+        prefix = self.features[..., :start]
         features_needed = self.input_needed or self.lowest < index
         conv1_needed = features_needed or any(needs[:3])
 
@@ -199,7 +200,7 @@ class BlockBackward:
             prefix,
             *norm1,
             weight,
-            self.grad_features.narrow(3, 0, start) if features_needed else None,
+            self.grad_features[..., :start] if features_needed else None,
             grad_gamma1,
             grad_beta1,
             grad_conv1,
@@ -220,7 +221,7 @@ class BlockBackward:
             self._finish(start, end, out)
         else:
             # No readers are left, so the buffer's own channels can be worked on in place.
-            out = self.grad_features.narrow(3, start, end - start)
+            out = self.grad_features[..., start:end]
         if self.layers[index].dropout:
             ops.dropout_(out, self.seeds[index], self.layers[index].dropout)
         return out
@@ -233,7 +234,7 @@ class BlockBackward:
         if self.geometry.reduced(0):
             self._finish(0, channels, rows)
         else:
-            rows.copy_(self.grad_features.narrow(3, 0, channels))
+            rows.copy_(self.grad_features[..., :channels])
         return gradient
 
 
@@ -245,4 +246,4 @@ def _affine_gradients(
 
 def _like(weight: Tensor) -> Tensor:
     """Room for a weight's gradient: contiguous, whatever the weight's memory format."""
-    return weight.new_empty(weight.shape)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -95,7 +95,7 @@ def norm2_coefficients(layer: LayerSpec, index: int, statistics: Statistics) -> 
 
 def matrix(weight: Tensor) -> Tensor:
     """A 1x1 convolution's weight [B, C, 1, 1] as [B, C]."""
-    return weight.view(weight.shape[:2])
+    return weight.flatten(1)
 
 
 def forward(
@@ -116,19 +116,31 @@ def forward(
     if geometry.reduced(0):
         start = geometry.starts[0]
         ops.channel_statistics(features[..., :start], *statistics.features(0, start))
+    bottlenecks = _run_layers(layers, geometry, statistics, features, seeds, keep_bottlenecks)
+    result = Forward(buffer, vector, bottlenecks)
+    return (buffer if tail is None else _tail(tail, features, geometry, statistics)), result
+
+
+def _run_layers(
+    layers: Sequence[LayerSpec],
+    geometry: Geometry,
+    statistics: Statistics,
+    features: Tensor,
+    seeds: Sequence[int],
+    keep: bool,
+) -> list[Tensor]:
+    """All layers for the first time; their bottlenecks, if they are to be kept."""
     bottlenecks: list[Tensor] = []
-    scratch = None if keep_bottlenecks else _bottleneck_scratch(geometry, input)
+    scratch = None if keep else _bottleneck_scratch(geometry, features)
     for index, layer in enumerate(layers):
         if scratch is None:
             size = (*geometry.pixels, geometry.widths[index])
-            bottlenecks.append(torch.empty(size, dtype=input.dtype, device=input.device))
-            bottleneck = bottlenecks[-1]
+            bottleneck = torch.empty(size, dtype=features.dtype, device=features.device)
+            bottlenecks.append(bottleneck)
         else:
             bottleneck = scratch.take(geometry.widths[index])
         _first_layer_run(layer, index, geometry, statistics, features, bottleneck, seeds[index])
-    del scratch
-    result = Forward(buffer, vector, bottlenecks)
-    return (buffer if tail is None else _tail(tail, features, geometry, statistics)), result
+    return bottlenecks
 
 
 def _bottleneck_scratch(geometry: Geometry, like: Tensor) -> Scratch:
@@ -160,7 +172,7 @@ def _first_layer_run(
 ) -> None:
     """One layer, its output's statistics reduced and its running statistics updated."""
     start, end = geometry.starts[index : index + 2]
-    prefix = features.narrow(3, 0, start)
+    prefix = features[..., :start]
     norms.update_running_statistics(
         layer.norm1, *statistics.features(0, start), count=geometry.rows
     )
@@ -171,7 +183,7 @@ def _first_layer_run(
 
     norms.update_running_statistics(layer.norm2, mean, var, count=geometry.rows)
     scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
-    growth = features.narrow(3, start, end - start)
+    growth = features[..., start:end]
     wanted = statistics.features(start, end) if geometry.reduced(index + 1) else (None, None)
     if not layer.dropout:
         ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, *wanted)
@@ -206,9 +218,9 @@ def recompute_features(
         start, end = geometry.starts[index : index + 2]
         bottleneck = scratch.take(geometry.widths[index])
         norm1 = norm1_coefficients(layer, index, geometry, statistics)
-        recompute_bottleneck(layer, norm1, features.narrow(3, 0, start), bottleneck)
+        recompute_bottleneck(layer, norm1, features[..., :start], bottleneck)
         scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
-        growth = features.narrow(3, start, end - start)
+        growth = features[..., start:end]
         ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
         if layer.dropout:
             ops.dropout_(growth, seeds[index], layer.dropout)

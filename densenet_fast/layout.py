@@ -52,7 +52,12 @@ class Scratch:
         self._pixels = pixels
         self._rows = pixels[0] * pixels[1] * pixels[2]
         self._buffer = torch.empty(self._rows * channels, dtype=like.dtype, device=like.device)
+        self._views: dict[int, Tensor] = {}  # most layers of a block ask for the same
 
     def take(self, channels: int) -> Tensor:
         """The buffer as contiguous [N, H, W, channels]: what was taken before is overwritten."""
-        return self._buffer[: self._rows * channels].view(*self._pixels, channels)
+        view = self._views.get(channels)
+        if view is None:
+            part = self._buffer[: self._rows * channels]
+            view = self._views[channels] = part.view(*self._pixels, channels)
+        return view

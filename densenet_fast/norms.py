@@ -60,4 +60,4 @@ def parameter_gradient(parameter: Tensor | None, gradient: Tensor | None) -> Ten
     """The gradient in the parameter's own type; None where there is no parameter or no gradient."""
     if parameter is None or gradient is None:
         return None
-    return gradient.to(parameter.dtype)
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)

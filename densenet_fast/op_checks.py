@@ -82,14 +82,14 @@ def vectors(
     shape = (length,)
     dtype = statistics_dtype(like.dtype)
     device = like.device
-    for name, tensor in zip(names, tensors, strict=True):
+    for index, tensor in enumerate(tensors):
         if (
             tensor.shape != shape
             or tensor.dtype != dtype
             or tensor.device != device
             or not tensor.is_contiguous()
         ):
-            dense(op, name, tensor, shape, dtype, like)
+            dense(op, names[index], tensor, shape, dtype, like)
 
 
 def optional_statistics(
