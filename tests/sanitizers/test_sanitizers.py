@@ -60,8 +60,13 @@ def supports(cxx: list[str], flags: list[str], folder: Path) -> bool:
     return built.returncode == 0 and run([str(program)]).returncode == 0
 
 
-@pytest.mark.parametrize(("sanitizers", "cases"), [("address,undefined", 40), ("thread", 12)])
-def test_kernels(sanitizers: str, cases: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("sanitizers", "cases"),
+    # Races need several tasks, not odd sizes, and ThreadSanitizer is slow: no chosen shapes for it.
+    [("address,undefined", ["30", "chosen"]), ("thread", ["12"])],
+    ids=["address,undefined", "thread"],
+)
+def test_kernels(sanitizers: str, cases: list[str], tmp_path: Path):
     cxx = compiler()
     sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     if not supports(cxx, sanitize, tmp_path):
@@ -83,7 +88,7 @@ def test_kernels(sanitizers: str, cases: int, tmp_path: Path):
     linked = run([*cxx, "-pthread", *sanitize, *objects, "-o", program])
     assert linked.returncode == 0, linked.stdout
 
-    result = run([program, str(cases)], UBSAN_OPTIONS="print_stacktrace=1")
+    result = run([program, *cases], UBSAN_OPTIONS="print_stacktrace=1")
     # The last lines name the instruction set and the shape, then what was wrong with them.
     assert result.returncode == 0, "\n".join(result.stdout.splitlines()[-60:])
     assert result.stdout.endswith("passed\n")
