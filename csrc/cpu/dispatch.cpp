@@ -5,71 +5,38 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
-#include <optional>
 
 #include "isa.h"
+#include "tensors.h"
 
 namespace densenet_fast::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 template <class T>
 constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 template <class T>
-void check_type(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == kScalarType<T>, name, " has another dtype than the features");
-}
-
-template <class T>
 Image<T> image(const Tensor& t, const char* name) {
   using Element = std::remove_const_t<T>;
-  check_type<Element>(t, name);
-  STD_TORCH_CHECK(t.dim() == 4, name, " must be [N, H, W, C], got ", t.dim(), " dimensions");
-  const int64_t n = t.size(0), h = t.size(1), w = t.size(2), c = t.size(3);
-  // The stride of a dimension of size one means nothing; the pitch is the first that does.
-  int64_t pitch = c;
-  if (w > 1) {
-    pitch = t.stride(2);
-  } else if (h > 1) {
-    pitch = t.stride(1);
-  } else if (n > 1) {
-    pitch = t.stride(0);
-  }
-  STD_TORCH_CHECK((c <= 1 || t.stride(3) == 1) && pitch >= c &&
-                      (h <= 1 || t.stride(1) == w * pitch) &&
-                      (n <= 1 || t.stride(0) == h * w * pitch),
-                  name, " must have its channels innermost and evenly spaced rows of pixels");
+  const Rows r = rows(t, kScalarType<Element>, name);
   if constexpr (std::is_const_v<T>) {
-    return {t.const_data_ptr<Element>(), n, h, w, c, pitch};
+    return {t.const_data_ptr<Element>(), r.n, r.h, r.w, r.c, r.pitch};
   } else {
-    return {t.mutable_data_ptr<Element>(), n, h, w, c, pitch};
+    return {t.mutable_data_ptr<Element>(), r.n, r.h, r.w, r.c, r.pitch};
   }
-}
-
-template <class T>
-void check_vector(const Tensor& t, int64_t size, const char* name) {
-  check_type<T>(t, name);
-  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous(), name, " must be contiguous with ", size,
-                  " elements, got ", t.numel());
 }
 
 template <class T>
 const T* vector(const Tensor& t, int64_t size, const char* name) {
-  check_vector<T>(t, size, name);
+  check_vector(t, kScalarType<T>, size, name);
   return t.const_data_ptr<T>();
 }
 
 template <class T>
 T* mutable_vector(const Tensor& t, int64_t size, const char* name) {
-  check_vector<T>(t, size, name);
+  check_vector(t, kScalarType<T>, size, name);
   return t.mutable_data_ptr<T>();
 }
 
@@ -92,43 +59,33 @@ Norm<T> norm(const Tensor& scale, const Tensor& shift, const Tensor& mean, const
 
 template <class T>
 Statistics<T> statistics(const OptionalTensor& mean, const OptionalTensor& var, int64_t channels) {
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var are given together or not");
+  check_statistics(mean, var);
   return {mutable_vector<T>(mean, channels, "mean"), mutable_vector<T>(var, channels, "var")};
 }
 
 template <class T>
-NormGradient<T> norm_gradient(const Tensor& gamma, const Tensor& beta, int64_t channels) {
+NormGradient<T> norm_gradient(const OptionalTensor& gamma, const OptionalTensor& beta, bool needed,
+                              int64_t channels) {
+  check_norm_gradient(gamma, beta, needed);
   return {mutable_vector<T>(gamma, channels, "grad_gamma"),
           mutable_vector<T>(beta, channels, "grad_beta")};
 }
 
-// Absent together: no data gradient is wanted.
 template <class T>
-NormGradient<T> norm_gradient(const OptionalTensor& gamma, const OptionalTensor& beta, bool needed,
-                              int64_t channels) {
-  STD_TORCH_CHECK(gamma.has_value() == beta.has_value() && (gamma.has_value() || !needed),
-                  "grad_gamma and grad_beta are given together, and with every data gradient");
-  return {mutable_vector<T>(gamma, channels, "grad_gamma"),
-          mutable_vector<T>(beta, channels, "grad_beta")};
+NormGradient<T> norm_gradient(const Tensor& gamma, const Tensor& beta, int64_t channels) {
+  return norm_gradient<T>(OptionalTensor(gamma), OptionalTensor(beta), true, channels);
 }
 
 template <class T>
 Weight<T> weight(const Tensor& t, int64_t dims, int64_t in) {
-  check_type<T>(t, "weight");
-  STD_TORCH_CHECK(t.dim() == dims && t.size(1) == in, "weight does not fit ", in, " channels");
+  check_type(t, kScalarType<T>, "weight");
+  check_weight(t, dims, in);
   Weight<T> w{t.const_data_ptr<T>(), t.size(0), t.size(1), t.stride(0), t.stride(1), 0, 0};
   if (dims == 4) {
-    STD_TORCH_CHECK(t.size(2) == 3 && t.size(3) == 3, "weight must be [k, B, 3, 3]");
     w.stride_h = t.stride(2);
     w.stride_w = t.stride(3);
   }
   return w;
-}
-
-template <class A, class B>
-void check_same_pixels(const Image<A>& a, const Image<B>& b) {
-  STD_TORCH_CHECK(a.n == b.n && a.h == b.h && a.w == b.w,
-                  "images of one operator differ in batch or size");
 }
 
 // body(T{}) with the element type of `t`.
@@ -178,7 +135,7 @@ void update_running_statistics(const Tensor& mean, const Tensor& var, int64_t co
   dispatch(mean, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = mean.numel();
-    STD_TORCH_CHECK(count > 1, "an unbiased variance needs more than one value per channel");
+    check_count(count);
     const T* m = vector<T>(mean, channels, "mean");
     const T* v = vector<T>(var, channels, "var");
     T* rm = mutable_vector<T>(running_mean, channels, "running_mean");
@@ -223,7 +180,7 @@ void conv1x1_forward(const Tensor& features, const Tensor& scale, const Tensor& 
     const auto z = image<T>(bottleneck, "bottleneck");
     const auto weights = weight<T>(w, 2, x.c);
     check_same_pixels(x, z);
-    STD_TORCH_CHECK(z.c == weights.out, "bottleneck and weight differ in channels");
+    check_channels(z, weights.out, "bottleneck");
     kernels<T>().conv1x1_forward(x, activation<T>(scale, shift, x.c), weights, z,
                                  statistics<T>(mean, var, z.c));
   });
@@ -243,13 +200,11 @@ void conv1x1_backward(const Tensor& grad_norm, const Tensor& bottleneck, const T
     Image<T> gx;
     if (grad_features) {
       gx = image<T>(*grad_features, "grad_features");
-      check_same_pixels(x, gx);
-      STD_TORCH_CHECK(gx.c == x.c, "grad_features and features differ in channels");
+      check_same_shape(gx, x, "grad_features");
     }
     check_same_pixels(x, z);
-    check_same_pixels(x, g);
-    STD_TORCH_CHECK(z.c == weights.out && g.c == weights.out,
-                    "bottleneck and weight differ in channels");
+    check_same_shape(g, z, "grad_norm");
+    check_channels(z, weights.out, "bottleneck");
     kernels<T>().conv1x1_backward(
         g, z, vector<T>(coefficients, 3 * z.c, "coefficients"), x,
         norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
@@ -267,7 +222,7 @@ void conv3x3_forward(const Tensor& bottleneck, const Tensor& scale, const Tensor
     const auto y = image<T>(growth, "growth");
     const auto weights = weight<T>(w, 4, z.c);
     check_same_pixels(z, y);
-    STD_TORCH_CHECK(y.c == weights.out, "growth and weight differ in channels");
+    check_channels(y, weights.out, "growth");
     kernels<T>().conv3x3_forward(z, activation<T>(scale, shift, z.c), weights, y,
                                  statistics<T>(mean, var, y.c));
   });
@@ -285,11 +240,10 @@ void conv3x3_backward(const Tensor& grad_growth, const Tensor& bottleneck, const
     Image<T> out;
     if (grad_norm) {
       out = image<T>(*grad_norm, "grad_norm");
-      check_same_pixels(z, out);
-      STD_TORCH_CHECK(out.c == z.c, "grad_norm and bottleneck differ in channels");
+      check_same_shape(out, z, "grad_norm");
     }
     check_same_pixels(z, g);
-    STD_TORCH_CHECK(g.c == weights.out, "gradients and weight differ in channels");
+    check_channels(g, weights.out, "grad_growth");
     kernels<T>().conv3x3_backward(
         g, z, norm<T>(scale, shift, mean, rstd, z.c), weights, out,
         norm_gradient<T>(grad_gamma, grad_beta, grad_norm.has_value(), z.c),
@@ -311,19 +265,12 @@ void finish_gradient(const Tensor& features, const Tensor& grad_features, const 
     const auto x = image<const T>(features, "features");
     const auto g = image<const T>(grad_features, "grad_features");
     const auto to = image<T>(out, "out");
-    check_same_pixels(x, g);
-    check_same_pixels(x, to);
-    STD_TORCH_CHECK(g.c == x.c && to.c == x.c, "gradients and features differ in channels");
+    check_same_shape(g, x, "grad_features");
+    check_same_shape(to, x, "out");
     kernels<T>().finish_gradient(x, g, vector<T>(mean, x.c, "mean"),
                                  vector<T>(sum_grad, x.c, "sum_grad"),
                                  vector<T>(sum_grad_x, x.c, "sum_grad_x"), to);
   });
-}
-
-template <class A, class B>
-void check_pooled(const Image<A>& x, const Image<B>& pooled) {
-  STD_TORCH_CHECK(pooled.n == x.n && pooled.h == x.h / 2 && pooled.w == x.w / 2,
-                  "the transition halves both sides of the image");
 }
 
 void transition_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
@@ -335,7 +282,7 @@ void transition_forward(const Tensor& features, const Tensor& scale, const Tenso
     const auto to = image<T>(out, "out");
     const auto weights = weight<T>(w, 2, x.c);
     check_pooled(x, to);
-    STD_TORCH_CHECK(to.c == weights.out, "out and weight differ in channels");
+    check_channels(to, weights.out, "out");
     kernels<T>().transition_forward(x, activation<T>(scale, shift, x.c), weights, to,
                                     statistics<T>(mean, var, to.c));
   });
@@ -352,8 +299,8 @@ void transition_backward(const Tensor& grad_out, const Tensor& features, const T
     const auto gx = image<T>(grad_features, "grad_features");
     const auto weights = weight<T>(w, 2, x.c);
     check_pooled(x, g);
-    check_same_pixels(x, gx);
-    STD_TORCH_CHECK(g.c == weights.out && gx.c == x.c, "gradients and weight differ in channels");
+    check_same_shape(gx, x, "grad_features");
+    check_channels(g, weights.out, "grad_out");
     kernels<T>().transition_backward(
         g, x, norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
         norm_gradient<T>(grad_gamma, grad_beta, x.c),
@@ -379,22 +326,11 @@ void norm_relu_avgpool_backward(const Tensor& grad_out, const Tensor& features, 
     using T = decltype(zero);
     const auto x = image<const T>(features, "features");
     const auto gx = image<T>(grad_features, "grad_features");
-    check_same_pixels(x, gx);
-    STD_TORCH_CHECK(gx.c == x.c, "grad_features and features differ in channels");
+    check_same_shape(gx, x, "grad_features");
     kernels<T>().norm_relu_avgpool_backward(vector<T>(grad_out, x.n * x.c, "grad_out"), x,
                                             norm<T>(scale, shift, mean, rstd, x.c), gx,
                                             norm_gradient<T>(grad_gamma, grad_beta, x.c));
   });
-}
-
-template <class A, class B>
-void check_max_pooled(const Image<A>& x, const Image<B>& pooled, const Tensor& argmax) {
-  STD_TORCH_CHECK(
-      pooled.n == x.n && pooled.h == (x.h + 1) / 2 && pooled.w == (x.w + 1) / 2 && pooled.c == x.c,
-      "the stem's pooling halves both sides of the image, rounding up");
-  STD_TORCH_CHECK(argmax.scalar_type() == ScalarType::Byte && argmax.is_contiguous() &&
-                      argmax.numel() == pooled.rows() * pooled.c,
-                  "argmax must be contiguous uint8 of the pooled shape");
 }
 
 void norm_relu_maxpool_forward(const Tensor& input, const Tensor& scale, const Tensor& shift,
@@ -419,8 +355,7 @@ void norm_relu_maxpool_backward(const Tensor& grad_out, const Tensor& argmax, co
     const auto x = image<const T>(input, "input");
     const auto gx = image<T>(grad_input, "grad_input");
     check_max_pooled(x, g, argmax);
-    check_same_pixels(x, gx);
-    STD_TORCH_CHECK(gx.c == x.c, "grad_input and input differ in channels");
+    check_same_shape(gx, x, "grad_input");
     kernels<T>().norm_relu_maxpool_backward(
         g, argmax.const_data_ptr<uint8_t>(), x, norm<T>(scale, shift, mean, rstd, x.c),
         batch_statistics, gx, norm_gradient<T>(grad_gamma, grad_beta, x.c));
