@@ -70,6 +70,12 @@ def sources() -> list[str]:
     return sorted(str(f.relative_to(ROOT)) for f in kept)
 
 
+def headers() -> list[str]:
+    """What the sources include: setuptools builds again when one of them changed."""
+    files = [*ROOT.glob("csrc/*"), *ROOT.glob("csrc/cpu/*")]
+    return sorted(str(f.relative_to(ROOT)) for f in files if f.suffix in {".h", ".inc"})
+
+
 def flags_by_source() -> dict[str, list[str]]:
     """Flags of single files, by stem. They extend CXX_FLAGS."""
     fingerprint = runpy.run_path(str(ROOT / "densenet_fast" / "_fingerprint.py"))["fingerprint"]
@@ -129,7 +135,7 @@ def extension() -> Extension:
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args={"cxx": CXX_FLAGS},
-        depends=[str(h.relative_to(ROOT)) for h in ROOT.glob("csrc/**/*.h")],
+        depends=headers(),
     )
     # The stable C interface is all the module uses of torch.
     ext.libraries = ["torch_cpu"]
