@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace {
 
@@ -29,10 +30,20 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set the CPU kernels run with");
   m.def("set_isa", &densenet_fast::cpu::set_isa, pybind11::arg("name"),
         "Run the CPU kernels with this instruction set from now on");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) {
+        densenet_fast::cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      pybind11::arg("address"), pybind11::arg("bytes"),
+      "Ask the system for 2 MiB pages behind this memory");
   m.def("compiler", &compiler, "The C++ compiler");
   m.def(
       "built_with_torch", [] { return std::string(DENSENET_FAST_BUILT_WITH_TORCH); },
       "The torch whose headers were used; any torch from 2.10 on runs it");
+  m.def(
+      "cuda_missing", [] { return std::string(DENSENET_FAST_CUDA_MISSING); },
+      "Why the CUDA kernels were not built; empty if they were");
   m.def(
       "fingerprint", [] { return std::string(DENSENET_FAST_FINGERPRINT); },
       "Digest of the C++ sources");

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from densenet_fast import _extension
+
+_LARGE = 4 << 20  # bytes from which huge pages are worth a call
 _CACHE_PAGE = 4096  # rows a multiple of this many bytes apart all fall into the same cache sets
 _PADDING = 16
 
@@ -24,7 +27,16 @@ def empty_channels_last(
     _, channels, height, width = shape
     pitch = pitch or channels
     strides = (height * width * pitch, 1, width * pitch, pitch)
-    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+    tensor = torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+    return _huge_pages(tensor, strides[0] * shape[0])
+
+
+def _huge_pages(tensor: Tensor, elements: int) -> Tensor:
+    """The new tensor, behind large pages if it is large: page faults are a part of every step."""
+    size = elements * tensor.itemsize
+    if size >= _LARGE and _extension.C is not None and type(tensor) is Tensor and tensor.is_cpu:
+        _extension.C.advise_huge_pages(tensor.data_ptr(), size)
+    return tensor
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -51,7 +63,8 @@ class Scratch:
         """Reserve room for `channels`, the most that will be asked for."""
         self._pixels = pixels
         self._rows = pixels[0] * pixels[1] * pixels[2]
-        self._buffer = torch.empty(self._rows * channels, dtype=like.dtype, device=like.device)
+        buffer = torch.empty(self._rows * channels, dtype=like.dtype, device=like.device)
+        self._buffer = _huge_pages(buffer, self._rows * channels)
         self._views: dict[int, Tensor] = {}  # most layers of a block ask for the same
 
     def take(self, channels: int) -> Tensor:
