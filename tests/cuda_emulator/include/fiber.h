@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define EMULATOR_ASAN 1
 #else
@@ -58,16 +60,22 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
   ~Fiber() {
-    if (stack_) munmap(stack_, kStackBytes);
+    if (stack_) munmap(static_cast<char*>(stack_) - guard_bytes(), guard_bytes() + kStackBytes);
   }
 
   // Makes the fiber start `entry(argument)` at the next resume. `entry` must end with exit().
   void prepare(Entry entry, void* argument) {
     if (!stack_) {
-      stack_ = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (stack_ == MAP_FAILED) throw std::bad_alloc();
+      void* memory = mmap(nullptr, guard_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      mprotect(memory, guard_bytes(), PROT_NONE);  // an overflow faults
+      stack_ = static_cast<char*>(memory) + guard_bytes();
     }
+#if EMULATOR_ASAN
+    // What a fiber that stopped half way has left.
+    __asan_unpoison_memory_region(stack_, kStackBytes);
+#endif
     entry_ = entry;
     argument_ = argument;
 #if EMULATOR_ASSEMBLY_SWITCH
@@ -103,6 +111,10 @@ class Fiber {
 #endif
   }
 
+  bool on_stack(const void* p) const {
+    return p >= stack_ && p < static_cast<const char*>(stack_) + kStackBytes;
+  }
+
   // From inside: back to whoever resumed it.
   void yield() { leave(false); }
   void exit() { leave(true); }
@@ -110,8 +122,13 @@ class Fiber {
  private:
   static constexpr size_t kStackBytes = 256 * 1024;
 
+  static size_t guard_bytes() {
+    static const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    return page;
+  }
+
   static Fiber*& starting() {
-    static thread_local Fiber* fiber = nullptr;
+    constinit static thread_local Fiber* fiber = nullptr;
     return fiber;
   }
 
