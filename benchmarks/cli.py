@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shlex
+import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -161,10 +163,28 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
     return suite, options
 
 
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """While it lasts, the signal of `kill` and of batch systems acts as Ctrl-C does."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: it gets no signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_suite(
     name: str, suite: Suite, options: Options, command: str, *, visible: bool = True
 ) -> tuple[Record, list[Path]]:
-    """Run a suite and write its results, partial ones after an interrupt."""
+    """Run a suite and write its results, partial ones after an interrupt or an error."""
     from benchmarks import environment
     from benchmarks.progress import Progress
     from benchmarks.report import write_json, write_page
@@ -181,16 +201,22 @@ def run_suite(
     def save() -> None:
         write_json(options.output, name, record)
 
+    def publish() -> list[Path]:
+        raw = write_json(options.output, name, record)
+        return [raw, *write_page(options.output, name, suite.page(record), suite.figure(record))]
+
     try:
-        with Progress(visible=visible) as progress:
+        with _termination_interrupts(), Progress(visible=visible) as progress:
             suite.run(options, record, progress, save)
         record["complete"] = True
     except KeyboardInterrupt:
         print("\ninterrupted: keeping the partial results", file=sys.stderr)
-    raw = write_json(options.output, name, record)
-    page = suite.page(record)
-    files = write_page(options.output, name, page, suite.figure(record))
-    return record, [raw, *files]
+    except Exception as error:
+        record["error"] = f"{type(error).__name__}: {error}"
+        publish()
+        print(f"\nfailed: partial results are in {str(options.output)!r}", file=sys.stderr)
+        raise
+    return record, publish()
 
 
 def _fail(message: str) -> NoReturn:

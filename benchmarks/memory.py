@@ -31,6 +31,8 @@ CHILD_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
     "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
 }
+# What Python's, PyTorch's CPU and its CUDA allocator say when there is no more.
+OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "CUDA out of memory")
 # The child sees exactly the modules that its parent sees.
 BOOTSTRAP = (
     "import json, sys; request = json.loads(sys.argv[1]); sys.path[:] = request['path']; "
@@ -132,6 +134,8 @@ def measure_in_child(case: MemoryCase, timeout: float = 1800.0) -> StepMemory:
     if child.returncode == -9:
         raise MeasurementError("does not fit: the process was killed, most likely for its memory")
     if child.returncode:
-        lines = child.stderr.strip().splitlines() or ["no message"]
-        raise MeasurementError(f"exit status {child.returncode}: {lines[-1]}")
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        if any(text in child.stderr for text in OUT_OF_MEMORY):
+            raise MeasurementError(f"does not fit: {last}")
+        raise MeasurementError(f"exit status {child.returncode}: {last}")
     return StepMemory(**json.loads(child.stdout.strip().splitlines()[-1]))

@@ -118,7 +118,10 @@ def environment_text(environment: dict[str, Any]) -> str:
 
 def intro(record: dict[str, Any]) -> list[str]:
     """Opening paragraphs of every page: command, completeness, machine."""
-    state = "" if record["complete"] else "\n\n**Interrupted: the results below are partial.**"
+    state = ""
+    if not record["complete"]:
+        reason = f"Stopped by {record['error']}" if "error" in record else "Interrupted"
+        state = f"\n\n**{reason}: the results below are partial.**"
     return [f"Command: `{record['command']}`{state}", environment_text(record["environment"])]
 
 

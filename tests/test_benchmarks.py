@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,10 +112,19 @@ def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
     assert 0.9 < growth / small.saved_for_backward < 1.5
 
 
-def test_failing_child_says_why() -> None:
-    case = memory.MemoryCase(TINY, "no-such-peer", threads=1)
-    with pytest.raises(measure.MeasurementError, match="no-such-peer"):
-        memory.measure_in_child(case)
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("raise KeyError('no-such-peer')", "exit status 1: KeyError: 'no-such-peer'"),
+        ("raise MemoryError", "does not fit: MemoryError"),
+        ("import os; os.kill(os.getpid(), 9)", "does not fit: the process was killed"),
+        ("import time; time.sleep(60)", "no result within 2 s"),
+    ],
+)
+def test_failing_child_says_why(end: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "BOOTSTRAP", end)
+    with pytest.raises(measure.MeasurementError, match=f"^{message}"):
+        memory.measure_in_child(memory.MemoryCase(TINY, "naive", threads=1), timeout=2.0)
 
 
 @pytest.mark.parametrize("compression", [0.5, 0.7])
@@ -253,6 +265,56 @@ def test_pages_of_interrupted_runs(
     assert "partial" in (tmp_path / f"{name}.md").read_text()
     assert not json.loads((tmp_path / f"{name}.json").read_text())["complete"]
     assert "interrupted" in capsys.readouterr().err
+
+
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _fail() -> None:
+    raise RuntimeError("no more of that")
+
+
+@pytest.mark.parametrize(("stop", "state"), [(_interrupt, "Interrupted"), (_fail, "no more of")])
+def test_training_that_stops_in_between_keeps_what_it_has(
+    stop: Callable[[], None], state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite: Any = load("training")
+    steps = 0
+
+    def timed(call: Callable[[], object], device: torch.device) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            stop()
+        return measure.timed(call, device)
+
+    monkeypatch.setattr(suite, "timed", timed)
+    arguments = ["--no-progress", "--parts", "training", "--peers", "ours-none"]
+    arguments += ["--growth-rates", "12", "--rounds", "8", "--output", str(tmp_path)]
+    handler = signal.getsignal(signal.SIGTERM)
+    if stop is _fail:
+        with pytest.raises(RuntimeError, match="no more of that"):
+            cli.main(arguments)
+    else:
+        assert cli.main(arguments) == cli.INTERRUPTED
+    assert signal.getsignal(signal.SIGTERM) is handler
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert [len(entry["losses"]) for entry in record["training"]] == [3, 2]
+    text = (tmp_path / "training.md").read_text()
+    assert state in text
+    assert "partial" in text
+    assert (tmp_path / "training.svg").exists()
+
+
+def test_stages_of_a_run_that_has_none_are_not_judged() -> None:
+    record = load("training").plan(cli.Options(growth_rates=(12,), peers=("ours-none",)))
+    for peer in ("naive", "ours-none"):
+        record["parity"].append({"growth_rate": 12, "peer": peer, "losses": [], "seconds": []})
+    record.update(command="", complete=False, environment=_environment())
+    assert not load("training").failures(record)
+    rows = load("training").page(record).markdown().split("## Agreement")[1].splitlines()
+    assert not any("yes" in row or "NO" in row for row in rows)
 
 
 def test_step_suite_on_a_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

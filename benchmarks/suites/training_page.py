@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,9 @@ def stage_losses(losses: list[float], stage_steps: int) -> list[float]:
 
 def largest_difference(losses: list[float], reference: list[float]) -> float:
     """Largest relative difference of two lists of stage losses; NaN counts as infinite."""
-    pairs = zip(losses, reference, strict=False)
-    differences = [abs(a - b) / abs(b) for a, b in pairs]
-    return max((d if d == d else float("inf") for d in differences), default=0.0)
+    pairs = zip(losses, reference, strict=True)
+    differences = [abs(a - b) / max(abs(b), sys.float_info.min) for a, b in pairs]
+    return max(d if d == d else float("inf") for d in differences)
 
 
 def _by_peer(entries: list[Entry], rate: int) -> dict[str, Entry]:
@@ -50,6 +51,8 @@ def _differences(record: Record, part: str) -> dict[tuple[int, str], float]:
             continue
         # An interrupted run may have one step more of the first peers: compare the common ones.
         common = min(len(entry["losses"]) for entry in peers.values())
+        if common == 0:
+            continue
         losses = {
             name: stage_losses(entry["losses"][:common], stage) for name, entry in peers.items()
         }
