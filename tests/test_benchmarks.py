@@ -223,6 +223,8 @@ def test_main_job_writes_its_results_and_the_losses_agree(
     reference, *others = (entry["losses"] for entry in record["parity"])
     for losses in others:
         assert losses == pytest.approx(reference, rel=1e-9)
+    test_losses = [entry["test_loss"] for entry in record["parity"]]
+    assert test_losses == pytest.approx([test_losses[0]] * 3, rel=1e-9)
     text = (tmp_path / "training.md").read_text()
     assert "![" in text
     printed = capsys.readouterr().out
@@ -241,6 +243,20 @@ def test_disagreement_is_flagged_and_fails() -> None:
     assert "5.0e-04" in text
     record.update(command="", complete=True, environment=_environment())
     assert "**NO**" in load("training").page(record).markdown()
+
+
+def test_test_loss_is_judged_for_the_networks_that_can_agree() -> None:
+    names = ("naive", "memory-efficient", "ours-none")
+    record = load("training").plan(cli.Options(growth_rates=(12,), peers=names))
+    for peer, test_loss in zip(names, (2.0, 2.1, 2.2), strict=True):
+        entry = {"growth_rate": 12, "peer": peer, "losses": [2.5], "seconds": [1.0]}
+        record["parity"].append({**entry, "test_loss": test_loss})
+    (text,) = load("training").failures(record)
+    assert "test loss of ours-none differs from naive's by 1.0e-01" in text
+    record.update(command="", complete=True, environment=_environment())
+    page = load("training").page(record).markdown()
+    assert page.count("**NO**") == 2
+    assert "twice a step" in page
 
 
 def _environment() -> dict[str, Any]:
@@ -267,33 +283,26 @@ def test_pages_of_interrupted_runs(
     assert "interrupted" in capsys.readouterr().err
 
 
-def _interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _fail() -> None:
-    raise RuntimeError("no more of that")
-
-
-@pytest.mark.parametrize(("stop", "state"), [(_interrupt, "Interrupted"), (_fail, "no more of")])
+@pytest.mark.parametrize("fails", [False, True], ids=["terminated", "failed"])
 def test_training_that_stops_in_between_keeps_what_it_has(
-    stop: Callable[[], None], state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite: Any = load("training")
     steps = 0
 
     def timed(call: Callable[[], object], device: torch.device) -> float:
         nonlocal steps
         steps += 1
         if steps == 6:
-            stop()
+            if fails:
+                raise RuntimeError("no more of that")
+            os.kill(os.getpid(), signal.SIGTERM)
         return measure.timed(call, device)
 
-    monkeypatch.setattr(suite, "timed", timed)
+    monkeypatch.setattr(load("training"), "timed", timed)
     arguments = ["--no-progress", "--parts", "training", "--peers", "ours-none"]
     arguments += ["--growth-rates", "12", "--rounds", "8", "--output", str(tmp_path)]
     handler = signal.getsignal(signal.SIGTERM)
-    if stop is _fail:
+    if fails:
         with pytest.raises(RuntimeError, match="no more of that"):
             cli.main(arguments)
     else:
@@ -302,8 +311,8 @@ def test_training_that_stops_in_between_keeps_what_it_has(
     record = json.loads((tmp_path / "training.json").read_text())
     assert [len(entry["losses"]) for entry in record["training"]] == [3, 2]
     text = (tmp_path / "training.md").read_text()
-    assert state in text
-    assert "partial" in text
+    assert ("RuntimeError: no more of that" if fails else "Interrupted") in text
+    assert "the results below are partial" in text
     assert (tmp_path / "training.svg").exists()
 
 

@@ -7,8 +7,9 @@ import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.digits import TEST_IMAGES
 from benchmarks.peers import PEERS
-from benchmarks.report import Page, Table, intro, mebibytes, percent, ratio, seconds
+from benchmarks.report import MISSING, Page, Table, intro, mebibytes, percent, ratio, seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 REFERENCE = "naive"
+EFFICIENT = "memory-efficient"
 LAYOUT_TWIN = "naive-channels-last"  # the same sums in another order: the drift of rounding
 DRIFT_FACTOR = 3.0
 LEAST_TOLERANCE = 0.02  # of a float32 stage, where the drift happens to be smaller
@@ -61,6 +63,18 @@ def _differences(record: Record, part: str) -> dict[tuple[int, str], float]:
     return found
 
 
+def _evaluation_differences(record: Record) -> dict[tuple[int, str], float]:
+    """Relative difference of the float64 test loss from the reference, by rate and peer."""
+    found = {}
+    for rate in record["settings"]["growth_rates"]:
+        peers = _by_peer(record["parity"], rate)
+        reference = peers.get(REFERENCE, {}).get("test_loss")
+        for name, entry in peers.items():
+            if reference is not None and "test_loss" in entry:
+                found[rate, name] = largest_difference([entry["test_loss"]], [reference])
+    return found
+
+
 def float32_tolerance(record: Record) -> float | None:
     """Tolerance of a float32 stage, from the drift between the two naive layouts."""
     differences = _differences(record, "training")
@@ -69,12 +83,21 @@ def float32_tolerance(record: Record) -> float | None:
 
 
 def failures(record: Record) -> list[str]:
-    """Implementations whose float64 losses do not agree with the naive network's."""
+    """Implementations whose float64 losses do not agree with the naive network's.
+
+    In evaluation mode only our own must: torchvision's `memory_efficient` cannot.
+    """
     tolerance = record["settings"]["float64_tolerance"]
+    evaluation = _evaluation_differences(record)
+    judged = {
+        "training": _differences(record, "parity"),
+        "test": {key: value for key, value in evaluation.items() if PEERS[key[1]].ours},
+    }
     return [
-        f"k={rate}: the float64 losses of {name} differ from {REFERENCE} by {value:.1e}, "
+        f"k={rate}: the float64 {kind} loss of {name} differs from {REFERENCE}'s by {value:.1e}, "
         f"more than {tolerance:.0e}"
-        for (rate, name), value in _differences(record, "parity").items()
+        for kind, differences in judged.items()
+        for (rate, name), value in differences.items()
         if not value <= tolerance
     ]
 
@@ -107,6 +130,7 @@ def _figures_section(result: Page, record: Record) -> None:
             "saved MiB",
             "s/step",
             "speed",
+            "test loss",
             "test accuracy",
         )
     )
@@ -132,6 +156,7 @@ def _figures_section(result: Page, record: Record) -> None:
                     mebibytes(figures.get("saved_for_backward")),
                     seconds(time),
                     ratio(naive_time, time),
+                    _loss(trained.get(name, {}).get("test_loss")),
                     percent(trained.get(name, {}).get("test_accuracy")),
                 )
             )
@@ -144,39 +169,68 @@ def _figures_section(result: Page, record: Record) -> None:
         "gradients allocated before the step and zeroed in place; *gradients freed*: they are "
         "created by the step and count. Saved: bytes autograd keeps between forward and backward. "
         "Seconds: median of all training steps, without the optimizer. Speed: the faster naive "
-        "layout's seconds over this one's.",
+        "layout's seconds over this one's. Test: evaluation mode on images not trained with; "
+        f"{_accuracy_noise(record)}",
     )
     if errors:
         result.add("\n".join(errors))
 
 
+def _loss(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def _accuracy_noise(record: Record) -> str:
+    """How much an accuracy means: its standard error, for the least accurate network."""
+    rates = [e["test_accuracy"] for e in record["training"] if "test_accuracy" in e]
+    accuracy = min(rates, default=0.9)
+    error = (accuracy * (1 - accuracy) / TEST_IMAGES) ** 0.5
+    return (
+        f"with {TEST_IMAGES} of them, accuracies have a standard error of up to {percent(error)}, "
+        "and networks that are equal but for rounding come out differently."
+    )
+
+
 def _agreement_section(result: Page, record: Record) -> None:
     settings = record["settings"]
     parity, training = _differences(record, "parity"), _differences(record, "training")
+    evaluation = _evaluation_differences(record)
     fine, coarse = settings["float64_tolerance"], float32_tolerance(record)
     table = Table(
-        ("growth rate, implementation", "float64", "within tolerance", "float32", "within drift")
+        (
+            "growth rate, implementation",
+            "float64 training",
+            "agrees",
+            "float64 test",
+            "agrees",
+            "float32 training",
+            "within drift",
+        )
     )
 
     def verdict(value: float | None, tolerance: float | None) -> str:
         if value is None or tolerance is None:
-            return "—"
+            return MISSING
         return "yes" if value <= tolerance else "**NO**"
 
     for rate in settings["growth_rates"]:
         for name in settings["peers"]:
             if name == REFERENCE:
                 continue
-            exact, single = parity.get((rate, name)), training.get((rate, name))
-            table.rows.append(
-                (
-                    f"k={rate}, {PEERS[name].label}",
-                    "—" if exact is None else f"{exact:.1e}",
-                    verdict(exact, fine),
-                    "—" if single is None else f"{single:.1e}",
-                    verdict(single, coarse),
-                )
-            )
+            cells = [f"k={rate}, {PEERS[name].label}"]
+            for differences, tolerance in ((parity, fine), (evaluation, fine), (training, coarse)):
+                value = differences.get((rate, name))
+                cells += [
+                    MISSING if value is None else f"{value:.1e}",
+                    verdict(value, tolerance),
+                ]
+            table.rows.append(cells)
+    efficient = (
+        " torchvision's memory_efficient mode updates the running statistics of each layer's "
+        "first norm twice a step, so its test loss cannot agree."
+        if EFFICIENT in settings["peers"]
+        else ""
+    )
     result.heading("Agreement of the losses")
     drift = (
         "The float32 tolerance needs both naive layouts."
@@ -186,11 +240,13 @@ def _agreement_section(result: Page, record: Record) -> None:
     )
     result.add(
         "Largest relative difference, over all stages, of the mean training loss of a stage from "
-        "that of the naive network (contiguous).",
+        "that of the naive network (contiguous), and of the test loss from its.",
         table,
         f"float64: the first {settings['parity_steps']} steps in stages of "
-        f"{settings['parity_stage_steps']}, batches of {settings['parity_batch_size']}; tolerance "
-        f"{fine:.0e}. float32: the whole training; rounding errors grow as a network trains, also "
+        f"{settings['parity_stage_steps']}, batches of {settings['parity_batch_size']}, then the "
+        f"loss of {settings['parity_test_images']} test images in evaluation mode, which depends "
+        f"on the running statistics; tolerance {fine:.0e}.{efficient} float32: the "
+        "whole training; rounding errors grow as a network trains, also "
         f"between two layouts of the naive network, which is the measure here. {drift}",
     )
 
@@ -215,7 +271,7 @@ def _losses_tables(
         return
     stages = max(len(row) for row in rows) - 1
     table = Table((f"{dtype}, stages of {stage_steps} steps", *map(str, range(1, stages + 1))))
-    table.rows.extend((*row, *["—"] * (stages + 1 - len(row))) for row in rows)
+    table.rows.extend((*row, *[MISSING] * (stages + 1 - len(row))) for row in rows)
     result.add(table)
 
 
