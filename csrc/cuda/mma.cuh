@@ -30,22 +30,25 @@ struct DoublePolicy {
   static constexpr bool kTf32 = false;
 };
 
+// What device code is compiled for; the emulator says what it stands for.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__;
+#elif defined(DENSENET_FAST_EMULATED_ARCHITECTURE)
+constexpr int kArchitecture = DENSENET_FAST_EMULATED_ARCHITECTURE;
+#else
+constexpr int kArchitecture = 800;
+#endif
+
 enum class Arithmetic { kTensor16, kTensorTf32, kPlain };
 
 template <class P>
 __device__ constexpr Arithmetic arithmetic() {
   if constexpr (sizeof(typename P::Element) == 2) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     // sm_75 multiplies float16 on its tensor cores, bfloat16 not at all.
-    if constexpr (__is_same(P, BfloatPolicy)) return Arithmetic::kPlain;
-#endif
-    return Arithmetic::kTensor16;
+    constexpr bool kPlain = kArchitecture < 800 && __is_same(P, BfloatPolicy);
+    return kPlain ? Arithmetic::kPlain : Arithmetic::kTensor16;
   } else if constexpr (P::kTf32) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    return Arithmetic::kPlain;
-#else
-    return Arithmetic::kTensorTf32;
-#endif
+    return kArchitecture < 800 ? Arithmetic::kPlain : Arithmetic::kTensorTf32;
   } else {
     return Arithmetic::kPlain;
   }

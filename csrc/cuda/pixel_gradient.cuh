@@ -14,17 +14,19 @@ void launch_pixel_gradient(const Context& context, const char* name, const Sourc
   using A = Accumulator<E>;
   using T = PixelTile<E, kNarrow>;
   const int64_t across = (out + T::BI - 1) / T::BI, down = (in + T::BJ - 1) / T::BJ;
+  const DeviceLimits device = current_device_limits();
   const int64_t per_split =
-      rows_per_split(rows, across * down, current_device_limits().multiprocessors);
+      rows_per_split(rows, across * down, device.multiprocessors, kStagePixels<E>);
   const int64_t splits = (rows + per_split - 1) / per_split;
   A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * splits * out * in));
+  constexpr size_t kStage = pixel_stage_bytes<E, SourceI, SourceJ, kNarrow>();
+  const int stages = 2 * kStage <= static_cast<size_t>(device.shared_bytes_per_block) ? 2 : 1;
   launch(&pixel_product<P, SourceI, SourceJ, kNarrow>,
          LaunchConfig{name,
                       dim3(static_cast<unsigned>(across), static_cast<unsigned>(down),
                            static_cast<unsigned>(splits)),
-                      dim3(kThreads), 2 * pixel_stage_bytes<E, SourceI, SourceJ, kNarrow>(),
-                      context.stream},
-         source_i, source_j, partial, rows, per_split);
+                      dim3(kThreads), stages * kStage, context.stream},
+         source_i, source_j, partial, rows, per_split, stages);
   run_add_splits<P>(context, partial, splits, out * in, 1, grad_weight);
 }
 

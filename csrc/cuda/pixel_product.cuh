@@ -7,7 +7,8 @@
 
 namespace densenet_fast::cuda {
 
-constexpr int kStagePixels = 32;
+template <class E>
+constexpr int kStagePixels = sizeof(E) == 8 ? 16 : 32;
 
 // Tile sizes by element: rows of 256 bytes at most.
 template <class E, bool kNarrow>
@@ -24,7 +25,7 @@ struct PixelTile {
 template <class E, class SourceI, class SourceJ, bool kNarrow>
 __host__ __device__ constexpr size_t pixel_stage_bytes() {
   using T = PixelTile<E, kNarrow>;
-  return static_cast<size_t>(kStagePixels) *
+  return static_cast<size_t>(kStagePixels<E>) *
          (SourceI::kRaw * T::kPitchI + SourceJ::kRaw * T::kPitchJ);
 }
 
@@ -53,11 +54,12 @@ __device__ __forceinline__ void for_each_tile_piece(unsigned char* tile, int pix
 template <class P, class SourceI, class SourceJ, bool kNarrow>
 __global__ void __launch_bounds__(kThreads)
     pixel_product(SourceI source_i, SourceJ source_j, Accumulator<typename P::Element>* partial,
-                  int64_t rows, int64_t rows_per_split) {
+                  int64_t rows, int64_t rows_per_split, int stages) {
   using E = typename P::Element;
   using T = PixelTile<E, kNarrow>;
   constexpr int NT = T::NT;
-  constexpr int kPlaneI = kStagePixels * T::kPitchI, kPlaneJ = kStagePixels * T::kPitchJ;
+  constexpr int kPixels = kStagePixels<E>;
+  constexpr int kPlaneI = kPixels * T::kPitchI, kPlaneJ = kPixels * T::kPitchJ;
   constexpr int kStageBytes = static_cast<int>(pixel_stage_bytes<E, SourceI, SourceJ, kNarrow>());
   DF_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -67,13 +69,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = begin + rows_per_split < rows ? begin + rows_per_split : rows;
 
   const auto for_each_piece = [&](int64_t row, const auto& body_i, const auto& body_j) {
-    unsigned char* stage = shared + (row - begin) / kStagePixels % 2 * kStageBytes;
+    unsigned char* stage = shared + (row - begin) / kPixels % stages * kStageBytes;
     const auto pixel_of = [&](int r) { return row + r < end ? row + r : int64_t{-1}; };
-    for_each_tile_piece<E, SourceI, T::BI, T::kPitchI>(stage, kStagePixels, kPlaneI, first_i,
-                                                       source_i, pixel_of, body_i);
-    for_each_tile_piece<E, SourceJ, T::BJ, T::kPitchJ>(stage + SourceI::kRaw * kPlaneI,
-                                                       kStagePixels, kPlaneJ, first_j, source_j,
-                                                       pixel_of, body_j);
+    for_each_tile_piece<E, SourceI, T::BI, T::kPitchI>(stage, kPixels, kPlaneI, first_i, source_i,
+                                                       pixel_of, body_i);
+    for_each_tile_piece<E, SourceJ, T::BJ, T::kPitchJ>(
+        stage + SourceI::kRaw * kPlaneI, kPixels, kPlaneJ, first_j, source_j, pixel_of, body_j);
   };
   const auto start = [&](int64_t row) {
     if (row < end) {
@@ -87,22 +88,26 @@ __global__ void __launch_bounds__(kThreads)
   WarpTile<P, NT> acc;
   clear<P, NT>(acc);
   start(begin);
-  for (int64_t row = begin; row < end; row += kStagePixels) {
+  for (int64_t row = begin; row < end; row += kPixels) {
     ptx::cp_async_wait<0>();
     for_each_piece(
         row, [&](auto& raw, int64_t p, bool exists, int c) { source_i.finish(raw, p, exists, c); },
         [&](auto& raw, int64_t p, bool exists, int c) { source_j.finish(raw, p, exists, c); });
     __syncthreads();
-    start(row + kStagePixels);
-    const unsigned char* stage = shared + (row - begin) / kStagePixels % 2 * kStageBytes;
+    if (stages == 2) start(row + kPixels);
+    const unsigned char* stage = shared + (row - begin) / kPixels % stages * kStageBytes;
     const unsigned char* a = stage + warp_row * 32 * sizeof(E);
     const unsigned char* b =
         stage + SourceI::kRaw * kPlaneI + warp_column * NT * 8 * static_cast<int>(sizeof(E));
 #pragma unroll
-    for (int p0 = 0; p0 < kStagePixels; p0 += kPixelStep) {
+    for (int p0 = 0; p0 < kPixels; p0 += kPixelStep) {
       multiply_pixels<P, NT>(
           acc, a, [&](int p) { return (p0 + p) * T::kPitchI; }, b,
           [&](int p) { return (p0 + p) * T::kPitchJ; }, lane);
+    }
+    if (stages == 1) {
+      __syncthreads();
+      start(row + kPixels);
     }
   }
   ptx::cp_async_wait<0>();
@@ -124,12 +129,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Rows of one split: whole stages, enough splits to fill the device twice, none below 256 rows.
-inline int64_t rows_per_split(int64_t rows, int64_t tiles, int multiprocessors) {
+inline int64_t rows_per_split(int64_t rows, int64_t tiles, int multiprocessors, int stage) {
   const int64_t wanted = (2 * multiprocessors + tiles - 1) / tiles;
   const int64_t most = rows / 256 > 1 ? rows / 256 : 1;
   const int64_t splits = wanted < most ? wanted : most;
   const int64_t per_split = (rows + splits - 1) / splits;
-  return (per_split + kStagePixels - 1) / kStagePixels * kStagePixels;
+  return (per_split + stage - 1) / stage * stage;
 }
 
 // ---- 3x3: one warp a tap

@@ -26,6 +26,10 @@ constexpr int kMaxColumns = sizeof(typename P::Element) == 2 || P::kTf32 ? 128 :
 template <class P, class Sink, int BN>
 constexpr int kBlocksPerMultiprocessor = kMaxColumns<P> == 128 && (BN < 128 || Sink::kLean) ? 2 : 1;
 
+// Sources of many raw pieces make do with one stage where shared memory is small.
+template <class Source>
+constexpr bool kMayBeSingle = Source::kRaw > 2;
+
 constexpr int kOperandBytes = kTileRows * kRowBytes;
 
 template <class P, int BN>
@@ -102,8 +106,13 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, B
   WarpTile<P, NT> acc;
   clear<P, NT>(acc);
 
+  const bool single = kMayBeSingle<Source> && stages == 1;
   for (int step = 0; step < stages - 1; ++step) start_step(step);
   for (int step = 0; step < weight.steps; ++step) {
+    if (single) {
+      __syncthreads();  // everyone is done with the only stage
+      start_step(step);
+    }
     if (stages == 3) {
       ptx::cp_async_wait<1>();
     } else {
@@ -119,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, B
       source.finish(raw, row, row < rows && channel < source.channels(), channel);
     }
     __syncthreads();  // the stage is whole; everyone is done with the one before
-    start_step(step + stages - 1);
+    if (!single) start_step(step + stages - 1);
     const unsigned char* operand = shared + stage * kStageBytes;
     multiply_step<P, NT>(
         acc, operand, a_row,
@@ -137,14 +146,15 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, B
                         });
 }
 
-// Stages that let two blocks share a multiprocessor where possible, at least two.
+// Stages that let two blocks share a multiprocessor where possible; otherwise two, or the one that
+// fits.
 template <class P, class Source, int BN>
 int product_stages(const DeviceLimits& device) {
+  const auto block = static_cast<size_t>(device.shared_bytes_per_block);
+  const auto multiprocessor = static_cast<size_t>(device.shared_bytes_per_multiprocessor);
   const size_t three = product_shared_bytes<P, Source, BN>(3);
-  return three <= static_cast<size_t>(device.shared_bytes_per_block) &&
-                 2 * (three + 1024) <= static_cast<size_t>(device.shared_bytes_per_multiprocessor)
-             ? 3
-             : 2;
+  if (three <= block && 2 * (three + 1024) <= multiprocessor) return 3;
+  return kMayBeSingle<Source> && product_shared_bytes<P, Source, BN>(2) > block ? 1 : 2;
 }
 
 template <class P, int BN, class Source, class Sink>
