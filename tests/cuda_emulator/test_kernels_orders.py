@@ -1,0 +1,131 @@
+"""Results do not depend on the order of threads and blocks, nor on the device but for splits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulation import DEVICES, SM_75, TURING, Device, Emulator, emulate
+from kernel_cases import (
+    KINDS,
+    STORED,
+    Calls,
+    Kind,
+    Maker,
+    avgpool_backward,
+    avgpool_forward,
+    channel_statistics,
+    check,
+    conv1x1_backward,
+    conv3x3_backward,
+    dropout,
+    finish_gradient,
+    forward,
+    maxpool_backward,
+    maxpool_forward,
+    norm_coefficients,
+    norm_grad_coefficients,
+    transition_backward,
+    update_running_statistics,
+)
+from torch import Tensor
+
+# Several tiles, steps and columns of blocks, with tails.
+PRODUCTS: dict[str, Calls] = {
+    "conv1x1_forward": forward("conv1x1_forward", (2, 9, 17), 100, 136),
+    "conv1x1_backward": conv1x1_backward((2, 9, 17), 136, 72),
+    "conv3x3_forward": forward("conv3x3_forward", (2, 9, 17), 72, 33),
+    "conv3x3_forward, narrow": forward("conv3x3_forward", (2, 9, 17), 40, 12),
+    "conv3x3_backward": conv3x3_backward((2, 9, 17), 72, 33),
+    "transition_forward": forward("transition_forward", (3, 16, 14), 72, 70),
+    "transition_backward": transition_backward((3, 16, 14), 72, 36),
+}
+OTHERS: dict[str, Calls] = {
+    "channel_statistics": channel_statistics((2, 17, 16), 40),
+    "finish_gradient": finish_gradient((2, 9, 5), 17),
+    "dropout_": dropout((2, 9, 5), 17, 0.5),
+    "avgpool_forward": avgpool_forward((3, 9, 5), 90),
+    "avgpool_backward": avgpool_backward((3, 9, 5), 90),
+    "maxpool_forward": maxpool_forward((2, 9, 6), 17),
+    "maxpool_backward": maxpool_backward((2, 17, 9), 40),
+    "norm_coefficients": norm_coefficients(300),
+    "norm_grad_coefficients": norm_grad_coefficients(300),
+    "update_running_statistics": update_running_statistics(300),
+}
+CASES = [(name, kind) for name in PRODUCTS for kind in KINDS]
+CASES += [(name, kind) for name in OTHERS for kind in STORED]
+SCHEDULES = (("reverse", 0), ("random", 1), ("random", 2), ("random", 3))
+
+
+def results(emulator: Emulator, kind: Kind, make: Calls) -> dict[str, Tensor]:
+    emulator.ops.allow_tf32 = kind.tf32
+    return make(Maker(kind)).run(emulator.ops)
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), f"{name} differs: {what}"
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=str)
+def test_same_bits_in_every_order(emulator: Emulator, name: str, kind: Kind) -> None:
+    make = {**PRODUCTS, **OTHERS}[name]
+    expected = results(emulator, kind, make)
+    for order, seed in SCHEDULES:
+        emulator.schedule(order, seed)
+        assert_same_bits(results(emulator, kind, make), expected, f"{order}, seed {seed}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_device(emulator: Emulator, device: str, kind: Kind) -> None:
+    """Tiles and stages fit the device's shared memory; splits follow its multiprocessors.
+
+    Only weight gradients may depend on them: they are split over the whole device.
+    """
+    for make in PRODUCTS.values():
+        expected = results(emulator, kind, make)
+        with emulator.on(DEVICES[device]):
+            check(emulator.ops, kind, make)
+            actual = results(emulator, kind, make)
+        expected.pop("grad_weight", None)
+        assert_same_bits(actual, expected, device)
+
+
+def test_launches_of_one_layer(emulator: Emulator) -> None:
+    """How many kernels each operator of a layer starts."""
+    pixels, channels, width, growth = (2, 5, 7), 24, 16, 4
+    maker = Maker(KINDS[0])
+    expected = {
+        # packed weights, product, statistics
+        forward("conv1x1_forward", pixels, channels, width): 3,
+        forward("conv3x3_forward", pixels, width, growth): 3,
+        # packed weights, product, sums; product, splits
+        conv3x3_backward(pixels, width, growth): 5,
+        conv1x1_backward(pixels, channels, width): 5,
+        norm_coefficients(channels): 1,
+        norm_grad_coefficients(channels): 1,
+        update_running_statistics(channels): 1,
+        finish_gradient(pixels, growth): 1,
+    }
+    for make, launches in expected.items():
+        call = make(maker)
+        assert emulator.launches(lambda call=call: call.run(emulator.ops)) == launches, call.op
+
+
+def test_shared_memory_that_no_device_has(emulator: Emulator) -> None:
+    call = PRODUCTS["conv3x3_backward"](Maker(KINDS[0]))
+    tiny = Device(7, 5, 16 << 10, 16 << 10, 4)
+    with (
+        emulator.on(tiny),
+        pytest.raises(RuntimeError, match=r"kernel conv3x3_.*bytes of shared memory"),
+    ):
+        call.run(emulator.ops)
+
+
+def test_sm_75() -> None:
+    """Tensor cores of half the depth for float16; plain arithmetic for bfloat16 and tf32."""
+    turing = emulate(defines=[TURING])
+    turing.use(SM_75)
+    for kind in KINDS:
+        for make in PRODUCTS.values():
+            check(turing.ops, kind, make)

@@ -1,0 +1,100 @@
+"""The kernels without products: statistics, coefficients, corrections, dropout and pooling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulation import Emulator
+from kernel_cases import (
+    LAYOUTS_MIXED,
+    STORED,
+    Kind,
+    Maker,
+    Pixels,
+    avgpool_backward,
+    avgpool_forward,
+    channel_statistics,
+    check,
+    dropout,
+    finish_gradient,
+    maxpool_backward,
+    maxpool_forward,
+    norm_coefficients,
+    norm_grad_coefficients,
+    update_running_statistics,
+)
+
+from densenet_fast import reference
+
+kinds = pytest.mark.parametrize("kind", STORED, ids=str)
+SHAPES: tuple[tuple[Pixels, int], ...] = (
+    ((1, 1, 1), 1),
+    ((1, 1, 7), 12),
+    ((2, 13, 1), 33),
+    ((1, 4, 5), 64),
+    ((2, 13, 33), 31),
+    ((3, 11, 8), 70),
+)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+Shape = tuple[Pixels, int]
+
+
+def layout_of(shape: Shape) -> str:
+    return LAYOUTS_MIXED[sum(shape[0]) % len(LAYOUTS_MIXED)]
+
+
+@kinds
+@shapes
+def test_images(emulator: Emulator, kind: Kind, shape: Shape) -> None:
+    emulator.schedule("random", sum(shape[0]))
+    for make in (
+        channel_statistics(*shape),
+        finish_gradient(*shape),
+        avgpool_forward(*shape),
+        avgpool_backward(*shape),
+        maxpool_forward(*shape),
+        maxpool_backward(*shape),
+        maxpool_backward(*shape, batch_statistics=False),
+    ):
+        check(emulator.ops, kind, make, layout=layout_of(shape))
+
+
+@kinds
+@pytest.mark.parametrize("channels", [1, 31, 256, 300])
+def test_vectors(emulator: Emulator, kind: Kind, channels: int) -> None:
+    for make in (
+        norm_coefficients(channels),
+        norm_coefficients(channels, affine=False),
+        update_running_statistics(channels),
+        norm_grad_coefficients(channels),
+    ):
+        check(emulator.ops, kind, make)
+
+
+@kinds
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.999, 1.0])
+def test_dropout_drops_what_the_reference_drops(emulator: Emulator, kind: Kind, p: float) -> None:
+    for seed in (0, 1 << 40, (1 << 64) - 1):
+        make = dropout((2, 5, 7), 13, p, seed if seed < 1 << 63 else seed - (1 << 64))
+        ours, expected = make(Maker(kind)), make(Maker(kind))
+        actual = ours.run(emulator.ops)["growth"]
+        wanted = expected.run(reference)["growth"]
+        assert torch.equal(actual == 0, wanted == 0)
+        torch.testing.assert_close(actual, wanted, rtol=2 * kind.eps, atol=0)
+        ours.maker.assert_guards()
+
+
+@kinds
+def test_maxima_that_are_equal_or_nan(emulator: Emulator, kind: Kind) -> None:
+    """The place of a maximum is PyTorch's: the first of equal ones, the last NaN."""
+    maker = Maker(kind)
+    rows = maker.rows((2, 7, 9), 5, torch.randint(-2, 3, (2, 7, 9, 5)).to(kind.dtype))
+    rows[0, 2:4, 3:5, 1] = torch.nan
+    scale, shift = (torch.full((5,), v, dtype=maker.statistics) for v in (1.0, 0.0))
+    results = []
+    for ops in (emulator.ops, reference):
+        out, argmax = maker.result((2, 4, 5), 5), torch.zeros(2, 4, 5, 5, dtype=torch.uint8)
+        ops.norm_relu_maxpool_forward(rows, scale, shift, out, argmax)
+        results.append((out, argmax))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(*(r[0] for r in results), rtol=0, atol=0, equal_nan=True)
