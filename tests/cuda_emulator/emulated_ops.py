@@ -328,6 +328,3 @@ class EmulatedOps:
             _image(grad_input),
             _pair(grad_gamma, grad_beta),
         )
-
-
-
