@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import build
+import host_build
 from emulated_ops import EmulatedOps
 
-SOURCES = [*sorted((build.CSRC / "cuda").glob("*.cu")), build.HERE / "kernels_api.cpp"]
+SOURCES = [*sorted((host_build.CSRC / "cuda").glob("*.cu")), host_build.HERE / "kernels_api.cpp"]
 TURING = "DENSENET_FAST_EMULATED_ARCHITECTURE=750"
 
 
@@ -43,7 +43,7 @@ class Emulator:
 
     def __init__(self, path: Path) -> None:
         """Load a library built from `SOURCES`."""
-        self.library = build.Library(path)
+        self.library = host_build.Library(path)
         self.ops = EmulatedOps(self.library.cdll)
 
     def schedule(self, order: str = "forward", seed: int = 0) -> None:
@@ -71,8 +71,8 @@ class Emulator:
 
 
 def build_kernels(*, optimize: str = "-O1", **options: Any) -> Path:
-    """The library of all kernels; `options` are those of `build.build`."""
-    return build.build(SOURCES, optimize=optimize, **options)
+    """The library of all kernels; `options` are those of `host_build.build`."""
+    return host_build.build(SOURCES, optimize=optimize, **options)
 
 
 def emulate(defines: Sequence[str] = (), **options: Any) -> Emulator:

@@ -7,58 +7,60 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import build
+import host_build
 import pytest
 from test_emulator import SAMPLES
 
-PROGRAM = [build.HERE / "samples" / "under_sanitizers.cpp"]
+PROGRAM = [host_build.HERE / "samples" / "under_sanitizers.cpp"]
 
 
 def test_a_build_is_made_once():
-    first = build.build(SAMPLES)
+    first = host_build.build(SAMPLES)
     made = first.stat().st_ino
-    again = build.build(SAMPLES)
+    again = host_build.build(SAMPLES)
     assert again == first and again.stat().st_ino == made
 
 
 def test_patches_apply_to_a_copy():
-    launch = (build.CSRC / "cuda" / "launch.cuh").read_bytes()
-    patch = build.Patch(
+    launch = (host_build.CSRC / "cuda" / "launch.cuh").read_bytes()
+    patch = host_build.Patch(
         "cuda/ptx.cuh",
         "return ::emulator::float_to_tf32(x);",
         "return ::emulator::float_to_tf32(-x);",
     )
-    patched = build.build(SAMPLES, patches=[patch])
-    assert patched != build.build(SAMPLES)
-    assert patched == build.build(SAMPLES, patches=[patch])
-    assert (build.CSRC / "cuda" / "launch.cuh").read_bytes() == launch
+    patched = host_build.build(SAMPLES, patches=[patch])
+    assert patched != host_build.build(SAMPLES)
+    assert patched == host_build.build(SAMPLES, patches=[patch])
+    assert (host_build.CSRC / "cuda" / "launch.cuh").read_bytes() == launch
 
 
 def test_patches_must_apply_exactly_once():
     for old in ("no such text", "DENSENET_FAST_EMULATOR"):
         with pytest.raises(ValueError, match=r"csrc/cuda/ptx.cuh has \d+ times, not once"):
-            build.build(SAMPLES, patches=[build.Patch("cuda/ptx.cuh", old, "")])
+            host_build.build(SAMPLES, patches=[host_build.Patch("cuda/ptx.cuh", old, "")])
 
 
 def test_without_headers_tests_skip_with_the_reason(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(build, "_find_cuda_include", lambda: None)
+    monkeypatch.setattr(host_build, "_find_cuda_include", lambda: None)
     with pytest.raises(pytest.skip.Exception, match="needs CUDA's headers"):
-        build.build(SAMPLES)
+        host_build.build(SAMPLES)
 
 
 def test_errors_of_the_compiler_are_shown(tmp_path: Path):
     source = tmp_path / "broken.cu"
     source.write_text("__shared__ int x;\n")
     with pytest.raises(RuntimeError, match="kernels use dynamic shared memory only"):
-        build.build([source])
+        host_build.build([source])
 
 
 @pytest.fixture(scope="module")
 def sanitized() -> Path:
     for sanitizer in ("address", "undefined"):
-        if not build.supports(sanitizer):
+        if not host_build.supports(sanitizer):
             pytest.skip(f"the compiler builds no programs with -fsanitize={sanitizer}")
-    return build.build(PROGRAM, program=True, sanitize=["address", "undefined"], optimize="-O1")
+    return host_build.build(
+        PROGRAM, program=True, sanitize=["address", "undefined"], optimize="-O1"
+    )
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -133,7 +135,7 @@ def test_headers_compile_for_devices(tmp_path: Path, architecture: str):
         }
         """
     )
-    command = [nvcc, "-std=c++20", f"-arch=sm_{architecture}", "-O1", f"-I{build.CSRC}"]
+    command = [nvcc, "-std=c++20", f"-arch=sm_{architecture}", "-O1", f"-I{host_build.CSRC}"]
     command += ["--Werror=all-warnings", "-c", str(source), "-o", str(tmp_path / "headers.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

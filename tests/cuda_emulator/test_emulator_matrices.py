@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import build
+import host_build
 import pytest
 import torch
 from test_emulator import SAMPLES, error_of, orders, pointer
@@ -19,12 +19,12 @@ FRAGMENTS |= {"a_tf32": 128, "b_tf32": 64, "c_tf32": 128}
 
 
 @pytest.fixture(scope="module")
-def built() -> build.Library:
-    return build.load(SAMPLES)
+def built() -> host_build.Library:
+    return host_build.load(SAMPLES)
 
 
 @pytest.fixture
-def library(built: build.Library) -> Iterator[build.Library]:
+def library(built: host_build.Library) -> Iterator[host_build.Library]:
     built.set_order("forward")
     yield built
     built.set_order("forward")
@@ -42,10 +42,10 @@ def tables() -> dict[tuple[str, str], dict[tuple[int, int], tuple[int, int]]]:
     headers = Path(found.origin).parent / "source" / "include"
     if not (headers / "cute" / "atom" / "mma_traits_sm80.hpp").is_file():
         pytest.skip(f"no CuTe headers in {headers}")
-    standard = build.cuda_include() / "cccl"  # since CUDA 13
+    standard = host_build.cuda_include() / "cccl"  # since CUDA 13
     flags = ["-w", "-isystem", str(headers), *(["-isystem", str(standard)] * standard.is_dir())]
-    program = build.build(
-        [build.HERE / "samples" / "fragments.cpp"], program=True, flags=flags, optimize="-O0"
+    program = host_build.build(
+        [host_build.HERE / "samples" / "fragments.cpp"], program=True, flags=flags, optimize="-O0"
     )
     printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     result: dict[tuple[str, str], dict[tuple[int, int], tuple[int, int]]] = {}
@@ -71,7 +71,9 @@ def test_fragments_are_cutes(tables: dict, name: str):
 @pytest.mark.parametrize("architecture", [750, 800])
 @orders
 def test_16_bit_products(dtype: torch.dtype, architecture: int, order: str, seed: int):
-    library = build.load(SAMPLES, defines=[f"DENSENET_FAST_EMULATOR_ARCH={architecture}"])
+    library = host_build.load(
+        SAMPLES, defines=[f"DENSENET_FAST_EMULATED_ARCHITECTURE={architecture}"]
+    )
     library.set_order(order, seed)
     random = torch.Generator().manual_seed(3)
     a = torch.randn(16, 16, generator=random).to(dtype)
@@ -87,13 +89,13 @@ def test_16_bit_products(dtype: torch.dtype, architecture: int, order: str, seed
     torch.testing.assert_close(d.double(), expected, rtol=0, atol=1e-5)
 
 
-def error_of_product(library: build.Library, sample: str, *tensors: Tensor) -> str:
-    with pytest.raises(build.EmulatorError) as caught:
+def error_of_product(library: host_build.Library, sample: str, *tensors: Tensor) -> str:
+    with pytest.raises(host_build.EmulatorError) as caught:
         library.call(f"sample_{sample}", *map(pointer, tensors))
     return str(caught.value)
 
 
-def test_every_element_goes_where_it_belongs(library: build.Library):
+def test_every_element_goes_where_it_belongs(library: host_build.Library):
     for dtype, sample in [(torch.float16, "f16"), (torch.bfloat16, "bf16")]:
         b = torch.arange(128.0).view(16, 8)
         for row in range(16):
@@ -104,7 +106,7 @@ def test_every_element_goes_where_it_belongs(library: build.Library):
             assert d.count_nonzero() == b[15 - row].count_nonzero()
 
 
-def test_special_values(library: build.Library):
+def test_special_values(library: host_build.Library):
     """Subnormal numbers, infinities and NaNs of float16 count in full."""
     a, b, d = torch.zeros(16, 16).half(), torch.zeros(16, 8).half(), torch.zeros(16, 8)
     smallest = 2.0**-24
@@ -127,7 +129,7 @@ def tf32(x: Tensor, *, rounded: bool) -> Tensor:
 
 @pytest.mark.parametrize("rounded", [True, False])
 @orders
-def test_tf32_products(library: build.Library, rounded: bool, order: str, seed: int):
+def test_tf32_products(library: host_build.Library, rounded: bool, order: str, seed: int):
     library.set_order(order, seed)
     random = torch.Generator().manual_seed(4)
     a = torch.randn(16, 8, generator=random)
@@ -145,7 +147,7 @@ def test_tf32_products(library: build.Library, rounded: bool, order: str, seed: 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("pitch", [16, 80])
 @orders
-def test_ldmatrix(library: build.Library, transposed: bool, pitch: int, order: str, seed: int):
+def test_ldmatrix(library: host_build.Library, transposed: bool, pitch: int, order: str, seed: int):
     library.set_order(order, seed)
     x = torch.arange(32 * 8, dtype=torch.int16).view(4, 8, 8)
     out = torch.zeros(32, 4, dtype=torch.int32)
@@ -157,7 +159,7 @@ def test_ldmatrix(library: build.Library, transposed: bool, pitch: int, order: s
 
 
 @pytest.mark.parametrize(("transposed", "name"), [(0, "ldmatrix"), (1, "ldmatrix.trans")])
-def test_unwritten_rows_of_ldmatrix(library: build.Library, transposed: int, name: str):
+def test_unwritten_rows_of_ldmatrix(library: host_build.Library, transposed: int, name: str):
     x, out = torch.zeros(32, 8, dtype=torch.int16), torch.zeros(128, dtype=torch.int32)
     text = error_of(library, "load_matrices", transposed, pointer(x), pointer(out), 32, 0, 30)
     assert (
@@ -166,7 +168,7 @@ def test_unwritten_rows_of_ldmatrix(library: build.Library, transposed: int, nam
     assert "at offset 960 (row 6 of matrix 3)" in text
 
 
-def test_rows_of_ldmatrix_out_of_bounds_or_misaligned(library: build.Library):
+def test_rows_of_ldmatrix_out_of_bounds_or_misaligned(library: host_build.Library):
     x, out = torch.zeros(32, 8, dtype=torch.int16), torch.zeros(128, dtype=torch.int32)
     text = error_of(library, "load_matrices", 0, pointer(x), pointer(out), 16, 8, 32)
     assert "thread 0: ldmatrix: shared address not aligned to 16 bytes, at offset 8" in text

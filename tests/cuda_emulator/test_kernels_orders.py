@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import DEVICES, Device, Emulator
+from emulation import DEVICES, SM_75, TURING, Device, Emulator, emulate
 from kernel_cases import (
     KINDS,
     STORED,
@@ -120,3 +120,12 @@ def test_shared_memory_that_no_device_has(emulator: Emulator) -> None:
         pytest.raises(RuntimeError, match=r"kernel conv3x3_.*bytes of shared memory"),
     ):
         call.run(emulator.ops)
+
+
+def test_sm_75() -> None:
+    """Tensor cores of half the depth for float16; plain arithmetic for bfloat16 and tf32."""
+    turing = emulate(defines=[TURING])
+    turing.use(SM_75)
+    for kind in KINDS:
+        for make in PRODUCTS.values():
+            check(turing.ops, kind, make)

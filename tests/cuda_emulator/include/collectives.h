@@ -112,8 +112,8 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed,
 // -----------------------------------------------------------------------------------------
 
 // What __CUDA_ARCH__ would be.
-#ifdef DENSENET_FAST_EMULATOR_ARCH
-constexpr int kArchitecture = DENSENET_FAST_EMULATOR_ARCH;
+#ifdef DENSENET_FAST_EMULATED_ARCHITECTURE
+constexpr int kArchitecture = DENSENET_FAST_EMULATED_ARCHITECTURE;
 #else
 constexpr int kArchitecture = 800;
 #endif
