@@ -1,4 +1,7 @@
-"""Builds `densenet_fast._C`: operator schemas, CPU kernels and the pybind11 module.
+"""Builds `densenet_fast._C` (schemas, CPU kernels) and `densenet_fast._cuda` (CUDA kernels).
+
+`_cuda` is built where torch has CUDA and a toolkit is found, see setup_cuda.py. In the environment
+DENSENET_FAST_CUDA=0 leaves it out and DENSENET_FAST_CUDA=1 makes leaving it out an error.
 
 Everything is compiled against the LibTorch Stable ABI, so that one binary runs under every torch
 from TORCH_TARGET on, whichever torch it was built with. Everything else about the package is in
@@ -10,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +25,9 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # an isolated build does not look here
+import setup_cuda  # noqa: E402
+
 TORCH_TARGET = "0x020a000000000000"  # 2.10
 
 Compile = Callable[..., list[str]]  # sources and options -> object files
@@ -78,13 +85,84 @@ def headers() -> list[str]:
 
 def flags_by_source() -> dict[str, list[str]]:
     """Flags of single files, by stem. They extend CXX_FLAGS."""
-    fingerprint = runpy.run_path(str(ROOT / "densenet_fast" / "_fingerprint.py"))["fingerprint"]
+    fingerprints = runpy.run_path(str(ROOT / "densenet_fast" / "_fingerprint.py"))
+    fingerprint = fingerprints["fingerprint"]
     # Only module.cpp sees what changes with every edit and every torch: the rest stays up to date.
     module = [
         f'-DDENSENET_FAST_FINGERPRINT="{fingerprint(ROOT)}"',
         f'-DDENSENET_FAST_BUILT_WITH_TORCH="{torch.__version__}"',
+        f'-DDENSENET_FAST_CUDA_MISSING="{_literal(CUDA.missing)}"',
     ]
-    return {"module": module, **{f"isa_{isa}": flags for isa, flags in isa_flags().items()}}
+    cuda_module = []
+    if CUDA.toolkit is not None:
+        cuda_fingerprint = fingerprint(ROOT, fingerprints["CUDA_FOLDERS"])
+        cuda_module = [
+            f'-DDENSENET_FAST_FINGERPRINT="{cuda_fingerprint}"',
+            f'-DDENSENET_FAST_CUDA_ARCHITECTURES="{";".join(map(str, CUDA.architectures))}"',
+            f'-DDENSENET_FAST_NVCC="{CUDA.toolkit.version}"',
+        ]
+    return {
+        "module": module,
+        "cuda_module": cuda_module,
+        **{f"isa_{isa}": flags for isa, flags in isa_flags().items()},
+    }
+
+
+def _literal(text: str) -> str:
+    """`text` for a C string on a command line: without what compiler or shell might read."""
+    return "".join(
+        c if c.isascii() and c.isprintable() and c not in '"\\$`%' else " " for c in text
+    )
+
+
+class Cuda:
+    """Whether there will be CUDA kernels, and what they need; otherwise why not."""
+
+    def __init__(self) -> None:
+        """Look for the toolkit, unless the environment forbids it."""
+        self.toolkit: setup_cuda.Toolkit | None = None
+        self.architectures: list[setup_cuda.Architecture] = []
+        self.missing = ""
+        try:
+            self.wanted = setup_cuda.setting(os.environ)
+            if self.wanted is False:
+                self.give_up("DENSENET_FAST_CUDA=0 was set")
+                return
+            if torch.version.cuda is None:
+                raise setup_cuda.CudaMissingError(
+                    f"torch {torch.__version__} is built without CUDA"
+                )
+            toolkit = setup_cuda.find_toolkit(os.environ)
+            self.architectures = setup_cuda.architectures(os.environ, toolkit)
+            self.toolkit = toolkit
+        except setup_cuda.BadSettingError as error:
+            raise SystemExit(f"densenet_fast: {error}") from error
+        except setup_cuda.CudaMissingError as error:
+            self.give_up(str(error))
+
+    def give_up(self, reason: str) -> None:
+        """Go on without CUDA kernels, or not at all where they are a must."""
+        if self.wanted:
+            raise SystemExit(
+                f"densenet_fast: no CUDA kernels, which DENSENET_FAST_CUDA=1 demands: {reason}"
+            )
+        self.toolkit, self.missing = None, reason
+
+    def announce(self) -> None:
+        """Say what is being built (pip shows it with -v)."""
+        if self.toolkit is None:
+            print(f"densenet_fast: no CUDA kernels: {self.missing}")
+            return
+        names = " ".join(map(str, self.architectures))
+        print(f"densenet_fast: CUDA kernels for {names} with nvcc {self.toolkit.version}")
+        if self.toolkit.version.split(".")[0] != str(torch.version.cuda).split(".")[0]:
+            print(
+                f"densenet_fast: torch has CUDA {torch.version.cuda}; the kernels bring a runtime "
+                f"of their own and need a driver for CUDA {self.toolkit.version.split('.')[0]}"
+            )
+
+
+CUDA = Cuda()
 
 
 class BuildPerFile(BuildExtension):
@@ -93,6 +171,21 @@ class BuildPerFile(BuildExtension):
     Files with own flags are compiled in directories of their own, each by its own (ninja or plain)
     run, since one run has one set of flags. Incremental builds follow headers as usual with ninja.
     """
+
+    def build_extensions(self) -> None:
+        CUDA.announce()
+        for ext in [e for e in self.extensions if e.name == "densenet_fast._cuda"]:
+            assert CUDA.toolkit is not None
+            directory = Path(self.build_temp).resolve() / "cuda_kernels"
+            try:
+                ext.extra_objects = setup_cuda.compile_kernels(
+                    CUDA.toolkit, CUDA.architectures, ROOT, directory
+                )
+            except setup_cuda.CudaMissingError as error:
+                CUDA.give_up(str(error))
+                CUDA.announce()
+                self.extensions.remove(ext)
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         compile_group = self.compiler.compile
@@ -127,6 +220,25 @@ class BuildPerFile(BuildExtension):
         return compile_all
 
 
+def cuda_extension(toolkit: setup_cuda.Toolkit) -> Extension:
+    """The dispatch on CUDA tensors; the kernels' objects are added when they are compiled."""
+    ext = CppExtension(
+        "densenet_fast._cuda",
+        sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/cuda/*.cpp")),
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc"), str(toolkit.root / "include")],
+        library_dirs=[str(toolkit.library_dir)],
+        define_macros=[("USE_CUDA", "1")],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        # No symbols, and none of the static runtime for others to see.
+        extra_link_args=["-s", "-Wl,--exclude-libs,ALL"],
+        depends=sorted(
+            str(f.relative_to(ROOT)) for f in [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]
+        ),
+    )
+    ext.libraries = ["torch_cuda", "torch_cpu", "cudart_static", "dl", "rt", "pthread"]
+    return ext
+
+
 def extension() -> Extension:
     macros = [(f"DENSENET_FAST_HAVE_{isa.upper()}", "1") for isa in isa_flags()]
     ext = CppExtension(
@@ -147,4 +259,7 @@ if os.name == "nt":
         "densenet_fast builds with GCC or Clang on Linux and macOS; on Windows use it inside WSL."
     )
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildPerFile})
+extensions = [extension()]
+if CUDA.toolkit is not None:
+    extensions.append(cuda_extension(CUDA.toolkit))
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildPerFile})

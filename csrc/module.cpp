@@ -42,6 +42,9 @@ PYBIND11_MODULE(_C, m) {
       "built_with_torch", [] { return std::string(DENSENET_FAST_BUILT_WITH_TORCH); },
       "The torch whose headers were used; any torch from 2.10 on runs it");
   m.def(
+      "cuda_missing", [] { return std::string(DENSENET_FAST_CUDA_MISSING); },
+      "Why the CUDA kernels were not built; empty if they were");
+  m.def(
       "fingerprint", [] { return std::string(DENSENET_FAST_FINGERPRINT); },
       "Digest of the C++ sources");
 }

@@ -1,4 +1,4 @@
-"""Fingerprint of the C++ sources of `_C`, baked into it and compared when it is loaded.
+"""Fingerprints of the sources of `_C` and `_cuda`, baked into them and compared on loading.
 
 setup.py runs this file by itself, before the package can be imported: standard library only.
 """
@@ -6,17 +6,19 @@ setup.py runs this file by itself, before the package can be imported: standard 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDERS = ("csrc", "csrc/cpu")
+CUDA_FOLDERS = ("csrc", "csrc/cuda")
 
 
-def fingerprint(root: Path) -> str | None:
-    """Digest of the files in FOLDERS under `root`; None without sources (installed package)."""
+def fingerprint(root: Path, folders: Sequence[str] = FOLDERS) -> str | None:
+    """Digest of the files in `folders` under `root`; None without sources (installed package)."""
     if not (root / "csrc" / "ops.cpp").is_file():
         return None
     digest = hashlib.sha256()
-    for folder in FOLDERS:
+    for folder in folders:
         for file in sorted((root / folder).iterdir()):
             if file.is_file() and not file.name.startswith("."):
                 digest.update(file.relative_to(root).as_posix().encode() + b"\0")

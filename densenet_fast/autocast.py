@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from densenet_fast.backend import select
 from densenet_fast.specs import LayerSpec, Tail, TransitionTail
 
 _CAST_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,10 +38,19 @@ def lowered(
         # Autocast leaves float64 alone, and so do we.
         return tensor.to(dtype) if tensor.dtype in _CAST_TYPES else tensor
 
+    input = cast(input)
+    # The CUDA kernels round float32 weights in passing and return float32 gradients: no copies.
+    as_they_are = select(input) == "cuda"
+
+    def weight(tensor: Tensor) -> Tensor:
+        return tensor if as_they_are and tensor.dtype == torch.float32 else cast(tensor)
+
     layers = [
-        replace(layer, conv1_weight=cast(layer.conv1_weight), conv2_weight=cast(layer.conv2_weight))
+        replace(
+            layer, conv1_weight=weight(layer.conv1_weight), conv2_weight=weight(layer.conv2_weight)
+        )
         for layer in layers
     ]
     if isinstance(tail, TransitionTail):
-        tail = replace(tail, conv_weight=cast(tail.conv_weight))
-    return cast(input), layers, tail
+        tail = replace(tail, conv_weight=weight(tail.conv_weight))
+    return input, layers, tail

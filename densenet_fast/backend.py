@@ -1,4 +1,4 @@
-"""Which implementation of the operators runs: compiled CPU kernels, CUDA kernels, or the reference.
+"""Which implementation of the operators runs: compiled CPU or CUDA kernels, or the reference.
 
 Left alone ("auto"), each tensor gets the kernels of its device where they exist for its type, and
 the reference twins in plain PyTorch elsewhere, with one warning for each reason. The choice can be
@@ -15,13 +15,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_fast import _extension
+from densenet_fast import _extension, cuda_device
 
 Backend = Literal["cpu", "cuda", "reference"]
 Setting = Literal["auto", "cpu", "cuda", "reference"]
 SETTINGS: tuple[Setting, ...] = ("auto", "cpu", "cuda", "reference")
 
 _CPU_TYPES = (torch.float32, torch.float64)
+_CUDA_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Choice(NamedTuple):
@@ -32,13 +33,17 @@ class Choice(NamedTuple):
 
 
 _setting: Setting = "auto"
-_choices: dict[tuple[str, torch.dtype], Backend] = {}  # answers of `select` under this setting
+# Answers of `select` under this setting.
+_choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
 _warned: set[str] = set()
 
 
 def backend_for(device: torch.device | str, dtype: torch.dtype) -> Choice:
     """The best backend that exists for tensors of this device and type, whatever is forced."""
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
+    if kind == "cuda":
+        return _cuda_backend(device, dtype)
     if kind == "cpu" and not _extension.LOADED:
         return Choice("reference", _extension.LOAD_ERROR)
     if kind == "cpu" and dtype not in _CPU_TYPES:
@@ -51,8 +56,18 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> Choice:
         return Choice("cpu", None)
     return Choice(
         "reference",
-        f"this build has no kernels for {kind} tensors: the fast path runs on the CPU",
+        f"there are no kernels for {kind} tensors: the fast path runs on CPU and CUDA devices",
     )
+
+
+def _cuda_backend(device: torch.device, dtype: torch.dtype) -> Choice:
+    reason = cuda_device.obstacle(device.index)
+    if reason is None and dtype not in _CUDA_TYPES:
+        reason = (
+            "the CUDA kernels compute in float16, bfloat16, float32 and float64, not in "
+            f"{_name(dtype)}: convert model and input for the fast path"
+        )
+    return Choice("cuda", None) if reason is None else Choice("reference", reason)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -61,22 +76,22 @@ def _name(dtype: torch.dtype) -> str:
 
 def select(tensor: Tensor) -> Backend:
     """The backend that runs operators on this tensor."""
-    key = (tensor.device.type, tensor.dtype)
+    key = (tensor.device, tensor.dtype)
     chosen = _choices.get(key)
     if chosen is None:
         chosen = _choices[key] = _choose(*key)
     return chosen
 
 
-def _choose(kind: str, dtype: torch.dtype) -> Backend:
+def _choose(device: torch.device, dtype: torch.dtype) -> Backend:
     if _setting == "reference":
         return "reference"
-    backend, reason = backend_for(kind, dtype)
+    backend, reason = backend_for(device, dtype)
     if _setting not in ("auto", backend):
         raise RuntimeError(
-            f"the backend {_setting!r} was forced, but {_name(dtype)} tensors on {kind} cannot use "
-            f"it: {reason or f'their backend is {backend!r}'}; expected tensors it supports, or "
-            'densenet_fast.set_backend("auto")'
+            f"the backend {_setting!r} was forced, but {_name(dtype)} tensors on {device} cannot "
+            f"use it: {reason or f'their backend is {backend!r}'}; expected tensors it supports, "
+            'or densenet_fast.set_backend("auto")'
         )
     if reason is not None and reason not in _warned:
         _warned.add(reason)
@@ -103,7 +118,9 @@ def set_backend(name: Setting) -> None:
     global _setting
     if name not in SETTINGS:
         raise ValueError(f"unknown backend: expected one of {', '.join(SETTINGS)}, got {name!r}")
-    reason = {"cpu": _extension.LOAD_ERROR, "cuda": "this build has no CUDA kernels"}.get(name)
+    reason = {"cpu": _extension.LOAD_ERROR, "cuda": _extension.CUDA_ERROR}.get(name)
+    if name == "cuda" and reason is None and not torch.cuda.is_available():
+        reason = cuda_device.obstacle()
     if reason is not None:
         raise RuntimeError(f"the backend {name!r} does not exist here: {reason}")
     _setting = name

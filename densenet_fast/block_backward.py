@@ -60,7 +60,7 @@ class BlockBackward:
 
     def _gradient_buffer(self) -> Tensor:
         channels = self.geometry.channels
-        pitch = row_pitch(channels, self.features.dtype)
+        pitch = row_pitch(channels, self.features)
         images, height, width = self.geometry.pixels
         shape = (images, channels, height, width)
         return empty_channels_last(shape, self.features, pitch).permute(0, 2, 3, 1)

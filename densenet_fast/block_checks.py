@@ -96,8 +96,7 @@ def check_norm(
                 f"got {tuple(vector.shape)}"
             )
         # BatchNorm, too, accepts float32 parameters with input of half the width.
-        mixed = vector.dtype == torch.float32 and input.dtype in _HALF_TYPES
-        if vector.dtype != input.dtype and not mixed:
+        if not _fits(vector.dtype, input.dtype):
             raise TypeError(
                 f"{name}.{part} should have the type of the input, {input.dtype}, got "
                 f"{vector.dtype}"
@@ -112,12 +111,17 @@ def _check_conv(weight: Tensor, name: str, channels: int, kernel: int, input: Te
             f"{name}.weight should have shape (outputs, {channels}, {kernel}, {kernel}), got "
             f"{tuple(weight.shape)}"
         )
-    if weight.dtype != input.dtype:
+    if not _fits(weight.dtype, input.dtype):
         raise TypeError(
             f"{name}.weight should have the type of the input, {input.dtype}, got {weight.dtype}"
         )
     _check_device(weight, f"{name}.weight", input)
     return weight.shape[0]
+
+
+def _fits(parameter: torch.dtype, input: torch.dtype) -> bool:
+    """The input's type, or float32 under autocast."""
+    return parameter == input or (parameter == torch.float32 and input in _HALF_TYPES)
 
 
 def _check_device(tensor: Tensor, name: str, input: Tensor) -> None:

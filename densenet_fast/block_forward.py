@@ -153,7 +153,7 @@ def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple
     Rows are padded only where the buffer never leaves the block: others want them contiguous.
     """
     images, height, width = geometry.pixels
-    pitch = row_pitch(geometry.channels, input.dtype) if padded else geometry.channels
+    pitch = row_pitch(geometry.channels, input) if padded else geometry.channels
     shape = (images, geometry.channels, height, width)
     buffer = empty_channels_last(shape, input, pitch)
     features = buffer.permute(0, 2, 3, 1)

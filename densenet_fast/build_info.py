@@ -7,13 +7,8 @@ from typing import Any
 
 import torch
 
-from densenet_fast import _extension
+from densenet_fast import _extension, cuda_device
 from densenet_fast._version import __version__
-
-CUDA_NOT_BUILT = (
-    "this version has CPU kernels only; tensors on a GPU go through the reference implementation, "
-    "which needs as little memory but runs plain PyTorch operators"
-)
 
 
 class BuildInfo(dict[str, Any]):
@@ -27,7 +22,7 @@ class BuildInfo(dict[str, Any]):
 def _text(value: Any) -> str:
     if value is None:
         return "-"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return (", ".join(value) or "-") if isinstance(value, list) else str(value)
 
 
 def build_info() -> BuildInfo:
@@ -44,9 +39,13 @@ def build_info() -> BuildInfo:
     - ``cpu_isa_compiled``, ``cpu_isa``: instruction sets compiled in, best first, and the one in
       use (choose with the environment variable DENSENET_FAST_ISA)
     - ``cpu_threads``: threads of the CPU kernels, which follow `torch.set_num_threads`
-    - ``cuda``: whether there are CUDA kernels; ``cuda_reason``: why not
+    - ``cuda``: whether there are CUDA kernels that can run on the current GPU; ``cuda_reason``: why
+      not, and how to get them
+    - ``cuda_extension``, ``cuda_architectures``, ``cuda_nvcc``: path of their module, compute
+      capabilities compiled in, and the compiler; empty if there is none
     """
-    module = _extension.C
+    module, cuda = _extension.C, _extension.CUDA
+    obstacle = cuda_device.obstacle()
     return BuildInfo(
         version=__version__,
         python=platform.python_version(),
@@ -59,6 +58,9 @@ def build_info() -> BuildInfo:
         cpu_isa_compiled=module.isa_compiled() if module else [],
         cpu_isa=module.isa_in_use() if module else None,
         cpu_threads=torch.get_num_threads(),
-        cuda=False,
-        cuda_reason=CUDA_NOT_BUILT,
+        cuda=obstacle is None,
+        cuda_reason=obstacle,
+        cuda_extension=cuda.__file__ if cuda else None,
+        cuda_architectures=cuda_device.architectures(),
+        cuda_nvcc=cuda.nvcc() if cuda else None,
     )

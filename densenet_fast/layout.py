@@ -10,11 +10,15 @@ from densenet_fast import _extension
 _LARGE = 4 << 20  # bytes from which huge pages are worth a call
 _CACHE_PAGE = 4096  # rows a multiple of this many bytes apart all fall into the same cache sets
 _PADDING = 16
+_CUDA_ACCESS = 16  # bytes that a thread moves at once, if rows begin at their multiples
 
 
-def row_pitch(channels: int, dtype: torch.dtype) -> int:
+def row_pitch(channels: int, like: Tensor) -> int:
     """Elements between the rows of a buffer that nobody outside sees."""
-    return channels + _PADDING * (channels * dtype.itemsize % _CACHE_PAGE == 0)
+    pitch = channels
+    if like.is_cuda:
+        pitch += -channels % (_CUDA_ACCESS // like.itemsize)
+    return pitch + _PADDING * (pitch * like.itemsize % _CACHE_PAGE == 0)
 
 
 def empty_channels_last(

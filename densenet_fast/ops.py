@@ -15,6 +15,7 @@ from torch import Tensor
 
 from densenet_fast import _extension, op_checks, reference
 from densenet_fast.backend import select
+from densenet_fast.cuda_device import run_on_cuda
 
 Arguments = ParamSpec("Arguments")
 
@@ -29,6 +30,7 @@ def _operator(check: Callable[Arguments, bool | None]) -> Callable[Arguments, No
     A check that returns False has found types that only the reference twin handles.
     """
     twin = kernel = getattr(reference, check.__name__)
+    multiplies = check.__name__.startswith(("conv", "transition"))
     if _extension.LOADED:
         kernel = getattr(torch.ops.densenet_fast, check.__name__).default
         torch.library.register_fake(f"densenet_fast::{check.__name__}", _fake)
@@ -37,8 +39,14 @@ def _operator(check: Callable[Arguments, bool | None]) -> Callable[Arguments, No
     def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         supported = check(*args, **kwargs)
         first: Any = args[0] if args else next(iter(kwargs.values()))
-        use_twin = select(first) == "reference" or supported is False
-        (twin if use_twin else kernel)(*args, **kwargs)
+        backend = select(first)
+        if backend == "reference" or supported is False:
+            twin(*args, **kwargs)
+        elif backend == "cuda":
+            tf32_matters = multiplies and first.dtype == torch.float32
+            run_on_cuda(kernel, args, kwargs, tf32_matters=tf32_matters)
+        else:
+            kernel(*args, **kwargs)
 
     return operator
 

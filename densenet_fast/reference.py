@@ -3,7 +3,7 @@
 Same signatures as the compiled operators: NHWC tensors `[N, H, W, C]`, possibly channel slices of
 wider buffers, results written into tensors the caller owns. Any device and floating-point type.
 Statistics and sums are float32 (float64 for float64 storage); with float16 or bfloat16 storage they
-are taken of the rounded values, which the backward will read again.
+are taken of the rounded values, which the backward will read again. Weights may be float32 then.
 
 Below, act(x) = relu(scale * x + shift) and xhat = (x - mean) * rstd.
 """
@@ -142,8 +142,8 @@ def conv1x1_forward(
     var: Tensor | None,
 ) -> None:
     """`bottleneck` = act(features) @ weight.T, and its statistics."""
-    activation = _activation(features, scale, shift).to(weight.dtype)
-    torch.mm(_rows(activation), weight.t(), out=_rows(bottleneck))
+    activation = _activation(features, scale, shift).to(features.dtype)
+    torch.mm(_rows(activation), weight.to(features.dtype).t(), out=_rows(bottleneck))
     _optional_statistics(bottleneck, mean, var)
 
 
@@ -173,14 +173,15 @@ def conv1x1_backward(
     """
     p, q, s = coefficients.unbind()
     grad_bottleneck = torch.addcmul(s, _wide(bottleneck), q).addcmul_(_wide(grad_norm), p)
-    grad_rows = _rows(grad_bottleneck.to(weight.dtype))
+    grad_rows = _rows(grad_bottleneck.to(features.dtype))
     if grad_weight is not None:
-        activation = _activation(features, scale, shift).to(weight.dtype)
-        torch.mm(grad_rows.t(), _rows(activation), out=grad_weight)
+        activation = _activation(features, scale, shift).to(features.dtype)
+        grad_weight.copy_(grad_rows.t() @ _rows(activation))
         del activation
     if grad_gamma is None or grad_beta is None:
         return
-    grad_norm1 = _masked((grad_rows @ weight).view(features.shape), features, scale, shift)
+    grad = (grad_rows @ weight.to(features.dtype)).view(features.shape)
+    grad_norm1 = _masked(grad, features, scale, shift)
     _norm_sums(grad_norm1, features, mean, rstd, grad_gamma, grad_beta)
     if grad_features is not None:
         grad_features.add_(grad_norm1.mul_(scale))
@@ -199,8 +200,8 @@ def conv3x3_forward(
     var: Tensor | None,
 ) -> None:
     """`growth` = conv3x3(act(bottleneck), weight), zero padding after act, and its statistics."""
-    activation = _activation(bottleneck, scale, shift).to(weight.dtype)
-    growth.copy_(_nhwc(F.conv2d(_nchw(activation), weight, padding=1)))
+    activation = _activation(bottleneck, scale, shift).to(bottleneck.dtype)
+    growth.copy_(_nhwc(F.conv2d(_nchw(activation), weight.to(activation.dtype), padding=1)))
     _optional_statistics(growth, mean, var)
 
 
@@ -225,13 +226,13 @@ def conv3x3_backward(
     `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is.
     """
     if grad_weight is not None:
-        activation = _nchw(_activation(bottleneck, scale, shift).to(weight.dtype))
+        activation = _nchw(_activation(bottleneck, scale, shift).to(bottleneck.dtype))
         size = tuple(grad_weight.shape)
         grad_weight.copy_(conv2d_weight(activation, size, _nchw(grad_growth), padding=1))
         del activation
     if grad_gamma is None or grad_beta is None:
         return
-    grad = _nhwc(F.conv_transpose2d(_nchw(grad_growth), weight, padding=1))
+    grad = _nhwc(F.conv_transpose2d(_nchw(grad_growth), weight.to(grad_growth.dtype), padding=1))
     grad = _masked(grad, bottleneck, scale, shift)
     if grad_norm is not None:
         grad = _wide(grad_norm.copy_(grad))
@@ -292,7 +293,7 @@ def transition_forward(
     Pooling commutes with the 1x1 convolution, so it comes first: a quarter of the rows remain.
     """
     pooled = _pooled_activation(features, scale, shift)
-    torch.mm(_rows(pooled), weight.t(), out=_rows(out))
+    torch.mm(_rows(pooled), weight.to(features.dtype).t(), out=_rows(out))
     _optional_statistics(out, mean, var)
 
 
@@ -313,9 +314,10 @@ def transition_backward(
     rows, height, width = grad_out.shape[:3]
     if grad_weight is not None:
         pooled = _pooled_activation(features, scale, shift)
-        torch.mm(_rows(grad_out).t(), _rows(pooled), out=grad_weight)
+        grad_weight.copy_(_rows(grad_out).t() @ _rows(pooled))
         del pooled
-    grad_pooled = _wide(_rows(grad_out) @ weight).view(rows, height, width, -1) / 4
+    grad_pooled = _wide(_rows(grad_out) @ weight.to(features.dtype))
+    grad_pooled = grad_pooled.view(rows, height, width, -1) / 4
     grad_norm = grad_pooled.new_zeros(features.shape)
     covered = grad_norm[:, : 2 * height, : 2 * width].unflatten(1, (height, 2))
     covered.unflatten(3, (width, 2)).copy_(grad_pooled[:, :, None, :, None])

@@ -91,7 +91,7 @@ def test_installed_package_works_elsewhere(source_and_installed: tuple[Path, Pat
 
 def test_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_extension.PathFinder, "find_spec", lambda *_: None)
-    module, reason = _extension._load()
+    module, reason = _extension._load("_C")
     assert module is None
     assert reason is not None
     assert "pip install ." in reason
@@ -101,7 +101,7 @@ def test_broken_module_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     broken = tmp_path / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
     broken.write_bytes(b"not a shared library")
     monkeypatch.setattr(_extension, "_PACKAGE", tmp_path)
-    module, reason = _extension._load()
+    module, reason = _extension._load("_C")
     assert module is None
     assert reason is not None
     assert str(broken) in reason

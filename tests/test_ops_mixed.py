@@ -1,0 +1,38 @@
+"""float32 weights with features of half the width: rounded in passing, float32 gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import HALF
+from ops_arguments import ARGUMENTS, arguments
+from torch import Tensor
+
+from densenet_fast import ops
+from densenet_fast.backend import use_backend
+
+WEIGHTED = [op for op in ARGUMENTS if "conv" in op or op.startswith("transition")]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("op", WEIGHTED)
+def test_float32_weights(op: str, dtype: torch.dtype) -> None:
+    rounded, mixed = arguments(op, dtype), arguments(op, dtype)
+    for name in ("weight", "grad_weight"):
+        if name in mixed:
+            mixed[name] = mixed[name].float()
+    with use_backend("reference"):
+        getattr(ops, op)(**rounded)
+        getattr(ops, op)(**mixed)
+    for name, expected in rounded.items():
+        if isinstance(expected, Tensor):
+            assert torch.equal(mixed[name].to(expected.dtype), expected), name
+
+
+@pytest.mark.parametrize("op", WEIGHTED)
+def test_other_mixtures_are_errors(op: str) -> None:
+    for features, weight in ((torch.float32, torch.float16), (torch.float64, torch.float32)):
+        given = arguments(op, features)
+        given["weight"] = given["weight"].to(weight)
+        with pytest.raises(TypeError, match="`weight` should have type"):
+            getattr(ops, op)(**given)
