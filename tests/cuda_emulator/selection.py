@@ -1,0 +1,73 @@
+"""A short selection of the tests, for libraries with deliberate faults: `selection.py library`.
+
+Prints the first failure; the exit status is 0 where there is none.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from emulation import DEVICES, SM_80, Emulator
+from kernel_cases import KINDS, Calls, Kind, check, conv3x3_backward, forward
+from test_kernels_conv import check_where_not_finite
+from test_kernels_large import CALLS as LARGE
+from test_kernels_large import check_far_rows
+from test_kernels_orders import PRODUCTS
+
+ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
+
+
+def _products(emulator: Emulator, kind: Kind, calls: dict[str, Calls]) -> Iterator[str]:
+    for order, seed in ORDERS:
+        emulator.schedule(order, seed)
+        for name, make in calls.items():
+            yield f"{name}, order {order} {seed}".strip()
+            check(emulator.ops, kind, make)
+
+
+def run(emulator: Emulator, kind: Kind) -> Iterator[str]:
+    """Run the checks one by one; their names come before they run."""
+    yield from _products(emulator, kind, PRODUCTS)
+    emulator.schedule()
+    small = DEVICES["64 KB"]
+    for name in ("conv3x3_backward", "transition_forward", "transition_backward"):
+        for order, seed in ORDERS:
+            emulator.schedule(order, seed)
+            emulator.use(small)
+            yield f"{name} with 64 KB of shared memory, order {order} {seed}"
+            check(emulator.ops, kind, PRODUCTS[name])
+            emulator.use(SM_80)
+    for layout in ("words", "elements"):
+        for make in (
+            forward("conv1x1_forward", (1, 3, 5), 13, 11),
+            conv3x3_backward((1, 3, 5), 13, 5),
+        ):
+            yield f"rows of {layout}"
+            check(emulator.ops, kind, make, layout=layout)
+    yield "NaN"
+    check_where_not_finite(emulator, kind, torch.nan)
+    for name, make in LARGE.items():
+        yield f"{name}, far rows"
+        check_far_rows(emulator, kind, make)
+
+
+def main(library: str, kind_name: str) -> int:
+    """Run the selection with one library; returns the exit status."""
+    torch.set_num_threads(1)
+    kind = next(k for k in KINDS if k.name == kind_name)
+    name = "loading"
+    try:
+        for name in run(Emulator(Path(library)), kind):  # noqa: B007
+            pass
+    except (AssertionError, RuntimeError) as error:
+        print(f"{name}: {str(error).splitlines()[0] if str(error) else traceback.format_exc()}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

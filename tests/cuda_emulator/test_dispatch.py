@@ -1,0 +1,191 @@
+"""The dispatch on CUDA tensors, compiled for CPU tensors and with emulated kernels behind it.
+
+A process of its own: there the dispatch replaces the CPU kernels of the operators.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import host_build
+import pytest
+from emulation import SOURCES
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from densenet_fast import _extension
+
+TESTS = host_build.HERE.parent
+SETUP = """
+import sys
+sys.path[:0] = [{tests!r}, {repository!r}]
+import torch
+from torch import Tensor
+from densenet_fast import ops, reference
+from ops_arguments import ARGUMENTS, arguments
+torch.ops.load_library({library!r})
+ops.select = lambda tensor: "cpu"  # whatever the type: the compiled operator
+kernel = torch.ops.densenet_fast
+"""
+TYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if not _extension.LOADED:
+        pytest.skip("needs the schemas of the compiled module")
+    return host_build.build(
+        [*SOURCES[:-1], host_build.CSRC / "cuda" / "dispatch.cpp"],
+        optimize="-O1",
+        defines=["TORCH_TARGET_VERSION=0x020a000000000000", "DENSENET_FAST_CUDA_KEY=CPU"],
+        include=[Path(p) for p in include_paths()],
+        link=[*(f"-L{p}" for p in library_paths()), "-ltorch_cpu"],
+    )
+
+
+def run(library: Path, code: str) -> str:
+    setup = SETUP.format(tests=str(TESTS), repository=str(TESTS.parent), library=str(library))
+    result = subprocess.run(
+        [sys.executable, "-c", setup + code], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_operator_agrees_with_its_definition(library: Path, dtype: str) -> None:
+    code = f"""
+dtype = torch.{dtype}
+eps = torch.finfo(dtype).eps
+for op in ARGUMENTS:
+    given, expected = arguments(op, dtype), arguments(op, dtype)
+    getattr(ops, op)(**given)
+    getattr(reference, op)(**expected)
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            size = float(value.double().abs().max()) + 1
+            text = f"{{op}} {{name}}: {{given[name]}} should be {{value}}"
+            torch.testing.assert_close(given[name], value, rtol=0, atol=40 * eps * size, msg=text)
+    print(op)
+"""
+    assert len(run(library, code).split()) == 16
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float32_weights_go_with_narrower_features(library: Path, dtype: str) -> None:
+    code = f"""
+for op in ARGUMENTS:
+    given, rounded = arguments(op, torch.{dtype}), arguments(op, torch.{dtype})
+    if "weight" not in given or op == "norm_coefficients":
+        continue
+    for name in ("weight", "grad_weight"):
+        if name in given:
+            given[name] = given[name].float()
+    getattr(ops, op)(**given)
+    getattr(ops, op)(**rounded)
+    for name, value in rounded.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(given[name].to(value.dtype), value), (op, name)
+    print(op)
+"""
+    assert len(run(library, code).split()) == 6
+
+
+def test_absent_results(library: Path) -> None:
+    run(
+        library,
+        """
+for op, absent in (
+    ("conv1x1_forward", ["mean", "var"]),
+    ("conv3x3_forward", ["mean", "var"]),
+    ("transition_forward", ["mean", "var"]),
+    ("conv1x1_backward", ["grad_features", "grad_gamma", "grad_beta"]),
+    ("conv1x1_backward", ["grad_features"]),
+    ("conv1x1_backward", ["grad_weight"]),
+    ("conv3x3_backward", ["grad_norm", "grad_gamma", "grad_beta"]),
+    ("conv3x3_backward", ["grad_weight"]),
+    ("transition_backward", ["grad_weight"]),
+    ("norm_coefficients", ["weight"]),
+    ("norm_coefficients", ["bias"]),
+):
+    given, expected = arguments(op), arguments(op)
+    for name in absent:
+        given[name] = expected[name] = None
+    getattr(ops, op)(**given)
+    getattr(reference, op)(**expected)
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(given[name], value, rtol=1e-4, atol=1e-4, msg=f"{op} {name}")
+""",
+    )
+
+
+def test_wrong_arguments_are_errors(library: Path) -> None:
+    code = """
+def attempt(op, **wrong):
+    given = {**arguments(op), **wrong}
+    try:
+        getattr(kernel, op)(*given.values())
+    except RuntimeError as error:
+        print(error)
+    else:
+        print(op, "was accepted")
+
+x = arguments("conv1x1_forward")
+attempt("conv1x1_forward", features=x["features"].permute(0, 2, 1, 3))
+attempt("conv1x1_forward", features=x["features"][0])
+attempt("conv1x1_forward", scale=x["scale"][1:])
+attempt("conv1x1_forward", scale=x["scale"].double())
+attempt("conv1x1_forward", weight=x["weight"].double())
+attempt("conv1x1_forward", weight=x["weight"][:, 1:])
+attempt("conv1x1_forward", bottleneck=x["features"])
+attempt("conv1x1_forward", bottleneck=x["bottleneck"][:1])
+attempt("conv1x1_forward", mean=None)
+attempt("conv1x1_backward", grad_gamma=None)
+attempt("update_running_statistics", count=1)
+attempt("transition_forward", out=torch.empty(2, 3, 3, 8))
+attempt("norm_relu_maxpool_forward", argmax=torch.empty(2, 3, 3, 9))
+attempt("channel_statistics", features=torch.empty(1, 1, 1, 9, dtype=torch.int32))
+attempt("dropout_", growth=torch.empty(1, 65536, 32768, 1, dtype=torch.float16))
+attempt("dropout_", growth=torch.empty(1, 1, 1, 1 << 20))
+attempt("conv1x1_forward", weight=torch.empty(1).expand(1 << 20, 9))
+"""
+    expected = [
+        "evenly spaced rows",
+        "must be [N, H, W, C], got 3 dimensions",
+        "scale must be contiguous with 9 elements, got 8",
+        "scale has another dtype",
+        "weight must have the features' dtype or float32",
+        "weight does not fit 9 channels",
+        "bottleneck and weight differ in channels",
+        "differ in batch or size",
+        "mean and var are given together",
+        "grad_gamma and grad_beta are given together",
+        "more than one value",
+        "halves both sides",
+        "argmax must be contiguous uint8",
+        "float16, bfloat16, float32 and float64",
+        "at most 2^31 - 1 pixels for the CUDA kernels, got 1 x 65536 x 32768",
+        "at most 1048560 channels",
+        "weights of at most 1048560 channels",
+    ]
+    lines = run(library, code).splitlines()
+    assert len(lines) == len(expected), lines
+    for line, words in zip(lines, expected, strict=True):
+        assert words in line, line
+
+
+def test_no_memory_for_the_workspace_is_said(library: Path) -> None:
+    """A product that needs 64 GiB for its packed weight, of which one number exists."""
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (32 << 30, 32 << 30))
+wide, vector = torch.empty(1, 1, 1, 1 << 17), torch.empty(1 << 17)
+weight = torch.empty(1).expand(1 << 17, 1 << 17)
+try:
+    kernel.conv1x1_forward(wide, vector, vector, weight, wide, None, None)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "CUDA out of memory: no room for a workspace of 68719476736 bytes" in run(library, code)

@@ -1,0 +1,224 @@
+"""Deliberate faults in the kernels: the tests must notice every one of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from emulation import build_kernels
+from host_build import Patch
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
+
+# Faulty kernels are built for one type only: a fifth of the work.
+_CASES = """    case Dtype::kBfloat16:
+      return body(BfloatPolicy{});
+    case Dtype::kFloat32:
+      return context.allow_tf32 ? body(Tf32Policy{}) : body(FloatPolicy{});
+    case Dtype::kFloat64:
+      return body(DoublePolicy{});
+  }"""
+_HALF = """    case Dtype::kFloat16:
+      return body(HalfPolicy{});
+"""
+ONLY = {
+    "float16": Patch("cuda/arguments.cuh", _HALF + _CASES, f"{_HALF}    default: break;\n  }}"),
+    "tf32": Patch(
+        "cuda/arguments.cuh",
+        _HALF + _CASES,
+        "    case Dtype::kFloat32: return body(Tf32Policy{});\n    default: break;\n  }",
+    ),
+}
+
+
+class Fault(NamedTuple):
+    """One fault, and the type whose kernels have it."""
+
+    patch: Patch
+    kind: str = "float16"
+
+
+def fault(file: str, old: str, new: str, kind: str = "float16") -> Fault:
+    return Fault(Patch(f"cuda/{file}", old, new), kind)
+
+
+FAULTS: dict[str, Fault] = {
+    "rows_product: no barrier before the product": fault(
+        "rows_product.cuh",
+        "    __syncthreads();  // the stage is whole; everyone is done with the one before\n",
+        "",
+    ),
+    "rows_product: no barrier before the epilogue": fault(
+        "rows_product.cuh", "  __syncthreads();  // the ring becomes the epilogue's\n", ""
+    ),
+    "rows_product: no barrier before the only stage is filled again": fault(
+        "rows_product.cuh",
+        "      __syncthreads();  // everyone is done with the only stage\n",
+        "",
+    ),
+    "rows_product: the wait leaves a stage too many under way": fault(
+        "rows_product.cuh", "ptx::cp_async_wait<1>();", "ptx::cp_async_wait<2>();"
+    ),
+    "rows_product: a row too many": fault(
+        "rows_product.cuh", "return r < rows ? r", "return r <= rows ? r"
+    ),
+    "conv3x3_product: no barrier before the product": fault(
+        "conv3x3_product.cuh",
+        "    __syncthreads();\n    start_group(group + 2);",
+        "    start_group(group + 2);",
+    ),
+    "conv3x3_product: the wait leaves a group too many under way": fault(
+        "conv3x3_product.cuh",
+        "    ptx::cp_async_wait<1>();\n    if (group % kTapStages == 0)",
+        "    ptx::cp_async_wait<2>();\n    if (group % kTapStages == 0)",
+    ),
+    "conv3x3_product: the next pixels one group too early": fault(
+        "conv3x3_product.cuh",
+        "if (group % kTapStages == 2 && step",
+        "if (group % kTapStages == 1 && step",
+    ),
+    "conv3x3: a column of pixels too many": fault(
+        "conv3x3_product.cuh", "px >= grid.w", "px > grid.w"
+    ),
+    "pixel_product: no barrier before the product": fault(
+        "pixel_product.cuh",
+        "    __syncthreads();\n    if (stages == 2) start(row + kPixels);",
+        "    if (stages == 2) start(row + kPixels);",
+    ),
+    "pixel_product: no wait for the copies": fault(
+        "pixel_product.cuh",
+        "    ptx::cp_async_wait<0>();\n    for_each_piece(\n        row,",
+        "    for_each_piece(\n        row,",
+    ),
+    "pixel_product: splits overlap": fault(
+        "pixel_product.cuh",
+        "begin + rows_per_split < rows ? begin + rows_per_split : rows",
+        "begin + rows_per_split + kStagePixels<E> < rows "
+        "? begin + rows_per_split + kStagePixels<E> : rows",
+    ),
+    "tap_product: no barrier before the product": fault(
+        "pixel_product.cuh",
+        "    __syncthreads();\n    if (stages == 2) start(tile + 1);",
+        "    if (stages == 2) start(tile + 1);",
+    ),
+    "tap_product: no barrier before the only stage is filled again": fault(
+        "pixel_product.cuh",
+        "      __syncthreads();\n      start(tile + 1);",
+        "      start(tile + 1);",
+    ),
+    "the operand's rows are swapped in ldmatrix": fault(
+        "mma.cuh",
+        "return handle % 2 * 16 + lane % 16;",
+        "return handle % 2 * 16 + (lane ^ 8) % 16;",
+    ),
+    "the weights' halves are swapped in ldmatrix": fault(
+        "mma.cuh",
+        "const int column = ni * 8 + lane % 8 + lane / 16 * 8;",
+        "const int column = ni * 8 + lane % 8 + lane / 8 % 2 * 8;",
+    ),
+    "two registers of a tf32 fragment are swapped": fault(
+        "mma.cuh",
+        "        af[mi][1] = value(lower, t);\n        af[mi][2] = value(upper, t + 4);",
+        "        af[mi][2] = value(lower, t);\n        af[mi][1] = value(upper, t + 4);",
+        "tf32",
+    ),
+    "padding is activated": fault(
+        "sources.cuh",
+        "exists ? narrow<E>(relu(multiply_add(scale[v], A(widen(value.element[v])), shift[v])))\n"
+        "                 : narrow<E>(0);",
+        "narrow<E>(relu(multiply_add(scale[v], A(widen(value.element[v])), shift[v])));",
+    ),
+    "the channels of a last, partial piece are dropped": fault(
+        "types.cuh", "valid = valid < 0 ? 0 : valid > V ? V : valid;", "valid = valid < V ? 0 : V;"
+    ),
+    "a piece too wide at the last channels": fault(
+        "types.cuh",
+        "      if (i < valid) to[i] = piece.element[i];",
+        "      if (i <= valid) to[i] = piece.element[i];",
+    ),
+    "rows of words are taken for rows of pieces": fault(
+        "types.cuh", "return bits % 16 == 0 ? 16 : bits % 4", "return bits % 4 == 0 ? 16 : bits % 4"
+    ),
+    "NaN is rectified to zero": fault(
+        "types.cuh", "return x <= A(0) ? A(0) : x;", "return x > A(0) ? x : A(0);"
+    ),
+    "no barrier between the lanes of a slice": fault(
+        "epilogue.cuh", "    __syncwarp();\n    Slice<E> slice;", "    Slice<E> slice;"
+    ),
+    "no barrier before a slice is overwritten": fault(
+        "epilogue.cuh", "    __syncwarp();\n#pragma unroll", "#pragma unroll"
+    ),
+    "tiles merge without the distance of their means": fault(
+        "epilogue.cuh",
+        "m2 += sums.at(r, c, 1) + delta * delta * share * static_cast<A>(total);",
+        "m2 += sums.at(r, c, 1);",
+    ),
+    "tiles merge with the wrong weight": fault(
+        "reductions.cuh", "share = added / total;", "share = count / total;"
+    ),
+    "statistics count the rows outside": fault(
+        "epilogue.cuh", "const int count = __popc(rows);", "const int count = 32;"
+    ),
+    "statistics of values before they are rounded": fault(
+        "epilogue.cuh", "          slice.value[i][v] = widen(piece.element[v]);", "          "
+    ),
+    "no barrier between the runs of a reduction": fault(
+        "reductions.cuh", "  counts[slot] = count;\n  __syncthreads();", "  counts[slot] = count;"
+    ),
+    "offsets of rows have 32 bits": fault(
+        "sources.cuh",
+        "const E* from = exists ? x.data + row * x.pitch + channel : x.data;",
+        "const E* from = exists ? x.data + static_cast<int>(row * x.pitch) + channel : x.data;",
+    ),
+    "the taps of the data gradient are not reversed": fault(
+        "pack.cuh", "order.flipped ? order.taps - 1 - tap : tap", "tap"
+    ),
+    "the last split is not added": fault(
+        "reductions.cuh",
+        "for (int s = 0; s < splits; ++s) sum",
+        "for (int s = 0; s < splits - (splits > 1); ++s) sum",
+    ),
+    "pooled pixels of odd images": fault(
+        "epilogue.cuh",
+        "return (n * h + 2 * y) * w + 2 * x;",
+        "return (n * 2 * oh + 2 * y) * w + 2 * x;",
+    ),
+}
+
+
+def verdict(kind: str, *patches: Patch, check_accesses: bool = False) -> str:
+    """The first failure of the selection of tests with these faults; empty without any."""
+    library = build_kernels(patches=(ONLY[kind], *patches), check_accesses=check_accesses)
+    path = os.pathsep.join([str(HERE), str(TESTS), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "selection.py"), str(library), kind],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}"
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout.strip() if done.returncode else ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ONLY)
+def test_kernels_without_faults_pass(kind: str) -> None:
+    assert verdict(kind) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_noticed(name: str) -> None:
+    patch, kind = FAULTS[name]
+    found = verdict(kind, patch)
+    print(f"{name}: {found}")
+    assert found
