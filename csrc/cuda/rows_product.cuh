@@ -26,7 +26,7 @@ constexpr int kMaxColumns = sizeof(typename P::Element) == 2 || P::kTf32 ? 128 :
 template <class P, class Sink, int BN>
 constexpr int kBlocksPerMultiprocessor = kMaxColumns<P> == 128 && (BN < 128 || Sink::kLean) ? 2 : 1;
 
-// Sources of many raw pieces make do with one stage where shared memory is small.
+// Sources of many raw pieces make do with one stage where shared memory is short.
 template <class Source>
 constexpr bool kMayBeSingle = Source::kRaw > 2;
 
@@ -146,15 +146,18 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, B
                         });
 }
 
-// Stages that let two blocks share a multiprocessor where possible; otherwise two, or the one that
-// fits.
+// The most stages with which two blocks share a multiprocessor; two where none would, so that a
+// lone block loads while it computes.
 template <class P, class Source, int BN>
 int product_stages(const DeviceLimits& device) {
-  const auto block = static_cast<size_t>(device.shared_bytes_per_block);
-  const auto multiprocessor = static_cast<size_t>(device.shared_bytes_per_multiprocessor);
-  const size_t three = product_shared_bytes<P, Source, BN>(3);
-  if (three <= block && 2 * (three + 1024) <= multiprocessor) return 3;
-  return kMayBeSingle<Source> && product_shared_bytes<P, Source, BN>(2) > block ? 1 : 2;
+  const auto two_blocks = [&](int stages) {
+    return 2 * (product_shared_bytes<P, Source, BN>(stages) + 1024) <=
+           static_cast<size_t>(device.shared_bytes_per_multiprocessor);
+  };
+  if (two_blocks(3)) return 3;
+  if (!kMayBeSingle<Source> || two_blocks(2)) return 2;
+  const auto limit = static_cast<size_t>(device.shared_bytes_per_block);
+  return two_blocks(1) || product_shared_bytes<P, Source, BN>(2) > limit ? 1 : 2;
 }
 
 template <class P, int BN, class Source, class Sink>
