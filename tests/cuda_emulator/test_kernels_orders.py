@@ -29,10 +29,11 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-# Several tiles, steps and columns of blocks, with tails.
+# Several tiles, steps, columns of blocks and splits of the rows, with tails.
 PRODUCTS: dict[str, Calls] = {
     "conv1x1_forward": forward("conv1x1_forward", (2, 9, 17), 100, 136),
-    "conv1x1_backward": conv1x1_backward((2, 9, 17), 136, 72),
+    "conv1x1_forward, again": forward("conv1x1_forward", (2, 9, 17), 100, 136, statistics=False),
+    "conv1x1_backward": conv1x1_backward((2, 16, 17), 136, 72),
     "conv3x3_forward": forward("conv3x3_forward", (2, 9, 17), 72, 33),
     "conv3x3_forward, narrow": forward("conv3x3_forward", (2, 9, 17), 40, 12),
     "conv3x3_backward": conv3x3_backward((2, 9, 17), 72, 33),
