@@ -72,9 +72,10 @@ DF_INLINE Vec<T> zero() {
   return Vec<T>{};
 }
 
+// A subtraction, which is no instruction at all: x - 0 is x. x + 0 is not, for x = -0.
 template <class T>
 DF_INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};
 }
 
 // The first `n` lanes (0 < n <= lanes); the others read as zero and are not touched in memory.
