@@ -30,6 +30,10 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set the CPU kernels run with");
   m.def("set_isa", &densenet_fast::cpu::set_isa, pybind11::arg("name"),
         "Run the CPU kernels with this instruction set from now on");
+  m.def("winograd_allowed", &densenet_fast::cpu::winograd_allowed,
+        "Whether 3x3 convolutions may use Winograd's minimal filtering");
+  m.def("allow_winograd", &densenet_fast::cpu::allow_winograd, pybind11::arg("allow"),
+        "Let 3x3 convolutions use Winograd's minimal filtering, or not");
   m.def(
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) {

@@ -85,6 +85,10 @@ struct Kernels {
                                      Image<T> grad_input, NormGradient<T> grad_affine);
 };
 
+// Whether 3x3 convolutions may use Winograd's minimal filtering; true unless the user says no.
+bool winograd_allowed();
+void allow_winograd(bool allow);
+
 // What one instruction-set file provides.
 struct KernelSet {
   const Kernels<float>* f32;

@@ -52,8 +52,16 @@ struct GatheredTapsSource {
   }
 };
 
+// Row e = (tap, output channel) of the weight's gradient, [channels], to its place in [k, channels,
+// 3, 3].
 template <class T>
-void conv3x3_backward(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
+DF_INLINE void store_tap_gradient(int64_t e, const T* row, int64_t k, int64_t channels, T* out) {
+  T* to = out + e % k * channels * 9 + e / k;
+  for (int64_t n = 0; n < channels; ++n) to[n * 9] = row[n];
+}
+
+template <class T>
+void conv3x3_backward_direct(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
                       Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
                       T* grad_weight) {
   const int64_t k = weight.out, channels = weight.in;
@@ -70,10 +78,7 @@ void conv3x3_backward(Image<const T> grad_growth, Image<const T> bottleneck, Nor
       },
       norm, grad_affine, GatheredTapsSource<T>{grad_growth},
       PixelSink<T, false>{bottleneck, padded_norm, grad_norm},
-      [&](int64_t e, const T* row) {
-        T* to = grad_weight + e % k * channels * 9 + e / k;
-        for (int64_t n = 0; n < channels; ++n) to[n * 9] = row[n];
-      });
+      [&](int64_t e, const T* row) { store_tap_gradient<T>(e, row, k, channels, grad_weight); });
 }
 
 }  // namespace

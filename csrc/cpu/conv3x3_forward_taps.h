@@ -93,15 +93,5 @@ void conv3x3_forward_taps(Image<const T> bottleneck, Activation<T> act, Weight<T
   if (statistics.mean) partial.finish(statistics);
 }
 
-template <class T>
-void conv3x3_forward(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
-                     Image<T> growth, Statistics<T> statistics) {
-  if (taps_product_is_faster<T>(weight.out)) {
-    conv3x3_forward_taps<T>(bottleneck, act, weight, growth, statistics);
-  } else {
-    conv3x3_forward_direct<T>(bottleneck, act, weight, growth, statistics);
-  }
-}
-
 }  // namespace
 }  // namespace densenet_fast::cpu

@@ -59,6 +59,37 @@ class PaddedNorm {
   CallMemory<T> memory_;
 };
 
+// Gradients of the norm's affine parameters from the parts' sums, [parts, 2, width], in order.
+template <class T>
+void finish_sums(const T* sums, int64_t parts, int64_t width, const Norm<T>& norm, int64_t columns,
+                 NormGradient<T> out) {
+  for (int64_t c = 0; c < columns; ++c) {
+    double beta = 0, gamma = 0;
+    for (int64_t i = 0; i < parts; ++i) {
+      beta += static_cast<double>(sums[2 * i * width + c]);
+      gamma += static_cast<double>(sums[(2 * i + 1) * width + c]);
+    }
+    out.beta[c] = static_cast<T>(beta);
+    out.gamma[c] = static_cast<T>(gamma) * norm.rstd[c];
+  }
+}
+
+// Adds the parts' weight gradients, [parts, k, width], in order; store(k, row) takes each row.
+template <class T, class Store>
+void finish_weight(T* parts_of_weight, int64_t parts, int64_t k, int64_t width,
+                   const Store& store_row) {
+  for_each_task(k, [&](int64_t i) {
+    T* row = parts_of_weight + i * width;
+    for (int64_t part = 1; part < parts; ++part) {
+      const T* more = row + part * k * width;
+      for (int64_t c = 0; c < width; c += kLanes<T>) {
+        store<T>(row + c, load<T>(row + c) + load<T>(more + c));
+      }
+    }
+    store_row(i, row);
+  });
+}
+
 // weight_at(k, n) is element (k, n) of B^T; source.build(row, rows, panel, first, width, to) fills
 // columns [first, first + width) of G; sink.block(block) applies the epilogue. store_weight(k, row)
 // receives the finished row k of dB, [n]. `prefetch_tile` names what source.build will read.
@@ -188,28 +219,9 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
     }
   });
 
-  if (want_data) {
-    for (int64_t c = 0; c < shape.n; ++c) {
-      double beta = 0, gamma = 0;
-      for (int64_t i = 0; i < chunks; ++i) {
-        beta += static_cast<double>(partial_sums.get()[2 * i * width + c]);
-        gamma += static_cast<double>(partial_sums.get()[(2 * i + 1) * width + c]);
-      }
-      grad_affine.beta[c] = static_cast<T>(beta);
-      grad_affine.gamma[c] = static_cast<T>(gamma) * norm.rstd[c];
-    }
-  }
+  if (want_data) finish_sums<T>(partial_sums.get(), chunks, width, norm, shape.n, grad_affine);
   if (want_weight) {
-    for_each_task(shape.k, [&](int64_t k) {
-      T* row = partial_weight.get() + k * width;
-      for (int64_t i = 1; i < chunks; ++i) {
-        const T* part = row + i * shape.k * width;
-        for (int64_t c = 0; c < width; c += L) {
-          store<T>(row + c, load<T>(row + c) + load<T>(part + c));
-        }
-      }
-      store_weight(k, row);
-    });
+    finish_weight<T>(partial_weight.get(), chunks, shape.k, width, store_weight);
   }
 }
 

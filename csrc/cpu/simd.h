@@ -78,6 +78,16 @@ DF_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// A mask of the first `n` lanes of T.
+template <class T>
+DF_INLINE __m256i first_lanes(int64_t n) {
+  alignas(32) static constexpr int32_t kOnes[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const int64_t words = n * static_cast<int64_t>(sizeof(T) / 4);
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kOnes + 8 - words));
+}
+#endif
+
 // The first `n` lanes (0 < n <= lanes); the others read as zero and are not touched in memory.
 template <class T>
 DF_INLINE Vec<T> load_partial(const T* p, int64_t n) {
@@ -86,6 +96,12 @@ DF_INLINE Vec<T> load_partial(const T* p, int64_t n) {
     return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
   } else {
     return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm256_maskload_ps(p, first_lanes<T>(n));
+  } else {
+    return (Vec<T>)_mm256_maskload_pd(p, first_lanes<T>(n));
   }
 #else
   T lanes[kLanes<T>] = {};
@@ -101,6 +117,12 @@ DF_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
   } else {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1u), (__m512d)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps(p, first_lanes<T>(n), (__m256)v);
+  } else {
+    _mm256_maskstore_pd(p, first_lanes<T>(n), (__m256d)v);
   }
 #else
   T lanes[kLanes<T>];

@@ -1,0 +1,219 @@
+// The same backward by Winograd's minimal filtering. A run of tiles makes, for a panel of bottleneck
+// channels, the weight gradient's 16 products (the adjoint of the forward's) and the data gradient
+// as the convolution with flipped kernels, masked and summed on its way out of the transform.
+#pragma once
+
+#include "conv3x3_backward.h"
+#include "winograd.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+constexpr int64_t kWinogradBackwardPanel = 64;
+
+// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch]; outside the image dY is zero.
+template <class T>
+void transform_output_gradients(const Image<const T>& g, const WinogradTiles& tiles, int64_t begin,
+                                int64_t end, T* to) {
+  constexpr int L = kLanes<T>;
+  for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
+    const WinogradTile tile = tiles.at(index);
+    const T* corner = g.data + ((tile.image * g.h + tile.y) * g.w + tile.x) * g.pitch;
+    const bool right = tile.x + 1 < g.w, below = tile.y + 1 < g.h;
+    for (int64_t c = 0; c < g.c; c += L) {
+      const int64_t n = g.c - c;
+      const auto at = [&](int i, int j, bool exists) {
+        return exists ? load_upto<T>(corner + (i * g.w + j) * g.pitch + c, n) : zero<T>();
+      };
+      const Vec<T> y[2][2] = {{at(0, 0, true), at(0, 1, right)},
+                              {at(1, 0, below), at(1, 1, right && below)}};
+      Vec<T> rows[4][2];
+      for (int j = 0; j < 2; ++j) {
+        rows[0][j] = y[0][j];
+        rows[1][j] = y[0][j] + y[1][j];
+        rows[2][j] = y[0][j] - y[1][j];
+        rows[3][j] = -y[1][j];
+      }
+      for (int i = 0; i < 4; ++i) {
+        T* row = to + 4 * i * kPointPitch + c;
+        store<T>(row, rows[i][0]);
+        store<T>(row + kPointPitch, rows[i][0] + rows[i][1]);
+        store<T>(row + 2 * kPointPitch, rows[i][0] - rows[i][1]);
+        store<T>(row + 3 * kPointPitch, -rows[i][1]);
+      }
+    }
+  }
+}
+
+// G' S G: the gradient of L kernels, taps in order, from 16 points `stride` apart.
+template <class T>
+DF_INLINE void transform_weight_gradient(const T* s, int64_t stride, Vec<T> (&taps)[9]) {
+  const Vec<T> half = splat<T>(T(0.5));
+  Vec<T> e[3][4];
+  for (int j = 0; j < 4; ++j) {
+    const Vec<T> s0 = load<T>(s + j * stride), s1 = load<T>(s + (4 + j) * stride);
+    const Vec<T> s2 = load<T>(s + (8 + j) * stride), s3 = load<T>(s + (12 + j) * stride);
+    const Vec<T> even = half * (s1 + s2);
+    e[0][j] = s0 + even;
+    e[1][j] = half * (s1 - s2);
+    e[2][j] = even + s3;
+  }
+  for (int i = 0; i < 3; ++i) {
+    const Vec<T> even = half * (e[i][1] + e[i][2]);
+    taps[3 * i] = e[i][0] + even;
+    taps[3 * i + 1] = half * (e[i][1] - e[i][2]);
+    taps[3 * i + 2] = even + e[i][3];
+  }
+}
+
+// The data gradient of tiles [begin, end) and channels [c0, c0 + columns), masked by the
+// activation; adds the sums of D and D * (x - mean) of whole vectors.
+template <class T>
+void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& tiles, int64_t begin,
+                          int64_t end, const Image<const T>& x, const PaddedNorm<T>& norm,
+                          const Image<T>& gradient, int64_t c0, int64_t columns, T* sum,
+                          T* sum_centred) {
+  constexpr int L = kLanes<T>;
+  for (int64_t index = begin; index < end; ++index, result += ldr) {
+    const WinogradTile tile = tiles.at(index);
+    const int64_t pixel = (tile.image * tiles.h + tile.y) * tiles.w + tile.x;
+    const int64_t rows = smaller(2, tiles.h - tile.y), across = smaller(2, tiles.w - tile.x);
+    for (int64_t c = 0; c < columns; c += L) {
+      const int64_t n = columns - c;
+      const Vec<T> scale = load<T>(norm.scale() + c0 + c), shift = load<T>(norm.shift() + c0 + c);
+      const Vec<T> mean = load<T>(norm.mean() + c0 + c);
+      Vec<T> y[2][2];
+      transform_output<T>(result + c, kWinogradTiles * ldr, y);
+      Vec<T> added = zero<T>(), added_centred = zero<T>();
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < across; ++j) {
+          const int64_t at = pixel + i * tiles.w + j;
+          const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
+          const Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), y[i][j]);
+          added += d;
+          added_centred = fma<T>(d, value - mean, added_centred);
+          if (gradient.data) {
+            store_upto<T>(gradient.data + at * gradient.pitch + c0 + c, d, n);
+          }
+        }
+      }
+      store<T>(sum + c, load<T>(sum + c) + added);
+      store<T>(sum_centred + c, load<T>(sum_centred + c) + added_centred);
+    }
+  }
+}
+
+template <class T>
+void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
+                               Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
+                               T* grad_weight) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t k = weight.out, channels = weight.in;
+  const int64_t width = padded<T>(channels);
+  const int64_t panels = ceil_div(channels, kWinogradBackwardPanel);
+  const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight != nullptr;
+  const PaddedNorm<T> padded_norm(norm, channels);
+  CallMemory<T> packed(want_data ? kPoints * k * width : 1);
+  if (want_data) {
+    for (int64_t c0 = 0; c0 < channels; c0 += kWinogradBackwardPanel) {
+      pack_transformed_weight<T>(packed.get() + kPoints * k * c0, k,
+                                 smaller(kWinogradBackwardPanel, channels - c0), kBackwardVectors,
+                                 weight, true, [&](int64_t o, int64_t c) {
+                                   return weight.data + o * weight.stride_out +
+                                          (c0 + c) * weight.stride_in;
+                                 });
+    }
+  }
+
+  // Tasks: at most 16 parts of the tiles, each for one panel of channels.
+  const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
+  const int64_t runs = ceil_div(tiles.count(), kWinogradTiles);
+  const int64_t part_tiles = ceil_div(runs, larger(1, smaller(16, runs / 4))) * kWinogradTiles;
+  const int64_t parts = ceil_div(tiles.count(), part_tiles);
+  CallMemory<T> partial_sums(2 * parts * width);
+  CallMemory<T> partial_weight(want_weight ? parts * 9 * k * width : 1);
+
+  for_each_task(parts * panels, [&](int64_t task) {
+    const int64_t part = task / panels, c0 = task % panels * kWinogradBackwardPanel;
+    const int64_t columns = smaller(kWinogradBackwardPanel, channels - c0);
+    const int64_t vecs = vectors<T>(columns), panel = vecs * L;
+    const int64_t ldb = kWinogradBackwardPanel + 16;
+    T* sums = partial_sums.get() + 2 * part * width;
+    for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
+    T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
+    T* points = scratch<T>(Scratch::kResult, kPoints * kPointPitch);
+    T* products = scratch<T>(Scratch::kActivated, want_weight ? kPoints * k * ldb : 1);
+    if (want_weight) {
+      for (int64_t i = 0; i < kPoints * k * ldb; ++i) products[i] = T(0);
+    }
+    const int64_t part_end = smaller(tiles.count(), (part + 1) * part_tiles);
+    for (int64_t begin = part * part_tiles; begin < part_end; begin += kWinogradTiles) {
+      const int64_t end = smaller(part_end, begin + kWinogradTiles), count = end - begin;
+      PrefetchStream stream;
+      if (end < part_end) {
+        const int64_t first = tiles.first_pixel(end);
+        const int64_t pixels = tiles.pixels(end, smaller(part_end, end + kWinogradTiles));
+        stream.add(bottleneck.data + first * bottleneck.pitch + c0, columns * sizeof(T),
+                   bottleneck.pitch * sizeof(T), pixels, false);
+        stream.add(grad_growth.data + first * grad_growth.pitch, k * sizeof(T),
+                   grad_growth.pitch * sizeof(T), pixels, false);
+      }
+      const int64_t blocks = ceil_div(vecs, kBackwardVectors);
+      stream.start(kPoints * blocks *
+                   ((want_weight ? ceil_div(k, kMaxRows[kBackwardVectors]) *
+                                       ceil_div(count, kPrefetchEvery)
+                                 : 0) +
+                    (want_data ? ceil_div(count, kMaxRows[kBackwardVectors]) *
+                                     ceil_div(k, kPrefetchEvery)
+                               : 0)));
+      if (want_weight) {
+        transform_output_gradients<T>(grad_growth, tiles, begin, end, gradients);
+        transform_inputs<T, true>(bottleneck, tiles, begin, end, {norm.scale, norm.shift}, c0,
+                                  columns, points);
+        for (int64_t point = 0; point < kPoints; ++point) {
+          for (int64_t v = 0; v < vecs;) {
+            const int nv = block_vectors(vecs - v, kBackwardVectors);
+            for_each_row_tile(k, nv, [&](int64_t first, int rows) {
+              TransposedProduct<T> p{gradients + point * kPointPitch + first,
+                                     points + point * kPointPitch + v * L,
+                                     kPanelPitch,
+                                     count,
+                                     products + (point * k + first) * ldb + v * L,
+                                     ldb,
+                                     &stream};
+              kMicrokernels<T>.transposed[nv][rows](p);
+            });
+            v += nv;
+          }
+        }
+      }
+      if (want_data) {
+        transform_inputs<T, false>(grad_growth, tiles, begin, end, {}, 0, k, gradients);
+        multiply_points<T>(gradients, count, 0, k, k, packed.get() + kPoints * k * c0, vecs,
+                           kBackwardVectors, points, false, stream);
+        finish_data_gradient<T>(points, panel, tiles, begin, end, bottleneck, padded_norm,
+                                grad_norm, c0, columns, sums + c0, sums + width + c0);
+      }
+    }
+    if (want_weight) {
+      T* to = partial_weight.get() + part * 9 * k * width + c0;
+      for (int64_t o = 0; o < k; ++o) {
+        for (int64_t c = 0; c < panel; c += L) {
+          Vec<T> taps[9];
+          transform_weight_gradient<T>(products + o * ldb + c, k * ldb, taps);
+          for (int t = 0; t < 9; ++t) store<T>(to + (t * k + o) * width + c, taps[t]);
+        }
+      }
+    }
+  });
+
+  if (want_data) finish_sums<T>(partial_sums.get(), parts, width, norm, channels, grad_affine);
+  if (want_weight) {
+    finish_weight<T>(partial_weight.get(), parts, 9 * k, width, [&](int64_t e, const T* row) {
+      store_tap_gradient<T>(e, row, k, channels, grad_weight);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu

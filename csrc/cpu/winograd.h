@@ -1,0 +1,234 @@
+// Winograd's minimal filtering F(2x2, 3x3), Lavin and Gray 2015 (arXiv:1509.09308): 2x2 outputs of
+// a 3x3 convolution from 4x4 inputs by 16 multiplications where the direct way needs 36.
+//
+//   Y  = A' [(G g G') . (B' d B)] A        per tile; the sum over channels is 16 matrix products
+//   dg = G' [(A dY A') . (B' d B)] G       its adjoint: weight gradients
+//
+// Transformed operands are [16 points, tiles, kPanelPitch]. Tiles are counted image by image, row
+// by row, so that runs of them serve images of any size, also many small ones at once; what a tile
+// has beyond its image is zero before and dropped behind.
+#pragma once
+
+#include "blocking.h"
+
+namespace densenet_fast::cpu {
+namespace {
+
+constexpr int64_t kPoints = 16;
+constexpr int64_t kWinogradTiles = 48;  // of one run
+constexpr int64_t kPointPitch = kWinogradTiles * kPanelPitch;
+
+struct WinogradTile {
+  int64_t image, y, x;  // of its first output
+};
+
+struct WinogradTiles {
+  int64_t n, h, w, down, across;
+
+  WinogradTiles(int64_t n_, int64_t h_, int64_t w_)
+      : n(n_), h(h_), w(w_), down(ceil_div(h_, 2)), across(ceil_div(w_, 2)) {}
+  int64_t count() const { return n * down * across; }
+  WinogradTile at(int64_t index) const {
+    return {index / (down * across), index / across % down * 2, index % across * 2};
+  }
+  // Pixels from the first row of tile `begin` to the last of tile `end - 1`, at least: what a run
+  // of tiles reads, but for its border.
+  int64_t first_pixel(int64_t begin) const {
+    const WinogradTile tile = at(begin);
+    return (tile.image * h + tile.y) * w;
+  }
+  int64_t pixels(int64_t begin, int64_t end) const {
+    if (begin >= end) return 0;
+    const WinogradTile last = at(end - 1);
+    return (last.image * h + smaller(last.y + 2, h)) * w - first_pixel(begin);
+  }
+};
+
+// Tiles of one task: whole runs, 16 tasks or more where there are as many runs.
+DF_INLINE int64_t winograd_task_tiles(int64_t tiles) {
+  return larger(1, tiles / (kWinogradTiles * 32)) * kWinogradTiles;
+}
+
+// Products saved must outweigh tiles cut by the border: 16 multiplications for each tile against 9
+// for each pixel, of whole vectors, and what the transforms cost.
+DF_INLINE bool winograd_is_faster(int64_t h, int64_t w, int64_t k) {
+  const int64_t tiles = ceil_div(h, 2) * ceil_div(w, 2);
+  return k <= kPanel && tiles * 16 * (k + 6) < 9 * h * w * k;
+}
+
+// B' d B of a tile's 4x4 vectors, to 16 points.
+template <class T>
+DF_INLINE void store_transformed_input(const Vec<T> (&d)[4][4], T* to) {
+  Vec<T> e[4][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    e[0][j] = d[0][j] - d[2][j];
+    e[1][j] = d[1][j] + d[2][j];
+    e[2][j] = d[2][j] - d[1][j];
+    e[3][j] = d[1][j] - d[3][j];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    store<T>(to + (4 * i + 0) * kPointPitch, e[i][0] - e[i][2]);
+    store<T>(to + (4 * i + 1) * kPointPitch, e[i][1] + e[i][2]);
+    store<T>(to + (4 * i + 2) * kPointPitch, e[i][2] - e[i][1]);
+    store<T>(to + (4 * i + 3) * kPointPitch, e[i][1] - e[i][3]);
+  }
+}
+
+// Transforms channels [c0, c0 + width) of tiles [begin, end): of relu(scale * x + shift), or of x
+// itself. Whole vectors are stored, zero behind the last channel.
+template <class T, bool kActivate>
+void transform_inputs(const Image<const T>& x, const WinogradTiles& tiles, int64_t begin,
+                      int64_t end, Activation<T> act, int64_t c0, int64_t width, T* to) {
+  constexpr int L = kLanes<T>;
+  const int64_t pitch = x.pitch, row = x.w * pitch;
+  for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
+    const WinogradTile tile = tiles.at(index);
+    const T* corner = x.data + ((tile.image * x.h + tile.y - 1) * x.w + tile.x - 1) * pitch + c0;
+    const bool inside =
+        tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
+    const auto activated = [&](Vec<T> value, Vec<T> a, Vec<T> b) {
+      return kActivate ? relu<T>(fma<T>(a, value, b)) : value;
+    };
+    if (inside) {
+      for (int64_t c = 0; c < width; c += L) {
+        const Vec<T> a = kActivate ? load<T>(act.scale + c0 + c) : zero<T>();
+        const Vec<T> b = kActivate ? load<T>(act.shift + c0 + c) : zero<T>();
+        Vec<T> d[4][4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            d[i][j] = activated(load<T>(corner + i * row + j * pitch + c), a, b);
+          }
+        }
+        store_transformed_input<T>(d, to + c);
+      }
+      continue;
+    }
+    for (int64_t c = 0; c < width; c += L) {
+      const int64_t n = width - c;
+      const Vec<T> a = kActivate ? load_upto<T>(act.scale + c0 + c, n) : zero<T>();
+      const Vec<T> b = kActivate ? load_upto<T>(act.shift + c0 + c, n) : zero<T>();
+      Vec<T> d[4][4];
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) {
+          const bool exists =
+              static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
+              static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
+          d[i][j] = exists ? activated(load_upto<T>(corner + i * row + j * pitch + c, n), a, b)
+                           : zero<T>();
+        }
+      }
+      store_transformed_input<T>(d, to + c);
+    }
+  }
+}
+
+// A' M A of one tile and vector: y[row][column]. `m` is the first point, points `stride` apart.
+template <class T>
+DF_INLINE void transform_output(const T* m, int64_t stride, Vec<T> (&y)[2][2]) {
+  Vec<T> s[2][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const Vec<T> m0 = load<T>(m + j * stride), m1 = load<T>(m + (4 + j) * stride);
+    const Vec<T> m2 = load<T>(m + (8 + j) * stride), m3 = load<T>(m + (12 + j) * stride);
+    s[0][j] = m0 + m1 + m2;
+    s[1][j] = m1 - m2 - m3;
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    y[i][0] = s[i][0] + s[i][1] + s[i][2];
+    y[i][1] = s[i][1] - s[i][2] - s[i][3];
+  }
+}
+
+// G g G' of L kernels at once: taps [9][L] to points, `stride` apart.
+template <class T>
+DF_INLINE void store_transformed_weight(const T (*taps)[kLanes<T>], T* to, int64_t stride) {
+  Vec<T> e[4][3];
+  const Vec<T> half = splat<T>(T(0.5));
+  for (int j = 0; j < 3; ++j) {
+    const Vec<T> g0 = load<T>(taps[j]), g1 = load<T>(taps[3 + j]), g2 = load<T>(taps[6 + j]);
+    const Vec<T> outer = half * (g0 + g2), inner = half * g1;
+    e[0][j] = g0;
+    e[1][j] = outer + inner;
+    e[2][j] = outer - inner;
+    e[3][j] = g2;
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Vec<T> outer = half * (e[i][0] + e[i][2]), inner = half * e[i][1];
+    store<T>(to + (4 * i + 0) * stride, e[i][0]);
+    store<T>(to + (4 * i + 1) * stride, outer + inner);
+    store<T>(to + (4 * i + 2) * stride, outer - inner);
+    store<T>(to + (4 * i + 3) * stride, e[i][2]);
+  }
+}
+
+// Transformed weights in 16 packed operands of pack_columns' layout, [k, columns] each and
+// k * padded(columns) elements apart: kernel_at(i, j) is where kernel (i, j) begins, its taps
+// stride_h and stride_w apart. `flipped` for the data gradient.
+template <class T, class KernelAt>
+void pack_transformed_weight(T* packed, int64_t k, int64_t columns, int prefer,
+                             const Weight<T>& weight, bool flipped, const KernelAt& kernel_at) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t vecs = vectors<T>(columns), stride = k * vecs * L;
+  int64_t taps[9];
+  for (int64_t t = 0; t < 9; ++t) {
+    const int64_t tap = flipped ? 8 - t : t;
+    taps[t] = tap / 3 * weight.stride_h + tap % 3 * weight.stride_w;
+  }
+  constexpr int64_t kRun = 8;
+  for_each_task(ceil_div(k, kRun), [&](int64_t task) {
+    const int64_t end = smaller(k, (task + 1) * kRun);
+    for (int64_t i = task * kRun; i < end; ++i) {
+      for (int64_t v = 0; v < vecs;) {
+        const int nv = block_vectors(vecs - v, prefer);
+        for (int64_t u = 0; u < nv; ++u) {
+          alignas(64) T lanes[9][L] = {};
+          const int64_t first = (v + u) * L, valid = smaller(L, columns - first);
+          for (int64_t j = 0; j < valid; ++j) {
+            const T* kernel = kernel_at(i, first + j);
+            for (int t = 0; t < 9; ++t) lanes[t][j] = kernel[taps[t]];
+          }
+          store_transformed_weight<T>(lanes, packed + v * L * k + (i * nv + u) * L, stride);
+        }
+        v += nv;
+      }
+    }
+  });
+}
+
+// For every point: result[point] (+)= operand[point] * packed[point], [k0, k0 + width) of the
+// reduction's k. The result is [16, kWinogradTiles, whole vectors].
+template <class T>
+DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int64_t width,
+                               int64_t k, const T* packed, int64_t vecs, int prefer, T* result,
+                               bool accumulate, PrefetchStream& stream) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t ldr = vecs * L;
+  for (int64_t point = 0; point < kPoints; ++point) {
+    for (int64_t v = 0; v < vecs;) {
+      const int nv = block_vectors(vecs - v, prefer);
+      const T* b = packed + point * k * vecs * L + v * L * k + k0 * nv * L;
+      for_each_row_tile(tiles, nv, [&](int64_t first, int count) {
+        RowsProduct<T> product{operand + point * kPointPitch + first * kPanelPitch,
+                               nullptr,
+                               1,
+                               width,
+                               b,
+                               result + (point * kWinogradTiles + first) * ldr + v * L,
+                               ldr,
+                               nv * L,
+                               accumulate,
+                               &stream};
+        kMicrokernels<T>.rows[nv][count](product);
+      });
+      v += nv;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace densenet_fast::cpu
