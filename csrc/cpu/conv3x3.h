@@ -26,8 +26,9 @@ void conv3x3_backward(Image<const T> grad_growth, Image<const T> bottleneck, Nor
                       T* grad_weight) {
   const bool winograd =
       winograd_allowed() && winograd_is_faster(bottleneck.h, bottleneck.w, weight.out);
-  (winograd ? conv3x3_backward_winograd<T> : conv3x3_backward_direct<T>)(
-      grad_growth, bottleneck, norm, weight, grad_norm, grad_affine, grad_weight);
+  (winograd ? conv3x3_backward_winograd<T> : conv3x3_backward_direct<T>)(grad_growth, bottleneck,
+                                                                         norm, weight, grad_norm,
+                                                                         grad_affine, grad_weight);
 }
 
 }  // namespace

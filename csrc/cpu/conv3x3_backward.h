@@ -62,8 +62,8 @@ DF_INLINE void store_tap_gradient(int64_t e, const T* row, int64_t k, int64_t ch
 
 template <class T>
 void conv3x3_backward_direct(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
-                      Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
-                      T* grad_weight) {
+                             Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
+                             T* grad_weight) {
   const int64_t k = weight.out, channels = weight.in;
   // Whole taps a panel where they fit.
   const int64_t panel_width = k <= kPanel ? kPanel / k * k : kPanel;

@@ -1,6 +1,7 @@
-// The same backward by Winograd's minimal filtering. A run of tiles makes, for a panel of bottleneck
-// channels, the weight gradient's 16 products (the adjoint of the forward's) and the data gradient
-// as the convolution with flipped kernels, masked and summed on its way out of the transform.
+// The same backward by Winograd's minimal filtering. A run of tiles makes, for a panel of
+// bottleneck channels, the weight gradient's 16 products (the adjoint of the forward's) and the
+// data gradient as the convolution with flipped kernels, masked and summed on its way out of the
+// transform.
 #pragma once
 
 #include "conv3x3_backward.h"
@@ -8,8 +9,6 @@
 
 namespace densenet_fast::cpu {
 namespace {
-
-constexpr int64_t kWinogradBackwardPanel = 64;
 
 // A dY A' of tiles [begin, end), [16, tiles, kPanelPitch]; outside the image dY is zero.
 template <class T>
@@ -77,7 +76,7 @@ void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& til
   for (int64_t index = begin; index < end; ++index, result += ldr) {
     const WinogradTile tile = tiles.at(index);
     const int64_t pixel = (tile.image * tiles.h + tile.y) * tiles.w + tile.x;
-    const int64_t rows = smaller(2, tiles.h - tile.y), across = smaller(2, tiles.w - tile.x);
+    const bool right = tile.x + 1 < tiles.w, below = tile.y + 1 < tiles.h;
     for (int64_t c = 0; c < columns; c += L) {
       const int64_t n = columns - c;
       const Vec<T> scale = load<T>(norm.scale() + c0 + c), shift = load<T>(norm.shift() + c0 + c);
@@ -85,18 +84,18 @@ void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& til
       Vec<T> y[2][2];
       transform_output<T>(result + c, kWinogradTiles * ldr, y);
       Vec<T> added = zero<T>(), added_centred = zero<T>();
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < across; ++j) {
-          const int64_t at = pixel + i * tiles.w + j;
-          const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
-          const Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), y[i][j]);
-          added += d;
-          added_centred = fma<T>(d, value - mean, added_centred);
-          if (gradient.data) {
-            store_upto<T>(gradient.data + at * gradient.pitch + c0 + c, d, n);
-          }
-        }
-      }
+      const auto finish_pixel = [&](int i, int j) {
+        const int64_t at = pixel + i * tiles.w + j;
+        const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
+        const Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), y[i][j]);
+        added += d;
+        added_centred = fma<T>(d, value - mean, added_centred);
+        if (gradient.data) store_upto<T>(gradient.data + at * gradient.pitch + c0 + c, d, n);
+      };
+      finish_pixel(0, 0);
+      if (right) finish_pixel(0, 1);
+      if (below) finish_pixel(1, 0);
+      if (right && below) finish_pixel(1, 1);
       store<T>(sum + c, load<T>(sum + c) + added);
       store<T>(sum_centred + c, load<T>(sum_centred + c) + added_centred);
     }
@@ -110,15 +109,14 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
   constexpr int64_t L = kLanes<T>;
   const int64_t k = weight.out, channels = weight.in;
   const int64_t width = padded<T>(channels);
-  const int64_t panels = ceil_div(channels, kWinogradBackwardPanel);
+  const int64_t panels = ceil_div(channels, kPanel);
   const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight != nullptr;
   const PaddedNorm<T> padded_norm(norm, channels);
   CallMemory<T> packed(want_data ? kPoints * k * width : 1);
   if (want_data) {
-    for (int64_t c0 = 0; c0 < channels; c0 += kWinogradBackwardPanel) {
-      pack_transformed_weight<T>(packed.get() + kPoints * k * c0, k,
-                                 smaller(kWinogradBackwardPanel, channels - c0), kBackwardVectors,
-                                 weight, true, [&](int64_t o, int64_t c) {
+    for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
+      pack_transformed_weight<T>(packed.get() + kPoints * k * c0, k, smaller(kPanel, channels - c0),
+                                 kBackwardVectors, weight, true, [&](int64_t o, int64_t c) {
                                    return weight.data + o * weight.stride_out +
                                           (c0 + c) * weight.stride_in;
                                  });
@@ -134,17 +132,16 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
   CallMemory<T> partial_weight(want_weight ? parts * 9 * k * width : 1);
 
   for_each_task(parts * panels, [&](int64_t task) {
-    const int64_t part = task / panels, c0 = task % panels * kWinogradBackwardPanel;
-    const int64_t columns = smaller(kWinogradBackwardPanel, channels - c0);
+    const int64_t part = task / panels, c0 = task % panels * kPanel;
+    const int64_t columns = smaller(kPanel, channels - c0);
     const int64_t vecs = vectors<T>(columns), panel = vecs * L;
-    const int64_t ldb = kWinogradBackwardPanel + 16;
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
     T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
     T* points = scratch<T>(Scratch::kResult, kPoints * kPointPitch);
-    T* products = scratch<T>(Scratch::kActivated, want_weight ? kPoints * k * ldb : 1);
+    T* products = scratch<T>(Scratch::kActivated, want_weight ? kPoints * k * kPanelPitch : 1);
     if (want_weight) {
-      for (int64_t i = 0; i < kPoints * k * ldb; ++i) products[i] = T(0);
+      for (int64_t i = 0; i < kPoints * k * kPanelPitch; ++i) products[i] = T(0);
     }
     const int64_t part_end = smaller(tiles.count(), (part + 1) * part_tiles);
     for (int64_t begin = part * part_tiles; begin < part_end; begin += kWinogradTiles) {
@@ -159,13 +156,12 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
                    grad_growth.pitch * sizeof(T), pixels, false);
       }
       const int64_t blocks = ceil_div(vecs, kBackwardVectors);
-      stream.start(kPoints * blocks *
-                   ((want_weight ? ceil_div(k, kMaxRows[kBackwardVectors]) *
-                                       ceil_div(count, kPrefetchEvery)
-                                 : 0) +
-                    (want_data ? ceil_div(count, kMaxRows[kBackwardVectors]) *
-                                     ceil_div(k, kPrefetchEvery)
-                               : 0)));
+      stream.start(
+          kPoints * blocks *
+          ((want_weight ? ceil_div(k, kMaxRows[kBackwardVectors]) * ceil_div(count, kPrefetchEvery)
+                        : 0) +
+           (want_data ? ceil_div(count, kMaxRows[kBackwardVectors]) * ceil_div(k, kPrefetchEvery)
+                      : 0)));
       if (want_weight) {
         transform_output_gradients<T>(grad_growth, tiles, begin, end, gradients);
         transform_inputs<T, true>(bottleneck, tiles, begin, end, {norm.scale, norm.shift}, c0,
@@ -178,8 +174,8 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
                                      points + point * kPointPitch + v * L,
                                      kPanelPitch,
                                      count,
-                                     products + (point * k + first) * ldb + v * L,
-                                     ldb,
+                                     products + (point * k + first) * kPanelPitch + v * L,
+                                     kPanelPitch,
                                      &stream};
               kMicrokernels<T>.transposed[nv][rows](p);
             });
@@ -200,7 +196,7 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
       for (int64_t o = 0; o < k; ++o) {
         for (int64_t c = 0; c < panel; c += L) {
           Vec<T> taps[9];
-          transform_weight_gradient<T>(products + o * ldb + c, k * ldb, taps);
+          transform_weight_gradient<T>(products + o * kPanelPitch + c, k * kPanelPitch, taps);
           for (int t = 0; t < 9; ++t) store<T>(to + (t * k + o) * width + c, taps[t]);
         }
       }

@@ -9,8 +9,32 @@
 namespace densenet_fast::cpu {
 namespace {
 
-constexpr int64_t kWinogradForwardPanel = 64;
 constexpr int kWinogradForwardVectors = 2;
+
+// Transforms one tile's products to pixels of the growth, and to `copy` one after another; returns
+// how many pixels the tile has.
+template <class T>
+DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int64_t index,
+                                const Image<T>& growth, T* copy, int64_t width) {
+  constexpr int L = kLanes<T>;
+  const WinogradTile tile = tiles.at(index);
+  const int64_t rows = smaller(2, tiles.h - tile.y), columns = smaller(2, tiles.w - tile.x);
+  T* out = growth.data + ((tile.image * tiles.h + tile.y) * tiles.w + tile.x) * growth.pitch;
+  for (int64_t c = 0; c < growth.c; c += L) {
+    const int64_t n = growth.c - c;
+    Vec<T> y[2][2];
+    transform_output<T>(result + c, kWinogradTiles * width, y);
+    const auto store_pixel = [&](int64_t i, int64_t j, int64_t at) {
+      store_upto<T>(out + (i * tiles.w + j) * growth.pitch + c, y[i][j], n);
+      store<T>(copy + at * width + c, y[i][j]);
+    };
+    store_pixel(0, 0, 0);
+    if (columns == 2) store_pixel(0, 1, 1);
+    if (rows == 2) store_pixel(1, 0, columns);
+    if (rows == 2 && columns == 2) store_pixel(1, 1, 3);
+  }
+  return rows * columns;
+}
 
 template <class T>
 void conv3x3_forward_winograd(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
@@ -42,8 +66,8 @@ void conv3x3_forward_winograd(Image<const T> bottleneck, Activation<T> act, Weig
                    false);
       }
       stream.start(kPoints * product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
-      for (int64_t c0 = 0; c0 < channels; c0 += kWinogradForwardPanel) {
-        const int64_t panel = smaller(kWinogradForwardPanel, channels - c0);
+      for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
+        const int64_t panel = smaller(kPanel, channels - c0);
         transform_inputs<T, true>(bottleneck, tiles, begin, end, act, c0, panel, operand);
         multiply_points<T>(operand, end - begin, c0, panel, channels, packed.get(), width / L,
                            kWinogradForwardVectors, result, c0 > 0, stream);
@@ -51,22 +75,8 @@ void conv3x3_forward_winograd(Image<const T> bottleneck, Activation<T> act, Weig
 
       int64_t made = 0;  // pixels of this run, side by side for the statistics
       for (int64_t index = begin; index < end; ++index) {
-        const WinogradTile tile = tiles.at(index);
-        const int64_t rows = smaller(2, tiles.h - tile.y), columns = smaller(2, tiles.w - tile.x);
-        T* out = growth.data +
-                 ((tile.image * tiles.h + tile.y) * tiles.w + tile.x) * growth.pitch;
-        T* copy = pixels + made * width;
-        for (int64_t c = 0; c < k; c += L) {
-          Vec<T> y[2][2];
-          transform_output<T>(result + (index - begin) * width + c, kWinogradTiles * width, y);
-          for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t j = 0; j < columns; ++j) {
-              store_upto<T>(out + (i * tiles.w + j) * growth.pitch + c, y[i][j], k - c);
-              store<T>(copy + (i * columns + j) * width + c, y[i][j]);
-            }
-          }
-        }
-        made += rows * columns;
+        made += store_outputs<T>(result + (index - begin) * width, tiles, index, growth,
+                                 pixels + made * width, width);
       }
       if (statistics.mean) {
         accumulate_statistics<T>(pixels, width, made, 1, 0, width, partial.of(task));

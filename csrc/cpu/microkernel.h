@@ -55,7 +55,7 @@ void rows_product(const RowsProduct<T>& p) {
     }
   }
   const T* b = p.b;
-  PrefetchStream stream = *p.prefetch;
+  PrefetchStream& stream = *p.prefetch;
   for (int64_t tap = 0; tap < p.taps; ++tap) {
     const T* a = p.a + (p.tap_offsets ? p.tap_offsets[tap] : 0);
     for (int64_t k0 = 0; k0 < p.k; k0 += kPrefetchEvery) {
@@ -77,7 +77,6 @@ void rows_product(const RowsProduct<T>& p) {
       }
     }
   }
-  *p.prefetch = stream;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
@@ -114,7 +113,7 @@ void transposed_product(const TransposedProduct<T>& p) {
   }
   const T* a = p.a;
   const T* b = p.b;
-  PrefetchStream stream = *p.prefetch;
+  PrefetchStream& stream = *p.prefetch;
   for (int64_t r0 = 0; r0 < p.rows; r0 += kPrefetchEvery) {
     stream.issue();
     const int64_t steps = p.rows - r0 < kPrefetchEvery ? p.rows - r0 : kPrefetchEvery;
@@ -133,7 +132,6 @@ void transposed_product(const TransposedProduct<T>& p) {
       b += p.ldb;
     }
   }
-  *p.prefetch = stream;
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4

@@ -114,9 +114,8 @@ void transform_inputs(const Image<const T>& x, const WinogradTiles& tiles, int64
       Vec<T> d[4][4];
       for (int i = 0; i < 4; ++i) {
         for (int j = 0; j < 4; ++j) {
-          const bool exists =
-              static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
-              static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
+          const bool exists = static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
+                              static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
           d[i][j] = exists ? activated(load_upto<T>(corner + i * row + j * pitch + c, n), a, b)
                            : zero<T>();
         }
