@@ -108,8 +108,10 @@ DF_INLINE void product_tile(int64_t rows, int64_t k, int64_t columns, int prefer
                             const Build& build) {
   constexpr int64_t L = kLanes<T>;
   const int64_t vecs = vectors<T>(columns);
-  for (int64_t k0 = 0; k0 < k; k0 += kPanel) {
-    const int64_t width = smaller(kPanel, k - k0);
+  // Panels of about the same width: a narrow last one would mostly load and store its results.
+  const int64_t panel_width = ceil_div(ceil_div(k, ceil_div(k, kPanel)), L) * L;
+  for (int64_t k0 = 0; k0 < k; k0 += panel_width) {
+    const int64_t width = smaller(panel_width, k - k0);
     build(k0, width, panel);
     for (int64_t v = 0; v < vecs;) {
       const int nv = block_vectors(vecs - v, prefer);

@@ -7,8 +7,9 @@
 namespace densenet_fast::cpu {
 namespace {
 
-constexpr int64_t kForwardTile = 28;  // two register tiles of 14 rows
 constexpr int kForwardVectors = 2;
+// Whole register tiles, and an operand that leaves room in a first-level cache of 32 KiB.
+constexpr int64_t kForwardTile = 28 / kMaxRows[kForwardVectors] * kMaxRows[kForwardVectors];
 
 // Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
 // prefetch(row, rows, stream) names what the tile at `row` will read.
