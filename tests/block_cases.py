@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from devices import device
 from torch import Tensor
 
 from densenet_fast.specs import (
@@ -91,7 +92,8 @@ def make_norm(
     dtype: torch.dtype = torch.float64,
 ) -> NormSpec:
     def vector(low: float, high: float) -> Tensor:
-        return torch.rand(channels, generator=generator, dtype=dtype) * (high - low) + low
+        values = torch.rand(channels, generator=generator, dtype=dtype) * (high - low) + low
+        return values.to(device())
 
     return NormSpec(
         weight=vector(0.5, 1.5).requires_grad_() if affine else None,
@@ -137,7 +139,7 @@ def make_block(
     def weight(*size: int) -> Tensor:
         fan_in = size[1] * size[2] * size[3]
         values = torch.randn(size, generator=generator, dtype=dtype) * (2 / fan_in) ** 0.5
-        return values.requires_grad_()
+        return values.to(device()).requires_grad_()
 
     channels = shape[1]
     layers = []
@@ -157,12 +159,12 @@ def make_block(
         behind = TransitionTail(norm(channels), weight((channels + 1) // 2, channels, 1, 1))
     elif tail == "avgpool":
         behind = AvgPoolTail(norm(channels))
-    input = torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
-    return Block(input, layers, behind)
+    input = torch.randn(shape, generator=generator, dtype=dtype).to(device())
+    return Block(input.requires_grad_(), layers, behind)
 
 
 def gradients(output: Tensor, leaves: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """Gradients of a random weighted sum of the output."""
     generator = torch.Generator().manual_seed(seed)
     factors = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    return list(torch.autograd.grad(output, leaves, factors.to(output.dtype)))
+    return list(torch.autograd.grad(output, leaves, factors.to(output)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import device
 from torch import Tensor, nn
 
 from densenet_fast import steps as fused_steps
@@ -57,9 +58,9 @@ def networks(
             del parts[name]
         parts["conv0"] = nn.Conv2d(3, shape["num_init_features"], 3, padding=1, bias=False)
         expected.features = nn.Sequential(parts)
-    expected.to(dtype)
+    expected.to(device(), dtype)
     shake(expected, seed)
-    ours.to(dtype).load_state_dict(expected.state_dict())
+    ours.to(device(), dtype).load_state_dict(expected.state_dict())
     return expected, ours
 
 
@@ -73,9 +74,9 @@ def blocks(
 ) -> tuple[nn.Module, DenseBlock]:
     """torchvision's dense block and ours with the same parameters and statistics, in float64."""
     shape = (num_layers, num_input_features, bn_size, growth_rate, drop_rate)
-    expected = _DenseBlock(*shape).double()
+    expected = _DenseBlock(*shape).to(device(), torch.float64)
     shake(expected)
-    ours = DenseBlock(*shape, **kwargs).double()
+    ours = DenseBlock(*shape, **kwargs).to(device(), torch.float64)
     ours.load_state_dict(expected.state_dict())
     return expected, ours
 
@@ -119,7 +120,7 @@ def gradient_of(output: Tensor) -> Tensor:
     """A gradient for `output` that is the same for every network."""
     generator = torch.Generator().manual_seed(output.numel())
     values = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    return values.to(output.dtype)
+    return values.to(output)
 
 
 def step(module: nn.Module, input: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -138,7 +139,7 @@ def assert_same_steps(
     expected, ours = pair
     torch.manual_seed(1)
     for number in range(steps):
-        images = torch.randn(size, dtype=torch.float64)
+        images = torch.randn(size, dtype=torch.float64).to(device())
         both(pair, lambda module: module.zero_grad())
         wanted, wanted_grad = step(expected, images)
         actual, actual_grad = step(ours, images)

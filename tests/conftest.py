@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from devices import BACKENDS, CUDA, on
 
+from densenet_fast import cuda_device
 from densenet_fast.build_info import build_info
 
 # Examples differ from run to run on a developer's machine and are always the same ones in CI.
@@ -31,8 +33,24 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on every backend, with its cases on the backend's device."""
+    with on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["auto", CUDA], ids=["cpu", "cuda"])
+def everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test of whole networks on the CPU and on a GPU."""
+    with on(request.param):
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
+    obstacle = cuda_device.obstacle()
+    if obstacle is not None:
+        skip = pytest.mark.skip(reason=f"needs a CUDA device and the CUDA kernels: {obstacle}")
         for item in items:
             if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(skip)

@@ -8,18 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from devices import device
 from torch import Tensor
 
-from densenet_fast import _extension
 from densenet_fast.backend import get_backend
 from densenet_fast.reference import statistics_dtype
 
-BACKENDS = (
-    "reference",
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
-    ),
-)
 WIDE = (torch.float32, torch.float64)
 HALF = (torch.float16, torch.bfloat16)
 
@@ -56,12 +50,14 @@ class Case:
         self._guarded: list[tuple[Tensor, int, int]] = []
 
     def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        """The same numbers on every device."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(device())
 
     def rows(self, pixels: tuple[int, ...], channels: int, values: Tensor | None = None) -> Tensor:
         """[N, H, W, channels]: a slice, between guards, of a wider buffer."""
         before, after = (0, 0) if self.dense else (3, 2)
-        buffer = torch.full((*pixels, before + channels + after), _GUARD, dtype=self.dtype)
+        shape = (*pixels, before + channels + after)
+        buffer = torch.full(shape, _GUARD, dtype=self.dtype, device=device())
         rows = buffer[..., before : before + channels]
         rows.copy_(self.randn(*pixels, channels) if values is None else values)
         self._guarded.append((buffer, before, before + channels))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from devices import device
 from op_cases import Case
 
 PIXELS = (2, 6, 5)
@@ -116,11 +117,11 @@ ARGUMENTS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
         "input": make.rows(PIXELS, C),
         **make.vectors(C, "scale", "shift"),
         "out": make.rows(STEM, C),
-        "argmax": torch.zeros(*STEM, C, dtype=torch.uint8),
+        "argmax": torch.zeros(*STEM, C, dtype=torch.uint8, device=device()),
     },
     "norm_relu_maxpool_backward": lambda make: {
         "grad_out": make.rows(STEM, C),
-        "argmax": torch.full((*STEM, C), 4, dtype=torch.uint8),
+        "argmax": torch.full((*STEM, C), 4, dtype=torch.uint8, device=device()),
         "input": make.rows(PIXELS, C),
         **make.vectors(C, *_NORM),
         "batch_statistics": True,

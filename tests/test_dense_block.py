@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from block_cases import TAILS, Block, gradients, make_block
+from devices import BACKENDS, HALF_BACKENDS, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS
 from plain_block import plain_block
 from torch import Tensor
 
-from densenet_fast.backend import use_backend
 from densenet_fast.dense_block import CHECKPOINT_MODES, LayerSpec, dense_block
 from densenet_fast.specs import Checkpoint
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def run(block: Block, checkpoint: Checkpoint = "bottleneck") -> Tensor:
@@ -114,7 +107,7 @@ def test_any_memory_format_of_the_input_and_of_the_gradient(
     block = make_block(tail="transition")
     other = block.copy()
     exact = gradients(plain(other), other.leaves())
-    wide = torch.zeros(2, 12, 6, 7, dtype=torch.float64)
+    wide = torch.zeros(2, 12, 6, 7, dtype=torch.float64, device=device())
     wide[:, 1:11:2] = block.input.detach()
     for input in (
         block.input.detach().contiguous(memory_format=torch.channels_last),
@@ -207,8 +200,8 @@ def test_float32_is_as_precise_as_plain_pytorch(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.filterwarnings("ignore:densenet_fast runs its reference")
-def test_half_types_train_on_the_reference(dtype: torch.dtype, tail: str | None) -> None:
+@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
+def test_half_types_train(backend: str, dtype: torch.dtype, tail: str | None) -> None:
     block = make_block((4, 6, 7, 5), (4, 4), tail, dtype=dtype)
     exact = block.copy(torch.float64)
     output, truth = run(block), plain(exact)
@@ -257,7 +250,7 @@ def test_any_block(
     frozen: set[int],
     seed: int,
 ) -> None:
-    with use_backend(name):  # type: ignore[arg-type]
+    with on(name):  # type: ignore[arg-type]
         block = make_block(
             shape, growths, tail, width=width, frozen=tuple(frozen), eps=(1e-3, 1e-2), seed=seed
         )

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from block_cases import TAILS, Block, gradients, make_block
-from op_cases import BACKENDS
+from devices import device
 from plain_block import plain_block
 from torch import Tensor
 
 from densenet_fast import ops
-from densenet_fast.backend import use_backend
 from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
 from densenet_fast.specs import Checkpoint
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def run(block: Block, checkpoint: Checkpoint = "bottleneck") -> Tensor:
@@ -143,7 +135,7 @@ def test_two_backwards_over_a_retained_graph(backend: str, checkpoint: Checkpoin
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
 def test_several_forwards_before_their_backwards(backend: str, checkpoint: Checkpoint) -> None:
     block, other = make_block(tail="transition"), make_block(tail="transition")
-    inputs = [torch.randn(2, 5, 6, 7, dtype=torch.float64) for _ in range(3)]
+    inputs = [torch.randn(2, 5, 6, 7, dtype=torch.float64, device=device()) for _ in range(3)]
     results: list[list[Tensor]] = []
     for function, target in ((lambda b: run(b, checkpoint), block), (plain, other)):
         outputs = []

@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_cases import gradients, make_norm
+from devices import device
 from plain_block import plain_stem
-from test_dense_block_stem import backend, own_statistics
+from test_dense_block_stem import own_statistics
 from torch import Tensor
 
 from densenet_fast.dense_block import NormSpec, conv_stem
 from densenet_fast.specs import ConvGeometry
-
-__all__ = ["backend"]  # a fixture
 
 GEOMETRIES = {
     "torchvision": ((8, 3, 7, 7), ConvGeometry((2, 2), (3, 3), (1, 1), 1), (2, 3, 20, 17)),
@@ -28,7 +27,7 @@ def case(name: str, *, bias: bool, frozen: bool) -> tuple[list[Tensor], ConvGeom
     norm = make_norm(shape[0], generator, frozen=frozen, affine=True)
     sizes = [images, shape, *([shape[:1]] if bias else [])]
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes]
-    return [tensor.requires_grad_() for tensor in tensors], geometry, norm
+    return [tensor.to(device()).requires_grad_() for tensor in tensors], geometry, norm
 
 
 def fused(tensors: list[Tensor], geometry: ConvGeometry, norm: NormSpec) -> Tensor:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from block_cases import TAILS, Block, gradients, make_block
-from op_cases import BACKENDS
+from devices import device
 from plain_block import plain_block
 from torch import Tensor
 
 from densenet_fast import dense_block as module
-from densenet_fast.backend import use_backend
 from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
 from densenet_fast.philox import philox
 from densenet_fast.specs import Checkpoint
 
 P = 0.3
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def run(block: Block, checkpoint: Checkpoint = "bottleneck") -> Tensor:
@@ -34,7 +25,7 @@ def mask(block: Block, index: int, seed: int) -> Tensor:
     """The factors of one layer's dropout as [N, k, H, W]."""
     images, _, height, width = block.input.shape
     growth = block.layers[index].conv2_weight.shape[0]
-    words = philox(images * height * width * growth, seed, torch.device("cpu"))
+    words = philox(images * height * width * growth, seed, device())
     keep = (words >= int(P * 2**32)).view(images, height, width, growth)
     return keep.permute(0, 3, 1, 2).double() / (1 - P)
 

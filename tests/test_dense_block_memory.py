@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from block_cases import TAILS, Block, make_block
-from op_cases import BACKENDS
 from torch import Tensor
 
 from densenet_fast import block_backward, block_forward
-from densenet_fast.backend import use_backend
 from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
 from densenet_fast.layout import Scratch
 from densenet_fast.specs import Checkpoint
@@ -20,12 +16,6 @@ SHAPE = (2, 8, 16, 16)
 ROWS = 2 * 16 * 16
 GROWTH, WIDTH = 4, 16
 FLOAT = 4  # bytes
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def block_of(depth: int, tail: str | None) -> Block:

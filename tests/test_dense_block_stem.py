@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from block_cases import gradients, make_norm
-from op_cases import BACKENDS
+from devices import device
 from plain_block import plain_stem
 from torch import Tensor
 
-from densenet_fast.backend import use_backend
 from densenet_fast.dense_block import NormSpec, stem_norm_relu_maxpool
 
 SHAPES = ((2, 3, 8, 8), (1, 20, 7, 13), (3, 5, 1, 2), (2, 4, 33, 1), (3, 6, 1, 1))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def case(
@@ -30,7 +22,7 @@ def case(
     generator = torch.Generator().manual_seed(0)
     norm = make_norm(shape[1], generator, frozen=frozen, affine=affine)
     input = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return input.requires_grad_(), norm
+    return input.to(device()).requires_grad_(), norm
 
 
 def own_statistics(norm: NormSpec) -> NormSpec:

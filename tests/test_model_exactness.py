@@ -17,7 +17,10 @@ from comparison import (
     networks,
     step,
 )
+from devices import device
 from torch import nn
+
+pytestmark = pytest.mark.usefixtures("everywhere")
 
 MODES = ("none", "bottleneck", "block")
 
@@ -60,7 +63,7 @@ def test_batch_of_one() -> None:
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded"])
 def test_memory_formats_of_the_input(layout: str) -> None:
     expected, ours = networks(checkpoint="block")
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device())
     given = {
         "channels_last": lambda: images.contiguous(memory_format=torch.channels_last),
         "transposed": lambda: images.transpose(2, 3).contiguous().transpose(2, 3),
@@ -106,7 +109,11 @@ def replace_norms(module: nn.Module, **settings: Any) -> None:
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.BatchNorm2d):
-                setattr(parent, name, nn.BatchNorm2d(part.num_features, **settings).double())
+                setattr(
+                    parent,
+                    name,
+                    nn.BatchNorm2d(part.num_features, **settings).to(device(), torch.float64),
+                )
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -181,7 +188,7 @@ def test_frozen_parameters(which: str, checkpoint: str) -> None:
 def test_gradients_accumulate_over_backwards() -> None:
     expected, ours = networks()
     for _ in range(3):
-        images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        images = torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device())
         step(expected, images)
         step(ours, images)
     assert_same_gradients(ours, expected)
@@ -191,7 +198,9 @@ def test_gradients_accumulate_over_backwards() -> None:
 @pytest.mark.parametrize("checkpoint", MODES)
 def test_several_forwards_before_one_backward(checkpoint: str) -> None:
     pair = networks(checkpoint=checkpoint)
-    batches = [torch.randn(2, 3, 32, size, dtype=torch.float64) for size in (32, 40, 33)]
+    batches = [
+        torch.randn(2, 3, 32, size, dtype=torch.float64, device=device()) for size in (32, 40, 33)
+    ]
     for module in pair:
         sum(module(images).square().sum() for images in batches).backward()
     assert_same_gradients(pair[1], pair[0])
@@ -200,7 +209,9 @@ def test_several_forwards_before_one_backward(checkpoint: str) -> None:
 
 def test_backwards_in_another_order_than_the_forwards() -> None:
     pair = networks()
-    batches = [torch.randn(2, 3, 32, size, dtype=torch.float64) for size in (32, 40)]
+    batches = [
+        torch.randn(2, 3, 32, size, dtype=torch.float64, device=device()) for size in (32, 40)
+    ]
     for module in pair:
         outputs = [module(images).square().sum() for images in batches]
         for output in outputs:
@@ -210,7 +221,7 @@ def test_backwards_in_another_order_than_the_forwards() -> None:
 
 def test_no_grad_then_training() -> None:
     pair = networks()
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device())
     for module in pair:
         with torch.no_grad():
             module(images)
@@ -229,7 +240,7 @@ def test_checkpoint_may_change_between_steps() -> None:
 
 def test_checkpoint_may_change_between_forward_and_backward() -> None:
     expected, ours = networks(checkpoint="block")
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device())
     expected(images).sum().backward()
     output = ours(images).sum()
     ours.checkpoint = "none"
@@ -272,7 +283,7 @@ def test_float32_is_as_accurate_as_torchvision(checkpoint: str) -> None:
     ours_in_all, expected_in_all = [], []
     for seed in range(9):
         expected, ours = networks(torch.float32, seed=seed, checkpoint=checkpoint, growth_rate=8)
-        images = torch.randn(4, 3, 32, 32)
+        images = torch.randn(4, 3, 32, 32, device=device())
         exact = copy.deepcopy(expected).double()
         output, grad = step(exact, images.double())
         truth = [output, grad, *(p.grad for p in exact.parameters())]
@@ -287,9 +298,9 @@ def test_full_size_network() -> None:
     from densenet_fast.model import densenet121
 
     torch.manual_seed(3)
-    expected = torchvision_densenet121().double().eval()
-    ours = densenet121().double().eval()
+    expected = torchvision_densenet121().to(device(), torch.float64).eval()
+    ours = densenet121().to(device(), torch.float64).eval()
     ours.load_state_dict(expected.state_dict())
-    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64, device=device())
     with torch.no_grad():
         assert_close(ours(images), expected(images), "output")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from op_cases import BACKENDS
 from ops_arguments import ARGUMENTS, arguments
 from torch import Tensor
 
@@ -23,12 +22,6 @@ from densenet_fast.backend import (
 )
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
-
-
 @dataclass
 class Fault:
     """One argument made wrong, and words of the error that names it."""
@@ -39,7 +32,7 @@ class Fault:
 
 def scattered(tensor: Tensor) -> Tensor:
     """The same values at every second place."""
-    wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
+    wide = tensor.new_empty(*tensor.shape[:-1], 2 * tensor.shape[-1])
     wide[..., ::2] = tensor
     return wide[..., ::2]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import BACKENDS, HALF_BACKENDS, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
-    BACKENDS,
     HALF,
     PIXELS,
     WIDE,
@@ -30,12 +28,6 @@ from densenet_fast.backend import use_backend
 
 CHANNELS = ((1, 4), (17, 12), (100, 33), (257, 48))  # read and written
 Pixels = tuple[int, int, int]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,12 +195,12 @@ def test_convolutions_3x3(
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("pixels", [(2, 5, 7), (1, 1, 3)], ids=str)
-def test_half_types_run_on_the_reference(dtype: torch.dtype, pixels: Pixels) -> None:
-    with use_backend("reference"):
-        check_forward(1, pixels, 17, 12, dtype)
-        check_forward(3, pixels, 12, 3, dtype)
-        check_conv3x3_backward(pixels, 12, 3, dtype)
-        check_conv1x1_backward(pixels, 17, 12, dtype)
+@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
+def test_half_types(backend: str, dtype: torch.dtype, pixels: Pixels) -> None:
+    check_forward(1, pixels, 17, 12, dtype)
+    check_forward(3, pixels, 12, 3, dtype)
+    check_conv3x3_backward(pixels, 12, 3, dtype)
+    check_conv1x1_backward(pixels, 17, 12, dtype)
 
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
@@ -226,7 +218,7 @@ sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
 def test_any_shape(
     name: str, pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype, seed: int
 ) -> None:
-    with use_backend(name):
+    with on(name):
         check_forward(1, pixels, channels, outputs, dtype, seed)
         check_conv1x1_backward(pixels, channels, outputs, dtype, seed)
         check_forward(3, pixels, channels, outputs, dtype, seed)

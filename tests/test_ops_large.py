@@ -11,7 +11,6 @@ from ops_arguments import ARGUMENTS, arguments
 from torch import Tensor
 
 from densenet_fast import _extension, ops
-from densenet_fast.backend import use_backend
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,18 +18,24 @@ pytestmark = [
 ]
 
 
+CUDA_HALF = pytest.param("cuda", torch.float16, marks=pytest.mark.cuda)  # half the memory
+
+
 def far_apart(rows: Tensor) -> Tensor:
     """The same values, the last row more than 2**31 elements behind the first."""
     count = rows[..., 0].numel()
     pitch = 2**31 // (count - 1) + rows.shape[3]
-    wide = torch.empty(*rows.shape[:3], pitch, dtype=rows.dtype)[..., : rows.shape[3]]
+    wide = rows.new_empty(*rows.shape[:3], pitch)[..., : rows.shape[3]]
     assert wide[-1, -1, -1, 0].storage_offset() > 2**31
     return wide.copy_(rows)
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_rows_beyond_32_bit_offsets(op: str) -> None:
-    near, far = arguments(op), arguments(op)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", torch.float32), CUDA_HALF], indirect=["backend"]
+)
+def test_rows_beyond_32_bit_offsets(backend: str, op: str, dtype: torch.dtype) -> None:
+    near, far = arguments(op, dtype), arguments(op, dtype)
     images = [
         name
         for name, value in far.items()
@@ -39,11 +44,14 @@ def test_rows_beyond_32_bit_offsets(op: str) -> None:
     images = [name for name in images if name != "argmax"]
     if not images:
         pytest.skip("no images among the arguments")
+    if backend == "cuda":
+        needed = len(images) * 2**31 * dtype.itemsize + 2**30
+        if torch.cuda.mem_get_info()[0] < needed:
+            pytest.skip(f"needs {needed >> 30} GiB of free memory on the GPU")
     for name in images:
         far[name] = far_apart(far[name])
-    with use_backend("cpu"):
-        getattr(ops, op)(**near)
-        getattr(ops, op)(**far)
+    getattr(ops, op)(**near)
+    getattr(ops, op)(**far)
     for name, expected in near.items():
         if isinstance(expected, Tensor):
             torch.testing.assert_close(far[name], expected, rtol=1e-5, atol=1e-5, msg=name)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import HALF_BACKENDS
 from op_cases import HALF
 from ops_arguments import ARGUMENTS, arguments
 from torch import Tensor
 
 from densenet_fast import ops
-from densenet_fast.backend import use_backend
 
 WEIGHTED = [op for op in ARGUMENTS if "conv" in op or op.startswith("transition")]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("op", WEIGHTED)
-def test_float32_weights(op: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
+def test_float32_weights(backend: str, op: str, dtype: torch.dtype) -> None:
     rounded, mixed = arguments(op, dtype), arguments(op, dtype)
     for name in ("weight", "grad_weight"):
         if name in mixed:
             mixed[name] = mixed[name].float()
-    with use_backend("reference"):
-        getattr(ops, op)(**rounded)
-        getattr(ops, op)(**mixed)
+    getattr(ops, op)(**rounded)
+    getattr(ops, op)(**mixed)
     for name, expected in rounded.items():
         if isinstance(expected, Tensor):
             assert torch.equal(mixed[name].to(expected.dtype), expected), name

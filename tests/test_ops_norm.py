@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import BACKENDS, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS, HALF, PIXELS, WIDE, Case, assert_close
+from op_cases import HALF, PIXELS, WIDE, Case, assert_close
 from torch import Tensor
 
 from densenet_fast import ops
-from densenet_fast.backend import use_backend
 from densenet_fast.philox import philox
 
 Pixels = tuple[int, int, int]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def statistics(rows: Tensor, case: Case) -> tuple[Tensor, Tensor]:
@@ -50,8 +42,8 @@ def check_statistics(pixels: Pixels, channels: int, offset: float, dtype: torch.
 def test_channel_statistics(
     backend: str, dtype: torch.dtype, pixels: Pixels, channels: int
 ) -> None:
-    if dtype in HALF and backend != "reference":
-        pytest.skip("the kernels compute in float32 and float64")
+    if dtype in HALF and backend == "cpu":
+        pytest.skip("the CPU kernels compute in float32 and float64")
     check_statistics(pixels, channels, 0.0, dtype)
 
 
@@ -68,7 +60,7 @@ def test_variance_survives_a_mean_far_larger_than_the_deviation(
 
 def test_constant_channels_have_no_variance(backend: str) -> None:
     case = Case(torch.float32)
-    rows = case.rows((3, 9, 11), 20, torch.full((3, 9, 11, 20), 0.1, dtype=torch.float64))
+    rows = case.rows((3, 9, 11), 20, torch.tensor(0.1, dtype=torch.float64))
     _, var = statistics(rows, case)
     assert var.max() <= 1e-15
 
@@ -138,7 +130,7 @@ def test_the_affine_map_is_the_backward_of_batch_norm(
     ops.norm_coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
     grad_beta = grad_norm.sum((0, 1, 2))
     grad_gamma = (grad_norm * (rows - mean) * rstd).sum((0, 1, 2))
-    coefficients = torch.empty(3, channels, dtype=dtype)
+    coefficients = torch.empty(3, channels, dtype=dtype, device=device())
     ops.norm_grad_coefficients(scale, mean, rstd, grad_gamma, grad_beta, 60, coefficients)
     p, q, s = coefficients.double()
 
@@ -191,14 +183,14 @@ def test_dropout(backend: str, dtype: torch.dtype, pixels: Pixels, channels: int
 
 
 def test_dropout_keeps_the_expected_share(backend: str) -> None:
-    ones = torch.ones(4, 30, 30, 10)
+    ones = torch.ones(4, 30, 30, 10, device=device())
     ops.dropout_(ones, 5, 0.3)
     assert abs(float((ones > 0).float().mean()) - 0.7) < 5 * (0.21 / 36000) ** 0.5
 
 
 @pytest.mark.parametrize(("p", "share"), [(0.0, 1.0), (1.0, 0.0)])
 def test_dropout_of_nothing_and_of_everything(backend: str, p: float, share: float) -> None:
-    ones = torch.ones(1, 3, 3, 5)
+    ones = torch.ones(1, 3, 3, 5, device=device())
     ops.dropout_(ones, 5, p)
     assert (ones == share).all()
 
@@ -214,5 +206,5 @@ def test_dropout_of_nothing_and_of_everything(backend: str, p: float, share: flo
 def test_statistics_of_any_shape(
     name: str, pixels: Pixels, channels: int, offset: float, dtype: torch.dtype
 ) -> None:
-    with use_backend(name):
+    with on(name):
         check_statistics(pixels, channels, offset, dtype)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import BACKENDS, HALF_BACKENDS, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import BACKENDS, HALF, WIDE, Case, Norm, assert_close, nchw, nhwc, norm_sums
+from op_cases import HALF, WIDE, Case, Norm, assert_close, nchw, nhwc, norm_sums
 from torch import Tensor
 
 from densenet_fast import ops
-from densenet_fast.backend import use_backend
 
 Pixels = tuple[int, int, int]
 PIXELS = ((1, 2, 2), (2, 3, 2), (1, 2, 33), (2, 7, 13), (3, 8, 8))
 CHANNELS = ((1, 1), (17, 9), (100, 50))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def leaf_and_activation(rows: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -92,7 +84,7 @@ def check_average(pixels: Pixels, channels: int, dtype: torch.dtype, seed: int =
     case = Case(dtype, seed)
     norm = case.norm(channels)
     rows = case.input(pixels, norm)
-    out = torch.empty(pixels[0], channels, dtype=dtype)
+    out = torch.empty(pixels[0], channels, dtype=dtype, device=device())
     ops.norm_relu_avgpool_forward(rows, norm.scale, norm.shift, out)
     leaf, activation = leaf_and_activation(rows, norm)
     exact = activation.mean((2, 3))
@@ -117,13 +109,13 @@ def check_maxpool(
     rows = case.input(pixels, norm)
     small = (pixels[0], (pixels[1] + 1) // 2, (pixels[2] + 1) // 2)
     out, grad_out = case.rows(small, channels), case.rows(small, channels)
-    argmax = torch.empty(*small, channels, dtype=torch.uint8)
+    argmax = torch.empty(*small, channels, dtype=torch.uint8, device=device())
     ops.norm_relu_maxpool_forward(rows, norm.scale, norm.shift, out, argmax)
     leaf, activation = leaf_and_activation(rows, norm)
     exact, index = F.max_pool2d(activation, 3, 2, padding=1, return_indices=True)
     assert_close("out", out, nhwc(exact), dtype, 1)
-    row = index // pixels[2] - 2 * torch.arange(small[1])[:, None] + 1
-    column = index % pixels[2] - 2 * torch.arange(small[2]) + 1
+    row = index // pixels[2] - 2 * torch.arange(small[1], device=device())[:, None] + 1
+    column = index % pixels[2] - 2 * torch.arange(small[2], device=device()) + 1
     if dtype in WIDE:  # rounding to half types makes ties of neighbours
         assert torch.equal(argmax, nhwc(3 * row + column).to(torch.uint8))
 
@@ -177,10 +169,11 @@ def test_maxpool(
 
 
 def test_maxpool_takes_the_first_of_equal_values_and_the_nan(backend: str) -> None:
-    rows = torch.full((1, 4, 4, 1), -1.0)
+    rows = torch.full((1, 4, 4, 1), -1.0, device=device())
     rows[0, 2, 2] = float("nan")
-    one, zero = torch.ones(1), torch.zeros(1)
-    out, argmax = torch.empty(1, 2, 2, 1), torch.empty(1, 2, 2, 1, dtype=torch.uint8)
+    one, zero = torch.ones(1, device=device()), torch.zeros(1, device=device())
+    out = torch.empty(1, 2, 2, 1, device=device())
+    argmax = torch.empty_like(out, dtype=torch.uint8)
     ops.norm_relu_maxpool_forward(rows, one, zero, out, argmax)
     assert argmax.flatten()[:3].tolist() == [4, 3, 1]
     assert argmax.flatten()[3] == 4
@@ -188,11 +181,11 @@ def test_maxpool_takes_the_first_of_equal_values_and_the_nan(backend: str) -> No
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_types_run_on_the_reference(dtype: torch.dtype) -> None:
-    with use_backend("reference"):
-        check_transition((2, 5, 6), 17, 9, dtype)
-        check_average((2, 5, 6), 17, dtype)
-        check_maxpool((2, 5, 6), 17, True, dtype)
+@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
+def test_half_types(backend: str, dtype: torch.dtype) -> None:
+    check_transition((2, 5, 6), 17, 9, dtype)
+    check_average((2, 5, 6), 17, dtype)
+    check_maxpool((2, 5, 6), 17, True, dtype)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -214,7 +207,7 @@ def test_any_shape(
     batch: bool,
     seed: int,
 ) -> None:
-    with use_backend(name):
+    with on(name):
         check_transition(pixels, channels, outputs, dtype, seed)
         check_average(pixels, channels, dtype, seed)
         check_maxpool(pixels, channels, batch, dtype, seed)

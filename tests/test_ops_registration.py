@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from devices import CPU, CUDA
 from op_cases import WIDE
 from ops_arguments import ARGUMENTS, arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densenet_fast import _extension, ops
-from densenet_fast.backend import use_backend
+from densenet_fast.backend import Setting, use_backend
 
 pytestmark = pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
+
+
+compiled = pytest.mark.parametrize("backend", [CPU, CUDA], indirect=True)
 
 
 def operator(op: str) -> Any:
@@ -33,12 +37,14 @@ def test_every_operator_is_covered() -> None:
 @pytest.mark.parametrize("op", ARGUMENTS)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sliced"])
-def test_opcheck(op: str, dtype: torch.dtype, dense: bool) -> None:
+@compiled
+def test_opcheck(backend: str, op: str, dtype: torch.dtype, dense: bool) -> None:
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype, dense=dense).values()))
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-def test_fake_tensors_pass_through(op: str) -> None:
+@compiled
+def test_fake_tensors_pass_through(backend: str, op: str) -> None:
     with FakeTensorMode() as mode:
         fakes = [
             mode.from_tensor(value) if isinstance(value, Tensor) else value
@@ -49,11 +55,12 @@ def test_fake_tensors_pass_through(op: str) -> None:
 
 @pytest.mark.parametrize("op", ARGUMENTS)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
-def test_kernels_and_twins_agree(op: str, dtype: torch.dtype) -> None:
+@compiled
+def test_kernels_and_twins_agree(backend: Setting, op: str, dtype: torch.dtype) -> None:
     results = []
-    for name in ("reference", "cpu"):
+    for name in ("reference", backend):
         given = arguments(op, dtype)
-        with use_backend(name):  # type: ignore[arg-type]
+        with use_backend(name):
             getattr(ops, op)(**given)
         results.append(given)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12

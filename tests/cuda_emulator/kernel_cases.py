@@ -12,6 +12,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from devices import device
 from op_cases import Case, Norm
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class Maker(Case):
         values: Tensor | None,
     ) -> Tensor:
         """Channels `before` and on of a buffer `pitch` wide; all the rest is guarded."""
-        buffer = torch.full((*pixels, pitch), 777.0, dtype=self.dtype)
+        buffer = torch.full((*pixels, pitch), 777.0, dtype=self.dtype, device=device())
         rows = buffer[..., before : before + channels]
         rows.copy_(self.randn(*pixels, channels) if values is None else values)
         self._guarded.append((buffer, before, before + channels))
@@ -99,10 +100,10 @@ class Maker(Case):
         return self.rows(pixels, channels, torch.tensor(torch.nan))
 
     def results(self, channels: int, *names: str) -> dict[str, Tensor]:
-        return {n: torch.full((channels,), torch.nan, dtype=self.statistics) for n in names}
+        return {n: self.gradient(channels, dtype=self.statistics) for n in names}
 
     def gradient(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype or self.dtype)
+        return torch.full(shape, torch.nan, dtype=dtype or self.dtype, device=device())
 
     def vectors(self, channels: int, *names: str) -> dict[str, Tensor]:
         return {name: self.vector(channels) for name in names}
@@ -346,7 +347,7 @@ def norm_grad_coefficients(channels: int) -> Calls:
         arguments = {
             **maker.vectors(channels, *names),
             "count": 7,
-            "coefficients": torch.full((3, channels), torch.nan, dtype=maker.statistics),
+            "coefficients": maker.gradient(3, channels, dtype=maker.statistics),
         }
         return Call("norm_grad_coefficients", maker, arguments, {"coefficients": 8})
 
@@ -417,7 +418,7 @@ def maxpool_forward(pixels: Pixels, channels: int) -> Calls:
             "input": maker.input(pixels, norm),
             **act(norm),
             "out": maker.result(pooled, channels),
-            "argmax": torch.full((*pooled, channels), 99, dtype=torch.uint8),
+            "argmax": torch.full((*pooled, channels), 99, dtype=torch.uint8, device=device()),
         }
         return Call("norm_relu_maxpool_forward", maker, arguments, {"out": 2, "argmax": 1})
 
@@ -430,8 +431,8 @@ def maxpool_backward(pixels: Pixels, channels: int, *, batch_statistics: bool = 
     def make(maker: Maker) -> Call:
         norm = maker.norm(channels)
         images = maker.input(pixels, norm)
-        argmax = torch.empty((*pooled, channels), dtype=torch.uint8)
-        out = torch.empty((*pooled, channels), dtype=maker.dtype)
+        argmax = torch.empty((*pooled, channels), dtype=torch.uint8, device=device())
+        out = torch.empty((*pooled, channels), dtype=maker.dtype, device=device())
         reference.norm_relu_maxpool_forward(images, *tuple(norm)[:2], out, argmax)
         arguments = {
             "grad_out": maker.rows(pooled, channels),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import device
 from emulated_ops import EmulatedOps
 from emulation import Emulator
 from torch import Tensor, nn
@@ -59,18 +60,18 @@ def network(mode: str, dtype: torch.dtype, **kwargs: Any) -> EfficientDenseNet:
             for tensor, low, high in ((part.weight, 0.5, 1.5), (part.bias, -0.5, 0.5)):
                 values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
                 tensor.data.copy_(low + (high - low) * values)
-    return net.to(dtype)
+    return net.to(device(), dtype)
 
 
 def step(net: nn.Module, dtype: torch.dtype, size: tuple[int, ...]) -> dict[str, Tensor]:
     """Output, gradients and running statistics of a training step."""
     generator = torch.Generator().manual_seed(7)
-    images = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+    images = torch.randn(size, generator=generator, dtype=torch.float64).to(device(), dtype)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
     torch.manual_seed(11)  # dropout
     output = net(images)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    output.backward(weights.to(output.dtype))
+    output.backward(weights.to(output))
     results = {"output": output.detach(), "grad of the input": images.grad}
     results |= {f"grad of {n}": p.grad for n, p in net.named_parameters()}
     buffers = {n: b for n, b in net.named_buffers() if b.is_floating_point()}

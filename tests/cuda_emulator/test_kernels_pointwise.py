@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import device
 from emulation import Emulator
 from kernel_cases import (
     LAYOUTS_MIXED,
@@ -88,12 +89,13 @@ def test_dropout_drops_what_the_reference_drops(emulator: Emulator, kind: Kind, 
 def test_maxima_that_are_equal_or_nan(emulator: Emulator, kind: Kind) -> None:
     """The place of a maximum is PyTorch's: the first of equal ones, the last NaN."""
     maker = Maker(kind)
-    rows = maker.rows((2, 7, 9), 5, torch.randint(-2, 3, (2, 7, 9, 5)).to(kind.dtype))
+    rows = maker.rows((2, 7, 9), 5, torch.randint(-2, 3, (2, 7, 9, 5)).to(device(), kind.dtype))
     rows[0, 2:4, 3:5, 1] = torch.nan
-    scale, shift = (torch.full((5,), v, dtype=maker.statistics) for v in (1.0, 0.0))
+    scale, shift = (torch.full_like(maker.vector(5), value) for value in (1.0, 0.0))
     results = []
     for ops in (emulator.ops, reference):
-        out, argmax = maker.result((2, 4, 5), 5), torch.zeros(2, 4, 5, 5, dtype=torch.uint8)
+        out = maker.result((2, 4, 5), 5)
+        argmax = torch.zeros(2, 4, 5, 5, dtype=torch.uint8, device=device())
         ops.norm_relu_maxpool_forward(rows, scale, shift, out, argmax)
         results.append((out, argmax))
     assert torch.equal(results[0][1], results[1][1])

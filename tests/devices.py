@@ -1,0 +1,53 @@
+"""Where tests run: a backend, and the device on which all cases make their tensors meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from densenet_fast import _extension
+from densenet_fast.backend import Setting, use_backend
+
+CPU = pytest.param(
+    "cpu", marks=pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
+)
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+BACKENDS = ("reference", CPU, CUDA)
+HALF_BACKENDS = ("reference", CUDA)  # of those, the ones that compute in float16 and bfloat16
+
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """The device under test."""
+    return _device
+
+
+@contextmanager
+def tf32(allow: bool) -> Iterator[None]:
+    """Whether PyTorch and our kernels may round factors of float32 products to tf32."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if allow else "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+@contextmanager
+def on(backend: Setting) -> Iterator[None]:
+    """Force a backend, in exact float32, and test on its device; the CPU for all but "cuda"."""
+    global _device
+    before = _device
+    with use_backend(backend), tf32(False):
+        _device = torch.device("cuda" if backend == "cuda" else "cpu")
+        try:
+            yield
+        finally:
+            _device = before
