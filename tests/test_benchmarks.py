@@ -265,7 +265,7 @@ def _environment() -> dict[str, Any]:
     return describe(CPU)
 
 
-@pytest.mark.parametrize("name", ["training", "step"])
+@pytest.mark.parametrize("name", ["training", "step", "predict"])
 def test_pages_of_interrupted_runs(
     name: str,
     tmp_path: Path,
