@@ -95,7 +95,8 @@ def traffic(channels: int = 512, bottleneck: int = 128, growth: int = 32) -> lis
 
 def tables(entries: list[Occupancy], policy: str) -> str:
     """All tables in Markdown."""
-    blocks = [HEAD + "".join(f"\n{e.row()}" for e in entries if f"<{policy}," in e.choice.kernel)]
+    chosen = [e for e in entries if f"<{policy}" in e.choice.kernel]
+    blocks = [HEAD + "".join(f"\n{e.row()}" for e in chosen)]
     rows = [f"| {name} | {launches(p)} | {'; '.join(p)} |" for name, p in LAUNCHES.items()]
     blocks.append("\n".join(["| a layer | kernels | of which |", "| --- | ---: | --- |", *rows]))
     head = (

@@ -45,6 +45,8 @@ def test_only_kernels_of_the_policy_are_printed() -> None:
         Occupancy(Choice(f"rows_product<{policy}, 128>", "sm_80", 256, 61440, 3), 128, 2)
         for policy in ("BfloatPolicy", "HalfPolicy")
     ]
+    entries.append(Occupancy(Choice("tap_product<BfloatPolicy>", "sm_80", 288, 4096, 2), 96, 1))
     text = table.tables(entries, "BfloatPolicy")
     assert "| rows_product<BfloatPolicy, 128> | sm_80 | 128 | 3 | 60.0 | 2 | 16 |" in text
+    assert "| tap_product<BfloatPolicy> | sm_80 |" in text
     assert "HalfPolicy" not in text
