@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     form.add_argument("--quick", action="store_true", help="a few minutes on two cores (default)")
     form.add_argument("--full", action="store_true", help="larger networks, more rounds")
     parser.add_argument("--threads", type=_positive, help="default: PyTorch's own choice")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", help="default: cuda where PyTorch sees a GPU, else cpu")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", action="store_true", help="without the progress bar")
@@ -100,7 +100,9 @@ def check_requirements() -> None:
         raise UsageError(f"densenet_fast does not import ({error}): run `pip install .`") from error
 
 
-def _device(text: str) -> torch.device:
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(text)
     except RuntimeError as error:

@@ -61,10 +61,11 @@ def version_of(package: str) -> str | None:
 
 
 def own_build() -> dict[str, Any]:
-    """What `densenet_fast.build_info` says, without the path of the installation."""
+    """What `densenet_fast.build_info` says, without the paths of the installation."""
     import densenet_fast
 
-    return {key: value for key, value in densenet_fast.build_info().items() if key != "extension"}
+    paths = ("extension", "cuda_extension")
+    return {key: value for key, value in densenet_fast.build_info().items() if key not in paths}
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,30 @@ def synchronize(device: torch.device) -> None:
     """Wait for the work queued on an accelerator; nothing to do on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give the caching allocator's free memory back, for other processes on the same device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def tuned_libraries(device: torch.device) -> Iterator[None]:
+    """While it lasts, cuDNN chooses each convolution's algorithm by trying them, once a shape.
+
+    The peers' convolutions then run as fast as cuDNN can; the untimed round does the trying.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def sample_memory(call: Callable[[], object], device: torch.device) -> MemorySample:
@@ -159,12 +184,23 @@ def summarize(seconds: list[float]) -> Timing:
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, with the device idle before and after."""
+    """Seconds of one call, with the device idle before and after.
+
+    On a CUDA device between two events of its own clock, around the call on the current stream:
+    waiting for the device does not count, the device's waiting for the host does.
+    """
     synchronize(device)
-    start = time.perf_counter()
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
     call()
-    synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - begin
 
 
 def interleave(

@@ -23,7 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import MeasurementError, sample_memory, saved_for_backward
+from benchmarks.measure import (
+    MeasurementError,
+    sample_memory,
+    saved_for_backward,
+    tuned_libraries,
+)
 from benchmarks.networks import NetworkSpec
 
 MALLOC_THRESHOLD = 65_536  # bytes
@@ -95,16 +100,18 @@ def measure_case(case: MemoryCase) -> StepMemory:
     def forward() -> Tensor:
         return nn.functional.cross_entropy(model(images), labels)
 
-    step()
-    model.zero_grad(set_to_none=False)
-    allocated = sample_memory(step, device)
-    model.zero_grad(set_to_none=True)
-    freed = sample_memory(step, device)
-    kept = sample_memory(forward, device)
+    with tuned_libraries(device):
+        step()
+        model.zero_grad(set_to_none=False)
+        allocated = sample_memory(step, device)
+        model.zero_grad(set_to_none=True)
+        freed = sample_memory(step, device)
+        kept = sample_memory(forward, device)
+        saved = saved_for_backward(model, forward, images)
     return StepMemory(
         peak_gradients_allocated=allocated.peak_above_rest,
         peak_gradients_freed=freed.peak_above_rest,
-        saved_for_backward=saved_for_backward(model, forward, images),
+        saved_for_backward=saved,
         resident_after_forward=kept.after - kept.before,
         parameters=sum(p.numel() * p.element_size() for p in model.parameters()),
     )

@@ -156,8 +156,9 @@ PEERS: dict[str, Peer] = {
 
 def initial_state(spec: NetworkSpec, seed: int) -> dict[str, Tensor]:
     """The weights that every peer starts from: those of the naive network after `seed`."""
+    # The weights are drawn on the CPU: `torch.manual_seed` would seed every GPU too.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return _naive(spec).state_dict()
 
 

@@ -94,7 +94,15 @@ def environment_text(environment: dict[str, Any]) -> str:
         f"{name} {version}" for name, version in environment["versions"].items() if version
     )
     own = environment["densenet_fast"]
-    if own["cpu_isa"]:
+    if environment["device"].startswith("cuda"):
+        if own["cuda"]:
+            compiled = ", ".join(own["cuda_architectures"])
+            kernels = f"CUDA kernels for {compiled}, built by {own['cuda_nvcc']}"
+        else:
+            kernels = (
+                f"**no CUDA kernels** ({own['cuda_reason']}): its reference implementation ran"
+            )
+    elif own["cpu_isa"]:
         kernels = f"CPU kernels for {own['cpu_isa']}, built by {own['compiler']}"
     else:
         kernels = "**no compiled module**: its reference implementation was measured"

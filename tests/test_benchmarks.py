@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -28,103 +27,6 @@ CPU = torch.device("cpu")
 MIB = 2**20
 TINY = densenet_bc(10, 4, batch_size=2, image_size=16)
 PROC = pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
-
-
-@PROC
-def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end() -> None:
-    def allocate_and_free() -> None:
-        torch.ones(64 * MIB // 4)
-
-    sample = measure.sample_memory(allocate_and_free, CPU)
-    assert sample.peak_above_rest == pytest.approx(64 * MIB, rel=0.05)
-    assert abs(sample.after - sample.before) < 4 * MIB
-
-
-@PROC
-def test_memory_after_a_call_contains_what_it_returned() -> None:
-    sample = measure.sample_memory(lambda: torch.ones(48 * MIB // 4), CPU)
-    assert sample.after - sample.before == pytest.approx(48 * MIB, rel=0.05)
-
-
-@PROC
-def test_peak_memory_does_not_remember_what_was_before_the_reset() -> None:
-    torch.ones(256 * MIB // 4)
-    assert measure.sample_memory(lambda: None, CPU).peak_above_rest < 4 * MIB
-
-
-def test_a_peak_that_cannot_be_reset_is_an_error_that_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    with pytest.raises(measure.MeasurementError, match="peak memory on the CPU is read from"):
-        measure.reset_peak()
-
-
-def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
-    model = nn.Linear(64, 32)
-    inputs = torch.randn(16, 64)
-
-    def forward() -> torch.Tensor:
-        return model(inputs).exp().sin()
-
-    # exp saves its result and sin its input: the same storage.
-    assert measure.saved_for_backward(model, forward, inputs) == 16 * 32 * 4
-
-
-def test_saved_bytes_leave_out_what_the_graph_has_dropped() -> None:
-    model = nn.Linear(8, 8)
-    inputs = torch.randn(4, 8)
-
-    def forward() -> torch.Tensor:
-        model(inputs).exp()  # its graph dies here
-        return model(inputs).sin()
-
-    assert measure.saved_for_backward(model, forward, inputs) == 4 * 8 * 4
-
-
-def test_interleaved_calls_take_turns_and_are_warmed_up() -> None:
-    order: list[str] = []
-    times: dict[str, list[float]] = {}
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    measure.interleave(calls, 2, CPU, times=times)
-    assert order == ["a", "b"] * 3
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
-
-
-def test_timing_summary() -> None:
-    timing = measure.summarize([4.0, 1.0, 2.0, 3.0, 5.0])
-    assert (timing.minimum, timing.median, timing.rounds) == (1.0, 3.0, 5)
-    assert timing.spread == pytest.approx(2 / 3)
-    assert measure.summarize([2.0]).spread == 0
-    with pytest.raises(ValueError, match="no times"):
-        measure.summarize([])
-
-
-@PROC
-def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
-    spec = replace(TINY, image_size=32, batch_size=32)
-    small = memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1))
-    large = memory.measure_in_child(memory.MemoryCase(replace(spec, batch_size=64), "naive", 1))
-    assert large.saved_for_backward == pytest.approx(2 * small.saved_for_backward, rel=0.01)
-    assert small.peak_gradients_allocated > 0.95 * small.saved_for_backward
-    assert small.resident_after_forward == pytest.approx(small.saved_for_backward, rel=0.2)
-    growth = large.peak_gradients_allocated - small.peak_gradients_allocated
-    assert 0.9 < growth / small.saved_for_backward < 1.5
-
-
-@pytest.mark.parametrize(
-    ("end", "message"),
-    [
-        ("raise KeyError('no-such-peer')", "exit status 1: KeyError: 'no-such-peer'"),
-        ("raise MemoryError", "does not fit: MemoryError"),
-        ("import os; os.kill(os.getpid(), 9)", "does not fit: the process was killed"),
-        ("import time; time.sleep(60)", "no result within 2 s"),
-    ],
-)
-def test_failing_child_says_why(end: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "BOOTSTRAP", end)
-    with pytest.raises(measure.MeasurementError, match=f"^{message}"):
-        memory.measure_in_child(memory.MemoryCase(TINY, "naive", threads=1), timeout=2.0)
 
 
 @pytest.mark.parametrize("compression", [0.5, 0.7])
@@ -147,7 +49,8 @@ def test_all_peers_share_names_and_function(spec: NetworkSpec, compression: floa
         torch.testing.assert_close(output, outputs["naive"], rtol=1e-9, atol=1e-12)
 
 
-def test_initial_state_depends_on_its_seed_alone() -> None:
+def test_initial_state_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds GPUs"))
     before = torch.get_rng_state()
     first, again = peers.initial_state(TINY, 1), peers.initial_state(TINY, 1)
     other = peers.initial_state(TINY, 2)
@@ -265,7 +168,32 @@ def _environment() -> dict[str, Any]:
     return describe(CPU)
 
 
-@pytest.mark.parametrize("name", ["training", "step"])
+@pytest.mark.parametrize("built", [True, False])
+def test_pages_name_the_kernels_of_the_device(built: bool) -> None:
+    environment = _environment()
+    assert not any(
+        key.rpartition("cuda_")[2] == "extension" for key in environment["densenet_fast"]
+    )
+    environment.update(device="cuda", device_name="A GPU")
+    environment["densenet_fast"].update(
+        cuda=built, cuda_reason="no nvcc", cuda_architectures=["8.0", "9.0"], cuda_nvcc="CUDA 13.0"
+    )
+    text = report.environment_text(environment)
+    expected = "CUDA kernels for 8.0, 9.0, built by CUDA 13.0"
+    assert (expected if built else "**no CUDA kernels** (no nvcc)") in text
+
+
+def test_default_device_is_the_gpu_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    arguments = cli.make_parser().parse_args(["--output", str(tmp_path)])
+    for available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert cli.make_options(arguments)[1].device == torch.device(expected)
+
+
+@pytest.mark.parametrize("name", ["training", "step", "predict"])
 def test_pages_of_interrupted_runs(
     name: str,
     tmp_path: Path,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import MeasurementError, interleave
+from benchmarks.measure import MeasurementError, interleave, release_cached, tuned_libraries
 from benchmarks.memory import MemoryCase, make_batch, measure_in_child, training_step
 from benchmarks.networks import NETWORKS, NetworkSpec
 from benchmarks.peers import PEERS, build, initial_state
@@ -89,6 +89,7 @@ def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Optio
     seed = record["settings"]["seed"]
     case = MemoryCase(spec, peer, torch.get_num_threads(), str(options.device), seed)
     entry: dict[str, Any] = {"network": spec.name, "peer": peer}
+    release_cached(options.device)
     try:
         entry.update(asdict(measure_in_child(case)))
     except MeasurementError as error:
@@ -109,7 +110,8 @@ def _measure_time(
         calls[name] = make(spec, name, state, options.device, settings["seed"])
         times[name] = []
         record[part].append({"network": spec.name, "peer": name, "seconds": times[name]})
-    interleave(calls, settings["rounds"], options.device, times=times, advance=advance)
+    with tuned_libraries(options.device):
+        interleave(calls, settings["rounds"], options.device, times=times, advance=advance)
 
 
 def _make_training_call(

@@ -63,7 +63,9 @@ def page(record: Record) -> Page:
         "holds between forward and backward beyond what it held before, whoever keeps it. On a "
         "CUDA device all of them are the caching allocator's bytes.",
         f"Time: all implementations in one process, in turn, {settings['rounds']} rounds after an "
-        "untimed one, malloc as it is. Ratios are against the naive network in its best layout.",
+        "untimed one, malloc as it is; on a CUDA device between two of its own events, with "
+        "cuDNN's benchmark mode and PyTorch's settings for tf32. Ratios are against the naive "
+        "network in its best layout.",
     )
     for data in settings["networks"]:
         spec = NetworkSpec.from_json(data)

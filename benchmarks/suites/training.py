@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import digits as digits_data
-from benchmarks.measure import MeasurementError, timed
+from benchmarks.measure import MeasurementError, release_cached, timed, tuned_libraries
 from benchmarks.memory import MemoryCase, measure_in_child
 from benchmarks.networks import NetworkSpec, densenet_bc
 from benchmarks.peers import PEERS, build, initial_state
@@ -127,12 +127,13 @@ def _train(
         entry: dict[str, Any] = {"growth_rate": rate, "peer": name, "losses": [], "seconds": []}
         record[part].append(entry)
         trainees.append(_Trainee(name, spec, state, entry, steps, device, dtype))
-    for batch, labels in digits_data.batches(images, batch_size, steps, settings["seed"]):
+    with tuned_libraries(device):
+        for batch, labels in digits_data.batches(images, batch_size, steps, settings["seed"]):
+            for trainee in trainees:
+                trainee.step(batch, labels)
+                progress.advance(rate * (FLOAT64_WORK if parity else 1))
         for trainee in trainees:
-            trainee.step(batch, labels)
-            progress.advance(rate * (FLOAT64_WORK if parity else 1))
-    for trainee in trainees:
-        trainee.test(images, settings["parity_test_images"] if parity else None)
+            trainee.test(images, settings["parity_test_images"] if parity else None)
 
 
 class _Trainee:
@@ -205,6 +206,7 @@ def _measure_memory(rate: int, peer: str, record: Record, options: Options) -> N
         settings["seed"],
     )
     entry: dict[str, Any] = {"growth_rate": rate, "peer": peer}
+    release_cached(options.device)
     try:
         entry.update(asdict(measure_in_child(case)))
     except MeasurementError as error:

@@ -92,21 +92,31 @@ def test_every_device(emulator: Emulator, device: str, kind: Kind) -> None:
         assert_same_bits(actual, expected, device)
 
 
-def test_launches_of_one_layer(emulator: Emulator) -> None:
-    """How many kernels each operator of a layer starts."""
+def test_launches_of_every_operator(emulator: Emulator) -> None:
+    """How many kernels each operator starts."""
     pixels, channels, width, growth = (2, 5, 7), 24, 16, 4
     maker = Maker(KINDS[0])
     expected = {
         # packed weights, product, statistics
         forward("conv1x1_forward", pixels, channels, width): 3,
         forward("conv3x3_forward", pixels, width, growth): 3,
+        forward("conv1x1_forward", pixels, channels, width, statistics=False): 2,
+        forward("conv3x3_forward", pixels, width, growth, statistics=False): 2,
+        forward("transition_forward", (2, 6, 8), channels, width, statistics=False): 2,
         # packed weights, product, sums; product, splits
         conv3x3_backward(pixels, width, growth): 5,
         conv1x1_backward(pixels, channels, width): 5,
+        transition_backward((2, 6, 8), channels, width): 5,
+        transition_backward(pixels, channels, width): 6,  # rows that pooling cuts off
         norm_coefficients(channels): 1,
         norm_grad_coefficients(channels): 1,
         update_running_statistics(channels): 1,
         finish_gradient(pixels, growth): 1,
+        channel_statistics(pixels, channels): 2,
+        avgpool_forward(pixels, channels): 1,
+        avgpool_backward(pixels, channels): 2,
+        maxpool_forward(pixels, channels): 1,
+        maxpool_backward(pixels, channels): 3,
     }
     for make, launches in expected.items():
         call = make(maker)

@@ -1,0 +1,167 @@
+"""A network as sizes: its blocks, and the elements of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.networks import NetworkSpec
+
+Phase = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How numbers are stored. Parameters are float32; statistics and sums always are."""
+
+    name: str
+    label: str
+    element: int  # bytes of a feature
+    tensor: str  # which tensor-core rate products run at: "half" or "tf32"
+    parameter: int = 4  # bytes
+
+    @property
+    def casts(self) -> bool:
+        """Whether autocast rounds weights and images."""
+        return self.element != self.parameter
+
+
+FORMATS: dict[str, Format] = {
+    "bfloat16": Format("bfloat16", "bfloat16 features (autocast), float32 parameters", 2, "half"),
+    "float32": Format("float32", "float32 features and parameters, tf32 products", 4, "tf32"),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of a step: bytes read from and written to memory, FLOPs of its product."""
+
+    name: str
+    phase: Phase
+    read: int
+    written: int
+    flops: int = 0
+    launches: int = 1  # kernels started
+    ours: bool = False  # a product of the CUDA kernels in csrc/cuda
+    # Bytes among the above that an L2 cache may hold: partial results, rearranged weights and
+    # further sweeps over an operand.
+    repeated: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes in both directions."""
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Block:
+    """A dense block on [images, channels, height, width], and what is behind it."""
+
+    images: int
+    height: int
+    width: int
+    channels: int  # of the input
+    layers: int
+    growth: int
+    bottleneck: int
+    transition: int | None  # channels behind the transition; None: the final norm follows
+
+    @property
+    def rows(self) -> int:
+        """Pixels of the batch."""
+        return self.images * self.height * self.width
+
+    @property
+    def pooled_rows(self) -> int:
+        """Pixels behind 2×2 pooling."""
+        return self.images * (self.height // 2) * (self.width // 2)
+
+    @property
+    def end(self) -> int:
+        """Channels of all features."""
+        return self.start(self.layers)
+
+    def start(self, layer: int) -> int:
+        """Channels that a layer reads."""
+        return self.channels + layer * self.growth
+
+    @property
+    def starts(self) -> Iterable[int]:
+        """Channels that each layer reads."""
+        return [self.start(layer) for layer in range(self.layers)]
+
+    def layer_weights(self, layer: int) -> int:
+        """Elements of a layer's two convolutions."""
+        return self.bottleneck * (self.start(layer) + 9 * self.growth)
+
+    @property
+    def weights(self) -> int:
+        """Elements of all convolutions, the transition's included."""
+        layers = sum(self.layer_weights(layer) for layer in range(self.layers))
+        return layers + self.end * (self.transition or 0)
+
+    @property
+    def affine(self) -> int:
+        """Elements of all norms' weights and biases."""
+        return 2 * (sum(self.starts) + self.layers * self.bottleneck + self.end)
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The first convolution and, but for small inputs, norm, ReLU and max-pooling."""
+
+    images: int
+    image_elements: int
+    rows: int  # pixels of the convolution's output
+    channels: int
+    weights: int
+    pooled_rows: int  # 0: no norm and no pooling
+
+    @property
+    def flops(self) -> int:
+        """Of the convolution's forward."""
+        return 2 * self.rows * self.weights
+
+
+def stem(spec: NetworkSpec) -> Stem:
+    """The stem's sizes."""
+    images, size = spec.batch_size, spec.image_size
+    out = size if spec.small_inputs else (size - 1) // 2 + 1
+    pooled = 0 if spec.small_inputs else (out - 1) // 2 + 1
+    taps = 9 if spec.small_inputs else 49
+    return Stem(
+        images=images,
+        image_elements=images * spec.in_channels * size**2,
+        rows=images * out**2,
+        channels=spec.num_init_features,
+        weights=taps * spec.in_channels * spec.num_init_features,
+        pooled_rows=images * pooled**2,
+    )
+
+
+def blocks(spec: NetworkSpec) -> list[Block]:
+    """The dense blocks' sizes."""
+    size = spec.image_size
+    if not spec.small_inputs:
+        size = ((size - 1) // 2) // 2 + 1
+    channels = spec.num_init_features
+    found = []
+    for index, layers in enumerate(spec.block_config, start=1):
+        end = channels + layers * spec.growth_rate
+        last = index == len(spec.block_config)
+        behind = None if last else int(end * spec.compression)
+        width = spec.bn_size * spec.growth_rate
+        found.append(
+            Block(spec.batch_size, size, size, channels, layers, spec.growth_rate, width, behind)
+        )
+        channels, size = behind or end, size // 2
+    return found
+
+
+def parameters(spec: NetworkSpec) -> int:
+    """Elements of all parameters."""
+    first, inner = stem(spec), blocks(spec)
+    norm0 = 2 * first.channels if first.pooled_rows else 0
+    classifier = (inner[-1].end + 1) * spec.num_classes
+    return first.weights + norm0 + sum(b.weights + b.affine for b in inner) + classifier

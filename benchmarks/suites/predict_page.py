@@ -1,0 +1,257 @@
+"""The page and the plot of the `predict` suite, made from its record alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.networks import NetworkSpec
+from benchmarks.peers import PEERS
+from benchmarks.prediction.shapes import blocks
+from benchmarks.report import Page, Table, intro, mebibytes, ratio
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from benchmarks.suites import Record
+
+BASE = "naive-channels-last"
+FORMULA = "time = Σ over operations of max(bytes / bandwidth, FLOPs / tensor rate)"
+METHOD = (
+    "**Nothing on this page was measured.** It is a prediction: bytes and FLOPs are counted from "
+    f"the networks' shapes, and {FORMULA}, with the vendors' figures below. No operation overlaps "
+    "another one, none is slower than its roofline, and caches hold nothing between operations.",
+    "*Usual*: torchvision's modules as PyTorch runs them, operation by operation. Every operand is "
+    "read once and every result written once, its library kernels reach the device's peak, and "
+    "changes of layout and library workspaces are free: figures in its favour. *densenet_fast*: "
+    "the CUDA kernels of this repository; the partial results of their reductions, the rearranged "
+    "weights and every further sweep over an operand count as moved too (the column *of it "
+    "repeated*), although the L2 may hold them, and their products get only the share of the "
+    "tensor rate that `mma.sync` reaches. A step is forward, cross entropy and backward, without "
+    "an optimizer.",
+    "The smaller a network's features are against a device's L2, the less either implementation "
+    "depends on memory, and the less these figures say: see the size above each table, and "
+    "`--full` for large batches.",
+)
+
+
+def milliseconds(value: float) -> str:
+    """A time in milliseconds with three significant digits."""
+    value *= 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def page(record: Record) -> Page:
+    """Devices, then every network in every format: steps, memory, operations."""
+    result = Page("Prediction, not a measurement: a training step on GPUs")
+    settings = record["settings"]
+    result.add(*intro(record), *METHOD, _launch_text(settings))
+    result.heading("Devices, as their vendor describes them")
+    result.add(_devices(settings), _sources(settings))
+    for data in settings["networks"]:
+        spec = NetworkSpec.from_json(data)
+        for fmt in settings["formats"]:
+            cases = [
+                [
+                    e
+                    for e in record[part]
+                    if (e["network"], e["format"]) == (spec.title, fmt["name"])
+                ]
+                for part in ("steps", "operations")
+            ]
+            if any(cases):
+                result.heading(f"Predicted: {spec.title}, {fmt['label']}")
+            if any(cases):
+                result.add(_size_text(spec, fmt))
+            if cases[0]:
+                result.add(_steps(cases[0], settings), _memory(cases[0], settings))
+            if cases[1]:
+                result.add("Predicted operation by operation; bytes are those on the first device.")
+                result.add(*_operations(cases[1], settings))
+    return result
+
+
+def _size_text(spec: NetworkSpec, fmt: dict[str, Any]) -> str:
+    largest = max(block.rows * block.end for block in blocks(spec)) * fmt["element"]
+    return f"All features of the largest block: {mebibytes(largest)} MiB."
+
+
+def _launch_text(settings: dict[str, Any]) -> str:
+    return (
+        "Starting kernels takes the host time that no roofline has. The column *starts* counts the "
+        f"kernels of a step, and *host* is that count times {settings['launch_seconds'] * 1e6:.0f} "
+        "µs, **an assumption**, not mixed into any other column. Host and device work side by "
+        "side: where *host* is the longer one, a step takes at least that, unless it is captured "
+        "in a CUDA graph."
+    )
+
+
+def _devices(settings: dict[str, Any]) -> Table:
+    table = Table(
+        (
+            "published figures",
+            "GB/s",
+            "16-bit tensor TFLOP/s",
+            "tf32 tensor TFLOP/s",
+            "float32 TFLOP/s",
+            "memory, GB",
+            "L2, MiB",
+            "multiprocessors",
+            "mma.sync, of the tensor rate",
+        )
+    )
+    for device in settings["devices"]:
+        rates = [device[key] / 1e12 for key in ("half_rate", "tf32_rate", "float32_rate")]
+        table.rows.append(
+            (
+                device["name"],
+                f"{device['bandwidth'] / 1e9:,.0f}",
+                *(f"{rate:,.1f}" for rate in rates),
+                f"{device['memory'] / 1e9:.0f}",
+                f"{device['l2'] / 2**20:.0f}",
+                str(device["multiprocessors"]),
+                f"{100 * device['mma_sync']:.1f} %",
+            )
+        )
+    return table
+
+
+def _sources(settings: dict[str, Any]) -> str:
+    lines = [f"- {d['name']}: {'; '.join(d['sources'])}." for d in settings["devices"]]
+    return "Sources:\n\n" + "\n".join(lines)
+
+
+def _by_device(cases: list[dict[str, Any]], name: str) -> dict[str, dict[str, Any]]:
+    return {case["device"]: case for case in cases if case["implementation"] == name}
+
+
+def _steps(cases: list[dict[str, Any]], settings: dict[str, Any]) -> Table:
+    devices = [device["name"] for device in settings["devices"]]
+    columns = [
+        "predicted step, ms",
+        "GB moved",
+        "of it repeated",
+        "TFLOP",
+        "starts",
+        "host, ms (assumed)",
+    ]
+    for name in devices:
+        columns += [f"{name}: forward", "step", "speed"]
+    table = Table(columns)
+    base = _by_device(cases, BASE)
+    for name in dict.fromkeys(case["implementation"] for case in cases):
+        found = _by_device(cases, name)
+        step = found[devices[0]]["step"]
+        row = [
+            PEERS[name].label,
+            f"{step['moved'] / 1e9:.2f}",
+            f"{step['repeated'] / 1e9:.2f}",
+            f"{step['flops'] / 1e12:.3f}",
+            f"{step['launches']:,}",
+            milliseconds(step["launches"] * settings["launch_seconds"]),
+        ]
+        for device in devices:
+            seconds = found[device]["step"]["seconds"]
+            row += [
+                milliseconds(found[device]["forward"]["seconds"]),
+                milliseconds(seconds),
+                ratio(base[device]["step"]["seconds"], seconds),
+            ]
+        table.rows.append(row)
+    return table
+
+
+def _memory(cases: list[dict[str, Any]], settings: dict[str, Any]) -> Table:
+    device = settings["devices"][0]["name"]
+    table = Table(
+        (
+            "predicted memory of a step, MiB",
+            "kept for the backward",
+            "usual / this",
+            "peak above rest",
+            "usual / this",
+            "parameters and gradients",
+        )
+    )
+    base = _by_device(cases, BASE)[device]
+    for name in dict.fromkeys(case["implementation"] for case in cases):
+        case = _by_device(cases, name)[device]
+        table.rows.append(
+            (
+                PEERS[name].label,
+                mebibytes(case["kept"]),
+                ratio(base["kept"], case["kept"]),
+                mebibytes(case["peak"]),
+                ratio(base["peak"], case["peak"]),
+                mebibytes(2 * case["parameters"]),
+            )
+        )
+    return table
+
+
+def _operations(cases: list[dict[str, Any]], settings: dict[str, Any]) -> list[Table]:
+    devices = [device["name"] for device in settings["devices"]]
+    tables = []
+    for name in dict.fromkeys(case["implementation"] for case in cases):
+        table = Table(
+            (
+                f"predicted, {PEERS[name].label}",
+                "MB moved",
+                "of it repeated",
+                "GFLOP",
+                "FLOP per byte",
+                "starts",
+                *(f"{device}, ms" for device in devices),
+            )
+        )
+        chosen = [case for case in cases if case["implementation"] == name]
+        for operation in dict.fromkeys(case["operation"] for case in chosen):
+            found = {case["device"]: case for case in chosen if case["operation"] == operation}
+            first = found[devices[0]]
+            table.rows.append(
+                (
+                    operation,
+                    f"{first['moved'] / 1e6:,.2f}",
+                    f"{first['repeated'] / 1e6:,.2f}",
+                    f"{first['flops'] / 1e9:,.2f}",
+                    f"{first['flops'] / first['moved']:.1f}" if first["moved"] else "—",
+                    f"{first['launches']:,}",
+                    *(milliseconds(found[device]["seconds"]) for device in devices),
+                )
+            )
+        tables.append(table)
+    return tables
+
+
+def figure(record: Record) -> Figure | None:
+    """Predicted step times, a row for each network and format and a column for each device."""
+    if not record["steps"]:
+        return None
+    from matplotlib.figure import Figure
+
+    settings = record["settings"]
+    devices = [device["name"] for device in settings["devices"]]
+    rows = list(dict.fromkeys((e["network"], e["format"]) for e in record["steps"]))
+    names = list(dict.fromkeys(e["implementation"] for e in record["steps"]))
+    plot = Figure(figsize=(2 + 3.6 * len(devices), 0.6 + 2.2 * len(rows)), layout="constrained")
+    plot.suptitle("PREDICTION (roofline over counted bytes and FLOPs), not a measurement")
+    grid = plot.subplots(len(rows), len(devices), squeeze=False)
+    for (network, fmt), line in zip(rows, grid, strict=True):
+        for device, axes in zip(devices, line, strict=True):
+            values = {
+                e["implementation"]: e["step"]["seconds"] * 1e3
+                for e in record["steps"]
+                if (e["network"], e["format"], e["device"]) == (network, fmt, device)
+            }
+            bars = axes.barh(
+                range(len(names)),
+                [values.get(name, 0.0) for name in names],
+                color=[PEERS[name].color for name in names],
+            )
+            axes.bar_label(bars, fmt="{:.3g}", fontsize="small", padding=2)
+            axes.set_yticks(range(len(names)), names if device == devices[0] else [""] * len(names))
+            axes.invert_yaxis()
+            axes.margins(x=0.18)
+            axes.set_xlabel(f"{device}: predicted step, ms")
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_title(f"{network}, {fmt}", loc="left")
+    return plot

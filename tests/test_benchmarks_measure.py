@@ -1,0 +1,170 @@
+"""Memory and time are measured as `benchmarks.measure` and `benchmarks.memory` say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchvision")
+
+from benchmarks import measure, memory
+from benchmarks.networks import densenet_bc
+
+CPU = torch.device("cpu")
+MIB = 2**20
+TINY = densenet_bc(10, 4, batch_size=2, image_size=16)
+PROC = pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
+
+
+@PROC
+def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end() -> None:
+    def allocate_and_free() -> None:
+        torch.ones(64 * MIB // 4)
+
+    sample = measure.sample_memory(allocate_and_free, CPU)
+    assert sample.peak_above_rest == pytest.approx(64 * MIB, rel=0.05)
+    assert abs(sample.after - sample.before) < 4 * MIB
+
+
+@PROC
+def test_memory_after_a_call_contains_what_it_returned() -> None:
+    sample = measure.sample_memory(lambda: torch.ones(48 * MIB // 4), CPU)
+    assert sample.after - sample.before == pytest.approx(48 * MIB, rel=0.05)
+
+
+@PROC
+def test_peak_memory_does_not_remember_what_was_before_the_reset() -> None:
+    torch.ones(256 * MIB // 4)
+    assert measure.sample_memory(lambda: None, CPU).peak_above_rest < 4 * MIB
+
+
+def test_a_peak_that_cannot_be_reset_is_an_error_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    with pytest.raises(measure.MeasurementError, match="peak memory on the CPU is read from"):
+        measure.reset_peak()
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
+    model = nn.Linear(64, 32)
+    inputs = torch.randn(16, 64)
+
+    def forward() -> torch.Tensor:
+        return model(inputs).exp().sin()
+
+    # exp saves its result and sin its input: the same storage.
+    assert measure.saved_for_backward(model, forward, inputs) == 16 * 32 * 4
+
+
+def test_saved_bytes_leave_out_what_the_graph_has_dropped() -> None:
+    model = nn.Linear(8, 8)
+    inputs = torch.randn(4, 8)
+
+    def forward() -> torch.Tensor:
+        model(inputs).exp()  # its graph dies here
+        return model(inputs).sin()
+
+    assert measure.saved_for_backward(model, forward, inputs) == 4 * 8 * 4
+
+
+def test_interleaved_calls_take_turns_and_are_warmed_up() -> None:
+    order: list[str] = []
+    times: dict[str, list[float]] = {}
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    measure.interleave(calls, 2, CPU, times=times)
+    assert order == ["a", "b"] * 3
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+
+
+class _Event:
+    """A CUDA event that reads the number of calls so far as milliseconds."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0
+
+    def record(self) -> None:
+        self.at = len(self.log)
+        self.log.append("record")
+
+    def synchronize(self) -> None:
+        self.log.append("wait for the event")
+
+    def elapsed_time(self, end: _Event) -> float:
+        return float(end.at - self.at)
+
+
+def test_cuda_calls_are_timed_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    _Event.log.clear()
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: _Event.log.append("wait"))
+    seen = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        seen.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    seconds = measure.timed(lambda: _Event.log.append("call"), torch.device("cuda:1"))
+    assert _Event.log == ["wait", "record", "call", "record", "wait for the event"]
+    assert seconds == 2e-3
+    assert seen == [torch.device("cuda:1")]
+
+
+def test_cudnn_tries_algorithms_on_cuda_devices_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        with measure.tuned_libraries(CPU):
+            assert torch.backends.cudnn.benchmark is before
+        with suppress(KeyError), measure.tuned_libraries(torch.device("cuda")):
+            assert torch.backends.cudnn.benchmark is True
+            raise KeyError
+        assert torch.backends.cudnn.benchmark is before
+
+
+def test_timing_summary() -> None:
+    timing = measure.summarize([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert (timing.minimum, timing.median, timing.rounds) == (1.0, 3.0, 5)
+    assert timing.spread == pytest.approx(2 / 3)
+    assert measure.summarize([2.0]).spread == 0
+    with pytest.raises(ValueError, match="no times"):
+        measure.summarize([])
+
+
+@PROC
+def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
+    spec = replace(TINY, image_size=32, batch_size=32)
+    small = memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1))
+    large = memory.measure_in_child(memory.MemoryCase(replace(spec, batch_size=64), "naive", 1))
+    assert large.saved_for_backward == pytest.approx(2 * small.saved_for_backward, rel=0.01)
+    assert small.peak_gradients_allocated > 0.95 * small.saved_for_backward
+    assert small.resident_after_forward == pytest.approx(small.saved_for_backward, rel=0.2)
+    growth = large.peak_gradients_allocated - small.peak_gradients_allocated
+    assert 0.9 < growth / small.saved_for_backward < 1.5
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("raise KeyError('no-such-peer')", "exit status 1: KeyError: 'no-such-peer'"),
+        ("raise MemoryError", "does not fit: MemoryError"),
+        ("import os; os.kill(os.getpid(), 9)", "does not fit: the process was killed"),
+        ("import time; time.sleep(60)", "no result within 2 s"),
+    ],
+)
+def test_failing_child_says_why(end: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "BOOTSTRAP", end)
+    with pytest.raises(measure.MeasurementError, match=f"^{message}"):
+        memory.measure_in_child(memory.MemoryCase(TINY, "naive", threads=1), timeout=2.0)
