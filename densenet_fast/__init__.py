@@ -13,6 +13,7 @@ from densenet_fast.model import (
     densenet201,
     densenet264,
 )
+from densenet_fast.winograd import enable_winograd, winograd_enabled
 
 __all__ = [
     "DenseBlock",
@@ -26,8 +27,10 @@ __all__ = [
     "densenet169",
     "densenet201",
     "densenet264",
+    "enable_winograd",
     "fusion_report",
     "get_backend",
     "set_backend",
     "use_backend",
+    "winograd_enabled",
 ]

@@ -50,10 +50,11 @@ DF_INLINE int64_t winograd_task_tiles(int64_t tiles) {
 }
 
 // Products saved must outweigh tiles cut by the border: 16 multiplications for each tile against 9
-// for each pixel, of whole vectors, and what the transforms cost.
+// for each pixel, and what the transforms cost. Where the image has less than three rows or columns
+// the direct way adds so few terms that its rounding errors are smaller by more than half.
 DF_INLINE bool winograd_is_faster(int64_t h, int64_t w, int64_t k) {
   const int64_t tiles = ceil_div(h, 2) * ceil_div(w, 2);
-  return k <= kPanel && tiles * 16 * (k + 6) < 9 * h * w * k;
+  return k <= kPanel && h > 2 && w > 2 && tiles * 16 * (k + 6) < 9 * h * w * k;
 }
 
 // B' d B of a tile's 4x4 vectors, to 16 points.

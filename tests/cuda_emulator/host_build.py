@@ -10,6 +10,7 @@ Objects and results are kept in a folder for temporary files, under a hash of wh
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -118,6 +119,14 @@ def _cache() -> Path:
         if time.time() - file.stat().st_mtime > 7 * 24 * 3600:
             shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
     return folder
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process builds at a time: tests in parallel then wait for each other's results."""
+    with (_cache() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
@@ -252,7 +261,7 @@ def build(
         sources.append(API)
     if check_accesses:
         sources.append(ACCESS_CHECKS)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(o) for o in pool.map(compile_one, sources)]
     linking = [*sanitizing, "-pthread", *link]
     if not program:

@@ -5,6 +5,7 @@ The objects are kept in a folder for temporary files, under a hash of all that w
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -75,9 +76,16 @@ def compiled(source: str) -> Path:
     """The object of one source of csrc/cuda for all `ARCHITECTURES`; its report is beside it."""
     compiler = nvcc()
     target = _cache() / f"{source}-{_key(compiler, source)}.o"
+    with (_cache() / "lock").open("w") as lock:  # tests in parallel wait for each other's results
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _compile(compiler, source, target)
+    return target
+
+
+def _compile(compiler: str, source: str, target: Path) -> None:
     report = target.with_suffix(".txt")
     if target.exists() and report.exists():
-        return target
+        return
     made = target.with_suffix(f".{os.getpid()}.o")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     file = CSRC / "cuda" / f"{source}.cu"
@@ -86,7 +94,6 @@ def compiled(source: str) -> Path:
     assert done.returncode == 0, done.stderr
     report.write_text(done.stderr)
     made.rename(target)
-    return target
 
 
 def _demangled(names: list[str]) -> list[str]:
