@@ -33,6 +33,7 @@ SUITE_FLAGS = {
     "parts": "--parts",
     "growth_rates": "--growth-rates",
     "rounds": "--rounds",
+    "amp": "--amp",
 }
 INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
 
@@ -83,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--parts", type=_names, help="parts of the suite")
     some.add_argument("--growth-rates", type=_rates, help="growth rates to train")
     some.add_argument("--rounds", type=_positive, help="timed rounds, or training steps")
+    amp = ("none", "float16", "bfloat16")
+    some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
     return parser
 
 
@@ -160,6 +163,7 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
         parts=arguments.parts,
         growth_rates=arguments.growth_rates,
         rounds=arguments.rounds,
+        amp=arguments.amp,
         output=_writable(arguments.output),
     )
     return suite, options

@@ -54,6 +54,7 @@ class MemoryCase:
     threads: int
     device: str = "cpu"
     seed: int = 0
+    amp: str = "none"
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,24 @@ class StepMemory:
     parameters: int
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+# Type of autocast → what `--amp` calls it.
+AMP: dict[str, torch.dtype | None] = {
+    "none": None,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Autocast of a forward in the type of that name; "none": without."""
+    dtype = AMP[amp]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor, amp: str = "none") -> Tensor:
     """Forward, cross entropy and backward; returns the loss."""
-    loss = nn.functional.cross_entropy(model(images), labels)
+    with autocast(images.device, amp):
+        loss = nn.functional.cross_entropy(model(images), labels)
     loss.backward()
     return loss
 
@@ -95,10 +111,11 @@ def measure_case(case: MemoryCase) -> StepMemory:
     images, labels = make_batch(case.spec, peer.memory_format, device, case.seed)
 
     def step() -> None:
-        training_step(model, images, labels)
+        training_step(model, images, labels, case.amp)
 
     def forward() -> Tensor:
-        return nn.functional.cross_entropy(model(images), labels)
+        with autocast(device, case.amp):
+            return nn.functional.cross_entropy(model(images), labels)
 
     with tuned_libraries(device):
         step()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -264,6 +265,43 @@ def test_step_suite_on_a_small_network(tmp_path: Path, monkeypatch: pytest.Monke
     assert "speed by median" in (tmp_path / "step.md").read_text()
 
 
+@pytest.mark.parametrize("amp", memory.AMP)
+def test_step_suite_under_autocast(
+    amp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            seen.append(
+                torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            )
+            return super().forward(input)
+
+    def build(spec: NetworkSpec) -> nn.Module:
+        model = peers.build_torchvision(spec, memory_efficient=False)
+        model.classifier = Watched(model.classifier.in_features, spec.num_classes)
+        return model
+
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+    monkeypatch.setitem(peers.PEERS, "naive", replace(peers.PEERS["naive"], build=build))
+    arguments = ["step", "--no-progress", "--networks", "tiny", "--peers", "naive", "--amp", amp]
+    arguments += ["--device", "cpu", "--parts", "time,inference", "--rounds", "1"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert seen == [memory.AMP[amp]] * 4
+    assert (f"under {amp} autocast" in (tmp_path / "step.md").read_text()) == (amp != "none")
+
+
+@PROC
+def test_child_measures_under_autocast() -> None:
+    spec = replace(TINY, image_size=32, batch_size=32)
+    plain, half = (
+        memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1, amp=amp))
+        for amp in ("none", "bfloat16")
+    )
+    assert 0.45 < half.saved_for_backward / plain.saved_for_backward < 0.6
+
+
 def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +335,8 @@ def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
         (["--parts", "inference"], "unknown part: 'inference'"),
         (["--networks", "densenet121"], "--networks does not apply to the suite 'training'"),
         (["--quick", "--full"], "not allowed with argument"),
+        (["--amp", "float16"], "--amp does not apply to the suite 'training'"),
+        (["step", "--amp", "int8"], "invalid choice: 'int8'"),
     ],
 )
 def test_bad_arguments(

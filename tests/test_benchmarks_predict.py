@@ -223,6 +223,21 @@ def test_kept_bytes_are_those_that_autograd_keeps(spec: NetworkSpec, peer: str) 
     assert memory_plan.kept(spec, FLOAT32, PEERS[peer], cuda=False) == measured
 
 
+@pytest.mark.parametrize("peer", ["naive-channels-last", "memory-efficient"])
+@pytest.mark.parametrize("spec", [SMALL, SMALL_IMAGENET], ids=["small", "imagenet"])
+def test_kept_bytes_under_autocast(spec: NetworkSpec, peer: str) -> None:
+    """Of the usual network: ours is not fused while autocast is active."""
+    model = peers.build(peers.PEERS[peer], spec, peers.initial_state(spec, 0), device=CPU)
+    images, labels = memory.make_batch(spec, torch.channels_last, CPU, 0)
+
+    def forward() -> Tensor:
+        with memory.autocast(CPU, "bfloat16"):
+            return nn.functional.cross_entropy(model(images), labels)
+
+    measured = measure.saved_for_backward(model, forward, images)
+    assert memory_plan.kept(spec, BFLOAT16, PEERS[peer], cuda=False) == measured
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
 @pytest.mark.parametrize("peer", ["naive-channels-last", "memory-efficient", "ours-bottleneck"])
 def test_peak_is_near_the_one_measured(peer: str) -> None:

@@ -45,6 +45,7 @@ def usual_layer_kept(block: Block, layer: int, fmt: Format, *, efficient: bool) 
     m, c, b = block.rows, block.start(layer), block.bottleneck
     rounded = block.layer_weights(layer) * fmt.element if fmt.casts else 0
     if efficient:
+        rounded = 9 * b * block.growth * fmt.element * fmt.casts  # conv1's is made again
         # The last layer's output goes into the block's concatenation alone.
         growth = block.growth if layer + 1 < block.layers else 0
         return m * (2 * b + growth) * fmt.element + _norm(b) + rounded

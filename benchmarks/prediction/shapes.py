@@ -28,7 +28,9 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "bfloat16": Format("bfloat16", "bfloat16 features (autocast), float32 parameters", 2, "half"),
+    "bfloat16": Format(
+        "bfloat16", "bfloat16 features as under autocast, float32 parameters", 2, "half"
+    ),
     "float32": Format("float32", "float32 features and parameters, tf32 products", 4, "tf32"),
 }
 

@@ -37,6 +37,7 @@ class Options:
     parts: tuple[str, ...] | None = None
     growth_rates: tuple[int, ...] | None = None
     rounds: int | None = None
+    amp: str | None = None
     output: Path = Path("results")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import MeasurementError, interleave, release_cached, tuned_libraries
-from benchmarks.memory import MemoryCase, make_batch, measure_in_child, training_step
+from benchmarks.memory import MemoryCase, autocast, make_batch, measure_in_child, training_step
 from benchmarks.networks import NETWORKS, NetworkSpec
 from benchmarks.peers import PEERS, build, initial_state
 from benchmarks.progress import Progress
@@ -22,7 +22,7 @@ from benchmarks.suites.step_page import figure, page
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
-OPTIONS = frozenset({"peers", "networks", "parts", "rounds"})
+OPTIONS = frozenset({"peers", "networks", "parts", "rounds", "amp"})
 PARTS = ("memory", "time", "inference")
 
 QUICK_ROUNDS = 5
@@ -41,6 +41,7 @@ def plan(options: Options) -> Record:
             "parts": list(options.parts or PARTS),
             "rounds": options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
             "seed": options.seed,
+            "amp": options.amp or "none",
         },
         "memory": [],
         "time": [],
@@ -86,8 +87,15 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
 
 
 def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Options) -> None:
-    seed = record["settings"]["seed"]
-    case = MemoryCase(spec, peer, torch.get_num_threads(), str(options.device), seed)
+    settings = record["settings"]
+    case = MemoryCase(
+        spec,
+        peer,
+        torch.get_num_threads(),
+        str(options.device),
+        settings["seed"],
+        settings["amp"],
+    )
     entry: dict[str, Any] = {"network": spec.name, "peer": peer}
     release_cached(options.device)
     try:
@@ -107,7 +115,7 @@ def _measure_time(
     times: dict[str, list[float]] = {}
     for name in settings["peers"]:
         make = _make_training_call if part == "time" else _make_inference_call
-        calls[name] = make(spec, name, state, options.device, settings["seed"])
+        calls[name] = make(spec, name, state, options.device, settings["seed"], settings["amp"])
         times[name] = []
         record[part].append({"network": spec.name, "peer": name, "seconds": times[name]})
     with tuned_libraries(options.device):
@@ -115,26 +123,36 @@ def _measure_time(
 
 
 def _make_training_call(
-    spec: NetworkSpec, name: str, state: dict[str, torch.Tensor], device: torch.device, seed: int
+    spec: NetworkSpec,
+    name: str,
+    state: dict[str, torch.Tensor],
+    device: torch.device,
+    seed: int,
+    amp: str,
 ) -> Callable[[], object]:
     model = build(PEERS[name], spec, state, device=device).train()
     images, labels = make_batch(spec, PEERS[name].memory_format, device, seed)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        training_step(model, images, labels)
+        training_step(model, images, labels, amp)
 
     return step
 
 
 def _make_inference_call(
-    spec: NetworkSpec, name: str, state: dict[str, torch.Tensor], device: torch.device, seed: int
+    spec: NetworkSpec,
+    name: str,
+    state: dict[str, torch.Tensor],
+    device: torch.device,
+    seed: int,
+    amp: str,
 ) -> Callable[[], object]:
     model = build(PEERS[name], spec, state, device=device).eval()
     images, _ = make_batch(spec, PEERS[name].memory_format, device, seed)
 
     def infer() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, amp):
             model(images)
 
     return infer

@@ -39,6 +39,10 @@ def _best_naive(values: dict[str, float]) -> float | None:
     return min((value for name, value in values.items() if PEERS[name].naive), default=None)
 
 
+def _numbers(amp: str) -> str:
+    return "Float32" if amp == "none" else f"Float32 parameters under {amp} autocast"
+
+
 def _label(name: str) -> str:
     return PEERS[name].label
 
@@ -50,9 +54,9 @@ def page(record: Record) -> Page:
     environment = " ".join(f"{key}={value}" for key, value in CHILD_ENVIRONMENT.items())
     result.add(*intro(record))
     result.add(
-        "Float32; a step is forward, cross entropy and backward, without an optimizer. All "
-        "implementations start from the same weights. densenet_fast gets channels_last input, as "
-        "the peers in that layout do.",
+        f"{_numbers(settings['amp'])}; a step is forward, cross entropy and backward, without an "
+        "optimizer. All implementations start from the same weights. densenet_fast gets "
+        "channels_last input, as the peers in that layout do.",
         "Memory: each case in a child process of its own, after one whole warm-up step. Peak is "
         "the most that was resident during the step (VmHWM, reset before it) minus what was "
         f"resident before it (VmRSS), with `{environment}` so that freed buffers leave the "
