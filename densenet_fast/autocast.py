@@ -12,7 +12,7 @@ from torch import Tensor
 from densenet_fast.backend import select
 from densenet_fast.specs import LayerSpec, Tail, TransitionTail
 
-_CAST_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+CAST_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64 is left alone
 
 
 def enabled(kind: str) -> bool:
@@ -25,19 +25,22 @@ def disabled(kind: str) -> AbstractContextManager[None]:
     return torch.autocast(kind, enabled=False) if enabled(kind) else nullcontext()
 
 
+def computed_type(dtype: torch.dtype, kind: str) -> torch.dtype:
+    """The type that convolutions of `dtype` are computed in on this type of device."""
+    return torch.get_autocast_dtype(kind) if enabled(kind) and dtype in CAST_TYPES else dtype
+
+
+def cast(tensor: Tensor) -> Tensor:
+    """The tensor in the type that convolutions are computed in."""
+    return tensor.to(computed_type(tensor.dtype, tensor.device.type))
+
+
 def lowered(
     input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None
 ) -> tuple[Tensor, Sequence[LayerSpec], Tail | None]:
     """Input and convolutions in autocast's type; norms stay, their parameters may be wider."""
-    kind = input.device.type
-    if not enabled(kind):
+    if not enabled(input.device.type):
         return input, layers, tail
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast(tensor: Tensor) -> Tensor:
-        # Autocast leaves float64 alone, and so do we.
-        return tensor.to(dtype) if tensor.dtype in _CAST_TYPES else tensor
-
     input = cast(input)
     # The CUDA kernels round float32 weights in passing and return float32 gradients: no copies.
     as_they_are = select(input) == "cuda"

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn.modules import module as _module
 
+from densenet_fast.autocast import CAST_TYPES
+from densenet_fast.autocast import enabled as autocast_enabled
+from densenet_fast.backend import backend_for, get_backend
+
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 # kernel_size, stride, padding, dilation, groups, padding_mode
@@ -229,11 +233,20 @@ def surroundings() -> str | None:
 
 
 def autocast(device: torch.device) -> str | None:
-    """Obstacle in automatic mixed precision: it decides the dtype of every operation."""
-    # Autocast raises for the meta device, which cannot have it.
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return f"autocast is active on {device.type}"
-    return None
+    """Obstacle in automatic mixed precision: a type that PyTorch computes faster than our twins."""
+    if not autocast_enabled(device.type):
+        return None
+    dtype = torch.get_autocast_dtype(device.type)
+    if get_backend() == "reference" or backend_for(device, dtype).backend != "reference":
+        return None
+    return f"autocast is active on {device.type}, where there are no kernels for {dtype}"
+
+
+def parameter_type(input: Tensor) -> torch.dtype:
+    """The type that parameters should have for this input: under autocast float32."""
+    if autocast_enabled(input.device.type) and input.dtype in CAST_TYPES:
+        return torch.float32
+    return input.dtype
 
 
 def input(tensor: Tensor) -> str | None:

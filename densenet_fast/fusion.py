@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from densenet_fast import chain, eligibility
+from densenet_fast import autocast, chain, eligibility
 from densenet_fast.backend import backend_for, get_backend
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition, layer_obstacle
 from densenet_fast.model import EfficientDenseNet
@@ -79,7 +79,8 @@ def fusion_report(model: nn.Module) -> FusionReport:
     report = _Report(example.dtype, example.device)
     report.visit("", model)
     forced = get_backend() == "reference"
-    note = "forced" if forced else backend_for(example.device, example.dtype).reason
+    computed = autocast.computed_type(example.dtype, example.device.type)
+    note = "forced" if forced else backend_for(example.device, computed).reason
     return FusionReport(tuple(report.rows), example.dtype, example.device, note)
 
 
@@ -88,7 +89,8 @@ class _Report:
         self.where = (dtype, device)
         self.rows: list[FusionRow] = []
         forced = get_backend()
-        chosen = backend_for(device, dtype).backend if forced == "auto" else forced
+        computed = autocast.computed_type(dtype, device.type)
+        chosen = backend_for(device, computed).backend if forced == "auto" else forced
         self.backend = str(chosen)
         self.everywhere = eligibility.autocast(device) or eligibility.surroundings()
         if device.type == "meta":

@@ -127,7 +127,7 @@ class DenseLayer(nn.Module):
         checks.images(type(self).__name__, input)
         checks.channels(type(self).__name__, input, self._modules.get("norm1"))
         obstacle = eligibility.input(input) or self.obstacle(
-            input.shape[1], input.dtype, input.device
+            input.shape[1], eligibility.parameter_type(input), input.device
         )
         if obstacle is not None:
             checks.parameters(self, self, input)
@@ -244,7 +244,7 @@ class DenseBlock(nn.ModuleDict):
         checks.images(type(self).__name__, input)
         checks.channels(type(self).__name__, input, self.first_reader())
         obstacle = eligibility.input(input)
-        segments = self.segments(obstacle, input.dtype, input.device)
+        segments = self.segments(obstacle, eligibility.parameter_type(input), input.device)
         if not fused_throughout(segments):
             checks.parameters(self, self, input)
         checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
@@ -333,7 +333,7 @@ class Transition(nn.Sequential):
         first = next(iter(self), None)
         checks.channels(name, input, first)
         obstacle = eligibility.input(input) or self.obstacle(
-            input.shape[1], input.dtype, input.device
+            input.shape[1], eligibility.parameter_type(input), input.device
         )
         if obstacle is not None:
             checks.parameters(self, self, input)

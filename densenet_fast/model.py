@@ -119,7 +119,7 @@ class EfficientDenseNet(nn.Module):
             return self._compose(x)
 
         modules = list(self.features)
-        steps, pooled = chain.steps(modules, x.dtype, x.device)
+        steps, pooled = chain.steps(modules, eligibility.parameter_type(x), x.device)
         self._check(owner, x, chain.called_modules(steps))
         for step in steps:
             x = step.run(x)

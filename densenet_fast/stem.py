@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_fast import norms, ops
+from densenet_fast import autocast, norms, ops
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.first_order import first_order_only
 from densenet_fast.layout import as_rows, empty_channels_last
@@ -115,6 +115,15 @@ def conv_stem(
 
     Keeps `input` and one byte per output element; the backward makes the convolution again.
     """
+    input, weight = autocast.cast(input), autocast.cast(weight)
+    bias = None if bias is None else autocast.cast(bias)
+    with autocast.disabled(input.device.type):
+        return _conv_stem(input, weight, bias, conv, norm)
+
+
+def _conv_stem(
+    input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, norm: NormSpec
+) -> Tensor:
     tensors = (weight, bias, norm.weight, norm.bias)
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, *tensors)
@@ -150,7 +159,7 @@ class _ConvStem(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
             gradients = _conv_stem_backward(ctx, grad_outputs[0])
         behind = [*grad_outputs, *ctx.saved_tensors]
         input, *parameters = first_order_only("the fused stem", gradients, behind)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import statistics
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from comparison import Recorder, assert_close, both, networks, without_inplace
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from densenet_fast.backend import use_backend
 from densenet_fast.fusion import fusion_report
 from densenet_fast.layers import DenseBlock
 from densenet_fast.model import EfficientDenseNet
+from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
 
 SIZE = (2, 3, 32, 32)
 
@@ -63,6 +67,56 @@ def test_autocast_equals_torchvision(train: bool) -> None:
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-2, atol=1e-3)
     assert fusion_report(ours).all_fused
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
+def test_fused_under_autocast(checkpoint: Checkpoint) -> None:
+    """Where there are kernels for autocast's type; here, because the reference is forced.
+
+    At most twice the error of torchvision's network under the same autocast, in the median.
+    """
+
+    def results(network: nn.Module, images: Tensor) -> list[Tensor]:
+        network.zero_grad()
+        output = network(images)
+        output.square().sum().backward()
+        return [output.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+
+    errors: tuple[list[float], list[float]] = ([], [])
+    for seed in range(9):
+        expected, ours = networks(torch.float32, seed=seed, checkpoint=checkpoint, growth_rate=8)
+        images = torch.randn(8, 3, 32, 32)
+        truth = results(copy.deepcopy(expected).double(), images.double())
+        for network, found in zip((expected, ours), errors, strict=True):
+            with use_backend("reference"), bfloat16():
+                assert network is expected or fusion_report(ours).all_fused
+                actual = results(network, images)
+            assert actual[0].dtype == torch.bfloat16
+            assert all(gradient.dtype == torch.float32 for gradient in actual[1:])
+            assert len(actual) == len(truth)
+            relative = [
+                float((one.double() - exact).norm() / exact.norm())
+                for one, exact in zip(actual, truth, strict=True)
+            ]
+            found.append(statistics.median(relative))
+    assert statistics.median(errors[1]) <= 2 * statistics.median(errors[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_alone_under_autocast(dtype: torch.dtype) -> None:
+    """Input of either type; the stem's norm and the classifier are not there to help."""
+    block = DenseBlock(3, 12, 2, 4, 0.0)
+    images = torch.randn(2, 12, 9, 7, dtype=dtype)
+    with use_backend("reference"), bfloat16():
+        fused = block(images)
+    with bfloat16():
+        composed = block(images)
+    assert fused.dtype == torch.bfloat16
+    assert fused.grad_fn is not None
+    assert "DenseBlock" in type(fused.grad_fn).__name__
+    torch.testing.assert_close(fused, composed.to(torch.bfloat16), rtol=0.05, atol=0.05)
+    fused.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
 
 
 def test_forward_mode_differentiation() -> None:
