@@ -226,7 +226,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(spec: NetworkSpec, peer: str) 
 @pytest.mark.parametrize("peer", ["naive-channels-last", "memory-efficient"])
 @pytest.mark.parametrize("spec", [SMALL, SMALL_IMAGENET], ids=["small", "imagenet"])
 def test_kept_bytes_under_autocast(spec: NetworkSpec, peer: str) -> None:
-    """Of the usual network: ours is not fused while autocast is active."""
+    """Of the usual network: on the CPU ours has no kernels for 16-bit types."""
     model = peers.build(peers.PEERS[peer], spec, peers.initial_state(spec, 0), device=CPU)
     images, labels = memory.make_batch(spec, torch.channels_last, CPU, 0)
 

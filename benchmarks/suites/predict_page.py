@@ -26,9 +26,8 @@ METHOD = (
     "the CUDA kernels of this repository; the partial results of their reductions, the rearranged "
     "weights and every further sweep over an operand count as moved too (the column *of it "
     "repeated*), although the L2 may hold them, and their products get only the share of the "
-    "tensor rate that `mma.sync` reaches. Its 16-bit figures are what these kernels would do: a "
-    "model called under `torch.autocast` is not fused yet. A step is forward, cross entropy and "
-    "backward, without an optimizer.",
+    "tensor rate that `mma.sync` reaches. A step is forward, cross entropy and backward, without "
+    "an optimizer.",
     "The smaller a network's features are against a device's L2, the less either implementation "
     "depends on memory, and the less these figures say: see the size above each table, and "
     "`--full` for large batches.",
