@@ -193,7 +193,9 @@ FAULTS: dict[str, Fault] = {
 
 def verdict(kind: str, *patches: Patch, check_accesses: bool = False) -> str:
     """The first failure of the selection of tests with these faults; empty without any."""
-    library = build_kernels(patches=(ONLY[kind], *patches), check_accesses=check_accesses)
+    library = build_kernels(
+        patches=(ONLY[kind], *patches), check_accesses=check_accesses, flags=("-g0",)
+    )
     path = os.pathsep.join([str(HERE), str(TESTS), *sys.path])
     done = subprocess.run(
         [sys.executable, str(HERE / "selection.py"), str(library), kind],
