@@ -26,6 +26,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Operators and CPU kernels of densenet_fast";
   m.def("isa_compiled", &densenet_fast::cpu::isa_compiled,
         "Instruction sets compiled in, best first");
+  m.def("isa_usable", &densenet_fast::cpu::isa_usable,
+        "Those of them that this processor can run, best first");
   m.def("isa_in_use", &densenet_fast::cpu::isa_in_use,
         "The instruction set the CPU kernels run with");
   m.def("set_isa", &densenet_fast::cpu::set_isa, pybind11::arg("name"),

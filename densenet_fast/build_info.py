@@ -36,8 +36,9 @@ def build_info() -> BuildInfo:
     - ``extension_is_current``: False if the module was compiled from other C++ sources than those
       beside this package; None without sources (installed package) or without a module
     - ``built_with_torch``, ``compiler``: what the module was built with
-    - ``cpu_isa_compiled``, ``cpu_isa``: instruction sets compiled in, best first, and the one in
-      use (choose with the environment variable DENSENET_FAST_ISA)
+    - ``cpu_isa_compiled``, ``cpu_isa_usable``, ``cpu_isa``: instruction sets compiled in, best
+      first, those that this processor has, and the one in use (choose with the environment
+      variable DENSENET_FAST_ISA)
     - ``cpu_threads``: threads of the CPU kernels, which follow `torch.set_num_threads`
     - ``cuda``: whether there are CUDA kernels that can run on the current GPU; ``cuda_reason``: why
       not, and how to get them
@@ -56,6 +57,7 @@ def build_info() -> BuildInfo:
         built_with_torch=module.built_with_torch() if module else None,
         compiler=module.compiler() if module else None,
         cpu_isa_compiled=module.isa_compiled() if module else [],
+        cpu_isa_usable=module.isa_usable() if module else [],
         cpu_isa=module.isa_in_use() if module else None,
         cpu_threads=torch.get_num_threads(),
         cuda=obstacle is None,

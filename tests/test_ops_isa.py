@@ -19,7 +19,7 @@ from densenet_fast.build_info import build_info
 
 pytestmark = pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
 
-ISAS = build_info()["cpu_isa_compiled"] if _extension.LOADED else []
+ISAS = build_info()["cpu_isa_usable"] if _extension.LOADED else []
 # Full and partial vectors, tiles and panels of every instruction set.
 PIXELS = ((1, 1, 1), (1, 3, 70), (2, 9, 17))
 POINTWISE = (

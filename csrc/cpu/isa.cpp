@@ -60,6 +60,24 @@ const Choice*& current() {
 }  // namespace
 
 const std::vector<std::string>& isa_compiled() {
+  static const std::vector<std::string> names = {
+#ifdef DENSENET_FAST_HAVE_AVX512
+      "avx512",
+#endif
+#ifdef DENSENET_FAST_HAVE_AVX2
+      "avx2",
+#endif
+#ifdef DENSENET_FAST_HAVE_NEON
+      "neon",
+#endif
+#ifdef DENSENET_FAST_HAVE_BASELINE
+      "baseline",
+#endif
+  };
+  return names;
+}
+
+const std::vector<std::string>& isa_usable() {
   static const std::vector<std::string> names = [] {
     std::vector<std::string> result;
     for (const Choice& choice : choices()) result.push_back(choice.name);

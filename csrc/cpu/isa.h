@@ -8,8 +8,9 @@
 
 namespace densenet_fast::cpu {
 
-// Names of the compiled sets that this machine can run, widest first.
+// Names of the compiled sets, and of those that this machine can run; widest first.
 const std::vector<std::string>& isa_compiled();
+const std::vector<std::string>& isa_usable();
 std::string isa_in_use();
 
 // Throws std::invalid_argument naming the choices. Not to be called while kernels run.

@@ -318,7 +318,7 @@ void compare(const std::vector<T>& got, const std::vector<T>& want, const std::s
 template <class T>
 void check(const Case& shape) {
   std::vector<T> baseline;
-  const std::vector<std::string>& names = isa_compiled();  // baseline is last
+  const std::vector<std::string>& names = isa_usable();  // baseline is last
   for (auto isa = names.rbegin(); isa != names.rend(); ++isa) {
     const std::string where = *isa + (sizeof(T) == 4 ? " float32 " : " float64 ") + name(shape);
     std::fprintf(stderr, "%s\n", where.c_str());
