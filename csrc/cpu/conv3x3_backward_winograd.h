@@ -17,7 +17,7 @@ void transform_output_gradients(const Image<const T>& g, const WinogradTiles& ti
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const T* corner = g.data + ((tile.image * g.h + tile.y) * g.w + tile.x) * g.pitch;
+    const T* corner = g.data + tiles.pixel(tile) * g.pitch;
     const bool right = tile.x + 1 < g.w, below = tile.y + 1 < g.h;
     for (int64_t c = 0; c < g.c; c += L) {
       const int64_t n = g.c - c;
@@ -75,7 +75,7 @@ void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& til
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, result += ldr) {
     const WinogradTile tile = tiles.at(index);
-    const int64_t pixel = (tile.image * tiles.h + tile.y) * tiles.w + tile.x;
+    const int64_t pixel = tiles.pixel(tile);
     const bool right = tile.x + 1 < tiles.w, below = tile.y + 1 < tiles.h;
     for (int64_t c = 0; c < columns; c += L) {
       const int64_t n = columns - c;

@@ -19,7 +19,7 @@ DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int
   constexpr int L = kLanes<T>;
   const WinogradTile tile = tiles.at(index);
   const int64_t rows = smaller(2, tiles.h - tile.y), columns = smaller(2, tiles.w - tile.x);
-  T* out = growth.data + ((tile.image * tiles.h + tile.y) * tiles.w + tile.x) * growth.pitch;
+  T* out = growth.data + tiles.pixel(tile) * growth.pitch;
   for (int64_t c = 0; c < growth.c; c += L) {
     const int64_t n = growth.c - c;
     Vec<T> y[2][2];

@@ -74,7 +74,7 @@ void finish_sums(const T* sums, int64_t parts, int64_t width, const Norm<T>& nor
   }
 }
 
-// Adds the parts' weight gradients, [parts, k, width], in order; store(k, row) takes each row.
+// Adds the parts' weight gradients, [parts, k, width], in order; store_row(i, row) takes each row.
 template <class T, class Store>
 void finish_weight(T* parts_of_weight, int64_t parts, int64_t k, int64_t width,
                    const Store& store_row) {

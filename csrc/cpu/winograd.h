@@ -31,11 +31,13 @@ struct WinogradTiles {
   WinogradTile at(int64_t index) const {
     return {index / (down * across), index / across % down * 2, index % across * 2};
   }
-  // Pixels from the first row of tile `begin` to the last of tile `end - 1`, at least: what a run
-  // of tiles reads, but for its border.
+  // The pixel of a tile's first output, by its row in the image's memory.
+  int64_t pixel(const WinogradTile& tile) const { return (tile.image * h + tile.y) * w + tile.x; }
+  // What the tiles [begin, end) read, but for their border: whole image rows, and how many pixels
+  // there are in them.
   int64_t first_pixel(int64_t begin) const {
     const WinogradTile tile = at(begin);
-    return (tile.image * h + tile.y) * w;
+    return pixel(tile) - tile.x;
   }
   int64_t pixels(int64_t begin, int64_t end) const {
     if (begin >= end) return 0;
@@ -49,12 +51,14 @@ DF_INLINE int64_t winograd_task_tiles(int64_t tiles) {
   return larger(1, tiles / (kWinogradTiles * 32)) * kWinogradTiles;
 }
 
-// Products saved must outweigh tiles cut by the border: 16 multiplications for each tile against 9
-// for each pixel, and what the transforms cost. Where the image has less than three rows or columns
-// the direct way adds so few terms that its rounding errors are smaller by more than half.
-DF_INLINE bool winograd_is_faster(int64_t h, int64_t w, int64_t k) {
+// The rule, where the user allows it. Products saved must outweigh tiles cut by the border: 16
+// multiplications for each tile against 9 for each pixel, and what the transforms cost. Where the
+// image has less than three rows or columns the direct way adds so few terms that its rounding
+// errors are smaller by more than half.
+DF_INLINE bool use_winograd(int64_t h, int64_t w, int64_t k) {
   const int64_t tiles = ceil_div(h, 2) * ceil_div(w, 2);
-  return k <= kPanel && h > 2 && w > 2 && tiles * 16 * (k + 6) < 9 * h * w * k;
+  return winograd_allowed() && k <= kPanel && h > 2 && w > 2 &&
+         tiles * 16 * (k + 6) < 9 * h * w * k;
 }
 
 // B' d B of a tile's 4x4 vectors, to 16 points.
@@ -86,7 +90,7 @@ void transform_inputs(const Image<const T>& x, const WinogradTiles& tiles, int64
   const int64_t pitch = x.pitch, row = x.w * pitch;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const T* corner = x.data + ((tile.image * x.h + tile.y - 1) * x.w + tile.x - 1) * pitch + c0;
+    const T* corner = x.data + (tiles.pixel(tile) - x.w - 1) * pitch + c0;
     const bool inside =
         tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
     const auto activated = [&](Vec<T> value, Vec<T> a, Vec<T> b) {
