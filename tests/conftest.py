@@ -19,6 +19,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("densenet_fast")
 
+# Tests in parallel share the processors: more threads than those wait for each other, spinning.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // _WORKERS))
+
 
 def pytest_report_header() -> list[str]:
     return [f"densenet_fast {line}" for line in str(build_info()).splitlines()]
