@@ -23,6 +23,26 @@ DF_INLINE int64_t padded(int64_t columns) {
   return vectors<T>(columns) * kLanes<T>;
 }
 
+// `total` cut into about equal parts: `most` of them, or fewer so that each has `least` or more.
+// A multiple of 8 parts where there are as many, so that threads finish together.
+struct EqualParts {
+  int64_t total, size, count;
+
+  EqualParts(int64_t total_, int64_t most, int64_t least) : total(total_) {
+    count = larger(1, smaller(most, total / least));
+    if (count > 8) count -= count % 8;
+    size = larger(1, ceil_div(total, count));
+    count = larger(1, ceil_div(total, size));
+  }
+  int64_t begin(int64_t part) const { return part * size; }
+  int64_t end(int64_t part) const { return smaller(total, (part + 1) * size); }
+};
+
+// Rows of a tile where `rows` are cut into as few equal tiles as `most` allows, a multiple of 4.
+DF_INLINE int64_t equal_tile(int64_t rows, int64_t most) {
+  return larger(4, ceil_div(ceil_div(rows, larger(1, ceil_div(rows, most))), 4) * 4);
+}
+
 // Vectors in the next column block: `prefer` of them, avoiding a lone last vector, whose tile
 // would be bound by loads.
 DF_INLINE int block_vectors(int64_t left, int prefer) {

@@ -8,8 +8,8 @@ namespace densenet_fast::cpu {
 namespace {
 
 constexpr int kForwardVectors = 2;
-// Whole register tiles, and an operand that leaves room in a first-level cache of 32 KiB.
-constexpr int64_t kForwardTile = 28 / kMaxRows[kForwardVectors] * kMaxRows[kForwardVectors];
+// Rows of a tile, at most: an operand that leaves room in a first-level cache of 32 KiB.
+constexpr int64_t kForwardTile = 28;
 
 // Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
 // prefetch(row, rows, stream) names what the tile at `row` will read.
@@ -21,19 +21,19 @@ void product_forward(int64_t rows, int64_t k, Weight<T> weight, Image<T> out,
   pack_columns<T>(packed.get(), k, columns, kForwardVectors, [&](int64_t i, int64_t j) {
     return weight.data[j * weight.stride_out + i * weight.stride_in];
   });
-  const int64_t per_task = task_rows(rows, kForwardTile);
-  const int64_t tasks = ceil_div(rows, per_task);
-  TaskStatistics<T> partial(tasks, columns);
-  const int64_t steps = product_steps<T>(kForwardTile, k, columns, kForwardVectors);
-  for_each_task(tasks, [&](int64_t task) {
-    T* panel = scratch<T>(Scratch::kOperand, kForwardTile * kPanelPitch);
-    const int64_t end = smaller(rows, (task + 1) * per_task);
-    for (int64_t r = task * per_task; r < end; r += kForwardTile) {
-      const int64_t count = smaller(kForwardTile, end - r);
+  const EqualParts tasks(rows, kMostTasks, 24);
+  const int64_t tile = equal_tile(tasks.size, kForwardTile);
+  TaskStatistics<T> partial(tasks.count, columns);
+  const int64_t steps = product_steps<T>(tile, k, columns, kForwardVectors);
+  for_each_task(tasks.count, [&](int64_t task) {
+    T* panel = scratch<T>(Scratch::kOperand, tile * kPanelPitch);
+    const int64_t end = tasks.end(task);
+    for (int64_t r = tasks.begin(task); r < end; r += tile) {
+      const int64_t count = smaller(tile, end - r);
       PrefetchStream stream;
-      const int64_t next = r + kForwardTile;
+      const int64_t next = r + tile;
       if (next < rows) {
-        const int64_t next_count = smaller(kForwardTile, rows - next);
+        const int64_t next_count = smaller(tile, rows - next);
         prefetch(next, next_count, stream);
         stream.add(out.data + next * out.pitch, columns * sizeof(T), out.pitch * sizeof(T),
                    next_count, true);

@@ -82,7 +82,7 @@ void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& til
       const Vec<T> scale = load<T>(norm.scale() + c0 + c), shift = load<T>(norm.shift() + c0 + c);
       const Vec<T> mean = load<T>(norm.mean() + c0 + c);
       Vec<T> y[2][2];
-      transform_output<T>(result + c, kWinogradTiles * ldr, y);
+      transform_output<T>(result + c, result_pitch(ldr), y);
       Vec<T> added = zero<T>(), added_centred = zero<T>();
       const auto finish_pixel = [&](int i, int j) {
         const int64_t at = pixel + i * tiles.w + j;
@@ -123,37 +123,38 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
     }
   }
 
-  // Tasks: at most 16 parts of the tiles, each for one panel of channels.
+  // Tasks: equal parts of the tiles, 16 at most as each has its own sums and weight gradient, each
+  // for one panel of channels.
   const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
-  const int64_t runs = ceil_div(tiles.count(), kWinogradTiles);
-  const int64_t part_tiles = ceil_div(runs, larger(1, smaller(16, runs / 4))) * kWinogradTiles;
-  const int64_t parts = ceil_div(tiles.count(), part_tiles);
-  CallMemory<T> partial_sums(2 * parts * width);
-  CallMemory<T> partial_weight(want_weight ? parts * 9 * k * width : 1);
+  const EqualParts parts(tiles.count(), 16, 64);
+  const int64_t run = equal_tile(parts.size, kWinogradTiles);
+  CallMemory<T> partial_sums(2 * parts.count * width);
+  CallMemory<T> partial_weight(want_weight ? parts.count * 9 * k * width : 1);
 
-  for_each_task(parts * panels, [&](int64_t task) {
+  for_each_task(parts.count * panels, [&](int64_t task) {
     const int64_t part = task / panels, c0 = task % panels * kPanel;
     const int64_t columns = smaller(kPanel, channels - c0);
     const int64_t vecs = vectors<T>(columns), panel = vecs * L;
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
     T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
-    T* points = scratch<T>(Scratch::kResult, kPoints * kPointPitch);
+    T* points = scratch<T>(Scratch::kResult, kPoints * larger(kPointPitch, result_pitch(panel)));
     T* products = scratch<T>(Scratch::kActivated, want_weight ? kPoints * k * kPanelPitch : 1);
-    if (want_weight) {
-      for (int64_t i = 0; i < kPoints * k * kPanelPitch; ++i) products[i] = T(0);
-    }
-    const int64_t part_end = smaller(tiles.count(), (part + 1) * part_tiles);
-    for (int64_t begin = part * part_tiles; begin < part_end; begin += kWinogradTiles) {
-      const int64_t end = smaller(part_end, begin + kWinogradTiles), count = end - begin;
+    const int64_t part_begin = parts.begin(part), part_end = parts.end(part);
+    for (int64_t begin = part_begin; begin < part_end; begin += run) {
+      const int64_t end = smaller(part_end, begin + run), count = end - begin;
       PrefetchStream stream;
       if (end < part_end) {
         const int64_t first = tiles.first_pixel(end);
-        const int64_t pixels = tiles.pixels(end, smaller(part_end, end + kWinogradTiles));
+        const int64_t pixels = tiles.pixels(end, smaller(part_end, end + run));
         stream.add(bottleneck.data + first * bottleneck.pitch + c0, columns * sizeof(T),
                    bottleneck.pitch * sizeof(T), pixels, false);
         stream.add(grad_growth.data + first * grad_growth.pitch, k * sizeof(T),
                    grad_growth.pitch * sizeof(T), pixels, false);
+        if (grad_norm.data) {
+          stream.add(grad_norm.data + first * grad_norm.pitch + c0, columns * sizeof(T),
+                     grad_norm.pitch * sizeof(T), pixels, true);
+        }
       }
       const int64_t blocks = ceil_div(vecs, kBackwardVectors);
       stream.start(
@@ -176,6 +177,7 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
                                      count,
                                      products + (point * k + first) * kPanelPitch + v * L,
                                      kPanelPitch,
+                                     begin > part_begin,
                                      &stream};
               kMicrokernels<T>.transposed[nv][rows](p);
             });
@@ -203,9 +205,10 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
     }
   });
 
-  if (want_data) finish_sums<T>(partial_sums.get(), parts, width, norm, channels, grad_affine);
+  if (want_data)
+    finish_sums<T>(partial_sums.get(), parts.count, width, norm, channels, grad_affine);
   if (want_weight) {
-    finish_weight<T>(partial_weight.get(), parts, 9 * k, width, [&](int64_t e, const T* row) {
+    finish_weight<T>(partial_weight.get(), parts.count, 9 * k, width, [&](int64_t e, const T* row) {
       store_tap_gradient<T>(e, row, k, channels, grad_weight);
     });
   }

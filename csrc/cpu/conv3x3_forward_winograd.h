@@ -23,7 +23,7 @@ DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int
   for (int64_t c = 0; c < growth.c; c += L) {
     const int64_t n = growth.c - c;
     Vec<T> y[2][2];
-    transform_output<T>(result + c, kWinogradTiles * width, y);
+    transform_output<T>(result + c, result_pitch(width), y);
     const auto store_pixel = [&](int64_t i, int64_t j, int64_t at) {
       store_upto<T>(out + (i * tiles.w + j) * growth.pitch + c, y[i][j], n);
       store<T>(copy + at * width + c, y[i][j]);
@@ -48,22 +48,24 @@ void conv3x3_forward_winograd(Image<const T> bottleneck, Activation<T> act, Weig
                              });
 
   const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
-  const int64_t per_task = winograd_task_tiles(tiles.count());
-  const int64_t tasks = ceil_div(tiles.count(), per_task);
-  TaskStatistics<T> partial(tasks, k);
-  for_each_task(tasks, [&](int64_t task) {
+  const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
+  const int64_t run = equal_tile(tasks.size, kWinogradTiles);
+  TaskStatistics<T> partial(tasks.count, k);
+  for_each_task(tasks.count, [&](int64_t task) {
     T* operand = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
-    T* result = scratch<T>(Scratch::kResult, kPoints * kWinogradTiles * width);
+    T* result = scratch<T>(Scratch::kResult, kPoints * result_pitch(width));
     T* pixels = scratch<T>(Scratch::kActivated, 4 * kWinogradTiles * width);
-    const int64_t task_end = smaller(tiles.count(), (task + 1) * per_task);
-    for (int64_t begin = task * per_task; begin < task_end; begin += kWinogradTiles) {
-      const int64_t end = smaller(task_end, begin + kWinogradTiles);
+    const int64_t task_end = tasks.end(task);
+    for (int64_t begin = tasks.begin(task); begin < task_end; begin += run) {
+      const int64_t end = smaller(task_end, begin + run);
       PrefetchStream stream;
-      const int64_t next_end = smaller(task_end, end + kWinogradTiles);
+      const int64_t next_end = smaller(task_end, end + run);
       if (end < task_end) {
         stream.add(bottleneck.data + tiles.first_pixel(end) * bottleneck.pitch,
                    channels * sizeof(T), bottleneck.pitch * sizeof(T), tiles.pixels(end, next_end),
                    false);
+        stream.add(growth.data + tiles.first_pixel(end) * growth.pitch, k * sizeof(T),
+                   growth.pitch * sizeof(T), tiles.pixels(end, next_end), true);
       }
       stream.start(kPoints * product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
       for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {

@@ -1,7 +1,7 @@
 // The two register-tiled products everything else is made of.
 //
 //   rows_product:      C[i, j] (+)= sum_k A[i, k] * B[k, j]    A row-major in scratch, B packed
-//   transposed_product: C[i, j] += sum_r A[r, i] * B[r, j]     both row-major: weight gradients
+//   transposed_product: C[i, j] (+)= sum_r A[r, i] * B[r, j]     both row-major: weight gradients
 //
 // MR x NV vectors of accumulators stay in registers; one broadcast of A is reused over NV vectors.
 #pragma once
@@ -97,8 +97,9 @@ struct TransposedProduct {
   const T* b;  // [rows, NV * lanes] at ldb
   int64_t ldb;
   int64_t rows;
-  T* c;  // [MR, NV * lanes] at ldc, padded to whole vectors, accumulated into
+  T* c;  // [MR, NV * lanes] at ldc, padded to whole vectors
   int64_t ldc;
+  bool accumulate;  // start from C instead of zero
   PrefetchStream* prefetch;
 };
 
@@ -109,7 +110,9 @@ void transposed_product(const TransposedProduct<T>& p) {
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[i][j] = load<T>(p.c + i * p.ldc + j * L);
+    for (int j = 0; j < NV; ++j) {
+      acc[i][j] = p.accumulate ? load<T>(p.c + i * p.ldc + j * L) : zero<T>();
+    }
   }
   const T* a = p.a;
   const T* b = p.b;

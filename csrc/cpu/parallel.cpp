@@ -33,9 +33,11 @@ struct ThreadScratch {
 
 }  // namespace
 
+int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
 void run_tasks(int64_t tasks, TaskFunction function, void* context) {
   if (tasks <= 0) return;
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t threads = thread_count();
   const int64_t workers = threads < tasks ? threads : tasks;
   if (workers <= 1) {
     for (int64_t i = 0; i < tasks; ++i) function(context, i);

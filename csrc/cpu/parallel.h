@@ -14,6 +14,9 @@ using TaskFunction = void (*)(void* context, int64_t task);
 // Runs `function(context, 0 .. tasks - 1)`, each once, in any order and on any thread.
 void run_tasks(int64_t tasks, TaskFunction function, void* context);
 
+// PyTorch's threads for operators. Only for choices that change no result.
+int64_t thread_count();
+
 // Scratch of the calling thread, 64-byte aligned, kept for the next call; bounded by the tile
 // sizes. Every slot is one buffer: asking again for the same slot may move it.
 enum class Scratch { kOperand, kResult, kActivated, kSums, kCount };

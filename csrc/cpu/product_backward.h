@@ -15,7 +15,7 @@
 namespace densenet_fast::cpu {
 namespace {
 
-constexpr int64_t kBackwardTile = 56;
+constexpr int64_t kBackwardTile = 56;  // rows, at most
 constexpr int kBackwardVectors = 3;
 
 // Panels of G: a Source may use fewer than kPanel columns a panel.
@@ -112,39 +112,32 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
     }
   }
 
-  // Tasks: runs of rows, each cut into groups of column blocks where rows are few.
+  // Tasks: runs of rows, each cut into groups of column blocks where threads would be idle.
   const int64_t blocks = ceil_div(vecs, kBackwardVectors);
-  const int64_t chunks = larger(1, smaller(16, shape.rows / 1024));
-  const int64_t chunk_rows = ceil_div(ceil_div(shape.rows, chunks), kBackwardTile) * kBackwardTile;
-  const int64_t groups = smaller(blocks, ceil_div(16, chunks));
-  const int64_t group_blocks = ceil_div(blocks, groups);
+  const EqualParts chunks(shape.rows, 16, 384);
+  const int64_t tile = equal_tile(chunks.size, kBackwardTile);
+  // Column blocks are independent: how many share the source's rows changes no result.
+  const int64_t groups = smaller(blocks, ceil_div(4 * thread_count(), chunks.count));
 
-  CallMemory<T> partial_sums(2 * chunks * width);
-  CallMemory<T> partial_weight(want_weight ? chunks * shape.k * width : 1);
+  CallMemory<T> partial_sums(2 * chunks.count * width);
+  CallMemory<T> partial_weight(want_weight ? chunks.count * shape.k * width : 1);
 
-  for_each_task(chunks * groups, [&](int64_t task) {
+  for_each_task(chunks.count * groups, [&](int64_t task) {
     const int64_t chunk = task / groups, group = task % groups;
     T* sums = partial_sums.get() + 2 * chunk * width;
     T* grad_weight = want_weight ? partial_weight.get() + chunk * shape.k * width : nullptr;
-    const int64_t row_end = smaller(shape.rows, (chunk + 1) * chunk_rows);
-    const int64_t row_begin = smaller(row_end, chunk * chunk_rows);
+    const int64_t row_begin = chunks.begin(chunk), row_end = chunks.end(chunk);
 
     // Column blocks follow block_vectors(); find this group's.
     int64_t v_begin = 0, v_end = 0;
     for (int64_t v = 0, index = 0; v < vecs; ++index) {
-      if (index == group * group_blocks) v_begin = v;
+      if (index == group * blocks / groups) v_begin = v;
       v += block_vectors(vecs - v, kBackwardVectors);
-      if (index < (group + 1) * group_blocks) v_end = v;
-      if (index < group * group_blocks) v_begin = v;
+      if (index < (group + 1) * blocks / groups) v_end = v;
     }
     if (v_begin >= v_end) return;
     const int64_t c_begin = v_begin * L, c_end = smaller(shape.n, v_end * L);
     for (int64_t c = c_begin; c < v_end * L; ++c) sums[c] = sums[width + c] = T(0);
-    if (want_weight) {
-      for (int64_t k = 0; k < shape.k; ++k) {
-        for (int64_t c = c_begin; c < v_end * L; ++c) grad_weight[k * width + c] = T(0);
-      }
-    }
 
     const int64_t panel_size = kBackwardTile * kPanelPitch;
     T* operand = scratch<T>(Scratch::kOperand, panels * panel_size);
@@ -152,8 +145,8 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
     T* activated = scratch<T>(Scratch::kActivated, kBackwardTile * kBlock);
     PrefetchStream stream;
 
-    for (int64_t r = row_begin; r < row_end; r += kBackwardTile) {
-      const int64_t rows = smaller(kBackwardTile, row_end - r);
+    for (int64_t r = row_begin; r < row_end; r += tile) {
+      const int64_t rows = smaller(tile, row_end - r);
       for (int64_t q = 0; q < panels; ++q) {
         const int64_t k0 = q * shape.panel_width;
         source.build(r, rows, k0, smaller(shape.panel_width, shape.k - k0),
@@ -169,9 +162,9 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
         stream.clear();
         if (next_v < v_end) {
           sink.prefetch(r, rows, next_v * L, smaller(kBlock, c_end - next_v * L), stream);
-        } else if (r + kBackwardTile < row_end) {
-          const int64_t next = r + kBackwardTile;
-          const int64_t next_rows = smaller(kBackwardTile, row_end - next);
+        } else if (r + tile < row_end) {
+          const int64_t next = r + tile;
+          const int64_t next_rows = smaller(tile, row_end - next);
           source.prefetch(next, next_rows, stream);
           sink.prefetch(next, next_rows, c_begin, smaller(kBlock, c_end - c_begin), stream);
         }
@@ -205,13 +198,13 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
         if (want_weight) {
           for (int64_t q = 0; q < panels; ++q) {
             const int64_t k0 = q * shape.panel_width;
-            for_each_row_tile(smaller(shape.panel_width, shape.k - k0), nv,
-                              [&](int64_t first, int count) {
-                                TransposedProduct<T> p{
-                                    operand + q * panel_size + first,       activated, kBlock, rows,
-                                    grad_weight + (k0 + first) * width + c, width,     &stream};
-                                kMicrokernels<T>.transposed[nv][count](p);
-                              });
+            for_each_row_tile(
+                smaller(shape.panel_width, shape.k - k0), nv, [&](int64_t first, int count) {
+                  TransposedProduct<T> p{
+                      operand + q * panel_size + first,       activated, kBlock,        rows,
+                      grad_weight + (k0 + first) * width + c, width,     r > row_begin, &stream};
+                  kMicrokernels<T>.transposed[nv][count](p);
+                });
           }
         }
         v = next_v;
@@ -219,9 +212,10 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
     }
   });
 
-  if (want_data) finish_sums<T>(partial_sums.get(), chunks, width, norm, shape.n, grad_affine);
+  if (want_data)
+    finish_sums<T>(partial_sums.get(), chunks.count, width, norm, shape.n, grad_affine);
   if (want_weight) {
-    finish_weight<T>(partial_weight.get(), chunks, shape.k, width, store_weight);
+    finish_weight<T>(partial_weight.get(), chunks.count, shape.k, width, store_weight);
   }
 }
 

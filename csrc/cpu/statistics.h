@@ -108,21 +108,16 @@ class TaskStatistics {
   CallMemory<T> values_;
 };
 
-// Rows of one task of an operator whose tasks are runs of rows: whole tiles, at most 64 tasks.
-DF_INLINE int64_t task_rows(int64_t rows, int64_t tile) {
-  return larger(1, ceil_div(rows, tile * 64)) * tile;
-}
+constexpr int64_t kMostTasks = 64;  // of an operator that has statistics to merge
 
 template <class T>
 void channel_statistics(Image<const T> features, Statistics<T> statistics) {
   constexpr int64_t kTile = 32;
-  const int64_t rows = features.rows();
-  const int64_t per_task = task_rows(rows, kTile);
-  const int64_t tasks = ceil_div(rows, per_task);
-  TaskStatistics<T> partial(tasks, features.c);
-  for_each_task(tasks, [&](int64_t task) {
-    const int64_t end = smaller(rows, (task + 1) * per_task);
-    for (int64_t r = task * per_task; r < end; r += kTile) {
+  const EqualParts tasks(features.rows(), kMostTasks, kTile);
+  TaskStatistics<T> partial(tasks.count, features.c);
+  for_each_task(tasks.count, [&](int64_t task) {
+    const int64_t end = tasks.end(task);
+    for (int64_t r = tasks.begin(task); r < end; r += kTile) {
       accumulate_statistics<T>(features.data + r * features.pitch, features.pitch,
                                smaller(kTile, end - r), 1, 0, features.c, partial.of(task));
     }

@@ -15,8 +15,12 @@ namespace densenet_fast::cpu {
 namespace {
 
 constexpr int64_t kPoints = 16;
-constexpr int64_t kWinogradTiles = 48;  // of one run
+constexpr int64_t kWinogradTiles = 48;  // of one run, at most
 constexpr int64_t kPointPitch = kWinogradTiles * kPanelPitch;
+
+// Elements between two points of a result of [16, kWinogradTiles, width]: a few cache lines more
+// than needed, as a transform reads all points of a tile at once and must not find them in one set.
+DF_INLINE int64_t result_pitch(int64_t width) { return kWinogradTiles * width + 48; }
 
 struct WinogradTile {
   int64_t image, y, x;  // of its first output
@@ -46,11 +50,6 @@ struct WinogradTiles {
   }
 };
 
-// Tiles of one task: whole runs, 16 tasks or more where there are as many runs.
-DF_INLINE int64_t winograd_task_tiles(int64_t tiles) {
-  return larger(1, tiles / (kWinogradTiles * 32)) * kWinogradTiles;
-}
-
 // The rule, where the user allows it. Products saved must outweigh tiles cut by the border: 16
 // multiplications for each tile against 9 for each pixel, and what the transforms cost. Where the
 // image has less than three rows or columns the direct way adds so few terms that its rounding
@@ -61,24 +60,31 @@ DF_INLINE bool use_winograd(int64_t h, int64_t w, int64_t k) {
          tiles * 16 * (k + 6) < 9 * h * w * k;
 }
 
-// B' d B of a tile's 4x4 vectors, to 16 points.
-template <class T>
-DF_INLINE void store_transformed_input(const Vec<T> (&d)[4][4], T* to) {
-  Vec<T> e[4][4];
+// B' d B of a tile, to 16 points; load(i, j) is element (i, j) of d. Rows are transformed as they
+// are loaded, the two inner ones first, so that no more than 12 vectors live at once.
+template <class T, class Load>
+DF_INLINE void store_transformed_input(const Load& load_at, T* to) {
+  const auto row = [&](int i, Vec<T>(&f)[4]) {
+    const Vec<T> d0 = load_at(i, 0), d1 = load_at(i, 1), d2 = load_at(i, 2), d3 = load_at(i, 3);
+    f[0] = d0 - d2;
+    f[1] = d1 + d2;
+    f[2] = d2 - d1;
+    f[3] = d1 - d3;
+  };
+  Vec<T> f1[4], f2[4], outer[4];
+  row(1, f1);
+  row(2, f2);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    e[0][j] = d[0][j] - d[2][j];
-    e[1][j] = d[1][j] + d[2][j];
-    e[2][j] = d[2][j] - d[1][j];
-    e[3][j] = d[1][j] - d[3][j];
+    store<T>(to + (4 + j) * kPointPitch, f1[j] + f2[j]);
+    store<T>(to + (8 + j) * kPointPitch, f2[j] - f1[j]);
   }
+  row(0, outer);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    store<T>(to + (4 * i + 0) * kPointPitch, e[i][0] - e[i][2]);
-    store<T>(to + (4 * i + 1) * kPointPitch, e[i][1] + e[i][2]);
-    store<T>(to + (4 * i + 2) * kPointPitch, e[i][2] - e[i][1]);
-    store<T>(to + (4 * i + 3) * kPointPitch, e[i][1] - e[i][3]);
-  }
+  for (int j = 0; j < 4; ++j) store<T>(to + j * kPointPitch, outer[j] - f2[j]);
+  row(3, outer);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) store<T>(to + (12 + j) * kPointPitch, f1[j] - outer[j]);
 }
 
 // Transforms channels [c0, c0 + width) of tiles [begin, end): of relu(scale * x + shift), or of x
@@ -100,15 +106,11 @@ void transform_inputs(const Image<const T>& x, const WinogradTiles& tiles, int64
       for (int64_t c = 0; c < width; c += L) {
         const Vec<T> a = kActivate ? load<T>(act.scale + c0 + c) : zero<T>();
         const Vec<T> b = kActivate ? load<T>(act.shift + c0 + c) : zero<T>();
-        Vec<T> d[4][4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            d[i][j] = activated(load<T>(corner + i * row + j * pitch + c), a, b);
-          }
-        }
-        store_transformed_input<T>(d, to + c);
+        store_transformed_input<T>(
+            [&](int i, int j) {
+              return activated(load<T>(corner + i * row + j * pitch + c), a, b);
+            },
+            to + c);
       }
       continue;
     }
@@ -116,16 +118,15 @@ void transform_inputs(const Image<const T>& x, const WinogradTiles& tiles, int64
       const int64_t n = width - c;
       const Vec<T> a = kActivate ? load_upto<T>(act.scale + c0 + c, n) : zero<T>();
       const Vec<T> b = kActivate ? load_upto<T>(act.shift + c0 + c, n) : zero<T>();
-      Vec<T> d[4][4];
-      for (int i = 0; i < 4; ++i) {
-        for (int j = 0; j < 4; ++j) {
-          const bool exists = static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
-                              static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
-          d[i][j] = exists ? activated(load_upto<T>(corner + i * row + j * pitch + c, n), a, b)
-                           : zero<T>();
-        }
-      }
-      store_transformed_input<T>(d, to + c);
+      store_transformed_input<T>(
+          [&](int i, int j) {
+            const bool exists =
+                static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
+                static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
+            return exists ? activated(load_upto<T>(corner + i * row + j * pitch + c, n), a, b)
+                          : zero<T>();
+          },
+          to + c);
     }
   }
 }
@@ -205,7 +206,7 @@ void pack_transformed_weight(T* packed, int64_t k, int64_t columns, int prefer,
 }
 
 // For every point: result[point] (+)= operand[point] * packed[point], [k0, k0 + width) of the
-// reduction's k. The result is [16, kWinogradTiles, whole vectors].
+// reduction's k. The result is [16, tiles, whole vectors], points result_pitch() apart.
 template <class T>
 DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int64_t width,
                                int64_t k, const T* packed, int64_t vecs, int prefer, T* result,
@@ -222,7 +223,7 @@ DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int6
                                1,
                                width,
                                b,
-                               result + (point * kWinogradTiles + first) * ldr + v * L,
+                               result + point * result_pitch(ldr) + first * ldr + v * L,
                                ldr,
                                nv * L,
                                accumulate,
