@@ -137,23 +137,31 @@ class BlockBackward:
     def _layers(self) -> Gradients:
         geometry = self.geometry
         widest, thickest = max(geometry.widths, default=0), max(geometry.growths, default=0)
-        recompute = not self.bottlenecks
+        first_held = len(self.layers) - len(self.bottlenecks)
         grad_bottleneck = Scratch(geometry.pixels, widest, self.features)
         grad_growth = Scratch(geometry.pixels, thickest, self.features)
-        bottleneck = Scratch(geometry.pixels, widest if recompute else 0, self.features)
+        widest = max(geometry.widths[:first_held], default=0)
+        bottleneck = Scratch(geometry.pixels, widest, self.features)
         gradients: list[Gradients] = [[None] * 6 for _ in self.layers]
         for index in reversed(range(self.lowest, len(self.layers))):
             width, growth = geometry.widths[index], geometry.growths[index]
+            recompute = index < first_held
             gradients[index] = self._layer(
                 index,
-                bottleneck.take(width) if recompute else self.bottlenecks[index],
+                bottleneck.take(width) if recompute else self.bottlenecks[index - first_held],
+                recompute,
                 grad_growth.take(growth),
                 grad_bottleneck.take(width),
             )
         return [gradient for layer in gradients for gradient in layer]
 
     def _layer(
-        self, index: int, bottleneck: Tensor, grad_growth: Tensor, grad_norm2: Tensor
+        self,
+        index: int,
+        bottleneck: Tensor,
+        recompute: bool,
+        grad_growth: Tensor,
+        grad_norm2: Tensor,
     ) -> Gradients:
         layer, needs = self.layers[index], self.needs[index]
         start = self.geometry.starts[index]
@@ -163,7 +171,7 @@ class BlockBackward:
 
         norm1 = norm1_coefficients(layer, index, self.geometry, self.statistics)
         norm2 = norm2_coefficients(layer, index, self.statistics)
-        if not self.bottlenecks:
+        if recompute:
             recompute_bottleneck(layer, norm1, prefix, bottleneck)
         grad_growth = self._growth_gradient(index, grad_growth)
 

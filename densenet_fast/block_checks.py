@@ -35,13 +35,17 @@ def check_input(input: Tensor) -> None:
 
 
 def check_block(
-    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: str
+    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: str, hold: int
 ) -> None:
     """Everything a block's forward relies on."""
     if checkpoint not in CHECKPOINT_MODES:
         raise ValueError(
             f"checkpoint should be one of {', '.join(map(repr, CHECKPOINT_MODES))}, "
             f"got {checkpoint!r}"
+        )
+    if not 0 <= hold <= len(layers):
+        raise ValueError(
+            f"hold should be between 0 and the number of layers, {len(layers)}, got {hold!r}"
         )
     check_input(input)
     images, channels, height, width = input.shape

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast import norms, ops
-from densenet_fast.layout import Scratch, empty_channels_last, row_pitch
+from densenet_fast.layout import Scratch, empty_channels_last, empty_rows, row_pitch
 from densenet_fast.norms import Coefficients
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import AvgPoolTail, LayerSpec, NormSpec, Tail, TransitionTail
@@ -78,7 +78,7 @@ class Forward:
 
     buffer: Tensor  # the features [N, C, H, W], channels last
     statistics: Tensor  # the vector of `Statistics`
-    bottlenecks: list[Tensor]  # one for each layer, or none where they were not kept
+    bottlenecks: list[Tensor]  # those of the last layers, as many as were to be kept
 
 
 def norm1_coefficients(
@@ -105,9 +105,12 @@ def forward(
     geometry: Geometry,
     seeds: Sequence[int],
     *,
-    keep_bottlenecks: bool,
+    keep: int,
 ) -> tuple[Tensor, Forward]:
-    """The block's output, and what a backward may want. Updates running statistics."""
+    """The block's output, and what a backward may want. Updates running statistics.
+
+    Of the last `keep` layers the bottlenecks are kept.
+    """
     vector = torch.empty(
         Statistics.size(geometry), dtype=statistics_dtype(input.dtype), device=input.device
     )
@@ -116,7 +119,7 @@ def forward(
     if geometry.reduced(0):
         start = geometry.starts[0]
         ops.channel_statistics(features[..., :start], *statistics.features(0, start))
-    bottlenecks = _run_layers(layers, geometry, statistics, features, seeds, keep_bottlenecks)
+    bottlenecks = _run_layers(layers, geometry, statistics, features, seeds, keep)
     result = Forward(buffer, vector, bottlenecks)
     return (buffer if tail is None else _tail(tail, features, geometry, statistics)), result
 
@@ -127,24 +130,36 @@ def _run_layers(
     statistics: Statistics,
     features: Tensor,
     seeds: Sequence[int],
-    keep: bool,
+    keep: int,
 ) -> list[Tensor]:
-    """All layers for the first time; their bottlenecks, if they are to be kept."""
-    bottlenecks: list[Tensor] = []
-    scratch = None if keep else _bottleneck_scratch(geometry, features)
+    """All layers for the first time; the bottlenecks of the last `keep`."""
+    bottlenecks = Bottlenecks(geometry, features, keep)
     for index, layer in enumerate(layers):
-        if scratch is None:
-            size = (*geometry.pixels, geometry.widths[index])
-            bottleneck = torch.empty(size, dtype=features.dtype, device=features.device)
-            bottlenecks.append(bottleneck)
-        else:
-            bottleneck = scratch.take(geometry.widths[index])
+        bottleneck = bottlenecks.take(index)
         _first_layer_run(layer, index, geometry, statistics, features, bottleneck, seeds[index])
-    return bottlenecks
+    return bottlenecks.kept
 
 
-def _bottleneck_scratch(geometry: Geometry, like: Tensor) -> Scratch:
-    return Scratch(geometry.pixels, max(geometry.widths, default=0), like)
+class Bottlenecks:
+    """Room for each layer's bottleneck [N, H, W, B]: its own where kept, else one scratch."""
+
+    def __init__(self, geometry: Geometry, like: Tensor, keep: int) -> None:
+        """Reserve the scratch that all layers but the last `keep` share."""
+        self._geometry = geometry
+        self._like = like
+        self._first_kept = len(geometry.widths) - keep
+        self._scratch = Scratch(
+            geometry.pixels, max(geometry.widths[: self._first_kept], default=0), like
+        )
+        self.kept: list[Tensor] = []
+
+    def take(self, layer: int) -> Tensor:
+        """Room for the next layer's bottleneck; layers must come in order."""
+        width = self._geometry.widths[layer]
+        if layer < self._first_kept:
+            return self._scratch.take(width)
+        self.kept.append(empty_rows((*self._geometry.pixels, width), self._like))
+        return self.kept[-1]
 
 
 def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple[Tensor, Tensor]:
@@ -209,22 +224,31 @@ def recompute_features(
     geometry: Geometry,
     statistics: Statistics,
     seeds: Sequence[int],
-) -> Tensor:
-    """The rows of the features once more, [N, H, W, C]: nothing is reduced, nothing updated."""
+    keep: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The rows of the features once more, [N, H, W, C]: nothing is reduced, nothing updated.
+
+    And the bottlenecks of the last `keep` layers.
+    """
     _, features = _feature_buffer(input, geometry, padded=True)
-    scratch = _bottleneck_scratch(geometry, input)
-    # Without a tail nothing reads the last layer's growth: its gradient needs no correction.
-    for index, layer in enumerate(layers if tail is not None else layers[:-1]):
+    bottlenecks = Bottlenecks(geometry, features, keep)
+    for index, layer in enumerate(layers):
+        # Without a tail nothing reads the last layer's growth: its gradient needs no correction.
+        growth_read = tail is not None or index + 1 < len(layers)
+        if not growth_read and not keep:
+            break
         start, end = geometry.starts[index : index + 2]
-        bottleneck = scratch.take(geometry.widths[index])
+        bottleneck = bottlenecks.take(index)
         norm1 = norm1_coefficients(layer, index, geometry, statistics)
         recompute_bottleneck(layer, norm1, features[..., :start], bottleneck)
+        if not growth_read:
+            break
         scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
         growth = features[..., start:end]
         ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
         if layer.dropout:
             ops.dropout_(growth, seeds[index], layer.dropout)
-    return features
+    return features, bottlenecks.kept
 
 
 def tail_coefficients(norm: NormSpec, statistics: Statistics) -> Coefficients:

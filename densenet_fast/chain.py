@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from densenet_fast import eligibility
+from densenet_fast.autocast import computed_type
 from densenet_fast.layers import DenseBlock, Transition
+from densenet_fast.memory_plan import BlockSize, held_bottlenecks
 from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 
 
@@ -117,6 +120,54 @@ def _recomputed_conv(planned: list[Step], behind: Sequence[nn.Module]) -> nn.Con
 
 def _ends_fused(step: DenseStep) -> bool:
     return bool(step.segments) and isinstance(step.segments[-1], list)
+
+
+def run(planned: Sequence[Step], input: Tensor) -> Tensor:
+    """The steps one after another."""
+    first = next((at for at, step in enumerate(planned) if isinstance(step, DenseStep)), None)
+    for at, step in enumerate(planned):
+        if at == first and torch.is_grad_enabled():
+            _hold_bottlenecks(planned[at:], input)
+        input = step.run(input)
+    return input
+
+
+def _hold_bottlenecks(planned: Sequence[Step], input: Tensor) -> None:
+    """Tell the blocks which bottlenecks to hold, if there is nothing here but fused blocks."""
+    steps = [step for step in planned if isinstance(step, DenseStep)]
+    modes = {step.checkpoint for step in steps}
+    runs = [step.segments[0] for step in steps if len(step.segments) == 1]
+    if len(runs) < len(planned) or len(modes) > 1:
+        return
+    images, channels, height, width = input.shape
+    stored = computed_type(input.dtype, input.device.type)
+    sizes: list[BlockSize] = []
+    for step, layers in zip(steps, runs, strict=True):
+        if not isinstance(layers, list):
+            return
+        if not sizes and not input.requires_grad and not _trainable(layers):
+            return  # the fullest backward may not happen
+        widths = [eligibility.weight_shape(layer.conv1)[0] for layer in layers]
+        growths = [eligibility.weight_shape(layer.conv2)[0] for layer in layers]
+        convolutions = [conv for layer in layers for conv in (layer.conv1, layer.conv2)]
+        end, pixels = channels + sum(growths), images * height * width
+        if isinstance(step.tail, Transition):
+            behind = eligibility.weight_shape(step.tail.conv)[0]
+            convolutions.append(step.tail.conv)
+            height, width = height // 2, width // 2
+            output = images * height * width * behind
+        else:
+            behind, output = end, images * end if step.tail is not None else pixels * end
+        weights = sum(math.prod(eligibility.weight_shape(conv)) for conv in convolutions)
+        weights = weights * layers[0].conv1.weight.itemsize // stored.itemsize
+        sizes.append(BlockSize(pixels, channels, end, widths, max(growths), output, weights))
+        channels = behind
+    for step, hold in zip(steps, held_bottlenecks(sizes, modes.pop()), strict=True):
+        step.hold = hold
+
+
+def _trainable(layers: Sequence[nn.Module]) -> bool:
+    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
 
 
 def called_modules(planned: Sequence[Step]) -> list[nn.Module]:

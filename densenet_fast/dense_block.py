@@ -7,6 +7,9 @@ correction for batch statistics until all readers of a channel are done. Kept in
 - `checkpoint="none"`: X and every layer's bottleneck;
 - `checkpoint="bottleneck"`: X, from which the backward recomputes the bottlenecks;
 - `checkpoint="block"`: the block's input, from which the backward recomputes X.
+
+`hold` spares the last layers the recomputation of their bottleneck: those are kept besides X, or
+with "block" from the recomputation of X until the backward is done.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ __all__ = [
 ]
 
 _LARGEST_SEED = 2**63 - 1
-_FIRST_PARAMETER = 7  # its position among the arguments of `_DenseBlock.apply`
+_FIRST_PARAMETER = 8  # its position among the arguments of `_DenseBlock.apply`
 
 
 def dense_block(
@@ -65,21 +68,25 @@ def dense_block(
     *,
     tail: Tail | None = None,
     checkpoint: Checkpoint = "bottleneck",
+    hold: int = 0,
 ) -> Tensor:
     """Run `layers` on `input` [N, C0, H, W] and, fused behind them, `tail`.
 
     Returns the concatenated features [N, C, H, W] without a tail, [N, Cout, H // 2, W // 2] behind
-    a `TransitionTail` (both channels last in memory), [N, C] behind an `AvgPoolTail`.
+    a `TransitionTail` (both channels last in memory), [N, C] behind an `AvgPoolTail`. `hold` is the
+    number of last layers whose bottleneck is held for the backward; with `checkpoint="none"` all
+    are.
     """
     input, layers, tail = autocast.lowered(input, layers, tail)
     with autocast.disabled(input.device.type):
-        return _dense_block(input, layers, tail, checkpoint)
+        return _dense_block(input, layers, tail, checkpoint, hold)
 
 
 def _dense_block(
-    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: Checkpoint
+    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: Checkpoint, hold: int
 ) -> Tensor:
-    check_block(input, layers, tail, checkpoint)
+    check_block(input, layers, tail, checkpoint, hold)
+    hold = len(layers) if checkpoint == "none" else hold
     geometry = Geometry(input.shape, layers, tail)
     seeds = _draw_seeds(layers)
     parameters = [tensor for layer in layers for tensor in layer_parameters(layer)]
@@ -93,11 +100,11 @@ def _dense_block(
         # out also where the backward does not need the input.
         link = input[:0].sum() if input.requires_grad else None
         output: Tensor = _DenseBlock.apply(
-            input, link, layers, tail, geometry, seeds, checkpoint, *parameters
+            input, link, layers, tail, geometry, seeds, checkpoint, hold, *parameters
         )
         return output
     with torch.no_grad():
-        return forward(input, layers, tail, geometry, seeds, keep_bottlenecks=False)[0]
+        return forward(input, layers, tail, geometry, seeds, keep=0)[0]
 
 
 def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
@@ -120,11 +127,11 @@ class _DenseBlock(torch.autograd.Function):
         geometry: Geometry,
         seeds: Sequence[int],
         checkpoint: Checkpoint,
+        hold: int,
         *parameters: Tensor | None,
     ) -> Tensor:
-        output, result = forward(
-            input, layers, tail, geometry, seeds, keep_bottlenecks=checkpoint == "none"
-        )
+        keep = 0 if checkpoint == "block" else hold
+        output, result = forward(input, layers, tail, geometry, seeds, keep=keep)
         # The buffer is either the output itself or never leaves: in both cases the version counter
         # notices whoever writes into it before the backward has read it.
         anchor = input if checkpoint == "block" else result.buffer
@@ -133,7 +140,7 @@ class _DenseBlock(torch.autograd.Function):
         ctx.save_for_backward(
             link, anchor, result.statistics, *result.bottlenecks, *parameters, *tensors
         )
-        ctx.kept_bottlenecks = len(result.bottlenecks)
+        ctx.kept_bottlenecks, ctx.hold = len(result.bottlenecks), hold
         ctx.layers = [without_layer_tensors(layer) for layer in layers]
         ctx.tail = without_tail_tensors(tail)
         ctx.geometry, ctx.seeds, ctx.checkpoint = geometry, seeds, checkpoint
@@ -156,7 +163,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     geometry: Geometry = ctx.geometry
     statistics = Statistics(geometry, vector)
     if ctx.checkpoint == "block":
-        features = recompute_features(anchor, layers, tail, geometry, statistics, ctx.seeds)
+        features, bottlenecks = recompute_features(
+            anchor, layers, tail, geometry, statistics, ctx.seeds, ctx.hold
+        )
     else:
         features = as_rows(anchor)
     needed = ctx.needs_input_grad

@@ -35,6 +35,12 @@ def empty_channels_last(
     return _huge_pages(tensor, strides[0] * shape[0])
 
 
+def empty_rows(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """An uninitialised contiguous [N, H, W, C] tensor."""
+    tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return _huge_pages(tensor, tensor.numel())
+
+
 def _huge_pages(tensor: Tensor, elements: int) -> Tensor:
     """The new tensor, behind large pages if it is large: page faults are a part of every step."""
     size = elements * tensor.itemsize

@@ -121,8 +121,7 @@ class EfficientDenseNet(nn.Module):
         modules = list(self.features)
         steps, pooled = chain.steps(modules, eligibility.parameter_type(x), x.device)
         self._check(owner, x, chain.called_modules(steps))
-        for step in steps:
-            x = step.run(x)
+        x = chain.run(steps, x)
         return self.classifier(x if pooled else _relu_and_average(x))
 
     def _check(self, owner: str, x: Tensor, called: list[nn.Module]) -> None:

@@ -90,12 +90,14 @@ class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
     A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
-    a transition, or the norm of norm, ReLU and average over all pixels.
+    a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
+    layers whose bottlenecks are held for the backward (see `densenet_fast.memory_plan`).
     """
 
     segments: Sequence[Segment]
     checkpoint: Checkpoint
     tail: Transition | nn.BatchNorm2d | None = None
+    hold: int = 0
 
     def run(self, input: Tensor) -> Tensor:
         """The concatenated features, or what the tail makes of them."""
@@ -124,7 +126,13 @@ class DenseStep:
         elif tail is not None:
             behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)
         with counts:
-            return dense_block(input, layers, tail=behind, checkpoint=self.checkpoint)
+            return dense_block(
+                input,
+                layers,
+                tail=behind,
+                checkpoint=self.checkpoint,
+                hold=min(self.hold, len(layers)),
+            )
 
 
 def _layer_spec(layer: DenseLayer, counts: StepCounts) -> LayerSpec:

@@ -162,7 +162,15 @@ def test_flops_of_ours_differ_by_transitions_and_recomputation(spec: NetworkSpec
         again[mode] = sum(op.flops for op in step if op.name.endswith("recomputed"))
         first[mode] = flops(step) - again[mode]
         pointwise, spatial = flops(step, "conv1x1 forward"), flops(step, "conv3x3 forward")
-        recomputed = {"none": 0, "bottleneck": pointwise, "block": 2 * pointwise + spatial}[mode]
+        twice = sum(  # 1x1 convolutions made again for their bottleneck
+            2 * block.rows * block.bottleneck * block.start(layer)
+            for block, hold in zip(
+                shapes.blocks(spec), shapes.held(spec, FLOAT32, mode), strict=True
+            )
+            for layer in range(block.layers - hold)
+        )
+        recomputed = twice + (pointwise + spatial if mode == "block" else 0)
+        assert (twice > 0) == (mode != "none")
         assert flops(step, "conv1x1 re") + flops(step, "conv3x3 re") == recomputed
     assert set(first.values()) == {usual_flops - transitions * 3 // 4}
     assert again["none"] == 0

@@ -51,7 +51,7 @@ BOTTLENECKS = [*[(2, 8, 8, 8)] * 2, *[(2, 4, 4, 8)] * 3, *[(2, 2, 2, 8)] * 2]
     ("checkpoint", "kept"),
     [
         ("none", STEM_CONVOLUTION + FEATURES + BOTTLENECKS),
-        ("bottleneck", FEATURES),
+        ("bottleneck", FEATURES + BOTTLENECKS[2:]),  # the first block's step is the fullest
         ("block", INPUTS),
     ],
 )

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from benchmarks.networks import NetworkSpec
 from benchmarks.prediction.common import STATISTIC, ceil_div, conv0_backward, conv0_forward, head
-from benchmarks.prediction.shapes import Block, Format, Op, Phase, blocks, stem
+from benchmarks.prediction.shapes import Block, Format, Op, Phase, blocks, held, stem
+from densenet_fast.specs import Checkpoint
 
 # Numbers of csrc/cuda: kTileRows, the widest tile's columns, launch_rows_product<P, 64> of the
 # transition, kStep in bytes, kStatisticsRows and kUnpoolRows, TapTile, kStagePixels.
@@ -339,10 +340,10 @@ def _stem(spec: NetworkSpec, fmt: Format, mode: str) -> Iterator[Op]:
     yield Op("stem", "backward", 2 * features * e, features * e)  # the rest of the norm's backward
 
 
-def fused_step(spec: NetworkSpec, fmt: Format, mode: str, multiprocessors: int) -> list[Op]:
+def fused_step(spec: NetworkSpec, fmt: Format, mode: Checkpoint, multiprocessors: int) -> list[Op]:
     """A training step of ours in checkpoint mode "none", "bottleneck" or "block"."""
     ops = [*_stem(spec, fmt, mode), *head(spec, fmt)]
-    for block in blocks(spec):
+    for block, hold in zip(blocks(spec), held(spec, fmt, mode), strict=True):
         ops += _around(block, fmt)
         if mode == "block":
             size = block.rows * block.channels * fmt.element
@@ -351,7 +352,7 @@ def fused_step(spec: NetworkSpec, fmt: Format, mode: str, multiprocessors: int) 
             ops += layer_forward(block, layer, fmt)
             if mode == "block":
                 ops += layer_again(block, layer, fmt)
-            recompute = mode != "none"
+            recompute = layer < block.layers - hold
             ops += layer_backward(block, layer, fmt, multiprocessors, recompute=recompute)
         ops += _tail(block, fmt, multiprocessors)
     return ops

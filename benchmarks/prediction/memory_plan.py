@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from benchmarks.networks import NetworkSpec
 from benchmarks.prediction.common import LABEL, STATISTIC
 from benchmarks.prediction.fused import row_splits, tap_splits
-from benchmarks.prediction.shapes import Block, Format, blocks, stem
+from benchmarks.prediction.shapes import Block, Format, blocks, held, stem
 from benchmarks.prediction.usual import POOL_INDEX
+from densenet_fast.specs import Checkpoint
 
 NAIVE, EFFICIENT = "naive", "memory-efficient"
-OURS = ("none", "bottleneck", "block")
+OURS: tuple[Checkpoint, ...] = ("none", "bottleneck", "block")
 CACHE_PAGE, PADDING, CUDA_ACCESS = 4096, 16, 16  # densenet_fast.layout.row_pitch
 LOSS_WEIGHT = 4  # bytes: the scalar that nll_loss keeps
 
@@ -74,15 +75,15 @@ def usual_stem_kept(spec: NetworkSpec, fmt: Format) -> int:
     return kept
 
 
-def fused_block_kept(block: Block, fmt: Format, mode: str, *, cuda: bool) -> int:
+def fused_block_kept(block: Block, fmt: Format, mode: str, hold: int, *, cuda: bool) -> int:
     """The features or the input, the bottlenecks, statistics, and a scalar's link to the input."""
     e = fmt.element
     if mode == "block":
         kept = block.rows * block.channels * e
     else:
         kept = buffer(block.rows, block.end, e, cuda=cuda)
-    if mode == "none":
-        kept += block.layers * block.rows * block.bottleneck * e
+    if mode != "block":
+        kept += hold * block.rows * block.bottleneck * e
     return kept + _norm(block.end) + block.layers * _norm(block.bottleneck) + e
 
 
@@ -103,7 +104,8 @@ def kept(spec: NetworkSpec, fmt: Format, name: str, *, cuda: bool = True) -> int
     total = head_kept(spec, fmt)
     if name in OURS:
         total += fused_stem_kept(spec, fmt, name)
-        return total + sum(fused_block_kept(b, fmt, name, cuda=cuda) for b in blocks(spec))
+        holds = zip(blocks(spec), held(spec, fmt, name), strict=True)
+        return total + sum(fused_block_kept(b, fmt, name, hold, cuda=cuda) for b, hold in holds)
     total += usual_stem_kept(spec, fmt)
     for block in blocks(spec):
         layers, tail = _usual_block_kept(block, fmt, efficient=name == EFFICIENT)
@@ -144,38 +146,44 @@ def _usual_moments(spec: NetworkSpec, fmt: Format, name: str) -> Iterator[int]:
 
 
 def _fused_moments(
-    spec: NetworkSpec, fmt: Format, mode: str, multiprocessors: int | None
+    spec: NetworkSpec, fmt: Format, mode: Checkpoint, multiprocessors: int | None
 ) -> Iterator[int]:
     """The forward block by block, then the backward."""
     e, s, every, cuda = fmt.element, stem(spec), blocks(spec), multiprocessors is not None
-    again = mode != "none"  # the convolution's output and the bottlenecks are scratch
+    again = mode != "none"  # the convolution's output is scratch
+    holds = held(spec, fmt, mode)
     now = fused_stem_kept(spec, fmt, mode)
     if s.pooled_rows:
         yield now + (s.rows * again + s.pooled_rows) * s.channels * e
-    for block in every:
+    for block, hold in zip(every, holds, strict=True):
         features = buffer(block.rows, block.end, e, cuda=cuda)
         other = features if mode == "block" else block.rows * block.channels * e  # not kept
-        now += fused_block_kept(block, fmt, mode, cuda=cuda)
-        bottleneck = block.rows * block.bottleneck * again * e
+        now += fused_block_kept(block, fmt, mode, hold, cuda=cuda)
+        bottleneck = block.rows * block.bottleneck * _scratch(block, mode, hold) * e
         yield now + other + max(bottleneck, (block.transition or 0) * block.pooled_rows * e)
     now += head_kept(spec, fmt)
     yield now + every[-1].end * spec.num_classes * fmt.parameter
     now -= head_kept(spec, fmt)
-    for block in reversed(every):
+    for block, hold in reversed(list(zip(every, holds, strict=True))):
         m, b = block.rows, block.bottleneck
         features = buffer(m, block.end, e, cuda=cuda)
-        held = now + (block.transition or 0) * block.pooled_rows * e  # and the gradient that came
+        live = now + (block.transition or 0) * block.pooled_rows * e  # and the gradient that came
         if mode == "block":
-            held += features
-            yield held + m * b * e
+            live += features + hold * m * b * e
+            yield live + m * b * e
         # The gradient buffer, and parameters' gradients, which stay until the block is done.
-        held += features + block.weights * fmt.parameter
-        scratch = m * (b * (1 + again) + block.growth) * e
-        yield held + scratch + _workspace(block, fmt, multiprocessors)
-        yield held + m * block.channels * e
-        now -= fused_block_kept(block, fmt, mode, cuda=cuda)
+        live += features + block.weights * fmt.parameter
+        scratch = m * (b * (1 + (hold < block.layers)) + block.growth) * e
+        yield live + scratch + _workspace(block, fmt, multiprocessors)
+        yield live + m * block.channels * e
+        now -= fused_block_kept(block, fmt, mode, hold, cuda=cuda)
     if s.pooled_rows:
         yield now + (s.rows * (1 + again) + s.pooled_rows) * s.channels * e
+
+
+def _scratch(block: Block, mode: Checkpoint, hold: int) -> bool:
+    """Whether layers share a bottleneck in the forward, as those do that keep none."""
+    return mode == "block" or hold < block.layers
 
 
 def _workspace(block: Block, fmt: Format, multiprocessors: int | None) -> int:

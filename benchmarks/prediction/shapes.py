@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.networks import NetworkSpec
+from densenet_fast.memory_plan import BlockSize, held_bottlenecks
+from densenet_fast.specs import Checkpoint
 
 Phase = Literal["forward", "backward"]
 
@@ -159,6 +161,27 @@ def blocks(spec: NetworkSpec) -> list[Block]:
         )
         channels, size = behind or end, size // 2
     return found
+
+
+def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint) -> list[int]:
+    """How many last layers of each block do not make their bottleneck again."""
+    sizes = [
+        BlockSize(
+            pixels=block.rows,
+            channels=block.channels,
+            end=block.end,
+            widths=[block.bottleneck] * block.layers,
+            growth=block.growth,
+            output=(
+                block.images * block.end
+                if block.transition is None
+                else block.pooled_rows * block.transition
+            ),
+            weights=block.weights * fmt.parameter // fmt.element,
+        )
+        for block in blocks(spec)
+    ]
+    return held_bottlenecks(sizes, mode)
 
 
 def parameters(spec: NetworkSpec) -> int:

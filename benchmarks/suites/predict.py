@@ -19,6 +19,7 @@ from benchmarks.prediction.usual import usual_step
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save
 from benchmarks.suites.predict_page import figure, page
+from densenet_fast.specs import Checkpoint
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
@@ -30,12 +31,11 @@ LAUNCH_SECONDS = 4e-6
 LARGE_BATCH = 256  # images; the full form
 
 # As peers of the other suites → how `memory_plan` calls them.
+OURS: dict[str, Checkpoint] = {f"ours-{mode}": mode for mode in memory_plan.OURS}
 IMPLEMENTATIONS = {
     "naive-channels-last": memory_plan.NAIVE,
     "memory-efficient": memory_plan.EFFICIENT,
-    "ours-none": "none",
-    "ours-bottleneck": "bottleneck",
-    "ours-block": "block",
+    **OURS,
 }
 DETAILED = ("naive-channels-last", "ours-bottleneck")  # operation by operation
 
@@ -66,8 +66,8 @@ def failures(record: Record) -> list[str]:
 
 def count(spec: NetworkSpec, fmt: Format, name: str, device: Device) -> list[Op]:
     """The operations of a training step of one implementation."""
-    if name.startswith("ours-"):
-        return fused_step(spec, fmt, IMPLEMENTATIONS[name], device.multiprocessors)
+    if name in OURS:
+        return fused_step(spec, fmt, OURS[name], device.multiprocessors)
     return usual_step(spec, fmt, efficient=name == "memory-efficient")
 
 
