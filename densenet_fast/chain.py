@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -158,12 +157,23 @@ def _hold_bottlenecks(planned: Sequence[Step], input: Tensor) -> None:
             output = images * height * width * behind
         else:
             behind, output = end, images * end if step.tail is not None else pixels * end
-        weights = sum(math.prod(eligibility.weight_shape(conv)) for conv in convolutions)
-        weights = weights * layers[0].conv1.weight.itemsize // stored.itemsize
-        sizes.append(BlockSize(pixels, channels, end, widths, max(growths), output, weights))
+        gradients = _gradients([conv.weight for conv in convolutions], stored.itemsize)
+        sizes.append(BlockSize(pixels, channels, end, widths, max(growths), output, *gradients))
         channels = behind
     for step, hold in zip(steps, held_bottlenecks(sizes, modes.pop()), strict=True):
         step.hold = hold
+
+
+def _gradients(weights: Sequence[Tensor], itemsize: int) -> tuple[int, int]:
+    """The weights' gradients, and those that are new and stay, in elements of `itemsize` bytes."""
+    wanted = [weight for weight in weights if weight.requires_grad]
+    lasting = [
+        weight
+        for weight in wanted
+        if weight.grad is None and not getattr(weight, "_post_accumulate_grad_hooks", None)
+    ]
+    every, new = (sum(weight.nbytes for weight in part) for part in (wanted, lasting))
+    return every // itemsize, new // itemsize
 
 
 def _trainable(layers: Sequence[nn.Module]) -> bool:

@@ -24,6 +24,7 @@ class BlockSize:
     growth: int  # the widest layer's
     output: int  # elements of what follows the block: the incoming gradient
     weights: int  # elements of the convolutions' gradients, which it hands over when it is done
+    lasting: int  # elements of those that stay, as parameters that had no gradient keep them
 
     def kept(self, mode: Checkpoint) -> int:
         """Elements kept between forward and backward, without bottlenecks."""
@@ -46,11 +47,7 @@ def held_bottlenecks(blocks: Sequence[BlockSize], mode: Checkpoint) -> list[int]
     """
     if mode == "none":
         return [len(block.widths) for block in blocks]
-    kept, fill = 0, []
-    for block in blocks:
-        kept += block.kept(mode)
-        fill.append(kept + block.backward(mode))
-    room = [max(fill) - elements for elements in fill] if blocks else []
+    room = _room(blocks, mode)
     held = [0] * len(blocks)
     for index in reversed(range(len(blocks))):
         block = blocks[index]
@@ -63,3 +60,14 @@ def held_bottlenecks(blocks: Sequence[BlockSize], mode: Checkpoint) -> list[int]
             for at in affected:
                 room[at] -= size
     return held
+
+
+def _room(blocks: Sequence[BlockSize], mode: Checkpoint) -> list[int]:
+    """Elements by which each block's backward stays below the fullest one."""
+    kept, lasting = 0, sum(block.lasting for block in blocks)
+    fill = []
+    for block in blocks:
+        kept += block.kept(mode)
+        lasting -= block.lasting  # those of blocks behind it, whose backward is over
+        fill.append(kept + lasting + block.backward(mode))
+    return [max(fill) - elements for elements in fill]

@@ -29,7 +29,8 @@ def chains(draw: st.DrawFn) -> list[BlockSize]:
         end = channels + growth * len(widths)
         pixels, output = draw(st.integers(1, 500)), draw(st.integers(0, 5000))
         weights = draw(st.integers(0, 5000))
-        blocks.append(BlockSize(pixels, channels, end, widths, growth, output, weights))
+        lasting = draw(st.sampled_from([0, weights]))
+        blocks.append(BlockSize(pixels, channels, end, widths, growth, output, weights, lasting))
     return blocks
 
 
@@ -42,6 +43,7 @@ def moments(blocks: list[BlockSize], held: list[int], mode: Checkpoint) -> list[
     found = []
     for at, block in enumerate(blocks):
         kept = sum(earlier.kept(mode) for earlier in blocks[: at + 1])
+        kept += sum(later.lasting for later in blocks[at + 1 :])
         bottlenecks = extra[at] if mode == "block" else sum(extra[: at + 1])
         found.append(kept + bottlenecks + block.backward(mode))
     return found
@@ -62,7 +64,7 @@ def test_no_backward_rises_above_the_peak_without(
 
 
 def test_all_are_held_where_nothing_is_recomputed() -> None:
-    block = BlockSize(9, 4, 12, [8, 8], 4, 0, 0)
+    block = BlockSize(9, 4, 12, [8, 8], 4, 0, 0, 0)
     assert held_bottlenecks([block, block], "none") == [2, 2]
     assert held_bottlenecks([], "bottleneck") == []
 
@@ -122,6 +124,20 @@ def test_networks_recompute_where_the_step_is_fullest(monkeypatch: pytest.Monkey
     assert recomputed(network, monkeypatch) == [2, 2, 4, 4, 4, 8, 8, 8, 8]
     network.checkpoint = "none"
     assert recomputed(network, monkeypatch) == []
+
+
+def test_room_under_the_gradients_that_the_step_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = EfficientDenseNet(8, (3, 8, 2), 8, bn_size=2, small_inputs=True)
+    first = recomputed(network, monkeypatch)
+    assert first == [16, 16, 32, 32, 32]
+    second = recomputed(network, monkeypatch)  # gradients exist by now
+    assert second == [16, 16, *first]
+    network.zero_grad()
+    assert recomputed(network, monkeypatch) == first
+    for parameter in network.parameters():
+        parameter.grad = None
+        parameter.register_post_accumulate_grad_hook(lambda parameter: None)
+    assert recomputed(network, monkeypatch) == second
 
 
 def test_nothing_is_held_where_the_plan_does_not_know_the_step(

@@ -163,8 +163,11 @@ def blocks(spec: NetworkSpec) -> list[Block]:
     return found
 
 
-def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint) -> list[int]:
-    """How many last layers of each block do not make their bottleneck again."""
+def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint, *, gradients: bool = True) -> list[int]:
+    """How many last layers of each block do not make their bottleneck again.
+
+    `gradients`: whether the parameters have gradients before the step.
+    """
     sizes = [
         BlockSize(
             pixels=block.rows,
@@ -178,6 +181,7 @@ def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint) -> list[int]:
                 else block.pooled_rows * block.transition
             ),
             weights=block.weights * fmt.parameter // fmt.element,
+            lasting=0 if gradients else block.weights * fmt.parameter // fmt.element,
         )
         for block in blocks(spec)
     ]
