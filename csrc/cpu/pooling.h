@@ -160,8 +160,28 @@ void norm_relu_maxpool_forward(Image<const T> input, Activation<T> act, Image<T>
   });
 }
 
-// Every input pixel asks the (at most four) windows that hold it whether it was their maximum, so
-// no two threads write the same place.
+// The gradient of one line of activations, [w, c]: every pixel asks the (at most four) windows that
+// hold it whether it was their maximum, so that no two threads write the same place.
+template <class T>
+void unpool_line(const Image<const T>& grad_out, const uint8_t* argmax, int64_t channels,
+                 int64_t image, int64_t y, int64_t w, int64_t c, int64_t n, T* line) {
+  constexpr int L = kLanes<T>;
+  for (int64_t x = 0; x < w; ++x) store<T>(line + x * L, zero<T>());
+  for (int64_t oy = y / 2; oy <= smaller((y + 1) / 2, grad_out.h - 1); ++oy) {
+    const int64_t kh = y + 1 - 2 * oy;
+    const int64_t first = (image * grad_out.h + oy) * grad_out.w;
+    for (int64_t ox = 0; ox < grad_out.w; ++ox) {
+      const Vec<T> won = load_codes<T>(argmax + (first + ox) * channels + c, n);
+      const Vec<T> dy = load_upto<T>(grad_out.data + (first + ox) * grad_out.pitch + c, n);
+      for (int64_t kw = larger(0, 1 - 2 * ox); kw < smaller(3, w + 1 - 2 * ox); ++kw) {
+        T* to = line + (2 * ox + kw - 1) * L;
+        const Vec<T> code = splat<T>(static_cast<T>(kh * 3 + kw));
+        store<T>(to, load<T>(to) + (won == code ? dy : zero<T>()));
+      }
+    }
+  }
+}
+
 template <class T>
 void norm_relu_maxpool_backward(Image<const T> grad_out, const uint8_t* argmax,
                                 Image<const T> input, Norm<T> norm, bool batch_statistics,
@@ -172,32 +192,25 @@ void norm_relu_maxpool_backward(Image<const T> grad_out, const uint8_t* argmax,
   const int64_t lines = input.n * h, tasks = ceil_div(lines, lines_per_task);
   const TaskSums<T> sums(tasks, channels);
   for_each_task(tasks, [&](int64_t task) {
+    T* gradient = scratch<T>(Scratch::kResult, w * L);
     const int64_t end = smaller(lines, (task + 1) * lines_per_task);
-    for (int64_t c = 0; c < channels; c += L) {
-      const int64_t n = channels - c;
-      const Vec<T> scale = load_upto<T>(norm.scale + c, n);
-      const Vec<T> shift = load_upto<T>(norm.shift + c, n);
-      const Vec<T> mean = load_upto<T>(norm.mean + c, n);
-      for (int64_t line = task * lines_per_task; line < end; ++line) {
-        const int64_t image = line / h, y = line % h;
+    for (int64_t line = task * lines_per_task; line < end; ++line) {
+      for (int64_t c = 0; c < channels; c += L) {
+        const int64_t n = channels - c;
+        const Vec<T> scale = load_upto<T>(norm.scale + c, n);
+        const Vec<T> shift = load_upto<T>(norm.shift + c, n);
+        const Vec<T> mean = load_upto<T>(norm.mean + c, n);
+        unpool_line<T>(grad_out, argmax, channels, line / h, line % h, w, c, n, gradient);
         Vec<T> sum = zero<T>(), sum_centred = zero<T>();
+        const T* from = input.data + line * w * input.pitch + c;
+        T* to = grad_input.data + line * w * grad_input.pitch + c;
         for (int64_t x = 0; x < w; ++x) {
-          const int64_t pixel = line * w + x;
-          Vec<T> g = zero<T>();
-          for (int64_t oy = y / 2; oy <= smaller((y + 1) / 2, grad_out.h - 1); ++oy) {
-            for (int64_t ox = x / 2; ox <= smaller((x + 1) / 2, grad_out.w - 1); ++ox) {
-              const int64_t code = (y + 1 - 2 * oy) * 3 + (x + 1 - 2 * ox);
-              const int64_t window = (image * grad_out.h + oy) * grad_out.w + ox;
-              const Vec<T> won = load_codes<T>(argmax + window * channels + c, n);
-              const Vec<T> dy = load_upto<T>(grad_out.data + window * grad_out.pitch + c, n);
-              g += won == splat<T>(static_cast<T>(code)) ? dy : zero<T>();
-            }
-          }
-          const Vec<T> value = load_upto<T>(input.data + pixel * input.pitch + c, n);
-          const Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), g);
+          const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
+          const Vec<T> d =
+              where_positive<T>(fma<T>(scale, value, shift), load<T>(gradient + x * L));
           sum += d;
           sum_centred = fma<T>(d, value - mean, sum_centred);
-          store_upto<T>(grad_input.data + pixel * grad_input.pitch + c, d, n);
+          store_upto<T>(to + x * grad_input.pitch, d, n);
         }
         sums.add(task, c, sum, sum_centred);
       }

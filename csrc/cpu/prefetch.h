@@ -51,7 +51,7 @@ class PrefetchStream {
   }
 
  private:
-  static constexpr int kMaxRanges = 4;
+  static constexpr int kMaxRanges = 6;
   struct Range {
     const char* data;
     int64_t pitch;

@@ -42,17 +42,23 @@ struct UnpoolSink {
     const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
     stream.add(x.data + first * x.pitch + c, bytes, x.pitch * sizeof(T), run, false);
     stream.add(x.data + (first + x.w) * x.pitch + c, bytes, x.pitch * sizeof(T), run, false);
+    if (!gradient.data) return;
+    const int64_t pitch = gradient.pitch * static_cast<int64_t>(sizeof(T));
+    stream.add(gradient.data + first * gradient.pitch + c, bytes, pitch, run, true);
+    stream.add(gradient.data + (first + x.w) * gradient.pitch + c, bytes, pitch, run, true);
   }
 
   void block(const BackwardBlock<T>& b) const {
     constexpr int L = kLanes<T>;
+    int64_t sources[kBackwardTile];  // of all columns: each costs divisions
+    for (int64_t r = 0; r < b.rows; ++r) sources[r] = pooled_source(x, b.row + r);
     for (int j = 0; j < b.nv; ++j) {
       const int64_t c = b.column + j * L, n = b.columns - j * L;
       const Vec<T> scale = load<T>(norm.scale() + c), shift = load<T>(norm.shift() + c);
       const Vec<T> mean = load<T>(norm.mean() + c), quarter = splat<T>(T(0.25));
       Vec<T> sum = zero<T>(), sum_centred = zero<T>();
       for (int64_t r = 0; r < b.rows; ++r) {
-        const int64_t first = pooled_source(x, b.row + r);
+        const int64_t first = sources[r];
         const Vec<T> d = b.product ? quarter * load<T>(b.product + r * b.ld + j * L) : zero<T>();
         Vec<T> pooled = zero<T>();
         for (int corner = 0; corner < 4; ++corner) {
