@@ -65,7 +65,8 @@ DF_INLINE void for_each_row_tile(int64_t rows, int nv, const F& body) {
 
 // Packs a [k, columns] operand, element (i, j) given by `at`, into column blocks: the block that
 // starts at vector v begins at element v * lanes * k and holds [k, block width], zero padded.
-template <class T, class At>
+// kAlongK: elements of one column lie together, so that reading goes down the columns.
+template <class T, bool kAlongK = false, class At>
 void pack_columns(T* packed, int64_t k, int64_t columns, int prefer, const At& at) {
   constexpr int64_t L = kLanes<T>;
   const int64_t vecs = vectors<T>(columns);
@@ -79,14 +80,35 @@ void pack_columns(T* packed, int64_t k, int64_t columns, int prefer, const At& a
       const int64_t width = nv * L;
       T* block = packed + v * L * k;
       const int64_t valid = smaller(width, columns - v * L);
+      if constexpr (kAlongK) {
+        for (int64_t j = 0; j < valid; ++j) {
+          for (int64_t i = begin; i < end; ++i) block[i * width + j] = at(i, v * L + j);
+        }
+      }
       for (int64_t i = begin; i < end; ++i) {
         T* row = block + i * width;
-        for (int64_t j = 0; j < valid; ++j) row[j] = at(i, v * L + j);
+        for (int64_t j = 0; j < valid && !kAlongK; ++j) row[j] = at(i, v * L + j);
         for (int64_t j = valid; j < width; ++j) row[j] = T(0);
       }
       v += nv;
     }
   });
+}
+
+// The same of a matrix: element (i, j) at i * stride_k + j * stride_column.
+template <class T>
+void pack_matrix(T* packed, int64_t k, int64_t columns, int prefer, const T* data, int64_t stride_k,
+                 int64_t stride_column) {
+  if (stride_column == 1) {
+    pack_columns<T>(packed, k, columns, prefer,
+                    [=](int64_t i, int64_t j) { return data[i * stride_k + j]; });
+  } else if (stride_k == 1) {
+    pack_columns<T, true>(packed, k, columns, prefer,
+                          [=](int64_t i, int64_t j) { return data[i + j * stride_column]; });
+  } else {
+    pack_columns<T>(packed, k, columns, prefer,
+                    [=](int64_t i, int64_t j) { return data[i * stride_k + j * stride_column]; });
+  }
 }
 
 // A vector of C coefficients copied to whole vectors, zero padded.

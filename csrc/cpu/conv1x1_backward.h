@@ -48,8 +48,9 @@ void conv1x1_backward(Image<const T> grad_norm, Image<const T> bottleneck, const
   const PaddedNorm<T> padded_norm(norm, features.c);
   product_backward<T>(
       shape, grad_affine.beta != nullptr, grad_weight != nullptr,
-      [&](int64_t k, int64_t n) {
-        return weight.data[k * weight.stride_out + n * weight.stride_in];
+      [&](int64_t k0, int64_t count, T* to) {
+        pack_matrix<T>(to, count, weight.in, kBackwardVectors, weight.data + k0 * weight.stride_out,
+                       weight.stride_out, weight.stride_in);
       },
       norm, grad_affine, BottleneckGradientSource<T>{grad_norm, bottleneck, coefficients},
       PixelSink<T, true>{features, padded_norm, grad_features},

@@ -18,9 +18,8 @@ void product_forward(int64_t rows, int64_t k, Weight<T> weight, Image<T> out,
                      Statistics<T> statistics, const Build& build, const Prefetch& prefetch) {
   const int64_t columns = weight.out;
   CallMemory<T> packed(padded<T>(columns) * k);
-  pack_columns<T>(packed.get(), k, columns, kForwardVectors, [&](int64_t i, int64_t j) {
-    return weight.data[j * weight.stride_out + i * weight.stride_in];
-  });
+  pack_matrix<T>(packed.get(), k, columns, kForwardVectors, weight.data, weight.stride_in,
+                 weight.stride_out);
   const EqualParts tasks(rows, kMostTasks, 24);
   const int64_t tile = equal_tile(tasks.size, kForwardTile);
   TaskStatistics<T> partial(tasks.count, columns);

@@ -71,10 +71,12 @@ void conv3x3_backward_direct(Image<const T> grad_growth, Image<const T> bottlene
   const PaddedNorm<T> padded_norm(norm, channels);
   product_backward<T>(
       shape, grad_affine.beta != nullptr, grad_weight != nullptr,
-      [&](int64_t e, int64_t n) {
-        const int64_t tap = e / k, o = e % k;
-        return weight.data[o * weight.stride_out + n * weight.stride_in +
-                           tap / 3 * weight.stride_h + tap % 3 * weight.stride_w];
+      [&](int64_t e0, int64_t count, T* to) {
+        pack_columns<T>(to, count, channels, kBackwardVectors, [&](int64_t i, int64_t n) {
+          const int64_t tap = (e0 + i) / k, o = (e0 + i) % k;
+          return weight.data[o * weight.stride_out + n * weight.stride_in +
+                             tap / 3 * weight.stride_h + tap % 3 * weight.stride_w];
+        });
       },
       norm, grad_affine, GatheredTapsSource<T>{grad_growth},
       PixelSink<T, false>{bottleneck, padded_norm, grad_norm},

@@ -90,12 +90,13 @@ void finish_weight(T* parts_of_weight, int64_t parts, int64_t k, int64_t width,
   });
 }
 
-// weight_at(k, n) is element (k, n) of B^T; source.build(row, rows, panel, first, width, to) fills
-// columns [first, first + width) of G; sink.block(block) applies the epilogue. store_weight(k, row)
-// receives the finished row k of dB, [n]. `prefetch_tile` names what source.build will read.
-template <class T, class WeightAt, class Source, class Sink, class StoreWeight>
+// pack(k0, count, to) packs rows [k0, k0 + count) of B^T, [K, N], by kBackwardVectors;
+// source.build(row, rows, panel, first, width, to) fills columns [first, first + width) of G;
+// sink.block(block) applies the epilogue. store_weight(k, row) receives the finished row k of dB,
+// [n]. `prefetch_tile` names what source.build will read.
+template <class T, class Pack, class Source, class Sink, class StoreWeight>
 void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_weight,
-                      const WeightAt& weight_at, const Norm<T>& norm, NormGradient<T> grad_affine,
+                      const Pack& pack, const Norm<T>& norm, NormGradient<T> grad_affine,
                       const Source& source, const Sink& sink, const StoreWeight& store_weight) {
   constexpr int64_t L = kLanes<T>;
   constexpr int64_t kBlock = kBackwardVectors * L;
@@ -107,8 +108,7 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
     // Packed panel by panel: every panel is a product of its own.
     for (int64_t q = 0; q < panels; ++q) {
       const int64_t k0 = q * shape.panel_width;
-      pack_columns<T>(packed.get() + k0 * width, smaller(shape.panel_width, shape.k - k0), shape.n,
-                      kBackwardVectors, [&](int64_t i, int64_t j) { return weight_at(k0 + i, j); });
+      pack(k0, smaller(shape.panel_width, shape.k - k0), packed.get() + k0 * width);
     }
   }
 

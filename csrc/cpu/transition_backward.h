@@ -107,8 +107,9 @@ void transition_backward(Image<const T> grad_out, Image<const T> features, Norm<
   if (grad_features.data) clear_cut_pixels(grad_features);
   product_backward<T>(
       shape, grad_affine.beta != nullptr, grad_weight != nullptr,
-      [&](int64_t k, int64_t n) {
-        return weight.data[k * weight.stride_out + n * weight.stride_in];
+      [&](int64_t k0, int64_t count, T* to) {
+        pack_matrix<T>(to, count, weight.in, kBackwardVectors, weight.data + k0 * weight.stride_out,
+                       weight.stride_out, weight.stride_in);
       },
       norm, grad_affine, PlainSource<T>{grad_out},
       UnpoolSink<T>{features, padded_norm, grad_features},
