@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from benchmarks.networks import NETWORKS, densenet_bc
 from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, load
 
 # Module to import → distribution that has it.
@@ -32,6 +33,7 @@ SUITE_FLAGS = {
     "networks": "--networks",
     "parts": "--parts",
     "growth_rates": "--growth-rates",
+    "depths": "--depths",
     "rounds": "--rounds",
     "amp": "--amp",
 }
@@ -60,6 +62,16 @@ def _rates(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
 
 
+def _depths(text: str) -> tuple[int, ...]:
+    depths = _rates(text)
+    try:
+        for depth in depths:
+            densenet_bc(depth, 1, batch_size=1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return depths
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     suites = "\n".join(f"  {name:10} {text}" for name, text in SUITES.items())
@@ -82,7 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--peers", type=_names, help="implementations to compare")
     some.add_argument("--networks", type=_names, help="networks to measure")
     some.add_argument("--parts", type=_names, help="parts of the suite")
-    some.add_argument("--growth-rates", type=_rates, help="growth rates to train")
+    some.add_argument("--growth-rates", type=_rates, help="growth rates to measure")
+    some.add_argument("--depths", type=_depths, help="depths to measure")
     some.add_argument("--rounds", type=_positive, help="timed rounds, or training steps")
     amp = ("none", "float16", "bfloat16")
     some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
@@ -144,7 +157,6 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
         raise UsageError(f"unknown suite {arguments.suite!r}; there are {', '.join(SUITES)}")
     check_requirements()
     device = _device(arguments.device)
-    from benchmarks.networks import NETWORKS
     from benchmarks.peers import PEERS
 
     suite = load(arguments.suite)
@@ -162,6 +174,7 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
         networks=arguments.networks,
         parts=arguments.parts,
         growth_rates=arguments.growth_rates,
+        depths=arguments.depths,
         rounds=arguments.rounds,
         amp=arguments.amp,
         output=_writable(arguments.output),

@@ -223,3 +223,28 @@ def interleave(
         for name, call in calls.items():
             times.setdefault(name, []).append(timed(call, device))
             advance()
+
+
+def bursts(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+    *,
+    times: dict[str, list[float]],
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Time several short calls in turn, each again and again for `seconds`: A A A B B B A A A ...
+
+    A call then finds in the caches what its own last run left there. The minimum of each burst is
+    appended to `times`.
+    """
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            end = time.perf_counter() + seconds
+            best = timed(call, device)
+            while time.perf_counter() < end:
+                best = min(best, timed(call, device))
+            times.setdefault(name, []).append(best)
+            advance()

@@ -30,6 +30,14 @@ def seconds(value: float | None) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
+def milliseconds(value: float | None) -> str:
+    """A time in milliseconds with three significant digits."""
+    if value is None:
+        return MISSING
+    value *= 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def ratio(numerator: float | None, denominator: float | None) -> str:
     """`numerator / denominator` as a factor."""
     if not numerator or not denominator:

@@ -194,7 +194,7 @@ def test_default_device_is_the_gpu_where_there_is_one(
         assert cli.make_options(arguments)[1].device == torch.device(expected)
 
 
-@pytest.mark.parametrize("name", ["training", "step", "predict"])
+@pytest.mark.parametrize("name", ["training", "step", "sweep", "kernels", "predict"])
 def test_pages_of_interrupted_runs(
     name: str,
     tmp_path: Path,

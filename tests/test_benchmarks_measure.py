@@ -89,6 +89,25 @@ def test_interleaved_calls_take_turns_and_are_warmed_up() -> None:
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
 
 
+def test_bursts_take_turns_and_keep_the_fastest_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    times: dict[str, list[float]] = {}
+    seconds = iter([3.0, 2.0, 4.0, 7.0, 8.0, 6.0] * 2)
+    clock = iter(range(100))
+    monkeypatch.setattr(measure, "timed", lambda call, device: (call(), next(seconds))[1])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    measure.bursts(calls, 2, 2.5, CPU, times=times)
+    assert "".join(order) == "aaaabbbb" * 2  # the first of each is not timed
+    assert times == {"a": [2.0, 2.0], "b": [6.0, 6.0]}
+
+
+def test_a_burst_is_at_least_one_call() -> None:
+    times: dict[str, list[float]] = {}
+    measure.bursts({"a": lambda: None}, 1, 0.0, CPU, times=times)
+    assert len(times["a"]) == 1
+
+
 class _Event:
     """A CUDA event that reads the number of calls so far as milliseconds."""
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SUITES: dict[str, str] = {
     "training": "the main job: train naive and densenet_fast side by side on real images",
     "step": "peak memory and speed of one training step of DenseNet-121 and DenseNet-BC-100",
+    "sweep": "the same over growth rates 8 to 48 and depths 22 to 250: slower than naive anywhere?",
+    "kernels": "every kernel against this machine's measured peak and PyTorch's own operators",
     "predict": "a prediction, not a measurement: the same step on A100, H100 and RTX 4090",
 }
 DEFAULT_SUITE = "training"
@@ -36,6 +38,7 @@ class Options:
     networks: tuple[str, ...] | None = None
     parts: tuple[str, ...] | None = None
     growth_rates: tuple[int, ...] | None = None
+    depths: tuple[int, ...] | None = None
     rounds: int | None = None
     amp: str | None = None
     output: Path = Path("results")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.networks import NetworkSpec
 from benchmarks.peers import PEERS
 from benchmarks.prediction.shapes import blocks
-from benchmarks.report import Page, Table, intro, mebibytes, ratio
+from benchmarks.report import Page, Table, intro, mebibytes, milliseconds, ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,12 +32,6 @@ METHOD = (
     "depends on memory, and the less these figures say: see the size above each table, and "
     "`--full` for large batches.",
 )
-
-
-def milliseconds(value: float) -> str:
-    """A time in milliseconds with three significant digits."""
-    value *= 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def page(record: Record) -> Page:

@@ -70,16 +70,16 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
         spec = NetworkSpec.from_json(data)
         if "memory" in parts:
             for peer in settings["peers"]:
-                progress.describe(f"{spec.name}: memory, {peer}")
+                progress.describe(f"{spec.title}: memory, {peer}")
                 _measure_memory(spec, peer, record, options)
                 progress.advance(CHILD_WORK)
                 save()
         if "time" in parts:
-            progress.describe(f"{spec.name}: training step")
+            progress.describe(f"{spec.title}: training step")
             _measure_time(spec, "time", record, options, lambda: progress.advance(1.0))
             save()
         if "inference" in parts:
-            progress.describe(f"{spec.name}: inference")
+            progress.describe(f"{spec.title}: inference")
             _measure_time(
                 spec, "inference", record, options, lambda: progress.advance(INFERENCE_WORK)
             )
@@ -96,7 +96,7 @@ def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Optio
         settings["seed"],
         settings["amp"],
     )
-    entry: dict[str, Any] = {"network": spec.name, "peer": peer}
+    entry: dict[str, Any] = {"network": spec.title, "peer": peer}
     release_cached(options.device)
     try:
         entry.update(asdict(measure_in_child(case)))
@@ -117,7 +117,7 @@ def _measure_time(
         make = _make_training_call if part == "time" else _make_inference_call
         calls[name] = make(spec, name, state, options.device, settings["seed"], settings["amp"])
         times[name] = []
-        record[part].append({"network": spec.name, "peer": name, "seconds": times[name]})
+        record[part].append({"network": spec.title, "peer": name, "seconds": times[name]})
     with tuned_libraries(options.device):
         interleave(calls, settings["rounds"], options.device, times=times, advance=advance)
 

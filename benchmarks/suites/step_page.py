@@ -22,19 +22,21 @@ PEAK = "peak_gradients_allocated"
 FREED = "peak_gradients_freed"
 
 
-def _of(record: Record, part: str, network: str) -> Figures:
+def entries_of(record: Record, part: str, network: str) -> Figures:
+    """What was measured of one network, by peer."""
     return {entry["peer"]: entry for entry in record[part] if entry["network"] == network}
 
 
-def _timings(record: Record, part: str, network: str) -> dict[str, Timing]:
+def timings_of(record: Record, part: str, network: str) -> dict[str, Timing]:
+    """Times of one network, by peer, as far as there are any."""
     return {
         name: summarize(entry["seconds"])
-        for name, entry in _of(record, part, network).items()
+        for name, entry in entries_of(record, part, network).items()
         if entry["seconds"]
     }
 
 
-def _best_naive(values: dict[str, float]) -> float | None:
+def best_naive(values: dict[str, float]) -> float | None:
     """The smallest figure of the naive network in any layout."""
     return min((value for name, value in values.items() if PEERS[name].naive), default=None)
 
@@ -77,17 +79,17 @@ def page(record: Record) -> Page:
         if record["memory"]:
             _memory_section(result, record, spec)
         for part, text in (("time", "training step"), ("inference", "inference, no_grad")):
-            timings = _timings(record, part, spec.name)
+            timings = timings_of(record, part, spec.title)
             if timings:
                 result.add(_time_table(timings, text))
     return result
 
 
 def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
-    figures = _of(record, "memory", spec.name)
+    figures = entries_of(record, "memory", spec.title)
     measured = {name: entry for name, entry in figures.items() if "error" not in entry}
     base = {
-        key: _best_naive({name: entry[key] for name, entry in measured.items()})
+        key: best_naive({name: entry[key] for name, entry in measured.items()})
         for key in (PEAK, FREED)
     }
     efficient = measured.get("memory-efficient", {}).get(PEAK)
@@ -136,8 +138,8 @@ def _time_table(timings: dict[str, Timing], text: str) -> Table:
             "speed by median",
         )
     )
-    best_minimum = _best_naive({name: timing.minimum for name, timing in timings.items()})
-    best_median = _best_naive({name: timing.median for name, timing in timings.items()})
+    best_minimum = best_naive({name: timing.minimum for name, timing in timings.items()})
+    best_median = best_naive({name: timing.median for name, timing in timings.items()})
     for name, timing in timings.items():
         table.rows.append(
             (
@@ -188,9 +190,9 @@ def figure(record: Record) -> Figure | None:
 
 
 def _peaks(record: Record, spec: NetworkSpec) -> dict[str, float]:
-    entries = _of(record, "memory", spec.name).items()
+    entries = entries_of(record, "memory", spec.title).items()
     return {name: entry[PEAK] / 2**20 for name, entry in entries if PEAK in entry}
 
 
 def _medians(record: Record, part: str, spec: NetworkSpec) -> dict[str, float]:
-    return {name: t.median for name, t in _timings(record, part, spec.name).items()}
+    return {name: t.median for name, t in timings_of(record, part, spec.title).items()}

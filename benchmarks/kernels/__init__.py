@@ -1,0 +1,1 @@
+"""Single kernels: the machine they are held against, and the calls that are timed."""

@@ -1,0 +1,76 @@
+"""The shapes that kernels are timed on: those of the networks' blocks, transitions and stem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.networks import NETWORKS
+from benchmarks.prediction.shapes import Block, blocks
+
+CONVOLUTIONS = (
+    "conv1x1_forward",
+    "conv1x1_backward",
+    "conv3x3_forward",
+    "conv3x3_backward",
+    "transition_forward",
+    "transition_backward",
+)
+MEMORY_BOUND = (
+    "channel_statistics",
+    "finish_gradient",
+    "norm_relu_maxpool_forward",
+    "norm_relu_maxpool_backward",
+)
+# Channels that one layer of each block reads, about its middle one; others: exactly the middle one.
+LAYER_CHANNELS = {"densenet121": (128, 320, 640, 768), "densenet-bc-100": (120, 200, 250)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Images of one size and the channels of one kernel."""
+
+    images: int
+    size: int  # pixels, height and width
+    channels: int  # that the kernel reads
+    outputs: int  # of its product; 0: it has none
+    buffer: int  # of all features of the block, in which the kernel's are a slice
+
+    @property
+    def rows(self) -> int:
+        """Pixels of the batch."""
+        return self.images * self.size**2
+
+    @property
+    def label(self) -> str:
+        """As tables show it."""
+        label = f"{self.images}×{self.size}×{self.size}×{self.channels}"
+        return f"{label} → {self.outputs}" if self.outputs else label
+
+
+def shapes(kernel: str, name: str) -> list[Shape]:
+    """Where one network has this kernel: for each block that has it, or in its stem."""
+    spec = NETWORKS[name]
+    inner = blocks(spec)
+    stem: list[Shape] = []
+    if not spec.small_inputs:
+        channels, size = spec.num_init_features, (spec.image_size - 1) // 2 + 1
+        stem = [Shape(spec.batch_size, size, channels, 0, channels)]
+    if kernel.startswith("norm_relu_maxpool"):
+        return stem
+    if kernel == "channel_statistics":
+        return [*stem, *(_shape(block, block.channels) for block in inner)]
+    if kernel == "finish_gradient":
+        return [_shape(block, block.growth) for block in inner]
+    if kernel.startswith("conv3x3"):
+        return [_shape(block, block.bottleneck, block.growth) for block in inner]
+    if kernel.startswith("transition"):
+        return [_shape(block, block.end, block.transition) for block in inner if block.transition]
+    layers = LAYER_CHANNELS.get(name) or [block.start(block.layers // 2) for block in inner]
+    return [
+        _shape(block, channels, block.bottleneck)
+        for block, channels in zip(inner, layers, strict=True)
+    ]
+
+
+def _shape(block: Block, channels: int, outputs: int = 0) -> Shape:
+    return Shape(block.images, block.height, channels, outputs, block.end)
