@@ -42,8 +42,8 @@ def lowered(
     if not enabled(input.device.type):
         return input, layers, tail
     input = cast(input)
-    # The CUDA kernels round float32 weights in passing and return float32 gradients: no copies.
-    as_they_are = select(input) == "cuda"
+    # The kernels round float32 weights in passing and return float32 gradients: no copies.
+    as_they_are = select(input) != "reference"
 
     def weight(tensor: Tensor) -> Tensor:
         return tensor if as_they_are and tensor.dtype == torch.float32 else cast(tensor)

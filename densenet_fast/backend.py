@@ -21,7 +21,7 @@ Backend = Literal["cpu", "cuda", "reference"]
 Setting = Literal["auto", "cpu", "cuda", "reference"]
 SETTINGS: tuple[Setting, ...] = ("auto", "cpu", "cuda", "reference")
 
-_CPU_TYPES = (torch.float32, torch.float64)
+_CPU_TYPES = (torch.bfloat16, torch.float32, torch.float64)
 _CUDA_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -49,8 +49,8 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> Choice:
     if kind == "cpu" and dtype not in _CPU_TYPES:
         return Choice(
             "reference",
-            f"the CPU kernels compute in float32 and float64, not in {_name(dtype)}: "
-            "convert model and input to float32 for the fast path",
+            f"the CPU kernels compute in bfloat16, float32 and float64, not in {_name(dtype)}: "
+            "convert model and input for the fast path",
         )
     if kind == "cpu":
         return Choice("cpu", None)

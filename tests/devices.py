@@ -15,8 +15,14 @@ CPU = pytest.param(
     "cpu", marks=pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
 )
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+HALF = (torch.float16, torch.bfloat16)
 BACKENDS = ("reference", CPU, CUDA)
-HALF_BACKENDS = ("reference", CUDA)  # of those, the ones that compute in float16 and bfloat16
+# Backends with the types of half the width that they compute in.
+HALF_TYPES = (
+    *(("reference", dtype) for dtype in HALF),
+    pytest.param("cpu", torch.bfloat16, marks=CPU.marks),
+    *(pytest.param("cuda", dtype, marks=CUDA.marks) for dtype in HALF),
+)
 
 _device = torch.device("cpu")
 

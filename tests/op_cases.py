@@ -15,7 +15,7 @@ from densenet_fast.backend import get_backend
 from densenet_fast.reference import statistics_dtype
 
 WIDE = (torch.float32, torch.float64)
-HALF = (torch.float16, torch.bfloat16)
+CPU_TYPES = (torch.bfloat16, *WIDE)  # those of the CPU kernels
 
 # Images [N, H, W]: single pixels, lines, and sizes that fit no tile.
 PIXELS = ((1, 1, 1), (1, 1, 7), (2, 13, 1), (1, 33, 2), (3, 7, 7), (2, 13, 33))

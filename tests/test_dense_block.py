@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from block_cases import TAILS, Block, gradients, make_block
-from devices import BACKENDS, HALF_BACKENDS, device, on
+from devices import BACKENDS, HALF_TYPES, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_block import plain_block
@@ -198,9 +198,8 @@ def test_float32_is_as_precise_as_plain_pytorch(
     assert error(results[0][1]) <= 2 * error(results[1][1]) + 8 * eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
 def test_half_types_train(backend: str, dtype: torch.dtype, tail: str | None) -> None:
     block = make_block((4, 6, 7, 5), (4, 4), tail, dtype=dtype)
     exact = block.copy(torch.float64)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import BACKENDS, HALF_BACKENDS, on
+from devices import BACKENDS, HALF_TYPES, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
-    HALF,
     PIXELS,
     WIDE,
     Case,
@@ -193,9 +192,8 @@ def test_convolutions_3x3(
     check_conv3x3_backward(pixels, channels, outputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
 @pytest.mark.parametrize("pixels", [(2, 5, 7), (1, 1, 3)], ids=str)
-@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
 def test_half_types(backend: str, dtype: torch.dtype, pixels: Pixels) -> None:
     check_forward(1, pixels, 17, 12, dtype)
     check_forward(3, pixels, 12, 3, dtype)

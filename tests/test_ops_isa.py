@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import ops_arguments
 import pytest
 import torch
-from op_cases import WIDE
+from op_cases import CPU_TYPES
 from ops_arguments import ARGUMENTS, arguments
 from test_ops_conv import check_conv1x1_backward, check_conv3x3_backward, check_forward
 from test_ops_pool import check_average, check_maxpool, check_transition
@@ -50,7 +50,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         _C.set_isa(before)
 
 
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
 @pytest.mark.parametrize("pixels", PIXELS, ids=str)
 @pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
 def test_convolutions(
@@ -62,7 +62,7 @@ def test_convolutions(
     check_conv3x3_backward(pixels, channels, outputs, dtype)
 
 
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
 @pytest.mark.parametrize("pixels", [(1, 2, 2), (1, 3, 70), (2, 9, 17)], ids=str)
 @pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
 def test_pooling(
@@ -97,7 +97,7 @@ def sized(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("sized")
 @pytest.mark.parametrize("op", ARGUMENTS)
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
 def test_the_same_bits_for_any_number_of_threads_and_from_run_to_run(
     isa: str, op: str, dtype: torch.dtype
 ) -> None:
@@ -116,7 +116,7 @@ def test_the_same_bits_for_any_number_of_threads_and_from_run_to_run(
 
 @pytest.mark.usefixtures("sized")
 @pytest.mark.parametrize("op", POINTWISE)
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
 def test_pointwise_operators_agree_with_the_reference(
     isa: str, op: str, dtype: torch.dtype
 ) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from devices import HALF_BACKENDS
-from op_cases import HALF
+from devices import HALF_TYPES
 from ops_arguments import ARGUMENTS, arguments
 from torch import Tensor
 
@@ -14,9 +13,8 @@ from densenet_fast import ops
 WEIGHTED = [op for op in ARGUMENTS if "conv" in op or op.startswith("transition")]
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
 @pytest.mark.parametrize("op", WEIGHTED)
-@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
 def test_float32_weights(backend: str, op: str, dtype: torch.dtype) -> None:
     rounded, mixed = arguments(op, dtype), arguments(op, dtype)
     for name in ("weight", "grad_weight"):

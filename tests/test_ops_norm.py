@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import BACKENDS, device, on
+from devices import BACKENDS, HALF, HALF_TYPES, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import HALF, PIXELS, WIDE, Case, assert_close
+from op_cases import PIXELS, WIDE, Case, assert_close
 from torch import Tensor
 
 from densenet_fast import ops

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import BACKENDS, HALF_BACKENDS, device, on
+from devices import BACKENDS, HALF, HALF_TYPES, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import HALF, WIDE, Case, Norm, assert_close, nchw, nhwc, norm_sums
+from op_cases import WIDE, Case, Norm, assert_close, nchw, nhwc, norm_sums
 from torch import Tensor
 
 from densenet_fast import ops
@@ -180,8 +180,7 @@ def test_maxpool_takes_the_first_of_equal_values_and_the_nan(backend: str) -> No
     assert out.isnan().flatten().tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("backend", HALF_BACKENDS, indirect=True)
+@pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
 def test_half_types(backend: str, dtype: torch.dtype) -> None:
     check_transition((2, 5, 6), 17, 9, dtype)
     check_average((2, 5, 6), 17, dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import WIDE, Case, assert_close, nchw, nhwc
+from op_cases import CPU_TYPES, Case, assert_close, nchw, nhwc
 from test_ops_conv import check_conv3x3_backward, check_forward, plain_conv
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def uses_winograd(height: int, width: int, outputs: int) -> bool:
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
 @pytest.mark.parametrize(("pixels", "channels", "outputs"), SHAPES, ids=str)
 def test_against_plain_composition(
     pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype, enabled: bool

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "element.h"
+
 namespace densenet_fast::cpu {
 
 // An NHWC image batch, or a channel slice of one: rows of pixels `pitch` elements apart.
@@ -43,46 +45,56 @@ struct NormGradient {
   T* beta = nullptr;
 };
 
-// A weight by its strides (elements): 1x1 `[out, in]`, 3x3 `[out, in, 3, 3]`.
-template <class T>
+// A weight by its strides (elements): 1x1 `[out, in]`, 3x3 `[out, in, 3, 3]`. Where S is narrower
+// than what it is computed with, `wide` may stand for `data`: it is rounded to S in passing.
+template <class S>
 struct Weight {
-  const T* data = nullptr;
+  const S* data = nullptr;
+  const Compute<S>* wide = nullptr;
   int64_t out = 0, in = 0;
   int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
 };
 
-// Kernels of one instruction set and one element type. Gradients that are null are not computed;
-// weight gradients are written contiguously.
-template <class T>
+// Its gradient, contiguous, of the weight's type; both null: not wanted.
+template <class S>
+struct WeightGradient {
+  S* data = nullptr;
+  Compute<S>* wide = nullptr;
+  bool wanted() const { return data || wide; }
+};
+
+// Kernels of one instruction set and one type of images. Gradients that are null are not computed.
+template <class S>
 struct Kernels {
-  void (*channel_statistics)(Image<const T> features, Statistics<T> statistics);
-  void (*conv1x1_forward)(Image<const T> features, Activation<T> act, Weight<T> weight,
-                          Image<T> bottleneck, Statistics<T> statistics);
-  void (*conv1x1_backward)(Image<const T> grad_norm, Image<const T> bottleneck,
-                           const T* coefficients, Image<const T> features, Norm<T> norm,
-                           Weight<T> weight, Image<T> grad_features, NormGradient<T> grad_affine,
-                           T* grad_weight);
-  void (*conv3x3_forward)(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
-                          Image<T> growth, Statistics<T> statistics);
-  void (*conv3x3_backward)(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
-                           Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
-                           T* grad_weight);
-  void (*dropout)(Image<T> growth, uint64_t seed, double p);
-  void (*finish_gradient)(Image<const T> features, Image<const T> grad_features, const T* mean,
-                          const T* sum_grad, const T* sum_grad_x, Image<T> out);
-  void (*transition_forward)(Image<const T> features, Activation<T> act, Weight<T> weight,
-                             Image<T> out, Statistics<T> statistics);
-  void (*transition_backward)(Image<const T> grad_out, Image<const T> features, Norm<T> norm,
-                              Weight<T> weight, Image<T> grad_features, NormGradient<T> grad_affine,
-                              T* grad_weight);
-  void (*norm_relu_avgpool_forward)(Image<const T> features, Activation<T> act, T* out);
-  void (*norm_relu_avgpool_backward)(const T* grad_out, Image<const T> features, Norm<T> norm,
-                                     Image<T> grad_features, NormGradient<T> grad_affine);
-  void (*norm_relu_maxpool_forward)(Image<const T> input, Activation<T> act, Image<T> out,
+  using T = Compute<S>;
+  void (*channel_statistics)(Image<const S> features, Statistics<T> statistics);
+  void (*conv1x1_forward)(Image<const S> features, Activation<T> act, Weight<S> weight,
+                          Image<S> bottleneck, Statistics<T> statistics);
+  void (*conv1x1_backward)(Image<const S> grad_norm, Image<const S> bottleneck,
+                           const T* coefficients, Image<const S> features, Norm<T> norm,
+                           Weight<S> weight, Image<S> grad_features, NormGradient<T> grad_affine,
+                           WeightGradient<S> grad_weight);
+  void (*conv3x3_forward)(Image<const S> bottleneck, Activation<T> act, Weight<S> weight,
+                          Image<S> growth, Statistics<T> statistics);
+  void (*conv3x3_backward)(Image<const S> grad_growth, Image<const S> bottleneck, Norm<T> norm,
+                           Weight<S> weight, Image<S> grad_norm, NormGradient<T> grad_affine,
+                           WeightGradient<S> grad_weight);
+  void (*dropout)(Image<S> growth, uint64_t seed, double p);
+  void (*finish_gradient)(Image<const S> features, Image<const S> grad_features, const T* mean,
+                          const T* sum_grad, const T* sum_grad_x, Image<S> out);
+  void (*transition_forward)(Image<const S> features, Activation<T> act, Weight<S> weight,
+                             Image<S> out, Statistics<T> statistics);
+  void (*transition_backward)(Image<const S> grad_out, Image<const S> features, Norm<T> norm,
+                              Weight<S> weight, Image<S> grad_features, NormGradient<T> grad_affine,
+                              WeightGradient<S> grad_weight);
+  void (*norm_relu_avgpool_forward)(Image<const S> features, Activation<T> act, S* out);
+  void (*norm_relu_avgpool_backward)(const S* grad_out, Image<const S> features, Norm<T> norm,
+                                     Image<S> grad_features, NormGradient<T> grad_affine);
+  void (*norm_relu_maxpool_forward)(Image<const S> input, Activation<T> act, Image<S> out,
                                     uint8_t* argmax);
-  void (*norm_relu_maxpool_backward)(Image<const T> grad_out, const uint8_t* argmax,
-                                     Image<const T> input, Norm<T> norm, bool batch_statistics,
-                                     Image<T> grad_input, NormGradient<T> grad_affine);
+  void (*norm_relu_maxpool_backward)(Image<const S> grad_out, const uint8_t* argmax,
+                                     Image<const S> input, Norm<T> norm, bool batch_statistics,
+                                     Image<S> grad_input, NormGradient<T> grad_affine);
 };
 
 // Whether 3x3 convolutions may use Winograd's minimal filtering; true unless the user says no.
@@ -93,6 +105,7 @@ void allow_winograd(bool allow);
 struct KernelSet {
   const Kernels<float>* f32;
   const Kernels<double>* f64;
+  const Kernels<bfloat16>* bf16;
 };
 
 KernelSet kernels_avx512();

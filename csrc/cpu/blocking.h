@@ -3,6 +3,7 @@
 #pragma once
 
 #include "args.h"
+#include "bfloat16.h"
 #include "microkernel.h"
 #include "parallel.h"
 
@@ -95,20 +96,24 @@ void pack_columns(T* packed, int64_t k, int64_t columns, int prefer, const At& a
   });
 }
 
-// The same of a matrix: element (i, j) at i * stride_k + j * stride_column.
-template <class T>
-void pack_matrix(T* packed, int64_t k, int64_t columns, int prefer, const T* data, int64_t stride_k,
-                 int64_t stride_column) {
-  if (stride_column == 1) {
-    pack_columns<T>(packed, k, columns, prefer,
-                    [=](int64_t i, int64_t j) { return data[i * stride_k + j]; });
-  } else if (stride_k == 1) {
-    pack_columns<T, true>(packed, k, columns, prefer,
-                          [=](int64_t i, int64_t j) { return data[i + j * stride_column]; });
-  } else {
-    pack_columns<T>(packed, k, columns, prefer,
-                    [=](int64_t i, int64_t j) { return data[i * stride_k + j * stride_column]; });
-  }
+// The same of a weight as a matrix: element (i, j) at first + i * stride_k + j * stride_column.
+template <class S>
+void pack_matrix(Compute<S>* packed, int64_t k, int64_t columns, int prefer,
+                 const Weight<S>& weight, int64_t first, int64_t stride_k, int64_t stride_column) {
+  using T = Compute<S>;
+  with_elements(weight, first, [&](const auto& element) {
+    if (stride_column == 1) {
+      pack_columns<T>(packed, k, columns, prefer,
+                      [=](int64_t i, int64_t j) { return element(i * stride_k + j); });
+    } else if (stride_k == 1) {
+      pack_columns<T, true>(packed, k, columns, prefer,
+                            [=](int64_t i, int64_t j) { return element(i + j * stride_column); });
+    } else {
+      pack_columns<T>(packed, k, columns, prefer, [=](int64_t i, int64_t j) {
+        return element(i * stride_k + j * stride_column);
+      });
+    }
+  });
 }
 
 // A vector of C coefficients copied to whole vectors, zero padded.
@@ -120,15 +125,15 @@ void pad_vector(T* to, const T* from, int64_t columns) {
 }
 
 // relu(scale * x + shift) of channels [c0, c0 + width) of `rows` rows into a scratch panel.
-template <class T>
-DF_INLINE void activate_panel(const T* x, int64_t pitch, int64_t rows, int64_t c0, int64_t width,
+template <class T, class S>
+DF_INLINE void activate_panel(const S* x, int64_t pitch, int64_t rows, int64_t c0, int64_t width,
                               const T* scale, const T* shift, T* panel) {
   constexpr int L = kLanes<T>;
   for (int64_t c = 0; c < width; c += L) {
     const int64_t n = width - c;
     const Vec<T> a = load_upto<T>(scale + c0 + c, n);
     const Vec<T> b = load_upto<T>(shift + c0 + c, n);
-    const T* from = x + c0 + c;
+    const S* from = x + c0 + c;
     T* to = panel + c;
     if (n >= L) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -172,6 +177,17 @@ DF_INLINE void product_tile(int64_t rows, int64_t k, int64_t columns, int prefer
         kMicrokernels<T>.rows[nv][count](product);
       });
       v += nv;
+    }
+  }
+}
+
+// [rows, columns] of sums in scratch, rounded to where they are stored.
+template <class T, class S>
+DF_INLINE void store_rows(const T* from, int64_t ldf, int64_t rows, int64_t columns, S* to,
+                          int64_t ldt) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      store_upto<T>(to + r * ldt + c, load<T>(from + r * ldf + c), columns - c);
     }
   }
 }

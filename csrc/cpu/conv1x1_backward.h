@@ -7,16 +7,17 @@
 namespace densenet_fast::cpu {
 namespace {
 
-template <class T>
+template <class S>
 struct BottleneckGradientSource {
-  Image<const T> grad_norm, bottleneck;
+  using T = Compute<S>;
+  Image<const S> grad_norm, bottleneck;
   const T* coefficients;  // [3, B]: p, q, s of dZ = p * grad_norm + q * Z + s
 
   void build(int64_t row, int64_t rows, int64_t c0, int64_t width, T* panel) const {
     constexpr int L = kLanes<T>;
     const int64_t channels = bottleneck.c;
-    const T* g = grad_norm.data + row * grad_norm.pitch + c0;
-    const T* z = bottleneck.data + row * bottleneck.pitch + c0;
+    const S* g = grad_norm.data + row * grad_norm.pitch + c0;
+    const S* z = bottleneck.data + row * bottleneck.pitch + c0;
     for (int64_t c = 0; c < width; c += L) {
       const int64_t n = width - c;
       const T* at = coefficients + c0 + c;
@@ -32,30 +33,32 @@ struct BottleneckGradientSource {
   }
 
   void prefetch(int64_t row, int64_t rows, PrefetchStream& stream) const {
-    const int64_t bytes = bottleneck.c * static_cast<int64_t>(sizeof(T));
-    stream.add(grad_norm.data + row * grad_norm.pitch, bytes, grad_norm.pitch * sizeof(T), rows,
+    const int64_t bytes = bottleneck.c * static_cast<int64_t>(sizeof(S));
+    stream.add(grad_norm.data + row * grad_norm.pitch, bytes, grad_norm.pitch * sizeof(S), rows,
                false);
-    stream.add(bottleneck.data + row * bottleneck.pitch, bytes, bottleneck.pitch * sizeof(T), rows,
+    stream.add(bottleneck.data + row * bottleneck.pitch, bytes, bottleneck.pitch * sizeof(S), rows,
                false);
   }
 };
 
-template <class T>
-void conv1x1_backward(Image<const T> grad_norm, Image<const T> bottleneck, const T* coefficients,
-                      Image<const T> features, Norm<T> norm, Weight<T> weight,
-                      Image<T> grad_features, NormGradient<T> grad_affine, T* grad_weight) {
-  const BackwardShape<T> shape{features.rows(), weight.out, weight.in, kPanel};
+template <class S>
+void conv1x1_backward(Image<const S> grad_norm, Image<const S> bottleneck,
+                      const Compute<S>* coefficients, Image<const S> features,
+                      Norm<Compute<S>> norm, Weight<S> weight, Image<S> grad_features,
+                      NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight) {
+  using T = Compute<S>;
+  const BackwardShape shape{features.rows(), weight.out, weight.in, kPanel};
   const PaddedNorm<T> padded_norm(norm, features.c);
   product_backward<T>(
-      shape, grad_affine.beta != nullptr, grad_weight != nullptr,
+      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
       [&](int64_t k0, int64_t count, T* to) {
-        pack_matrix<T>(to, count, weight.in, kBackwardVectors, weight.data + k0 * weight.stride_out,
+        pack_matrix<S>(to, count, weight.in, kBackwardVectors, weight, k0 * weight.stride_out,
                        weight.stride_out, weight.stride_in);
       },
-      norm, grad_affine, BottleneckGradientSource<T>{grad_norm, bottleneck, coefficients},
-      PixelSink<T, true>{features, padded_norm, grad_features},
+      norm, grad_affine, BottleneckGradientSource<S>{grad_norm, bottleneck, coefficients},
+      PixelSink<S, true>{features, padded_norm, grad_features},
       [&](int64_t k, const T* row) {
-        std::memcpy(grad_weight + k * weight.in, row, sizeof(T) * weight.in);
+        store_weight_gradient<S>(grad_weight, k * weight.in, 1, row, weight.in);
       });
 }
 

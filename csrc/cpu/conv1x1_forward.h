@@ -13,12 +13,14 @@ constexpr int64_t kForwardTile = 28;
 
 // Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
 // prefetch(row, rows, stream) names what the tile at `row` will read.
-template <class T, class Build, class Prefetch>
-void product_forward(int64_t rows, int64_t k, Weight<T> weight, Image<T> out,
-                     Statistics<T> statistics, const Build& build, const Prefetch& prefetch) {
-  const int64_t columns = weight.out;
-  CallMemory<T> packed(padded<T>(columns) * k);
-  pack_matrix<T>(packed.get(), k, columns, kForwardVectors, weight.data, weight.stride_in,
+template <class S, class Build, class Prefetch>
+void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
+                     Statistics<Compute<S>> statistics, const Build& build,
+                     const Prefetch& prefetch) {
+  using T = Compute<S>;
+  const int64_t columns = weight.out, width = padded<T>(columns);
+  CallMemory<T> packed(width * k);
+  pack_matrix<S>(packed.get(), k, columns, kForwardVectors, weight, 0, weight.stride_in,
                  weight.stride_out);
   const EqualParts tasks(rows, kMostTasks, 24);
   const int64_t tile = equal_tile(tasks.size, kForwardTile);
@@ -26,6 +28,7 @@ void product_forward(int64_t rows, int64_t k, Weight<T> weight, Image<T> out,
   const int64_t steps = product_steps<T>(tile, k, columns, kForwardVectors);
   for_each_task(tasks.count, [&](int64_t task) {
     T* panel = scratch<T>(Scratch::kOperand, tile * kPanelPitch);
+    [[maybe_unused]] T* sums = kNarrow<S> ? scratch<T>(Scratch::kResult, tile * width) : nullptr;
     const int64_t end = tasks.end(task);
     for (int64_t r = tasks.begin(task); r < end; r += tile) {
       const int64_t count = smaller(tile, end - r);
@@ -34,14 +37,22 @@ void product_forward(int64_t rows, int64_t k, Weight<T> weight, Image<T> out,
       if (next < rows) {
         const int64_t next_count = smaller(tile, rows - next);
         prefetch(next, next_count, stream);
-        stream.add(out.data + next * out.pitch, columns * sizeof(T), out.pitch * sizeof(T),
+        stream.add(out.data + next * out.pitch, columns * sizeof(S), out.pitch * sizeof(S),
                    next_count, true);
       }
       stream.start(steps);
-      T* to = out.data + r * out.pitch;
-      product_tile<T>(
-          count, k, columns, kForwardVectors, packed.get(), to, out.pitch, panel, stream,
-          [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); });
+      S* to = out.data + r * out.pitch;
+      const auto multiply = [&](T* sums, int64_t ld) {
+        product_tile<T>(
+            count, k, columns, kForwardVectors, packed.get(), sums, ld, panel, stream,
+            [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); });
+      };
+      if constexpr (kNarrow<S>) {
+        multiply(sums, width);
+        store_rows<T>(sums, width, count, columns, to, out.pitch);
+      } else {
+        multiply(to, out.pitch);
+      }
       if (statistics.mean) {
         accumulate_statistics<T>(to, out.pitch, count, 1, 0, columns, partial.of(task));
       }
@@ -50,18 +61,19 @@ void product_forward(int64_t rows, int64_t k, Weight<T> weight, Image<T> out,
   if (statistics.mean) partial.finish(statistics);
 }
 
-template <class T>
-void conv1x1_forward(Image<const T> features, Activation<T> act, Weight<T> weight,
-                     Image<T> bottleneck, Statistics<T> statistics) {
-  product_forward<T>(
+template <class S>
+void conv1x1_forward(Image<const S> features, Activation<Compute<S>> act, Weight<S> weight,
+                     Image<S> bottleneck, Statistics<Compute<S>> statistics) {
+  using T = Compute<S>;
+  product_forward<S>(
       features.rows(), features.c, weight, bottleneck, statistics,
       [&](int64_t row, int64_t rows, int64_t c0, int64_t width, T* panel) {
         activate_panel<T>(features.data + row * features.pitch, features.pitch, rows, c0, width,
                           act.scale, act.shift, panel);
       },
       [&](int64_t row, int64_t rows, PrefetchStream& stream) {
-        stream.add(features.data + row * features.pitch, features.c * sizeof(T),
-                   features.pitch * sizeof(T), rows, false);
+        stream.add(features.data + row * features.pitch, features.c * sizeof(S),
+                   features.pitch * sizeof(S), rows, false);
       });
 }
 

@@ -8,24 +8,24 @@
 namespace densenet_fast::cpu {
 namespace {
 
-template <class T>
-void conv3x3_forward(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
-                     Image<T> growth, Statistics<T> statistics) {
+template <class S>
+void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weight<S> weight,
+                     Image<S> growth, Statistics<Compute<S>> statistics) {
   if (use_winograd(bottleneck.h, bottleneck.w, weight.out)) {
-    conv3x3_forward_winograd<T>(bottleneck, act, weight, growth, statistics);
-  } else if (taps_product_is_faster<T>(weight.out)) {
-    conv3x3_forward_taps<T>(bottleneck, act, weight, growth, statistics);
+    conv3x3_forward_winograd<S>(bottleneck, act, weight, growth, statistics);
+  } else if (taps_product_is_faster<Compute<S>>(weight.out)) {
+    conv3x3_forward_taps<S>(bottleneck, act, weight, growth, statistics);
   } else {
-    conv3x3_forward_direct<T>(bottleneck, act, weight, growth, statistics);
+    conv3x3_forward_direct<S>(bottleneck, act, weight, growth, statistics);
   }
 }
 
-template <class T>
-void conv3x3_backward(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
-                      Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
-                      T* grad_weight) {
+template <class S>
+void conv3x3_backward(Image<const S> grad_growth, Image<const S> bottleneck, Norm<Compute<S>> norm,
+                      Weight<S> weight, Image<S> grad_norm, NormGradient<Compute<S>> grad_affine,
+                      WeightGradient<S> grad_weight) {
   const bool winograd = use_winograd(bottleneck.h, bottleneck.w, weight.out);
-  (winograd ? conv3x3_backward_winograd<T> : conv3x3_backward_direct<T>)(grad_growth, bottleneck,
+  (winograd ? conv3x3_backward_winograd<S> : conv3x3_backward_direct<S>)(grad_growth, bottleneck,
                                                                          norm, weight, grad_norm,
                                                                          grad_affine, grad_weight);
 }

@@ -9,9 +9,10 @@ namespace densenet_fast::cpu {
 namespace {
 
 // Row p holds, tap by tap, the gradient of output pixel p - (tap offset), or zero outside.
-template <class T>
+template <class S>
 struct GatheredTapsSource {
-  Image<const T> grad_growth;
+  using T = Compute<S>;
+  Image<const S> grad_growth;
 
   void build(int64_t row, int64_t rows, int64_t first, int64_t width, T* panel) const {
     const int64_t k = grad_growth.c;
@@ -25,8 +26,8 @@ struct GatheredTapsSource {
   }
 
   void prefetch(int64_t row, int64_t rows, PrefetchStream& stream) const {
-    stream.add(grad_growth.data + row * grad_growth.pitch, grad_growth.c * sizeof(T),
-               grad_growth.pitch * sizeof(T), rows, false);
+    stream.add(grad_growth.data + row * grad_growth.pitch, grad_growth.c * sizeof(S),
+               grad_growth.pitch * sizeof(S), rows, false);
   }
 
  private:
@@ -36,7 +37,7 @@ struct GatheredTapsSource {
               T* to) const {
     constexpr int L = kLanes<T>;
     const int64_t h = grad_growth.h, w = grad_growth.w, pitch = grad_growth.pitch;
-    const T* from = grad_growth.data + (row + down * w + right) * pitch + o;
+    const S* from = grad_growth.data + (row + down * w + right) * pitch + o;
     int64_t x = row % w, y = (row / w) % h;
     for (int64_t r = 0; r < rows; ++r, from += pitch, to += kPanelPitch) {
       const bool inside = static_cast<uint64_t>(y + down) < static_cast<uint64_t>(h) &&
@@ -54,33 +55,34 @@ struct GatheredTapsSource {
 
 // Row e = (tap, output channel) of the weight's gradient, [channels], to its place in [k, channels,
 // 3, 3].
-template <class T>
-DF_INLINE void store_tap_gradient(int64_t e, const T* row, int64_t k, int64_t channels, T* out) {
-  T* to = out + e % k * channels * 9 + e / k;
-  for (int64_t n = 0; n < channels; ++n) to[n * 9] = row[n];
+template <class S>
+DF_INLINE void store_tap_gradient(int64_t e, const Compute<S>* row, int64_t k, int64_t channels,
+                                  const WeightGradient<S>& out) {
+  store_weight_gradient<S>(out, e % k * channels * 9 + e / k, 9, row, channels);
 }
 
-template <class T>
-void conv3x3_backward_direct(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
-                             Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
-                             T* grad_weight) {
+template <class S>
+void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottleneck,
+                             Norm<Compute<S>> norm, Weight<S> weight, Image<S> grad_norm,
+                             NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight) {
+  using T = Compute<S>;
   const int64_t k = weight.out, channels = weight.in;
   // Whole taps a panel where they fit.
   const int64_t panel_width = k <= kPanel ? kPanel / k * k : kPanel;
-  const BackwardShape<T> shape{bottleneck.rows(), 9 * k, channels, smaller(panel_width, 9 * k)};
+  const BackwardShape shape{bottleneck.rows(), 9 * k, channels, smaller(panel_width, 9 * k)};
   const PaddedNorm<T> padded_norm(norm, channels);
   product_backward<T>(
-      shape, grad_affine.beta != nullptr, grad_weight != nullptr,
+      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
       [&](int64_t e0, int64_t count, T* to) {
         pack_columns<T>(to, count, channels, kBackwardVectors, [&](int64_t i, int64_t n) {
           const int64_t tap = (e0 + i) / k, o = (e0 + i) % k;
-          return weight.data[o * weight.stride_out + n * weight.stride_in +
-                             tap / 3 * weight.stride_h + tap % 3 * weight.stride_w];
+          return weight_at<S>(weight, o * weight.stride_out + n * weight.stride_in +
+                                          tap / 3 * weight.stride_h + tap % 3 * weight.stride_w);
         });
       },
-      norm, grad_affine, GatheredTapsSource<T>{grad_growth},
-      PixelSink<T, false>{bottleneck, padded_norm, grad_norm},
-      [&](int64_t e, const T* row) { store_tap_gradient<T>(e, row, k, channels, grad_weight); });
+      norm, grad_affine, GatheredTapsSource<S>{grad_growth},
+      PixelSink<S, false>{bottleneck, padded_norm, grad_norm},
+      [&](int64_t e, const T* row) { store_tap_gradient<S>(e, row, k, channels, grad_weight); });
 }
 
 }  // namespace

@@ -11,13 +11,13 @@ namespace densenet_fast::cpu {
 namespace {
 
 // A dY A' of tiles [begin, end), [16, tiles, kPanelPitch]; outside the image dY is zero.
-template <class T>
-void transform_output_gradients(const Image<const T>& g, const WinogradTiles& tiles, int64_t begin,
+template <class T, class S>
+void transform_output_gradients(const Image<const S>& g, const WinogradTiles& tiles, int64_t begin,
                                 int64_t end, T* to) {
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const T* corner = g.data + tiles.pixel(tile) * g.pitch;
+    const S* corner = g.data + tiles.pixel(tile) * g.pitch;
     const bool right = tile.x + 1 < g.w, below = tile.y + 1 < g.h;
     for (int64_t c = 0; c < g.c; c += L) {
       const int64_t n = g.c - c;
@@ -67,10 +67,10 @@ DF_INLINE void transform_weight_gradient(const T* s, int64_t stride, Vec<T> (&ta
 
 // The data gradient of tiles [begin, end) and channels [c0, c0 + columns), masked by the
 // activation; adds the sums of D and D * (x - mean) of whole vectors.
-template <class T>
+template <class T, class S>
 void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& tiles, int64_t begin,
-                          int64_t end, const Image<const T>& x, const PaddedNorm<T>& norm,
-                          const Image<T>& gradient, int64_t c0, int64_t columns, T* sum,
+                          int64_t end, const Image<const S>& x, const PaddedNorm<T>& norm,
+                          const Image<S>& gradient, int64_t c0, int64_t columns, T* sum,
                           T* sum_centred) {
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, result += ldr) {
@@ -87,7 +87,7 @@ void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& til
       const auto finish_pixel = [&](int i, int j) {
         const int64_t at = pixel + i * tiles.w + j;
         const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
-        const Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), y[i][j]);
+        const Vec<T> d = rounded<S>(where_positive<T>(fma<T>(scale, value, shift), y[i][j]));
         added += d;
         added_centred = fma<T>(d, value - mean, added_centred);
         if (gradient.data) store_upto<T>(gradient.data + at * gradient.pitch + c0 + c, d, n);
@@ -102,23 +102,24 @@ void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& til
   }
 }
 
-template <class T>
-void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottleneck, Norm<T> norm,
-                               Weight<T> weight, Image<T> grad_norm, NormGradient<T> grad_affine,
-                               T* grad_weight) {
+template <class S>
+void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottleneck,
+                               Norm<Compute<S>> norm, Weight<S> weight, Image<S> grad_norm,
+                               NormGradient<Compute<S>> grad_affine,
+                               WeightGradient<S> grad_weight) {
+  using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   const int64_t k = weight.out, channels = weight.in;
   const int64_t width = padded<T>(channels);
   const int64_t panels = ceil_div(channels, kPanel);
-  const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight != nullptr;
+  const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight.wanted();
   const PaddedNorm<T> padded_norm(norm, channels);
   CallMemory<T> packed(want_data ? kPoints * k * width : 1);
   if (want_data) {
     for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-      pack_transformed_weight<T>(packed.get() + kPoints * k * c0, k, smaller(kPanel, channels - c0),
+      pack_transformed_weight<S>(packed.get() + kPoints * k * c0, k, smaller(kPanel, channels - c0),
                                  kBackwardVectors, weight, true, [&](int64_t o, int64_t c) {
-                                   return weight.data + o * weight.stride_out +
-                                          (c0 + c) * weight.stride_in;
+                                   return o * weight.stride_out + (c0 + c) * weight.stride_in;
                                  });
     }
   }
@@ -147,13 +148,13 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
       if (end < part_end) {
         const int64_t first = tiles.first_pixel(end);
         const int64_t pixels = tiles.pixels(end, smaller(part_end, end + run));
-        stream.add(bottleneck.data + first * bottleneck.pitch + c0, columns * sizeof(T),
-                   bottleneck.pitch * sizeof(T), pixels, false);
-        stream.add(grad_growth.data + first * grad_growth.pitch, k * sizeof(T),
-                   grad_growth.pitch * sizeof(T), pixels, false);
+        stream.add(bottleneck.data + first * bottleneck.pitch + c0, columns * sizeof(S),
+                   bottleneck.pitch * sizeof(S), pixels, false);
+        stream.add(grad_growth.data + first * grad_growth.pitch, k * sizeof(S),
+                   grad_growth.pitch * sizeof(S), pixels, false);
         if (grad_norm.data) {
-          stream.add(grad_norm.data + first * grad_norm.pitch + c0, columns * sizeof(T),
-                     grad_norm.pitch * sizeof(T), pixels, true);
+          stream.add(grad_norm.data + first * grad_norm.pitch + c0, columns * sizeof(S),
+                     grad_norm.pitch * sizeof(S), pixels, true);
         }
       }
       const int64_t blocks = ceil_div(vecs, kBackwardVectors);
@@ -165,7 +166,7 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
                       : 0)));
       if (want_weight) {
         transform_output_gradients<T>(grad_growth, tiles, begin, end, gradients);
-        transform_inputs<T, true>(bottleneck, tiles, begin, end, {norm.scale, norm.shift}, c0,
+        transform_inputs<true, T>(bottleneck, tiles, begin, end, {norm.scale, norm.shift}, c0,
                                   columns, points);
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t v = 0; v < vecs;) {
@@ -186,7 +187,7 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
         }
       }
       if (want_data) {
-        transform_inputs<T, false>(grad_growth, tiles, begin, end, {}, 0, k, gradients);
+        transform_inputs<false, T>(grad_growth, tiles, begin, end, {}, 0, k, gradients);
         multiply_points<T>(gradients, count, 0, k, k, packed.get() + kPoints * k * c0, vecs,
                            kBackwardVectors, points, false, stream);
         finish_data_gradient<T>(points, panel, tiles, begin, end, bottleneck, padded_norm,
@@ -209,7 +210,7 @@ void conv3x3_backward_winograd(Image<const T> grad_growth, Image<const T> bottle
     finish_sums<T>(partial_sums.get(), parts.count, width, norm, channels, grad_affine);
   if (want_weight) {
     finish_weight<T>(partial_weight.get(), parts.count, 9 * k, width, [&](int64_t e, const T* row) {
-      store_tap_gradient<T>(e, row, k, channels, grad_weight);
+      store_tap_gradient<S>(e, row, k, channels, grad_weight);
     });
   }
 }

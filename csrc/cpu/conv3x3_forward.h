@@ -46,8 +46,8 @@ struct Band {
 
 // Activates channels [c0, c0 + width) of the band and its border of one pixel into `to`,
 // [rows + 2, columns + 2, kPanelPitch]; outside the image: zero.
-template <class T>
-void activate_band(const Image<const T>& image, const Band& band, Activation<T> act, int64_t c0,
+template <class T, class S>
+void activate_band(const Image<const S>& image, const Band& band, Activation<T> act, int64_t c0,
                    int64_t width, T* to) {
   const int64_t columns = band.columns + 2;
   const auto clear = [&](T* p, int64_t pixels) {
@@ -73,9 +73,10 @@ void activate_band(const Image<const T>& image, const Band& band, Activation<T> 
   }
 }
 
-template <class T>
-void conv3x3_forward_direct(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
-                            Image<T> growth, Statistics<T> statistics) {
+template <class S>
+void conv3x3_forward_direct(Image<const S> bottleneck, Activation<Compute<S>> act, Weight<S> weight,
+                            Image<S> growth, Statistics<Compute<S>> statistics) {
+  using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   const int64_t channels = weight.in, k = weight.out, vecs = vectors<T>(k), width = padded<T>(k);
   const int64_t h = bottleneck.h, w = bottleneck.w;
@@ -83,12 +84,12 @@ void conv3x3_forward_direct(Image<const T> bottleneck, Activation<T> act, Weight
   // Panel by panel, all nine taps of one panel together.
   for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
     const int64_t panel = smaller(kPanel, channels - c0);
-    pack_columns<T>(packed.get() + 9 * c0 * width, 9 * panel, k, kConv3x3Vectors,
-                    [&](int64_t i, int64_t o) {
-                      const int64_t tap = i / panel, c = c0 + i % panel;
-                      return weight.data[o * weight.stride_out + c * weight.stride_in +
-                                         tap / 3 * weight.stride_h + tap % 3 * weight.stride_w];
-                    });
+    pack_columns<T>(
+        packed.get() + 9 * c0 * width, 9 * panel, k, kConv3x3Vectors, [&](int64_t i, int64_t o) {
+          const int64_t tap = i / panel, c = c0 + i % panel;
+          return weight_at<S>(weight, o * weight.stride_out + c * weight.stride_in +
+                                          tap / 3 * weight.stride_h + tap % 3 * weight.stride_w);
+        });
   }
 
   const Bands bands(bottleneck.n, h, w);
@@ -101,13 +102,26 @@ void conv3x3_forward_direct(Image<const T> bottleneck, Activation<T> act, Weight
         scratch<T>(Scratch::kOperand, (bands.rows + 2) * (bands.columns + 2) * kPanelPitch);
     int64_t taps[9];
     for (int64_t t = 0; t < 9; ++t) taps[t] = (t / 3 * columns + t % 3) * kPanelPitch;
-    T* out = growth.data + ((band.image * h + band.y) * w + band.x) * growth.pitch;
+    S* out = growth.data + ((band.image * h + band.y) * w + band.x) * growth.pitch;
+
+    // Sums of several panels: in the growth itself, or in scratch until they can be rounded.
+    T* sums;
+    int64_t pixel_pitch, row_pitch;
+    if constexpr (kNarrow<S>) {
+      sums = scratch<T>(Scratch::kResult, bands.rows * bands.columns * width);
+      pixel_pitch = width;
+      row_pitch = band.columns * width;
+    } else {
+      sums = out;
+      pixel_pitch = growth.pitch;
+      row_pitch = w * growth.pitch;
+    }
 
     PrefetchStream stream;
     if (task + 1 < tasks) {
       const Band next(bands, task + 1, h, w);
-      const T* from = bottleneck.data + ((next.image * h + next.y) * w + next.x) * bottleneck.pitch;
-      stream.add(from, channels * sizeof(T), bottleneck.pitch * sizeof(T), next.rows * w, false);
+      const S* from = bottleneck.data + ((next.image * h + next.y) * w + next.x) * bottleneck.pitch;
+      stream.add(from, channels * sizeof(S), bottleneck.pitch * sizeof(S), next.rows * w, false);
     }
     stream.start(ceil_div(vecs, kConv3x3Vectors) * band.rows *
                  ceil_div(band.columns, kMaxRows[kConv3x3Vectors]) * 9 *
@@ -126,8 +140,8 @@ void conv3x3_forward_direct(Image<const T> bottleneck, Activation<T> act, Weight
                                    9,
                                    panel,
                                    b,
-                                   out + (y * w + x) * growth.pitch + v * L,
-                                   growth.pitch,
+                                   sums + y * row_pitch + x * pixel_pitch + v * L,
+                                   pixel_pitch,
                                    smaller(nv * L, k - v * L),
                                    c0 > 0,
                                    &stream};
@@ -135,6 +149,12 @@ void conv3x3_forward_direct(Image<const T> bottleneck, Activation<T> act, Weight
           });
         }
         v += nv;
+      }
+    }
+    if constexpr (kNarrow<S>) {
+      for (int64_t y = 0; y < band.rows; ++y) {
+        store_rows<T>(sums + y * row_pitch, width, band.columns, k, out + y * w * growth.pitch,
+                      growth.pitch);
       }
     }
     if (statistics.mean) {

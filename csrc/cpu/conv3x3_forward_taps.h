@@ -15,9 +15,10 @@ DF_INLINE bool taps_product_is_faster(int64_t k) {
   return vectors<T>(k) == 1 || 5 * k < 4 * padded<T>(k);
 }
 
-template <class T>
-void conv3x3_forward_taps(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
-                          Image<T> growth, Statistics<T> statistics) {
+template <class S>
+void conv3x3_forward_taps(Image<const S> bottleneck, Activation<Compute<S>> act, Weight<S> weight,
+                          Image<S> growth, Statistics<Compute<S>> statistics) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   constexpr int64_t kMinBandRows = 16;  // two more rows are computed than a band has
   const int64_t channels = weight.in, k = weight.out, columns = 9 * k;
@@ -26,8 +27,8 @@ void conv3x3_forward_taps(Image<const T> bottleneck, Activation<T> act, Weight<T
   CallMemory<T> packed(padded<T>(columns) * channels);
   pack_columns<T>(packed.get(), channels, columns, kForwardVectors, [&](int64_t c, int64_t e) {
     const int64_t tap = e / k, o = e % k;
-    return weight.data[o * weight.stride_out + c * weight.stride_in + tap / 3 * weight.stride_h +
-                       tap % 3 * weight.stride_w];
+    return weight_at<S>(weight, o * weight.stride_out + c * weight.stride_in +
+                                    tap / 3 * weight.stride_h + tap % 3 * weight.stride_w);
   });
 
   const int64_t wanted = ceil_div(16, bottleneck.n);
@@ -44,15 +45,15 @@ void conv3x3_forward_taps(Image<const T> bottleneck, Activation<T> act, Weight<T
     const int64_t tile_steps = product_steps<T>(kForwardTile, channels, columns, kForwardVectors);
 
     const auto multiply_row = [&](int64_t y) {
-      const T* from = bottleneck.data + (image * h + y) * w * bottleneck.pitch;
+      const S* from = bottleneck.data + (image * h + y) * w * bottleneck.pitch;
       T* to = ring + y % 3 * w * pitch;
       for (int64_t x = 0; x < w; x += kForwardTile) {
         const int64_t rows = smaller(kForwardTile, w - x);
         PrefetchStream stream;
         // The next tile of this image row, or of the next one: they follow in memory.
         const int64_t next = (image * h + y) * w + x + rows;
-        stream.add(bottleneck.data + next * bottleneck.pitch, channels * sizeof(T),
-                   bottleneck.pitch * sizeof(T), smaller(kForwardTile, bottleneck.rows() - next),
+        stream.add(bottleneck.data + next * bottleneck.pitch, channels * sizeof(S),
+                   bottleneck.pitch * sizeof(S), smaller(kForwardTile, bottleneck.rows() - next),
                    false);
         stream.start(tile_steps);
         product_tile<T>(rows, channels, columns, kForwardVectors, packed.get(), to + x * pitch,
@@ -64,7 +65,7 @@ void conv3x3_forward_taps(Image<const T> bottleneck, Activation<T> act, Weight<T
     };
 
     const auto add_taps = [&](int64_t y) {
-      T* out = growth.data + (image * h + y) * w * growth.pitch;
+      S* out = growth.data + (image * h + y) * w * growth.pitch;
       for (int64_t x = 0; x < w; ++x) {
         for (int64_t c = 0; c < k; c += L) {
           Vec<T> sum = zero<T>();

@@ -13,20 +13,20 @@ constexpr int kWinogradForwardVectors = 2;
 
 // Transforms one tile's products to pixels of the growth, and to `copy` one after another; returns
 // how many pixels the tile has.
-template <class T>
+template <class T, class S>
 DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int64_t index,
-                                const Image<T>& growth, T* copy, int64_t width) {
+                                const Image<S>& growth, T* copy, int64_t width) {
   constexpr int L = kLanes<T>;
   const WinogradTile tile = tiles.at(index);
   const int64_t rows = smaller(2, tiles.h - tile.y), columns = smaller(2, tiles.w - tile.x);
-  T* out = growth.data + tiles.pixel(tile) * growth.pitch;
+  S* out = growth.data + tiles.pixel(tile) * growth.pitch;
   for (int64_t c = 0; c < growth.c; c += L) {
     const int64_t n = growth.c - c;
     Vec<T> y[2][2];
     transform_output<T>(result + c, result_pitch(width), y);
     const auto store_pixel = [&](int64_t i, int64_t j, int64_t at) {
       store_upto<T>(out + (i * tiles.w + j) * growth.pitch + c, y[i][j], n);
-      store<T>(copy + at * width + c, y[i][j]);
+      store<T>(copy + at * width + c, rounded<S>(y[i][j]));
     };
     store_pixel(0, 0, 0);
     if (columns == 2) store_pixel(0, 1, 1);
@@ -36,16 +36,17 @@ DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int
   return rows * columns;
 }
 
-template <class T>
-void conv3x3_forward_winograd(Image<const T> bottleneck, Activation<T> act, Weight<T> weight,
-                              Image<T> growth, Statistics<T> statistics) {
+template <class S>
+void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> act,
+                              Weight<S> weight, Image<S> growth,
+                              Statistics<Compute<S>> statistics) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t channels = weight.in, k = weight.out, width = padded<T>(k);
   CallMemory<T> packed(kPoints * channels * width);
-  pack_transformed_weight<T>(packed.get(), channels, k, kWinogradForwardVectors, weight, false,
-                             [&](int64_t c, int64_t o) {
-                               return weight.data + o * weight.stride_out + c * weight.stride_in;
-                             });
+  pack_transformed_weight<S>(
+      packed.get(), channels, k, kWinogradForwardVectors, weight, false,
+      [&](int64_t c, int64_t o) { return o * weight.stride_out + c * weight.stride_in; });
 
   const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
   const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
@@ -62,15 +63,15 @@ void conv3x3_forward_winograd(Image<const T> bottleneck, Activation<T> act, Weig
       const int64_t next_end = smaller(task_end, end + run);
       if (end < task_end) {
         stream.add(bottleneck.data + tiles.first_pixel(end) * bottleneck.pitch,
-                   channels * sizeof(T), bottleneck.pitch * sizeof(T), tiles.pixels(end, next_end),
+                   channels * sizeof(S), bottleneck.pitch * sizeof(S), tiles.pixels(end, next_end),
                    false);
-        stream.add(growth.data + tiles.first_pixel(end) * growth.pitch, k * sizeof(T),
-                   growth.pitch * sizeof(T), tiles.pixels(end, next_end), true);
+        stream.add(growth.data + tiles.first_pixel(end) * growth.pitch, k * sizeof(S),
+                   growth.pitch * sizeof(S), tiles.pixels(end, next_end), true);
       }
       stream.start(kPoints * product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
       for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
         const int64_t panel = smaller(kPanel, channels - c0);
-        transform_inputs<T, true>(bottleneck, tiles, begin, end, act, c0, panel, operand);
+        transform_inputs<true, T>(bottleneck, tiles, begin, end, act, c0, panel, operand);
         multiply_points<T>(operand, end - begin, c0, panel, channels, packed.get(), width / L,
                            kWinogradForwardVectors, result, c0 > 0, stream);
       }

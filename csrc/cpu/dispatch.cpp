@@ -9,109 +9,24 @@
 #include <cmath>
 
 #include "isa.h"
-#include "tensors.h"
+#include "tensor_arguments.h"
 
 namespace densenet_fast::cpu {
 namespace {
 
-template <class T>
-constexpr ScalarType kScalarType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-
-template <class T>
-Image<T> image(const Tensor& t, const char* name) {
-  using Element = std::remove_const_t<T>;
-  const Rows r = rows(t, kScalarType<Element>, name);
-  if constexpr (std::is_const_v<T>) {
-    return {t.const_data_ptr<Element>(), r.n, r.h, r.w, r.c, r.pitch};
-  } else {
-    return {t.mutable_data_ptr<Element>(), r.n, r.h, r.w, r.c, r.pitch};
-  }
-}
-
-template <class T>
-const T* vector(const Tensor& t, int64_t size, const char* name) {
-  check_vector(t, kScalarType<T>, size, name);
-  return t.const_data_ptr<T>();
-}
-
-template <class T>
-T* mutable_vector(const Tensor& t, int64_t size, const char* name) {
-  check_vector(t, kScalarType<T>, size, name);
-  return t.mutable_data_ptr<T>();
-}
-
-template <class T>
-T* mutable_vector(const OptionalTensor& t, int64_t size, const char* name) {
-  return t ? mutable_vector<T>(*t, size, name) : nullptr;
-}
-
-template <class T>
-Activation<T> activation(const Tensor& scale, const Tensor& shift, int64_t channels) {
-  return {vector<T>(scale, channels, "scale"), vector<T>(shift, channels, "shift")};
-}
-
-template <class T>
-Norm<T> norm(const Tensor& scale, const Tensor& shift, const Tensor& mean, const Tensor& rstd,
-             int64_t channels) {
-  return {vector<T>(scale, channels, "scale"), vector<T>(shift, channels, "shift"),
-          vector<T>(mean, channels, "mean"), vector<T>(rstd, channels, "rstd")};
-}
-
-template <class T>
-Statistics<T> statistics(const OptionalTensor& mean, const OptionalTensor& var, int64_t channels) {
-  check_statistics(mean, var);
-  return {mutable_vector<T>(mean, channels, "mean"), mutable_vector<T>(var, channels, "var")};
-}
-
-template <class T>
-NormGradient<T> norm_gradient(const OptionalTensor& gamma, const OptionalTensor& beta, bool needed,
-                              int64_t channels) {
-  check_norm_gradient(gamma, beta, needed);
-  return {mutable_vector<T>(gamma, channels, "grad_gamma"),
-          mutable_vector<T>(beta, channels, "grad_beta")};
-}
-
-template <class T>
-NormGradient<T> norm_gradient(const Tensor& gamma, const Tensor& beta, int64_t channels) {
-  return norm_gradient<T>(OptionalTensor(gamma), OptionalTensor(beta), true, channels);
-}
-
-template <class T>
-Weight<T> weight(const Tensor& t, int64_t dims, int64_t in) {
-  check_type(t, kScalarType<T>, "weight");
-  check_weight(t, dims, in);
-  Weight<T> w{t.const_data_ptr<T>(), t.size(0), t.size(1), t.stride(0), t.stride(1), 0, 0};
-  if (dims == 4) {
-    w.stride_h = t.stride(2);
-    w.stride_w = t.stride(3);
-  }
-  return w;
-}
-
-// body(T{}) with the element type of `t`.
-template <class F>
-void dispatch(const Tensor& t, const F& body) {
-  if (t.scalar_type() == ScalarType::Float) {
-    body(float{});
-  } else {
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Double,
-                    "the CPU kernels compute in float32 and float64");
-    body(double{});
-  }
-}
-
 void channel_statistics(const Tensor& features, const Tensor& mean, const Tensor& var) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(features, "features");
-    kernels<T>().channel_statistics(x, statistics<T>(mean, var, x.c));
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(features, "features");
+    kernels<S>().channel_statistics(x, statistics<T>(mean, var, x.c));
   });
 }
 
 void norm_coefficients(const Tensor& mean, const Tensor& var, const OptionalTensor& gamma,
                        const OptionalTensor& beta, double eps, const Tensor& scale,
                        const Tensor& shift, const Tensor& rstd) {
-  dispatch(mean, [&](auto zero) {
+  dispatch_vector(mean, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = mean.numel();
     const T* m = vector<T>(mean, channels, "mean");
@@ -132,7 +47,7 @@ void norm_coefficients(const Tensor& mean, const Tensor& var, const OptionalTens
 void update_running_statistics(const Tensor& mean, const Tensor& var, int64_t count,
                                double momentum, const Tensor& running_mean,
                                const Tensor& running_var) {
-  dispatch(mean, [&](auto zero) {
+  dispatch_vector(mean, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = mean.numel();
     check_count(count);
@@ -152,7 +67,7 @@ void update_running_statistics(const Tensor& mean, const Tensor& var, int64_t co
 void norm_grad_coefficients(const Tensor& scale, const Tensor& mean, const Tensor& rstd,
                             const Tensor& grad_gamma, const Tensor& grad_beta, int64_t count,
                             const Tensor& coefficients) {
-  dispatch(scale, [&](auto zero) {
+  dispatch_vector(scale, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = scale.numel();
     const T* a = vector<T>(scale, channels, "scale");
@@ -175,13 +90,14 @@ void conv1x1_forward(const Tensor& features, const Tensor& scale, const Tensor& 
                      const Tensor& w, const Tensor& bottleneck, const OptionalTensor& mean,
                      const OptionalTensor& var) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(features, "features");
-    const auto z = image<T>(bottleneck, "bottleneck");
-    const auto weights = weight<T>(w, 2, x.c);
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(features, "features");
+    const auto z = image<S>(bottleneck, "bottleneck");
+    const auto weights = weight<S>(w, 2, x.c);
     check_same_pixels(x, z);
     check_channels(z, weights.out, "bottleneck");
-    kernels<T>().conv1x1_forward(x, activation<T>(scale, shift, x.c), weights, z,
+    kernels<S>().conv1x1_forward(x, activation<T>(scale, shift, x.c), weights, z,
                                  statistics<T>(mean, var, z.c));
   });
 }
@@ -192,24 +108,25 @@ void conv1x1_backward(const Tensor& grad_norm, const Tensor& bottleneck, const T
                       const OptionalTensor& grad_features, const OptionalTensor& grad_gamma,
                       const OptionalTensor& grad_beta, const OptionalTensor& grad_weight) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(features, "features");
-    const auto z = image<const T>(bottleneck, "bottleneck");
-    const auto g = image<const T>(grad_norm, "grad_norm");
-    const auto weights = weight<T>(w, 2, x.c);
-    Image<T> gx;
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(features, "features");
+    const auto z = image<const S>(bottleneck, "bottleneck");
+    const auto g = image<const S>(grad_norm, "grad_norm");
+    const auto weights = weight<S>(w, 2, x.c);
+    Image<S> gx;
     if (grad_features) {
-      gx = image<T>(*grad_features, "grad_features");
+      gx = image<S>(*grad_features, "grad_features");
       check_same_shape(gx, x, "grad_features");
     }
     check_same_pixels(x, z);
     check_same_shape(g, z, "grad_norm");
     check_channels(z, weights.out, "bottleneck");
-    kernels<T>().conv1x1_backward(
+    kernels<S>().conv1x1_backward(
         g, z, vector<T>(coefficients, 3 * z.c, "coefficients"), x,
         norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
         norm_gradient<T>(grad_gamma, grad_beta, grad_features.has_value(), x.c),
-        mutable_vector<T>(grad_weight, weights.out * weights.in, "grad_weight"));
+        weight_gradient<S>(grad_weight, w));
   });
 }
 
@@ -217,13 +134,14 @@ void conv3x3_forward(const Tensor& bottleneck, const Tensor& scale, const Tensor
                      const Tensor& w, const Tensor& growth, const OptionalTensor& mean,
                      const OptionalTensor& var) {
   dispatch(bottleneck, [&](auto zero) {
-    using T = decltype(zero);
-    const auto z = image<const T>(bottleneck, "bottleneck");
-    const auto y = image<T>(growth, "growth");
-    const auto weights = weight<T>(w, 4, z.c);
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto z = image<const S>(bottleneck, "bottleneck");
+    const auto y = image<S>(growth, "growth");
+    const auto weights = weight<S>(w, 4, z.c);
     check_same_pixels(z, y);
     check_channels(y, weights.out, "growth");
-    kernels<T>().conv3x3_forward(z, activation<T>(scale, shift, z.c), weights, y,
+    kernels<S>().conv3x3_forward(z, activation<T>(scale, shift, z.c), weights, y,
                                  statistics<T>(mean, var, y.c));
   });
 }
@@ -233,41 +151,43 @@ void conv3x3_backward(const Tensor& grad_growth, const Tensor& bottleneck, const
                       const OptionalTensor& grad_norm, const OptionalTensor& grad_gamma,
                       const OptionalTensor& grad_beta, const OptionalTensor& grad_weight) {
   dispatch(bottleneck, [&](auto zero) {
-    using T = decltype(zero);
-    const auto g = image<const T>(grad_growth, "grad_growth");
-    const auto z = image<const T>(bottleneck, "bottleneck");
-    const auto weights = weight<T>(w, 4, z.c);
-    Image<T> out;
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto g = image<const S>(grad_growth, "grad_growth");
+    const auto z = image<const S>(bottleneck, "bottleneck");
+    const auto weights = weight<S>(w, 4, z.c);
+    Image<S> out;
     if (grad_norm) {
-      out = image<T>(*grad_norm, "grad_norm");
+      out = image<S>(*grad_norm, "grad_norm");
       check_same_shape(out, z, "grad_norm");
     }
     check_same_pixels(z, g);
     check_channels(g, weights.out, "grad_growth");
-    kernels<T>().conv3x3_backward(
+    kernels<S>().conv3x3_backward(
         g, z, norm<T>(scale, shift, mean, rstd, z.c), weights, out,
         norm_gradient<T>(grad_gamma, grad_beta, grad_norm.has_value(), z.c),
-        mutable_vector<T>(grad_weight, 9 * g.c * z.c, "grad_weight"));
+        weight_gradient<S>(grad_weight, w));
   });
 }
 
 void dropout(const Tensor& growth, int64_t seed, double p) {
   dispatch(growth, [&](auto zero) {
-    using T = decltype(zero);
-    kernels<T>().dropout(image<T>(growth, "growth"), static_cast<uint64_t>(seed), p);
+    using S = decltype(zero);
+    kernels<S>().dropout(image<S>(growth, "growth"), static_cast<uint64_t>(seed), p);
   });
 }
 
 void finish_gradient(const Tensor& features, const Tensor& grad_features, const Tensor& mean,
                      const Tensor& sum_grad, const Tensor& sum_grad_x, const Tensor& out) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(features, "features");
-    const auto g = image<const T>(grad_features, "grad_features");
-    const auto to = image<T>(out, "out");
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(features, "features");
+    const auto g = image<const S>(grad_features, "grad_features");
+    const auto to = image<S>(out, "out");
     check_same_shape(g, x, "grad_features");
     check_same_shape(to, x, "out");
-    kernels<T>().finish_gradient(x, g, vector<T>(mean, x.c, "mean"),
+    kernels<S>().finish_gradient(x, g, vector<T>(mean, x.c, "mean"),
                                  vector<T>(sum_grad, x.c, "sum_grad"),
                                  vector<T>(sum_grad_x, x.c, "sum_grad_x"), to);
   });
@@ -277,13 +197,14 @@ void transition_forward(const Tensor& features, const Tensor& scale, const Tenso
                         const Tensor& w, const Tensor& out, const OptionalTensor& mean,
                         const OptionalTensor& var) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(features, "features");
-    const auto to = image<T>(out, "out");
-    const auto weights = weight<T>(w, 2, x.c);
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(features, "features");
+    const auto to = image<S>(out, "out");
+    const auto weights = weight<S>(w, 2, x.c);
     check_pooled(x, to);
     check_channels(to, weights.out, "out");
-    kernels<T>().transition_forward(x, activation<T>(scale, shift, x.c), weights, to,
+    kernels<S>().transition_forward(x, activation<T>(scale, shift, x.c), weights, to,
                                     statistics<T>(mean, var, to.c));
   });
 }
@@ -293,28 +214,29 @@ void transition_backward(const Tensor& grad_out, const Tensor& features, const T
                          const Tensor& w, const Tensor& grad_features, const Tensor& grad_gamma,
                          const Tensor& grad_beta, const OptionalTensor& grad_weight) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto g = image<const T>(grad_out, "grad_out");
-    const auto x = image<const T>(features, "features");
-    const auto gx = image<T>(grad_features, "grad_features");
-    const auto weights = weight<T>(w, 2, x.c);
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto g = image<const S>(grad_out, "grad_out");
+    const auto x = image<const S>(features, "features");
+    const auto gx = image<S>(grad_features, "grad_features");
+    const auto weights = weight<S>(w, 2, x.c);
     check_pooled(x, g);
     check_same_shape(gx, x, "grad_features");
     check_channels(g, weights.out, "grad_out");
-    kernels<T>().transition_backward(
-        g, x, norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
-        norm_gradient<T>(grad_gamma, grad_beta, x.c),
-        mutable_vector<T>(grad_weight, weights.out * weights.in, "grad_weight"));
+    kernels<S>().transition_backward(g, x, norm<T>(scale, shift, mean, rstd, x.c), weights, gx,
+                                     norm_gradient<T>(grad_gamma, grad_beta, x.c),
+                                     weight_gradient<S>(grad_weight, w));
   });
 }
 
 void norm_relu_avgpool_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
                                const Tensor& out) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(features, "features");
-    kernels<T>().norm_relu_avgpool_forward(x, activation<T>(scale, shift, x.c),
-                                           mutable_vector<T>(out, x.n * x.c, "out"));
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(features, "features");
+    kernels<S>().norm_relu_avgpool_forward(x, activation<T>(scale, shift, x.c),
+                                           mutable_vector<S>(out, x.n * x.c, "out"));
   });
 }
 
@@ -323,11 +245,12 @@ void norm_relu_avgpool_backward(const Tensor& grad_out, const Tensor& features, 
                                 const Tensor& grad_features, const Tensor& grad_gamma,
                                 const Tensor& grad_beta) {
   dispatch(features, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(features, "features");
-    const auto gx = image<T>(grad_features, "grad_features");
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(features, "features");
+    const auto gx = image<S>(grad_features, "grad_features");
     check_same_shape(gx, x, "grad_features");
-    kernels<T>().norm_relu_avgpool_backward(vector<T>(grad_out, x.n * x.c, "grad_out"), x,
+    kernels<S>().norm_relu_avgpool_backward(vector<S>(grad_out, x.n * x.c, "grad_out"), x,
                                             norm<T>(scale, shift, mean, rstd, x.c), gx,
                                             norm_gradient<T>(grad_gamma, grad_beta, x.c));
   });
@@ -336,11 +259,12 @@ void norm_relu_avgpool_backward(const Tensor& grad_out, const Tensor& features, 
 void norm_relu_maxpool_forward(const Tensor& input, const Tensor& scale, const Tensor& shift,
                                const Tensor& out, const Tensor& argmax) {
   dispatch(input, [&](auto zero) {
-    using T = decltype(zero);
-    const auto x = image<const T>(input, "input");
-    const auto to = image<T>(out, "out");
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto x = image<const S>(input, "input");
+    const auto to = image<S>(out, "out");
     check_max_pooled(x, to, argmax);
-    kernels<T>().norm_relu_maxpool_forward(x, activation<T>(scale, shift, x.c), to,
+    kernels<S>().norm_relu_maxpool_forward(x, activation<T>(scale, shift, x.c), to,
                                            argmax.mutable_data_ptr<uint8_t>());
   });
 }
@@ -350,13 +274,14 @@ void norm_relu_maxpool_backward(const Tensor& grad_out, const Tensor& argmax, co
                                 const Tensor& rstd, bool batch_statistics, const Tensor& grad_input,
                                 const Tensor& grad_gamma, const Tensor& grad_beta) {
   dispatch(input, [&](auto zero) {
-    using T = decltype(zero);
-    const auto g = image<const T>(grad_out, "grad_out");
-    const auto x = image<const T>(input, "input");
-    const auto gx = image<T>(grad_input, "grad_input");
+    using S = decltype(zero);
+    using T = Compute<S>;
+    const auto g = image<const S>(grad_out, "grad_out");
+    const auto x = image<const S>(input, "input");
+    const auto gx = image<S>(grad_input, "grad_input");
     check_max_pooled(x, g, argmax);
     check_same_shape(gx, x, "grad_input");
-    kernels<T>().norm_relu_maxpool_backward(
+    kernels<S>().norm_relu_maxpool_backward(
         g, argmax.const_data_ptr<uint8_t>(), x, norm<T>(scale, shift, mean, rstd, x.c),
         batch_statistics, gx, norm_gradient<T>(grad_gamma, grad_beta, x.c));
   });

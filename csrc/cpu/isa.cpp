@@ -100,4 +100,9 @@ const Kernels<double>& kernels<double>() {
   return *current()->kernels.f64;
 }
 
+template <>
+const Kernels<bfloat16>& kernels<bfloat16>() {
+  return *current()->kernels.bf16;
+}
+
 }  // namespace densenet_fast::cpu

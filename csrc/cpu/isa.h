@@ -16,7 +16,7 @@ std::string isa_in_use();
 // Throws std::invalid_argument naming the choices. Not to be called while kernels run.
 void set_isa(const std::string& name);
 
-template <class T>
-const Kernels<T>& kernels();
+template <class S>
+const Kernels<S>& kernels();
 
 }  // namespace densenet_fast::cpu

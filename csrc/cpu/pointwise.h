@@ -8,9 +8,10 @@ namespace {
 
 // out = grad - sum_grad / M - (x - mean) * sum_grad_x / M: the part of every consumer's BatchNorm
 // backward that depends on batch sums, once for all consumers of a channel.
-template <class T>
-void finish_gradient(Image<const T> features, Image<const T> grad_features, const T* mean,
-                     const T* sum_grad, const T* sum_grad_x, Image<T> out) {
+template <class S>
+void finish_gradient(Image<const S> features, Image<const S> grad_features, const Compute<S>* mean,
+                     const Compute<S>* sum_grad, const Compute<S>* sum_grad_x, Image<S> out) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   constexpr int64_t kRows = 512;
   const int64_t rows = features.rows(), channels = features.c;
@@ -22,9 +23,9 @@ void finish_gradient(Image<const T> features, Image<const T> grad_features, cons
       const Vec<T> constant = load_upto<T>(sum_grad + c, n) * splat<T>(inverse);
       const Vec<T> slope = load_upto<T>(sum_grad_x + c, n) * splat<T>(inverse);
       const Vec<T> centre = load_upto<T>(mean + c, n);
-      const T* x = features.data + first * features.pitch + c;
-      const T* g = grad_features.data + first * grad_features.pitch + c;
-      T* to = out.data + first * out.pitch + c;
+      const S* x = features.data + first * features.pitch + c;
+      const S* g = grad_features.data + first * grad_features.pitch + c;
+      S* to = out.data + first * out.pitch + c;
       for (int64_t r = 0; r < count; ++r) {
         const Vec<T> value = load_upto<T>(x + r * features.pitch, n) - centre;
         const Vec<T> grad = load_upto<T>(g + r * grad_features.pitch, n) - constant;
@@ -55,8 +56,9 @@ DF_INLINE PhiloxBlock philox(uint64_t seed, uint64_t index) {
 
 // x *= keep / (1 - p). The mask is a function of (seed, logical index), so that the backward and a
 // recomputed block see the same one without storing it.
-template <class T>
-void dropout(Image<T> growth, uint64_t seed, double p) {
+template <class S>
+void dropout(Image<S> growth, uint64_t seed, double p) {
+  using T = Compute<S>;
   constexpr int64_t kRows = 256;
   const int64_t rows = growth.rows(), channels = growth.c;
   const uint64_t threshold = static_cast<uint64_t>(p * 4294967296.0);
@@ -66,14 +68,14 @@ void dropout(Image<T> growth, uint64_t seed, double p) {
     uint64_t loaded = ~uint64_t{0};
     PhiloxBlock block{};
     for (int64_t r = task * kRows; r < end; ++r) {
-      T* row = growth.data + r * growth.pitch;
+      S* row = growth.data + r * growth.pitch;
       for (int64_t c = 0; c < channels; ++c) {
         const uint64_t i = static_cast<uint64_t>(r) * channels + c;
         if (i / 4 != loaded) {
           loaded = i / 4;
           block = philox(seed, loaded);
         }
-        row[c] = block.word[i % 4] >= threshold ? row[c] * keep : T(0);
+        row[c] = narrow<S>(block.word[i % 4] >= threshold ? widen<S>(row[c]) * keep : T(0));
       }
     }
   });

@@ -37,15 +37,16 @@ class TaskSums {
   CallMemory<T> memory_;
 };
 
-template <class T>
-void norm_relu_avgpool_forward(Image<const T> features, Activation<T> act, T* out) {
+template <class S>
+void norm_relu_avgpool_forward(Image<const S> features, Activation<Compute<S>> act, S* out) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t blocks = vectors<T>(features.c), h = features.h, w = features.w;
   const T inverse = static_cast<T>(1.0 / static_cast<double>(h * w));
   for_each_task(features.n * blocks, [&](int64_t task) {
     const int64_t image = task / blocks, c = task % blocks * L, n = features.c - c;
     const Vec<T> a = load_upto<T>(act.scale + c, n), b = load_upto<T>(act.shift + c, n);
-    const T* p = features.data + image * h * w * features.pitch + c;
+    const S* p = features.data + image * h * w * features.pitch + c;
     Vec<T> total = zero<T>();
     for (int64_t y = 0; y < h; ++y) {  // image row by image row: shorter sums, less rounding
       Vec<T> line = zero<T>();
@@ -58,9 +59,10 @@ void norm_relu_avgpool_forward(Image<const T> features, Activation<T> act, T* ou
   });
 }
 
-template <class T>
-void norm_relu_avgpool_backward(const T* grad_out, Image<const T> features, Norm<T> norm,
-                                Image<T> grad_features, NormGradient<T> grad_affine) {
+template <class S>
+void norm_relu_avgpool_backward(const S* grad_out, Image<const S> features, Norm<Compute<S>> norm,
+                                Image<S> grad_features, NormGradient<Compute<S>> grad_affine) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t blocks = vectors<T>(features.c), pixels = features.h * features.w;
   const T inverse = static_cast<T>(1.0 / static_cast<double>(pixels));
@@ -70,8 +72,8 @@ void norm_relu_avgpool_backward(const T* grad_out, Image<const T> features, Norm
     const Vec<T> scale = load_upto<T>(norm.scale + c, n), shift = load_upto<T>(norm.shift + c, n);
     const Vec<T> mean = load_upto<T>(norm.mean + c, n);
     const Vec<T> g = load_upto<T>(grad_out + image * features.c + c, n) * splat<T>(inverse);
-    const T* x = features.data + image * pixels * features.pitch + c;
-    T* to = grad_features.data + image * pixels * grad_features.pitch + c;
+    const S* x = features.data + image * pixels * features.pitch + c;
+    S* to = grad_features.data + image * pixels * grad_features.pitch + c;
     Vec<T> sum = zero<T>(), sum_centred = zero<T>();
     for (int64_t r = 0; r < pixels; ++r) {
       const Vec<T> value = load_upto<T>(x + r * features.pitch, n);
@@ -128,9 +130,10 @@ DF_INLINE void store_codes(uint8_t* p, Vec<T> v, int64_t n) {
 
 // Max pooling 3x3, stride 2, padding 1 of the activation; the position of the maximum in its window
 // (0..8) by PyTorch's rule: the first of equal ones, the last NaN.
-template <class T>
-void norm_relu_maxpool_forward(Image<const T> input, Activation<T> act, Image<T> out,
+template <class S>
+void norm_relu_maxpool_forward(Image<const S> input, Activation<Compute<S>> act, Image<S> out,
                                uint8_t* argmax) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for_each_task(out.n * out.h, [&](int64_t line) {
     const int64_t image = line / out.h, oy = line % out.h;
@@ -146,8 +149,9 @@ void norm_relu_maxpool_forward(Image<const T> input, Activation<T> act, Image<T>
           for (int64_t kw = 0; kw < 3; ++kw) {
             const int64_t x = 2 * ox + kw - 1;
             if (x < 0 || x >= input.w) continue;
-            const T* p = input.data + ((image * input.h + y) * input.w + x) * input.pitch + c;
-            const Vec<T> v = relu<T>(fma<T>(a, load_upto<T>(p, n), b));
+            const S* p = input.data + ((image * input.h + y) * input.w + x) * input.pitch + c;
+            // Rounded: the maximum of the values that PyTorch would compare.
+            const Vec<T> v = rounded<S>(relu<T>(fma<T>(a, load_upto<T>(p, n), b)));
             const auto wins = (v > best) | (v != v);
             best = wins ? v : best;
             code = wins ? splat<T>(static_cast<T>(kh * 3 + kw)) : code;
@@ -162,8 +166,8 @@ void norm_relu_maxpool_forward(Image<const T> input, Activation<T> act, Image<T>
 
 // The gradient of one line of activations, [w, c]: every pixel asks the (at most four) windows that
 // hold it whether it was their maximum, so that no two threads write the same place.
-template <class T>
-void unpool_line(const Image<const T>& grad_out, const uint8_t* argmax, int64_t channels,
+template <class T, class S>
+void unpool_line(const Image<const S>& grad_out, const uint8_t* argmax, int64_t channels,
                  int64_t image, int64_t y, int64_t w, int64_t c, int64_t n, T* line) {
   constexpr int L = kLanes<T>;
   for (int64_t x = 0; x < w; ++x) store<T>(line + x * L, zero<T>());
@@ -182,10 +186,11 @@ void unpool_line(const Image<const T>& grad_out, const uint8_t* argmax, int64_t 
   }
 }
 
-template <class T>
-void norm_relu_maxpool_backward(Image<const T> grad_out, const uint8_t* argmax,
-                                Image<const T> input, Norm<T> norm, bool batch_statistics,
-                                Image<T> grad_input, NormGradient<T> grad_affine) {
+template <class S>
+void norm_relu_maxpool_backward(Image<const S> grad_out, const uint8_t* argmax,
+                                Image<const S> input, Norm<Compute<S>> norm, bool batch_statistics,
+                                Image<S> grad_input, NormGradient<Compute<S>> grad_affine) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t h = input.h, w = input.w, channels = input.c;
   const int64_t lines_per_task = ceil_div(input.n * h, 64);
@@ -202,8 +207,8 @@ void norm_relu_maxpool_backward(Image<const T> grad_out, const uint8_t* argmax,
         const Vec<T> mean = load_upto<T>(norm.mean + c, n);
         unpool_line<T>(grad_out, argmax, channels, line / h, line % h, w, c, n, gradient);
         Vec<T> sum = zero<T>(), sum_centred = zero<T>();
-        const T* from = input.data + line * w * input.pitch + c;
-        T* to = grad_input.data + line * w * grad_input.pitch + c;
+        const S* from = input.data + line * w * input.pitch + c;
+        S* to = grad_input.data + line * w * grad_input.pitch + c;
         for (int64_t x = 0; x < w; ++x) {
           const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
           const Vec<T> d =
@@ -231,7 +236,7 @@ void norm_relu_maxpool_backward(Image<const T> grad_out, const uint8_t* argmax,
         const Vec<T> constant = load_upto<T>(grad_affine.beta + c, n) * splat<T>(inverse);
         const Vec<T> slope = load_upto<T>(grad_affine.gamma + c, n) * splat<T>(inverse) *
                              load_upto<T>(norm.rstd + c, n);
-        T* p = grad_input.data + r * grad_input.pitch + c;
+        S* p = grad_input.data + r * grad_input.pitch + c;
         const Vec<T> value = load_upto<T>(input.data + r * input.pitch + c, n);
         const Vec<T> d = load_upto<T>(p, n) - constant - (value - mean) * slope;
         store_upto<T>(p, scale * d, n);

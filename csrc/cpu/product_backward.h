@@ -35,7 +35,6 @@ struct BackwardBlock {
   T* sum_centred;  // ... and of D * (x - mean)
 };
 
-template <class T>
 struct BackwardShape {
   int64_t rows, k, n;
   int64_t panel_width;  // columns of G in one panel
@@ -95,7 +94,7 @@ void finish_weight(T* parts_of_weight, int64_t parts, int64_t k, int64_t width,
 // sink.block(block) applies the epilogue. store_weight(k, row) receives the finished row k of dB,
 // [n]. `prefetch_tile` names what source.build will read.
 template <class T, class Pack, class Source, class Sink, class StoreWeight>
-void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_weight,
+void product_backward(const BackwardShape& shape, bool want_data, bool want_weight,
                       const Pack& pack, const Norm<T>& norm, NormGradient<T> grad_affine,
                       const Source& source, const Sink& sink, const StoreWeight& store_weight) {
   constexpr int64_t L = kLanes<T>;
@@ -221,18 +220,19 @@ void product_backward(const BackwardShape<T>& shape, bool want_data, bool want_w
 
 // The usual Sink: row r of the product is pixel r of X. kAccumulate: gradient += scale * D (the
 // gradient buffer of the block); otherwise gradient = D (gradient of the norm's output).
-template <class T, bool kAccumulate>
+template <class S, bool kAccumulate>
 struct PixelSink {
-  Image<const T> x;
+  using T = Compute<S>;
+  Image<const S> x;
   const PaddedNorm<T>& norm;
-  Image<T> gradient;  // data null: only sums and the activation
+  Image<S> gradient;  // data null: only sums and the activation
 
   void prefetch(int64_t row, int64_t rows, int64_t c, int64_t columns,
                 PrefetchStream& stream) const {
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
-    stream.add(x.data + row * x.pitch + c, bytes, x.pitch * sizeof(T), rows, false);
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
+    stream.add(x.data + row * x.pitch + c, bytes, x.pitch * sizeof(S), rows, false);
     if (gradient.data) {
-      stream.add(gradient.data + row * gradient.pitch + c, bytes, gradient.pitch * sizeof(T), rows,
+      stream.add(gradient.data + row * gradient.pitch + c, bytes, gradient.pitch * sizeof(S), rows,
                  true);
     }
   }
@@ -250,7 +250,7 @@ struct PixelSink {
 
  private:
   template <bool kFull>
-  DF_INLINE Vec<T> get(const T* p, int64_t n) {
+  DF_INLINE Vec<T> get(const S* p, int64_t n) {
     return kFull ? load<T>(p) : load_partial<T>(p, n);
   }
 
@@ -259,7 +259,7 @@ struct PixelSink {
     constexpr int L = kLanes<T>;
     const int64_t c = b.column + j * L;
     const Vec<T> scale = load<T>(norm.scale() + c), shift = load<T>(norm.shift() + c);
-    const T* from = x.data + b.row * x.pitch + c;
+    const S* from = x.data + b.row * x.pitch + c;
     T* activated = b.activated + j * L;
     if (!b.product) {
       for (int64_t r = 0; r < b.rows; ++r) {
@@ -270,17 +270,18 @@ struct PixelSink {
     }
     const Vec<T> mean = load<T>(norm.mean() + c);
     const T* product = b.product + j * L;
-    T* to = gradient.data ? gradient.data + b.row * gradient.pitch + c : nullptr;
+    S* to = gradient.data ? gradient.data + b.row * gradient.pitch + c : nullptr;
     Vec<T> sum = zero<T>(), sum_centred = zero<T>();
     for (int64_t r = 0; r < b.rows; ++r) {
       const Vec<T> value = get<kFull>(from + r * x.pitch, n);
       const Vec<T> y = fma<T>(scale, value, shift);
-      const Vec<T> d = where_positive<T>(y, load<T>(product + r * b.ld));
+      Vec<T> d = where_positive<T>(y, load<T>(product + r * b.ld));
+      if (!kAccumulate) d = rounded<S>(d);  // sums of what will be read again
       store<T>(activated + r * b.ld, relu<T>(y));
       sum += d;
       sum_centred = fma<T>(d, value - mean, sum_centred);
       if (!to) continue;
-      T* g = to + r * gradient.pitch;
+      S* g = to + r * gradient.pitch;
       const Vec<T> out = kAccumulate ? fma<T>(scale, d, get<kFull>(g, n)) : d;
       if (kFull) {
         store<T>(g, out);

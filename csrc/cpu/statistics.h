@@ -16,8 +16,8 @@ struct PartialStatistics {
 };
 
 // Adds `segments` runs of `rows` rows (runs `segment_pitch` apart) to a partial result.
-template <class T>
-void accumulate_statistics(const T* data, int64_t pitch, int64_t rows, int64_t segments,
+template <class T, class S>
+void accumulate_statistics(const S* data, int64_t pitch, int64_t rows, int64_t segments,
                            int64_t segment_pitch, int64_t columns, PartialStatistics<T> into) {
   constexpr int L = kLanes<T>;
   const int64_t added = rows * segments;
@@ -30,7 +30,7 @@ void accumulate_statistics(const T* data, int64_t pitch, int64_t rows, int64_t s
                                      static_cast<double>(total));
   for (int64_t c = 0; c < columns; c += L) {
     const int64_t n = columns - c;
-    const T* p = data + c;
+    const S* p = data + c;
     Vec<T> sum = zero<T>();
     for (int64_t s = 0; s < segments; ++s) {
       for (int64_t r = 0; r < rows; ++r) {
@@ -110,8 +110,9 @@ class TaskStatistics {
 
 constexpr int64_t kMostTasks = 64;  // of an operator that has statistics to merge
 
-template <class T>
-void channel_statistics(Image<const T> features, Statistics<T> statistics) {
+template <class S>
+void channel_statistics(Image<const S> features, Statistics<Compute<S>> statistics) {
+  using T = Compute<S>;
   constexpr int64_t kTile = 32;
   const EqualParts tasks(features.rows(), kMostTasks, kTile);
   TaskStatistics<T> partial(tasks.count, features.c);

@@ -9,12 +9,13 @@
 namespace densenet_fast::cpu {
 namespace {
 
-template <class T>
+template <class S>
 struct PlainSource {
-  Image<const T> gradient;
+  using T = Compute<S>;
+  Image<const S> gradient;
 
   void build(int64_t row, int64_t rows, int64_t c0, int64_t width, T* panel) const {
-    const T* from = gradient.data + row * gradient.pitch + c0;
+    const S* from = gradient.data + row * gradient.pitch + c0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < width; c += kLanes<T>) {
         store<T>(panel + r * kPanelPitch + c,
@@ -24,26 +25,27 @@ struct PlainSource {
   }
 
   void prefetch(int64_t row, int64_t rows, PrefetchStream& stream) const {
-    stream.add(gradient.data + row * gradient.pitch, gradient.c * sizeof(T),
-               gradient.pitch * sizeof(T), rows, false);
+    stream.add(gradient.data + row * gradient.pitch, gradient.c * sizeof(S),
+               gradient.pitch * sizeof(S), rows, false);
   }
 };
 
-template <class T>
+template <class S>
 struct UnpoolSink {
-  Image<const T> x;
+  using T = Compute<S>;
+  Image<const S> x;
   const PaddedNorm<T>& norm;
-  Image<T> gradient;
+  Image<S> gradient;
 
   void prefetch(int64_t row, int64_t rows, int64_t c, int64_t columns,
                 PrefetchStream& stream) const {
     const int64_t first = pooled_source(x, row);
     const int64_t run = smaller(2 * rows, x.rows() - x.w - first);
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
-    stream.add(x.data + first * x.pitch + c, bytes, x.pitch * sizeof(T), run, false);
-    stream.add(x.data + (first + x.w) * x.pitch + c, bytes, x.pitch * sizeof(T), run, false);
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
+    stream.add(x.data + first * x.pitch + c, bytes, x.pitch * sizeof(S), run, false);
+    stream.add(x.data + (first + x.w) * x.pitch + c, bytes, x.pitch * sizeof(S), run, false);
     if (!gradient.data) return;
-    const int64_t pitch = gradient.pitch * static_cast<int64_t>(sizeof(T));
+    const int64_t pitch = gradient.pitch * static_cast<int64_t>(sizeof(S));
     stream.add(gradient.data + first * gradient.pitch + c, bytes, pitch, run, true);
     stream.add(gradient.data + (first + x.w) * gradient.pitch + c, bytes, pitch, run, true);
   }
@@ -84,37 +86,38 @@ struct UnpoolSink {
 };
 
 // Pixels that pooling cuts off (odd sizes) get no gradient.
-template <class T>
-void clear_cut_pixels(Image<T> gradient) {
+template <class S>
+void clear_cut_pixels(Image<S> gradient) {
   if (gradient.h % 2 == 0 && gradient.w % 2 == 0) return;
   for_each_task(gradient.n * gradient.h, [&](int64_t line) {
     const int64_t y = line % gradient.h;
     const bool whole = y == gradient.h - 1 && gradient.h % 2 == 1;
     const int64_t first = whole ? 0 : gradient.w / 2 * 2;
     for (int64_t x = first; x < gradient.w; ++x) {
-      T* p = gradient.data + (line * gradient.w + x) * gradient.pitch;
-      for (int64_t c = 0; c < gradient.c; ++c) p[c] = T(0);
+      S* p = gradient.data + (line * gradient.w + x) * gradient.pitch;
+      for (int64_t c = 0; c < gradient.c; ++c) p[c] = S{};
     }
   });
 }
 
-template <class T>
-void transition_backward(Image<const T> grad_out, Image<const T> features, Norm<T> norm,
-                         Weight<T> weight, Image<T> grad_features, NormGradient<T> grad_affine,
-                         T* grad_weight) {
-  const BackwardShape<T> shape{grad_out.rows(), weight.out, weight.in, kPanel};
+template <class S>
+void transition_backward(Image<const S> grad_out, Image<const S> features, Norm<Compute<S>> norm,
+                         Weight<S> weight, Image<S> grad_features,
+                         NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight) {
+  using T = Compute<S>;
+  const BackwardShape shape{grad_out.rows(), weight.out, weight.in, kPanel};
   const PaddedNorm<T> padded_norm(norm, features.c);
   if (grad_features.data) clear_cut_pixels(grad_features);
   product_backward<T>(
-      shape, grad_affine.beta != nullptr, grad_weight != nullptr,
+      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
       [&](int64_t k0, int64_t count, T* to) {
-        pack_matrix<T>(to, count, weight.in, kBackwardVectors, weight.data + k0 * weight.stride_out,
+        pack_matrix<S>(to, count, weight.in, kBackwardVectors, weight, k0 * weight.stride_out,
                        weight.stride_out, weight.stride_in);
       },
-      norm, grad_affine, PlainSource<T>{grad_out},
-      UnpoolSink<T>{features, padded_norm, grad_features},
+      norm, grad_affine, PlainSource<S>{grad_out},
+      UnpoolSink<S>{features, padded_norm, grad_features},
       [&](int64_t k, const T* row) {
-        std::memcpy(grad_weight + k * weight.in, row, sizeof(T) * weight.in);
+        store_weight_gradient<S>(grad_weight, k * weight.in, 1, row, weight.in);
       });
 }
 

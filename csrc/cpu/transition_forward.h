@@ -9,29 +9,30 @@ namespace {
 
 // First of the four input rows that pooled pixel `row` averages; the others follow at
 // +1, +w and +w + 1.
-template <class T>
-DF_INLINE int64_t pooled_source(const Image<const T>& features, int64_t row) {
+template <class S>
+DF_INLINE int64_t pooled_source(const Image<const S>& features, int64_t row) {
   const int64_t w = features.w / 2, h = features.h / 2;
   const int64_t x = row % w, y = (row / w) % h, n = row / (w * h);
   return (n * features.h + 2 * y) * features.w + 2 * x;
 }
 
-template <class T>
-void transition_forward(Image<const T> features, Activation<T> act, Weight<T> weight, Image<T> out,
-                        Statistics<T> statistics) {
+template <class S>
+void transition_forward(Image<const S> features, Activation<Compute<S>> act, Weight<S> weight,
+                        Image<S> out, Statistics<Compute<S>> statistics) {
+  using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  product_forward<T>(
+  product_forward<S>(
       out.rows(), features.c, weight, out, statistics,
       [&](int64_t row, int64_t rows, int64_t c0, int64_t width, T* panel) {
         for (int64_t r = 0; r < rows; ++r) {
-          const T* x = features.data + pooled_source(features, row + r) * features.pitch + c0;
+          const S* x = features.data + pooled_source(features, row + r) * features.pitch + c0;
           const int64_t down = features.w * features.pitch;
           T* to = panel + r * kPanelPitch;
           for (int64_t c = 0; c < width; c += L) {
             const int64_t n = width - c;
             const Vec<T> a = load_upto<T>(act.scale + c0 + c, n);
             const Vec<T> b = load_upto<T>(act.shift + c0 + c, n);
-            const auto value = [&](const T* p) {
+            const auto value = [&](const S* p) {
               return relu<T>(fma<T>(a, load_upto<T>(p + c, n), b));
             };
             const Vec<T> sum = (value(x) + value(x + features.pitch)) +
@@ -44,8 +45,8 @@ void transition_forward(Image<const T> features, Activation<T> act, Weight<T> we
         // Two runs of input rows per run of pooled rows; exact only within one image row.
         const int64_t first = pooled_source(features, row);
         const int64_t last = smaller(first + 2 * rows, features.rows() - features.w);
-        const int64_t bytes = features.c * static_cast<int64_t>(sizeof(T));
-        const int64_t pitch = features.pitch * static_cast<int64_t>(sizeof(T));
+        const int64_t bytes = features.c * static_cast<int64_t>(sizeof(S));
+        const int64_t pitch = features.pitch * static_cast<int64_t>(sizeof(S));
         stream.add(features.data + first * features.pitch, bytes, pitch, last - first, false);
         stream.add(features.data + (first + features.w) * features.pitch, bytes, pitch,
                    last - first, false);

@@ -89,14 +89,14 @@ DF_INLINE void store_transformed_input(const Load& load_at, T* to) {
 
 // Transforms channels [c0, c0 + width) of tiles [begin, end): of relu(scale * x + shift), or of x
 // itself. Whole vectors are stored, zero behind the last channel.
-template <class T, bool kActivate>
-void transform_inputs(const Image<const T>& x, const WinogradTiles& tiles, int64_t begin,
+template <bool kActivate, class T, class S>
+void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64_t begin,
                       int64_t end, Activation<T> act, int64_t c0, int64_t width, T* to) {
   constexpr int L = kLanes<T>;
   const int64_t pitch = x.pitch, row = x.w * pitch;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const T* corner = x.data + (tiles.pixel(tile) - x.w - 1) * pitch + c0;
+    const S* corner = x.data + (tiles.pixel(tile) - x.w - 1) * pitch + c0;
     const bool inside =
         tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
     const auto activated = [&](Vec<T> value, Vec<T> a, Vec<T> b) {
@@ -172,11 +172,12 @@ DF_INLINE void store_transformed_weight(const T (*taps)[kLanes<T>], T* to, int64
 }
 
 // Transformed weights in 16 packed operands of pack_columns' layout, [k, columns] each and
-// k * padded(columns) elements apart: kernel_at(i, j) is where kernel (i, j) begins, its taps
-// stride_h and stride_w apart. `flipped` for the data gradient.
-template <class T, class KernelAt>
-void pack_transformed_weight(T* packed, int64_t k, int64_t columns, int prefer,
-                             const Weight<T>& weight, bool flipped, const KernelAt& kernel_at) {
+// k * padded(columns) elements apart: kernel_at(i, j) is the element that kernel (i, j) begins at,
+// its taps stride_h and stride_w apart. `flipped` for the data gradient.
+template <class S, class KernelAt>
+void pack_transformed_weight(Compute<S>* packed, int64_t k, int64_t columns, int prefer,
+                             const Weight<S>& weight, bool flipped, const KernelAt& kernel_at) {
+  using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   const int64_t vecs = vectors<T>(columns), stride = k * vecs * L;
   int64_t taps[9];
@@ -194,8 +195,8 @@ void pack_transformed_weight(T* packed, int64_t k, int64_t columns, int prefer,
           alignas(64) T lanes[9][L] = {};
           const int64_t first = (v + u) * L, valid = smaller(L, columns - first);
           for (int64_t j = 0; j < valid; ++j) {
-            const T* kernel = kernel_at(i, first + j);
-            for (int t = 0; t < 9; ++t) lanes[t][j] = kernel[taps[t]];
+            const int64_t kernel = kernel_at(i, first + j);
+            for (int t = 0; t < 9; ++t) lanes[t][j] = weight_at<S>(weight, kernel + taps[t]);
           }
           store_transformed_weight<T>(lanes, packed + v * L * k + (i * nv + u) * L, stride);
         }
