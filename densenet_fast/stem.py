@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_fast import autocast, norms, ops
+from densenet_fast import autocast, norms, ops, stem_convolution
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.first_order import first_order_only
 from densenet_fast.layout import as_rows, empty_channels_last
@@ -131,13 +130,7 @@ def _conv_stem(
         output: Tensor = _ConvStem.apply(input, conv, norm, *tensors)
         return output
     with torch.no_grad():
-        return stem_norm_relu_maxpool(_convolution(input, conv, weight, bias), norm)
-
-
-def _convolution(input: Tensor, conv: ConvGeometry, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # A weight with channels innermost makes the convolution write its output so.
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return stem_norm_relu_maxpool(stem_convolution.forward(input, conv, weight, bias), norm)
 
 
 class _ConvStem(torch.autograd.Function):
@@ -147,7 +140,7 @@ class _ConvStem(torch.autograd.Function):
     ) -> Tensor:
         weight, bias = parameters[:2]
         assert weight is not None
-        features = _convolution(input, conv, weight, bias)
+        features = stem_convolution.forward(input, conv, weight, bias)
         check_input(features)
         images, channels, height, width = features.shape
         check_norm(norm, "norm", channels, features, (images, height, width))
@@ -172,7 +165,7 @@ def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
     grad_features, grad_gamma, grad_beta = _norm_gradients(
         grad_output,
-        _convolution(input, conv, weight, bias),
+        stem_convolution.forward(input, conv, weight, bias),
         argmax,
         norm,
         norms.coefficients(norm, *statistics.unbind()),
@@ -180,19 +173,7 @@ def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     gradients: list[Tensor | None] = [None, None, None]
     if any(wanted):
-        gradients = torch.ops.aten.convolution_backward(
-            grad_features,
-            input,
-            weight,
-            None if bias is None else bias.shape,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            False,
-            (0, 0),
-            conv.groups,
-            wanted,
-        )
+        gradients = stem_convolution.backward(grad_features, input, conv, weight, bias, wanted)
     return [
         *gradients,
         parameter_gradient(gamma, grad_gamma),

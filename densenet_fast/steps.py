@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from densenet_fast import stem_convolution
 from densenet_fast.dense_block import conv_stem, dense_block, stem_norm_relu_maxpool
 from densenet_fast.eligibility import parameter
 from densenet_fast.norm_modules import StepCounts, norm_spec
@@ -59,8 +59,8 @@ class ConvStep:
     def run(self, input: Tensor) -> Tensor:
         """The module's output."""
         state = self.module.__dict__
-        weight = parameter(state, "weight").contiguous(memory_format=torch.channels_last)
-        return self.module._conv_forward(input, weight, parameter(state, "bias"))
+        weight, bias = parameter(state, "weight"), parameter(state, "bias")
+        return stem_convolution.module_forward(self.module, input, weight, bias)
 
 
 @dataclass

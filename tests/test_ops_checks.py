@@ -154,9 +154,10 @@ def test_types_and_devices_without_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(backends._extension, "LOADED", True)
     monkeypatch.setattr(backends._extension, "LOAD_ERROR", None)
     assert backend_for("cpu", torch.float32) == ("cpu", None)
-    choice = backend_for("cpu", torch.bfloat16)
+    assert backend_for("cpu", torch.bfloat16) == ("cpu", None)
+    choice = backend_for("cpu", torch.float16)
     assert choice.backend == "reference"
-    assert "not in bfloat16: convert" in str(choice.reason)
+    assert "not in float16: convert" in str(choice.reason)
     assert backend_for("mps", torch.float32).backend == "reference"
-    with use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was forced, but bfloat16"):
-        select(torch.empty(1, dtype=torch.bfloat16))
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was forced, but float16"):
+        select(torch.empty(1, dtype=torch.float16))

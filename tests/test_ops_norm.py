@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import BACKENDS, HALF, HALF_TYPES, device, on
+from devices import BACKENDS, HALF, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import PIXELS, WIDE, Case, assert_close
@@ -42,8 +42,8 @@ def check_statistics(pixels: Pixels, channels: int, offset: float, dtype: torch.
 def test_channel_statistics(
     backend: str, dtype: torch.dtype, pixels: Pixels, channels: int
 ) -> None:
-    if dtype in HALF and backend == "cpu":
-        pytest.skip("the CPU kernels compute in float32 and float64")
+    if dtype == torch.float16 and backend == "cpu":
+        pytest.skip("the CPU kernels do not compute in float16")
     check_statistics(pixels, channels, 0.0, dtype)
 
 
