@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from comparison import Recorder, assert_close, both, networks, without_inplace
+from comparison import Recorder, assert_close, blocks, both, networks, without_inplace
+from devices import CPU
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from densenet_fast.backend import use_backend
+from densenet_fast.backend import Setting, use_backend
 from densenet_fast.fusion import fusion_report
 from densenet_fast.layers import DenseBlock
 from densenet_fast.model import EfficientDenseNet
@@ -46,17 +47,17 @@ def test_hooks_on_all_modules(kind: str) -> None:
 
 
 @contextlib.contextmanager
-def bfloat16() -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16):
+def autocast(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
+    with torch.autocast("cpu", dtype):
         yield
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_autocast_equals_torchvision(train: bool) -> None:
+def test_autocast_without_kernels_equals_torchvision(train: bool) -> None:
     expected, ours = networks(torch.float32)
     both((expected, ours), lambda module: module.train(train))
     images = torch.randn(SIZE)
-    with bfloat16():
+    with autocast(torch.float16):
         assert "autocast" in str(fusion_report(ours))
         wanted, actual = expected(images), ours(images)
     assert actual.dtype == wanted.dtype
@@ -70,8 +71,9 @@ def test_autocast_equals_torchvision(train: bool) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
-def test_fused_under_autocast(checkpoint: Checkpoint) -> None:
-    """Where there are kernels for autocast's type; here, because the reference is forced.
+@pytest.mark.parametrize("backend", ["reference", CPU])
+def test_fused_under_autocast(backend: Setting, checkpoint: Checkpoint) -> None:
+    """Where there are kernels for autocast's type, or the reference is forced.
 
     At most twice the error of torchvision's network under the same autocast, in the median.
     """
@@ -88,7 +90,7 @@ def test_fused_under_autocast(checkpoint: Checkpoint) -> None:
         images = torch.randn(8, 3, 32, 32)
         truth = results(copy.deepcopy(expected).double(), images.double())
         for network, found in zip((expected, ours), errors, strict=True):
-            with use_backend("reference"), bfloat16():
+            with use_backend(backend), autocast():
                 assert network is expected or fusion_report(ours).all_fused
                 actual = results(network, images)
             assert actual[0].dtype == torch.bfloat16
@@ -103,14 +105,15 @@ def test_fused_under_autocast(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_alone_under_autocast(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["reference", CPU])
+def test_blocks_alone_under_autocast(backend: Setting, dtype: torch.dtype) -> None:
     """Input of either type; the stem's norm and the classifier are not there to help."""
-    block = DenseBlock(3, 12, 2, 4, 0.0)
+    expected, block = (module.float() for module in blocks(3, 12, 2, 4))
     images = torch.randn(2, 12, 9, 7, dtype=dtype)
-    with use_backend("reference"), bfloat16():
+    with use_backend(backend), autocast():
         fused = block(images)
-    with bfloat16():
-        composed = block(images)
+    with autocast():
+        composed = expected(images)
     assert fused.dtype == torch.bfloat16
     assert fused.grad_fn is not None
     assert "DenseBlock" in type(fused.grad_fn).__name__
