@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/bfloat16.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -55,6 +56,8 @@ void* thread_scratch(Scratch slot, size_t bytes) {
   std::free(memory);
   return memory = allocate_nan(bytes);
 }
+
+int64_t thread_count() { return num_threads; }
 
 void run_tasks(int64_t tasks, TaskFunction function, void* context) {
   if (num_threads == 1) {
@@ -105,10 +108,11 @@ std::string name(const Case& s) {
   std::exit(1);
 }
 
-template <class T>
+template <class S>
 class Tester {
  public:
-  Tester(const Kernels<T>& kernels, const Case& shape) : kernels_(kernels), s_(shape) {}
+  using T = Compute<S>;
+  Tester(const Kernels<S>& kernels, const Case& shape) : kernels_(kernels), s_(shape) {}
 
   // All outputs of all kernels, in a fixed order.
   std::vector<T> run() {
@@ -116,6 +120,7 @@ class Tester {
     backward();
     pooling();
     for (const Owned& o : images_) check_gaps(o);
+    for (const Image<S>& i : dense_) keep(i);
     for (const auto& [data, size] : outputs_) result_.insert(result_.end(), data, data + size);
     for (T value : result_) {
       if (!std::isfinite(value)) fail("an output is not finite or was not written");
@@ -125,30 +130,30 @@ class Tester {
 
  private:
   struct Owned {
-    std::unique_ptr<T[]> memory;
-    Image<T> image;
+    std::unique_ptr<S[]> memory;
+    Image<S> image;
   };
 
   // Sixteenths: with the coefficients below, products and sums of the activation are exact and
   // never zero, so that no instruction set rounds a value to the other side of the rectifier.
   T random() { return static_cast<T>(static_cast<int>(random_() % 65) - 32) / 16; }
 
-  Image<T> image(int64_t n, int64_t h, int64_t w, int64_t c, bool filled) {
+  Image<S> image(int64_t n, int64_t h, int64_t w, int64_t c, bool filled) {
     const int64_t pitch = c + s_.gap, rows = n * h * w;
     const int64_t size = rows > 0 ? (rows - 1) * pitch + c : 0;
-    Owned owned{std::make_unique<T[]>(static_cast<size_t>(size)), {}};
+    Owned owned{std::make_unique<S[]>(static_cast<size_t>(size)), {}};
     owned.image = {owned.memory.get(), n, h, w, c, pitch};
-    std::memset(owned.image.data, 0xFF, static_cast<size_t>(size) * sizeof(T));
+    std::memset(owned.image.data, 0xFF, static_cast<size_t>(size) * sizeof(S));
     for (int64_t r = 0; filled && r < rows; ++r) {
-      for (int64_t j = 0; j < c; ++j) owned.image.data[r * pitch + j] = random();
+      for (int64_t j = 0; j < c; ++j) owned.image.data[r * pitch + j] = narrow<S>(random());
     }
     images_.push_back(std::move(owned));
     return images_.back().image;
   }
 
-  Image<const T> input(int64_t h, int64_t w, int64_t c) { return view(image(s_.n, h, w, c, true)); }
-  Image<T> output(int64_t h, int64_t w, int64_t c) { return image(s_.n, h, w, c, false); }
-  static Image<const T> view(Image<T> i) { return {i.data, i.n, i.h, i.w, i.c, i.pitch}; }
+  Image<const S> input(int64_t h, int64_t w, int64_t c) { return view(image(s_.n, h, w, c, true)); }
+  Image<S> output(int64_t h, int64_t w, int64_t c) { return image(s_.n, h, w, c, false); }
+  static Image<const S> view(Image<S> i) { return {i.data, i.n, i.h, i.w, i.c, i.pitch}; }
 
   T* vector(int64_t size) {
     vectors_.push_back(std::make_unique<T[]>(static_cast<size_t>(size)));
@@ -176,27 +181,50 @@ class Tester {
     return {output_vector(c), output_vector(c)};
   }
   NormGradient<T> affine(int64_t c) { return {output_vector(c), output_vector(c)}; }
-  T* weight_gradient(int64_t size) { return s_.optional ? output_vector(size) : nullptr; }
+  // Weights and their gradients have either type, where there are two.
+  bool wide_weights() const { return kNarrow<S> && s_.permuted; }
 
-  Weight<T> weight(int64_t out, int64_t in, int64_t kernel) {
-    const int64_t taps = kernel * kernel;
-    const T* data = coefficients(out * in * taps, 0);
-    if (s_.permuted) return {data, out, in, 1, out * taps, out * kernel, out};
-    return {data, out, in, in * taps, taps, kernel, 1};
+  WeightGradient<S> weight_gradient(int64_t size, bool wanted) {
+    if (!wanted) return {};
+    if (wide_weights()) return {nullptr, output_vector(size)};
+    return {output_image(size), nullptr};
   }
 
-  void keep(Image<T> i) {
+  Weight<S> weight(int64_t out, int64_t in, int64_t kernel) {
+    const int64_t taps = kernel * kernel;
+    Weight<S> w;
+    if (wide_weights()) {
+      w.wide = coefficients(out * in * taps, 0);
+    } else {
+      w.data = image(1, 1, 1, out * in * taps, true).data;
+    }
+    w.out = out;
+    w.in = in;
+    w.stride_out = s_.permuted ? 1 : in * taps;
+    w.stride_in = s_.permuted ? out * taps : taps;
+    w.stride_h = s_.permuted ? out * kernel : kernel;
+    w.stride_w = s_.permuted ? out : 1;
+    return w;
+  }
+
+  // A dense result of the images' type: one pixel.
+  S* output_image(int64_t size) {
+    dense_.push_back(image(1, 1, 1, size, false));
+    return dense_.back().data;
+  }
+
+  void keep(Image<S> i) {
     for (int64_t r = 0; r < i.rows(); ++r) {
-      result_.insert(result_.end(), i.data + r * i.pitch, i.data + r * i.pitch + i.c);
+      for (int64_t j = 0; j < i.c; ++j) result_.push_back(widen(i.data[r * i.pitch + j]));
     }
   }
 
   void check_gaps(const Owned& o) const {
-    const Image<T>& i = o.image;
+    const Image<S>& i = o.image;
     for (int64_t r = 0; r + 1 < i.rows(); ++r) {
       for (int64_t j = i.c; j < i.pitch; ++j) {
-        unsigned char bytes[sizeof(T)];
-        std::memcpy(bytes, i.data + r * i.pitch + j, sizeof(T));
+        unsigned char bytes[sizeof(S)];
+        std::memcpy(bytes, i.data + r * i.pitch + j, sizeof(S));
         for (unsigned char byte : bytes) {
           if (byte != 0xFF) fail("written between the rows of a channel slice");
         }
@@ -208,14 +236,14 @@ class Tester {
 
   void forward() {
     const int64_t h = s_.h, w = s_.w, c = s_.channels, out = s_.out;
-    const Image<const T> features = input(h, w, c);
+    const Image<const S> features = input(h, w, c);
     kernels_.channel_statistics(features, {output_vector(c), output_vector(c)});
 
-    const Image<T> bottleneck = output(h, w, out);
+    const Image<S> bottleneck = output(h, w, out);
     kernels_.conv1x1_forward(features, activation(c), weight(out, c, 1), bottleneck,
                              statistics(out));
     keep(bottleneck);
-    const Image<T> growth = output(h, w, out);
+    const Image<S> growth = output(h, w, out);
     kernels_.conv3x3_forward(features, activation(c), weight(out, c, 3), growth, statistics(out));
     for (double p : {0.3, 1.0}) {
       keep(growth);
@@ -223,7 +251,7 @@ class Tester {
     }
     keep(growth);
     if (h < 2 || w < 2) return;
-    const Image<T> pooled = output(h / 2, w / 2, out);
+    const Image<S> pooled = output(h / 2, w / 2, out);
     kernels_.transition_forward(features, activation(c), weight(out, c, 1), pooled,
                                 statistics(out));
     keep(pooled);
@@ -231,48 +259,46 @@ class Tester {
 
   void backward() {
     const int64_t h = s_.h, w = s_.w, c = s_.channels, out = s_.out;
-    const Image<const T> features = input(h, w, c), gradient = input(h, w, out);
+    const Image<const S> features = input(h, w, c), gradient = input(h, w, out);
     for (const Wanted wanted : kWanted) {
       const NormGradient<T> to_affine = wanted.affine ? affine(c) : NormGradient<T>{};
-      const auto to_weight = [&](int64_t size) {
-        return wanted.weight ? output_vector(size) : nullptr;
-      };
+      const auto to_weight = [&](int64_t size) { return weight_gradient(size, wanted.weight); };
       {
-        const Image<T> to = wanted.data ? image(s_.n, h, w, c, true) : Image<T>{};  // accumulates
+        const Image<S> to = wanted.data ? image(s_.n, h, w, c, true) : Image<S>{};  // accumulates
         kernels_.conv1x1_backward(gradient, input(h, w, out), coefficients(3 * out, 0), features,
                                   norm(c), weight(out, c, 1), to, to_affine, to_weight(out * c));
         keep(to);
       }
       const NormGradient<T> to_affine3 = wanted.affine ? affine(c) : NormGradient<T>{};
-      const Image<T> to = wanted.data ? output(h, w, c) : Image<T>{};
+      const Image<S> to = wanted.data ? output(h, w, c) : Image<S>{};
       kernels_.conv3x3_backward(gradient, features, norm(c), weight(out, c, 3), to, to_affine3,
                                 to_weight(out * c * 9));
       keep(to);
     }
     {
-      const Image<T> to = output(h, w, c);
+      const Image<S> to = output(h, w, c);
       kernels_.finish_gradient(features, input(h, w, c), coefficients(c, 0), coefficients(c, 0),
                                coefficients(c, 0), to);
       keep(to);
     }
     if (h < 2 || w < 2) return;
-    const Image<T> to = output(h, w, c);
+    const Image<S> to = output(h, w, c);
     kernels_.transition_backward(input(h / 2, w / 2, out), features, norm(c), weight(out, c, 1), to,
-                                 affine(c), weight_gradient(out * c));
+                                 affine(c), weight_gradient(out * c, s_.optional));
     keep(to);
   }
 
   void pooling() {
     const int64_t h = s_.h, w = s_.w, c = s_.channels;
-    const Image<const T> features = input(h, w, c);
-    kernels_.norm_relu_avgpool_forward(features, activation(c), output_vector(s_.n * c));
-    const Image<T> to = output(h, w, c);
-    kernels_.norm_relu_avgpool_backward(coefficients(s_.n * c, 0), features, norm(c), to,
+    const Image<const S> features = input(h, w, c);
+    kernels_.norm_relu_avgpool_forward(features, activation(c), output_image(s_.n * c));
+    const Image<S> to = output(h, w, c);
+    kernels_.norm_relu_avgpool_backward(image(1, 1, 1, s_.n * c, true).data, features, norm(c), to,
                                         affine(c));
     keep(to);
 
     const int64_t out_h = (h - 1) / 2 + 1, out_w = (w - 1) / 2 + 1;
-    const Image<T> pooled = output(out_h, out_w, c);
+    const Image<S> pooled = output(out_h, out_w, c);
     const auto argmax = std::make_unique<uint8_t[]>(static_cast<size_t>(s_.n * out_h * out_w * c));
     kernels_.norm_relu_maxpool_forward(features, activation(c), pooled, argmax.get());
     keep(pooled);
@@ -281,17 +307,18 @@ class Tester {
       result_.push_back(argmax[static_cast<size_t>(i)]);
     }
     for (bool batch_statistics : {false, true}) {
-      const Image<T> gradient = output(h, w, c);
+      const Image<S> gradient = output(h, w, c);
       kernels_.norm_relu_maxpool_backward(input(out_h, out_w, c), argmax.get(), features, norm(c),
                                           batch_statistics, gradient, affine(c));
       keep(gradient);
     }
   }
 
-  const Kernels<T>& kernels_;
+  const Kernels<S>& kernels_;
   Case s_;
   std::mt19937 random_{7};
   std::vector<Owned> images_;
+  std::vector<Image<S>> dense_;
   std::vector<std::unique_ptr<T[]>> vectors_;
   std::vector<std::pair<const T*, int64_t>> outputs_;
   std::vector<T> result_;
@@ -300,9 +327,8 @@ class Tester {
 // ---- comparisons --------------------------------------------------------------------------------
 
 template <class T>
-void compare(const std::vector<T>& got, const std::vector<T>& want, const std::string& where) {
-  // Sums of up to a few thousand products of numbers below 10^2, in another order.
-  const double tolerance = sizeof(T) == 4 ? 3e-4 : 1e-12;
+void compare(const std::vector<T>& got, const std::vector<T>& want, double tolerance,
+             const std::string& where) {
   if (got.size() != want.size()) fail(where + ": another number of outputs");
   double largest = 1;
   for (T value : want) largest = std::max(largest, std::abs(static_cast<double>(value)));
@@ -315,24 +341,45 @@ void compare(const std::vector<T>& got, const std::vector<T>& want, const std::s
   }
 }
 
-template <class T>
+// Sums of up to a few thousand products of numbers below 10^2, in another order; in bfloat16 that
+// may round a result to its neighbour, and twice where a kernel reads it again.
+template <class S>
+struct Type;
+template <>
+struct Type<float> {
+  static constexpr const char* name = " float32 ";
+  static constexpr double tolerance = 3e-4;
+};
+template <>
+struct Type<double> {
+  static constexpr const char* name = " float64 ";
+  static constexpr double tolerance = 1e-12;
+};
+template <>
+struct Type<bfloat16> {
+  static constexpr const char* name = " bfloat16 ";
+  static constexpr double tolerance = 1e-2;
+};
+
+template <class S>
 void check(const Case& shape) {
+  using T = Compute<S>;
   std::vector<T> baseline;
   const std::vector<std::string>& names = isa_usable();  // baseline is last
   for (auto isa = names.rbegin(); isa != names.rend(); ++isa) {
-    const std::string where = *isa + (sizeof(T) == 4 ? " float32 " : " float64 ") + name(shape);
+    const std::string where = *isa + Type<S>::name + name(shape);
     std::fprintf(stderr, "%s\n", where.c_str());
     set_isa(*isa);
     num_threads = 1;
-    const std::vector<T> one = Tester<T>(kernels<T>(), shape).run();
+    const std::vector<T> one = Tester<S>(kernels<S>(), shape).run();
     num_threads = 3;
-    const std::vector<T> three = Tester<T>(kernels<T>(), shape).run();
+    const std::vector<T> three = Tester<S>(kernels<S>(), shape).run();
     if (one.size() != three.size() ||
         std::memcmp(one.data(), three.data(), one.size() * sizeof(T)) != 0) {
       fail(where + ": results depend on the number of threads");
     }
     if (baseline.empty()) baseline = one;
-    compare(one, baseline, where);
+    compare(one, baseline, Type<S>::tolerance, where);
   }
 }
 
@@ -356,6 +403,7 @@ void check_chosen() {
   for (const Case& shape : kCases) {
     check<float>(shape);
     check<double>(shape);
+    check<bfloat16>(shape);
   }
 }
 
@@ -373,6 +421,7 @@ void check_random(int cases) {
                      random() % 4 != 0};
     check<float>(shape);
     check<double>(shape);
+    check<bfloat16>(shape);
   }
 }
 
