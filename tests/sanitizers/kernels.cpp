@@ -7,7 +7,6 @@
 // - results are bitwise the same for any number of threads and any order of tasks,
 // - instruction sets agree.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -15,64 +14,14 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/bfloat16.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 
 namespace densenet_fast::cpu {
 
-// ---- what the kernels get from torch in the extension ------------------------------------------
-
-namespace {
-
-int num_threads = 1;
-
-void* allocate_nan(size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, bytes ? bytes : 1) != 0) std::abort();
-  std::memset(memory, 0xFF, bytes);
-  return memory;
-}
-
-struct ThreadScratch {
-  void* memory[static_cast<size_t>(Scratch::kCount)] = {};
-  ~ThreadScratch() {
-    for (void* p : memory) std::free(p);
-  }
-};
-
-}  // namespace
-
-void* call_memory_allocate(size_t bytes) { return allocate_nan(bytes); }
-void call_memory_free(void* memory) { std::free(memory); }
-
-// A new buffer for every request: nothing that was left behind can be found again.
-void* thread_scratch(Scratch slot, size_t bytes) {
-  thread_local ThreadScratch scratch;
-  void*& memory = scratch.memory[static_cast<size_t>(slot)];
-  std::free(memory);
-  return memory = allocate_nan(bytes);
-}
-
-int64_t thread_count() { return num_threads; }
-
-void run_tasks(int64_t tasks, TaskFunction function, void* context) {
-  if (num_threads == 1) {
-    for (int64_t i = 0; i < tasks; ++i) function(context, i);
-    return;
-  }
-  std::atomic<int64_t> left{tasks};  // from the last task to the first
-  std::vector<std::thread> threads;
-  for (int t = 0; t < num_threads; ++t) {
-    threads.emplace_back([&] {
-      for (int64_t i = left.fetch_sub(1); i > 0; i = left.fetch_sub(1)) function(context, i - 1);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
+extern int num_threads;  // runtime.cpp
 
 namespace {
 

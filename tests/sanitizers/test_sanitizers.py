@@ -72,7 +72,8 @@ def test_kernels(sanitizers: str, cases: list[str], tmp_path: Path):
     if not supports(cxx, sanitize, tmp_path):
         pytest.skip(f"{cxx[0]} does not build or run programs with {sanitize[0]}")
 
-    sources = [HERE / "kernels.cpp", CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "settings.cpp"]
+    sources = [HERE / "kernels.cpp", HERE / "runtime.cpp"]
+    sources += [CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "settings.cpp"]
     sources += [CSRC / "cpu" / f"isa_{isa}.cpp" for isa in ISA_FLAGS]
 
     def compile_one(source: Path) -> Path:
