@@ -9,6 +9,7 @@ from devices import BACKENDS, HALF_TYPES, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
+    CPU_TYPES,
     PIXELS,
     WIDE,
     Case,
@@ -209,7 +210,7 @@ sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
     pixels=sizes,
     channels=st.integers(1, 70),
     outputs=st.integers(1, 40),
-    dtype=st.sampled_from(WIDE),
+    dtype=st.sampled_from(CPU_TYPES),
     seed=st.integers(0, 99),
 )
 @pytest.mark.parametrize("name", BACKENDS)

@@ -126,3 +126,28 @@ def test_pointwise_operators_agree_with_the_reference(
     eps = torch.finfo(dtype).eps
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=16 * eps * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("channels", range(1, 18))
+def test_bfloat16_is_rounded_as_pytorch_rounds(isa: str, channels: int) -> None:
+    """Ties to even, overflow to infinity, subnormal numbers; NaN of any payload stays NaN."""
+    generator = torch.Generator().manual_seed(channels)
+    bits = torch.randint(-(2**31), 2**31, (64, channels), generator=generator)
+    bits[:32] = bits[:32] & ~0xFFFF | 0x8000  # ties
+    special = [0, 1, 0x7F7FFFFF, 0x7F7F7FFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1]
+    bits[0, : len(special)] = torch.tensor(special)[:channels]
+    bits[1] = torch.tensor(special)[channels % len(special)]
+    features = torch.zeros(1, 1, 1, channels, dtype=torch.bfloat16)
+    ones, out = torch.ones(channels), torch.empty(1, 1, 1, channels, dtype=torch.bfloat16)
+    for row in bits.to(torch.int32):
+        values = row.view(torch.float32)
+        # 1 * values, by a shift that lets the gradient pass.
+        grad_out = torch.ones(1, channels, dtype=torch.bfloat16)
+        sums = torch.empty(channels), torch.empty(channels)
+        ops.norm_relu_avgpool_backward(
+            grad_out, features, values.contiguous(), ones, ones, ones, out, *sums
+        )
+        expected = values.bfloat16()
+        assert torch.equal(out.flatten().isnan(), expected.isnan())
+        number = ~expected.isnan()
+        assert torch.equal(out.flatten()[number], expected[number])

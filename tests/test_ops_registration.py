@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from devices import CPU, CUDA
-from op_cases import WIDE
+from op_cases import CPU_TYPES, WIDE
 from ops_arguments import ARGUMENTS, arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,7 +35,7 @@ def test_every_operator_is_covered() -> None:
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
-@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sliced"])
 @compiled
 def test_opcheck(backend: str, op: str, dtype: torch.dtype, dense: bool) -> None:
