@@ -16,7 +16,7 @@ from densenet_fast import EfficientDenseNet, ops, reference
 from densenet_fast.backend import use_backend
 
 OPS = [name for name, value in vars(ops).items() if hasattr(value, "__wrapped__")]
-# How often each mode computes a bottleneck.
+# How often each mode computes a bottleneck that it does not hold.
 MODES = {"none": 1, "bottleneck": 2, "block": 3}
 TINY: dict[str, Any] = {
     "growth_rate": 4,
@@ -102,7 +102,8 @@ def test_a_training_step(
     actual = step(network(mode, dtype, **options), dtype, size)
     layers = sum(TINY["block_config"])
     assert called.count("conv3x3_backward") == layers
-    assert called.count("conv1x1_forward") == layers * MODES[mode]
+    held = TINY["block_config"][1] if mode != "none" else 0  # the second block is small
+    assert called.count("conv1x1_forward") == layers * MODES[mode] - held
     # Against itself plain float64 has no error; some forty operations follow each other.
     eps = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
     largest = max(float(value.norm()) for name, value in exact.items() if "grad" in name)
