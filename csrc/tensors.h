@@ -29,6 +29,7 @@ inline Rows rows(const Tensor& t, ScalarType type, const char* name) {
   check_type(t, type, name);
   STD_TORCH_CHECK(t.dim() == 4, name, " must be [N, H, W, C], got ", t.dim(), " dimensions");
   const int64_t n = t.size(0), h = t.size(1), w = t.size(2), c = t.size(3);
+  STD_TORCH_CHECK(t.numel() > 0, name, " must have at least one element");
   // The stride of a dimension of size one means nothing; the pitch is the first that does.
   int64_t pitch = c;
   if (w > 1) {

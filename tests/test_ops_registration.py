@@ -53,6 +53,20 @@ def test_fake_tensors_pass_through(backend: str, op: str) -> None:
         assert operator(op)(*fakes) is None
 
 
+VECTORS = {"norm_coefficients", "update_running_statistics", "norm_grad_coefficients"}
+
+
+@pytest.mark.parametrize("op", sorted(set(ARGUMENTS) - VECTORS))
+@compiled
+def test_empty_images_are_refused_behind_the_python_checks_too(backend: str, op: str) -> None:
+    empty = [
+        value[:0] if isinstance(value, Tensor) and value.dim() == 4 else value
+        for value in arguments(op).values()
+    ]
+    with pytest.raises(RuntimeError, match="must have at least one element"):
+        operator(op)(*empty)
+
+
 @pytest.mark.parametrize("op", ARGUMENTS)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @compiled
