@@ -104,13 +104,14 @@ DF_INLINE void store_partial(bfloat16* p, Vec<T> v, int64_t n) {
 #endif
 }
 
-template <class T>
-DF_INLINE Vec<T> load_upto(const bfloat16* p, int64_t n) {
+// The first lanes of a row that has `n` left, whatever it is stored as.
+template <class T, class S>
+DF_INLINE Vec<T> load_upto(const S* p, int64_t n) {
   return n >= kLanes<T> ? load<T>(p) : load_partial<T>(p, n);
 }
 
-template <class T>
-DF_INLINE void store_upto(bfloat16* p, Vec<T> v, int64_t n) {
+template <class T, class S>
+DF_INLINE void store_upto(S* p, Vec<T> v, int64_t n) {
   if (n >= kLanes<T>) {
     store<T>(p, v);
   } else {

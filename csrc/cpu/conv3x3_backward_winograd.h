@@ -206,8 +206,9 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     }
   });
 
-  if (want_data)
+  if (want_data) {
     finish_sums<T>(partial_sums.get(), parts.count, width, norm, channels, grad_affine);
+  }
   if (want_weight) {
     finish_weight<T>(partial_weight.get(), parts.count, 9 * k, width, [&](int64_t e, const T* row) {
       store_tap_gradient<S>(e, row, k, channels, grad_weight);

@@ -131,20 +131,6 @@ DF_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
 #endif
 }
 
-template <class T>
-DF_INLINE Vec<T> load_upto(const T* p, int64_t n) {
-  return n >= kLanes<T> ? load<T>(p) : load_partial<T>(p, n);
-}
-
-template <class T>
-DF_INLINE void store_upto(T* p, Vec<T> v, int64_t n) {
-  if (n >= kLanes<T>) {
-    store<T>(p, v);
-  } else {
-    store_partial<T>(p, v, n);
-  }
-}
-
 // relu as PyTorch's: NaN stays NaN (the x86 maximum returns its second operand when unordered).
 template <class T>
 DF_INLINE Vec<T> relu(Vec<T> x) {

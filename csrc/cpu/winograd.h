@@ -60,8 +60,8 @@ DF_INLINE bool use_winograd(int64_t h, int64_t w, int64_t k) {
          tiles * 16 * (k + 6) < 9 * h * w * k;
 }
 
-// B' d B of a tile, to 16 points; load(i, j) is element (i, j) of d. Rows are transformed as they
-// are loaded, the two inner ones first, so that no more than 12 vectors live at once.
+// B' d B of a tile, to 16 points; load_at(i, j) is element (i, j) of d. Rows are transformed as
+// they are loaded, the two inner ones first, so that no more than 12 vectors live at once.
 template <class T, class Load>
 DF_INLINE void store_transformed_input(const Load& load_at, T* to) {
   const auto row = [&](int i, Vec<T>(&f)[4]) {
