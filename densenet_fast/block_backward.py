@@ -46,7 +46,8 @@ class BlockBackward:
         self.layers = layers
         self.features = features
         self.statistics = statistics
-        self.bottlenecks = bottlenecks
+        self.bottlenecks = bottlenecks  # of the last layers
+        self.first_held = len(layers) - len(bottlenecks)
         self.seeds = seeds
         self.input_needed = input_needed
         self.needs = needs
@@ -137,31 +138,25 @@ class BlockBackward:
     def _layers(self) -> Gradients:
         geometry = self.geometry
         widest, thickest = max(geometry.widths, default=0), max(geometry.growths, default=0)
-        first_held = len(self.layers) - len(self.bottlenecks)
+        first_held = self.first_held
         grad_bottleneck = Scratch(geometry.pixels, widest, self.features)
         grad_growth = Scratch(geometry.pixels, thickest, self.features)
-        widest = max(geometry.widths[:first_held], default=0)
-        bottleneck = Scratch(geometry.pixels, widest, self.features)
+        recomputed = max(geometry.widths[:first_held], default=0)
+        bottleneck = Scratch(geometry.pixels, recomputed, self.features)
         gradients: list[Gradients] = [[None] * 6 for _ in self.layers]
         for index in reversed(range(self.lowest, len(self.layers))):
             width, growth = geometry.widths[index], geometry.growths[index]
-            recompute = index < first_held
+            held = index >= first_held
             gradients[index] = self._layer(
                 index,
-                bottleneck.take(width) if recompute else self.bottlenecks[index - first_held],
-                recompute,
+                self.bottlenecks[index - first_held] if held else bottleneck.take(width),
                 grad_growth.take(growth),
                 grad_bottleneck.take(width),
             )
         return [gradient for layer in gradients for gradient in layer]
 
     def _layer(
-        self,
-        index: int,
-        bottleneck: Tensor,
-        recompute: bool,
-        grad_growth: Tensor,
-        grad_norm2: Tensor,
+        self, index: int, bottleneck: Tensor, grad_growth: Tensor, grad_norm2: Tensor
     ) -> Gradients:
         layer, needs = self.layers[index], self.needs[index]
         start = self.geometry.starts[index]
@@ -171,7 +166,7 @@ class BlockBackward:
 
         norm1 = norm1_coefficients(layer, index, self.geometry, self.statistics)
         norm2 = norm2_coefficients(layer, index, self.statistics)
-        if recompute:
+        if index < self.first_held:
             recompute_bottleneck(layer, norm1, prefix, bottleneck)
         grad_growth = self._growth_gradient(index, grad_growth)
 

@@ -232,16 +232,14 @@ def recompute_features(
     """
     _, features = _feature_buffer(input, geometry, padded=True)
     bottlenecks = Bottlenecks(geometry, features, keep)
-    for index, layer in enumerate(layers):
-        # Without a tail nothing reads the last layer's growth: its gradient needs no correction.
-        growth_read = tail is not None or index + 1 < len(layers)
-        if not growth_read and not keep:
-            break
+    # Without a tail nothing reads the last layer's growth: its gradient needs no correction.
+    read = len(layers) - (tail is None)
+    for index, layer in enumerate(layers if keep else layers[:read]):
         start, end = geometry.starts[index : index + 2]
         bottleneck = bottlenecks.take(index)
         norm1 = norm1_coefficients(layer, index, geometry, statistics)
         recompute_bottleneck(layer, norm1, features[..., :start], bottleneck)
-        if not growth_read:
+        if index == read:
             break
         scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
         growth = features[..., start:end]

@@ -136,7 +136,7 @@ def _hold_bottlenecks(planned: Sequence[Step], input: Tensor) -> None:
     steps = [step for step in planned if isinstance(step, DenseStep)]
     modes = {step.checkpoint for step in steps}
     runs = [step.segments[0] for step in steps if len(step.segments) == 1]
-    if len(runs) < len(planned) or len(modes) > 1:
+    if len(runs) < len(planned) or len(modes) > 1 or "none" in modes:
         return
     images, channels, height, width = input.shape
     stored = computed_type(input.dtype, input.device.type)

@@ -127,11 +127,7 @@ class DenseStep:
             behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)
         with counts:
             return dense_block(
-                input,
-                layers,
-                tail=behind,
-                checkpoint=self.checkpoint,
-                hold=min(self.hold, len(layers)),
+                input, layers, tail=behind, checkpoint=self.checkpoint, hold=self.hold
             )
 
 
