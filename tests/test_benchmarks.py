@@ -337,6 +337,20 @@ def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
         (["--quick", "--full"], "not allowed with argument"),
         (["--amp", "float16"], "--amp does not apply to the suite 'training'"),
         (["step", "--amp", "int8"], "invalid choice: 'int8'"),
+        (["sweep", "--depths", "22,23"], "of three blocks is 6·n + 4 (10, 16, ...), got 23"),
+        (["sweep", "--depths", "x"], "a whole number of at least 1, got 'x'"),
+        (["sweep", "--networks", "densenet121"], "--networks does not apply to the suite 'sweep'"),
+        (["sweep", "--peers", "fastest"], "unknown peer: 'fastest'"),
+        (["sweep", "--parts", "speed"], "unknown part: 'speed'; there are memory, time, inference"),
+        (["step", "--depths", "22"], "--depths does not apply to the suite 'step'"),
+        (["kernels", "--parts", "conv5x5"], "unknown part: 'conv5x5'; there are conv1x1_forward,"),
+        (["kernels", "--networks", "resnet"], "unknown network: 'resnet'"),
+        (
+            ["kernels", "--growth-rates", "12"],
+            "--growth-rates does not apply to the suite 'kernels'",
+        ),
+        (["kernels", "--peers", "naive"], "--peers does not apply to the suite 'kernels'"),
+        (["kernels", "--rounds", "0"], "a whole number of at least 1, got '0'"),
     ],
 )
 def test_bad_arguments(

@@ -260,22 +260,3 @@ def test_rows_say_what_limits_a_kernel() -> None:
     ]
     assert "Measured peak: 100.0 GFLOP/s, 10.0 GB/s." in text
     assert kernels_page.figure(record) is not None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--parts", "conv5x5"], "unknown part: 'conv5x5'; there are conv1x1_forward,"),
-        (["--networks", "resnet"], "unknown network: 'resnet'"),
-        (["--growth-rates", "12"], "--growth-rates does not apply to the suite 'kernels'"),
-        (["--peers", "naive"], "--peers does not apply to the suite 'kernels'"),
-        (["--rounds", "0"], "a whole number of at least 1, got '0'"),
-    ],
-)
-def test_bad_arguments(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["kernels", *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err

@@ -169,23 +169,3 @@ def test_nothing_is_judged_without_naive() -> None:
         record[part] = [entry for entry in record[part] if entry["peer"].startswith("ours")]
     assert not sweep_page.comparisons(record)
     assert sweep_page.figure(record) is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sweep", "--depths", "22,23"], "of three blocks is 6·n + 4 (10, 16, ...), got 23"),
-        (["sweep", "--depths", "x"], "a whole number of at least 1, got 'x'"),
-        (["sweep", "--networks", "densenet121"], "--networks does not apply to the suite 'sweep'"),
-        (["sweep", "--peers", "fastest"], "unknown peer: 'fastest'"),
-        (["sweep", "--parts", "speed"], "unknown part: 'speed'; there are memory, time, inference"),
-        (["step", "--depths", "22"], "--depths does not apply to the suite 'step'"),
-    ],
-)
-def test_bad_arguments(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err

@@ -163,10 +163,10 @@ def blocks(spec: NetworkSpec) -> list[Block]:
     return found
 
 
-def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint, *, gradients: bool = True) -> list[int]:
+def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint) -> list[int]:
     """How many last layers of each block do not make their bottleneck again.
 
-    `gradients`: whether the parameters have gradients before the step.
+    The parameters have gradients before the step, as in all predictions of memory.
     """
     sizes = [
         BlockSize(
@@ -181,7 +181,7 @@ def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint, *, gradients: bool = 
                 else block.pooled_rows * block.transition
             ),
             weights=block.weights * fmt.parameter // fmt.element,
-            lasting=0 if gradients else block.weights * fmt.parameter // fmt.element,
+            lasting=0,
         )
         for block in blocks(spec)
     ]

@@ -1,13 +1,14 @@
 """Is densenet_fast slower than the naive network anywhere? DenseNet-BCs of many widths and depths.
 
-One training step and inference of every network, measured as the `step` suite does.
+One training step and inference of every network, measured as the `step` suite does. Being slower is
+a finding of the page, not a failure.
 """
 
 from __future__ import annotations
 
 from benchmarks.networks import NetworkSpec, densenet_bc
-from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, step
+from benchmarks.suites import Options, Record, step
+from benchmarks.suites.step import failures, run
 from benchmarks.suites.sweep_page import figure, page
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
@@ -76,13 +77,3 @@ def plan(options: Options) -> Record:
 def _of_depth(depth: int) -> NetworkSpec:
     images = next((n for limit, n in DEPTH_BATCHES.items() if depth <= limit), LEAST_BATCH)
     return densenet_bc(depth, GROWTH_RATE, batch_size=images)
-
-
-def failures(record: Record) -> list[str]:
-    """Cases that could not be measured; being slower is a finding of the page, not an error."""
-    return step.failures(record)
-
-
-def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
-    """Measure network by network."""
-    step.run(options, record, progress, save)
