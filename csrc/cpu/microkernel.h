@@ -16,7 +16,7 @@ namespace {
 // offsets of a tile are constants in the address arithmetic; the odd pitch spreads cache sets.
 constexpr int kPanel = 128;
 constexpr int kPanelPitch = kPanel + 16;
-constexpr int kPrefetchEvery = 16;  // steps of k between two prefetch groups
+constexpr int kPrefetchEvery = 8;  // steps of k between two prefetch groups
 
 template <class T>
 struct RowsProduct {

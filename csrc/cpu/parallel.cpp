@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 namespace densenet_fast::cpu {
 namespace {
@@ -31,6 +32,13 @@ struct ThreadScratch {
   }
 };
 
+// Consecutive tasks that one worker begins with.
+struct alignas(kAlignment) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+  int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
+};
+
 }  // namespace
 
 int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
@@ -43,13 +51,22 @@ void run_tasks(int64_t tasks, TaskFunction function, void* context) {
     for (int64_t i = 0; i < tasks; ++i) function(context, i);
     return;
   }
-  // Whoever is free takes the next task: a thread that was descheduled delays only its own.
-  std::atomic<int64_t> next{0};
+  // Every worker begins with the same share of the tasks in every call, so that it finds what it
+  // wrote in its own cache; who has finished takes from the others, so that a thread that was
+  // descheduled delays only its own task.
+  std::vector<Share> shares(static_cast<size_t>(workers));
+  for (int64_t i = 0; i < workers; ++i) {
+    Share& share = shares[static_cast<size_t>(i)];
+    share.next.store(i * tasks / workers, std::memory_order_relaxed);
+    share.end = (i + 1) * tasks / workers;
+  }
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < tasks;
-           i = next.fetch_add(1, std::memory_order_relaxed)) {
-        function(context, i);
+      for (int64_t i = 0; i < workers; ++i) {
+        Share& share = shares[static_cast<size_t>((worker + i) % workers)];
+        for (int64_t task = share.take(); task < share.end; task = share.take()) {
+          function(context, task);
+        }
       }
     }
   });

@@ -164,71 +164,79 @@ void norm_relu_maxpool_forward(Image<const S> input, Activation<Compute<S>> act,
   });
 }
 
-// The gradient of one line of activations, [w, c]: every pixel asks the (at most four) windows that
-// hold it whether it was their maximum, so that no two threads write the same place.
-template <class T, class S>
-void unpool_line(const Image<const S>& grad_out, const uint8_t* argmax, int64_t channels,
-                 int64_t image, int64_t y, int64_t w, int64_t c, int64_t n, T* line) {
-  constexpr int L = kLanes<T>;
-  for (int64_t x = 0; x < w; ++x) store<T>(line + x * L, zero<T>());
-  for (int64_t oy = y / 2; oy <= smaller((y + 1) / 2, grad_out.h - 1); ++oy) {
-    const int64_t kh = y + 1 - 2 * oy;
-    const int64_t first = (image * grad_out.h + oy) * grad_out.w;
-    for (int64_t ox = 0; ox < grad_out.w; ++ox) {
-      const Vec<T> won = load_codes<T>(argmax + (first + ox) * channels + c, n);
-      const Vec<T> dy = load_upto<T>(grad_out.data + (first + ox) * grad_out.pitch + c, n);
-      for (int64_t kw = larger(0, 1 - 2 * ox); kw < smaller(3, w + 1 - 2 * ox); ++kw) {
-        T* to = line + (2 * ox + kw - 1) * L;
-        const Vec<T> code = splat<T>(static_cast<T>(kh * 3 + kw));
-        store<T>(to, load<T>(to) + (won == code ? dy : zero<T>()));
+// Calls each(x, gradient) for the activations of one line of the image and a vector of channels.
+// Every pixel asks the (at most four) windows that hold it whether it was their maximum, so that no
+// two threads write the same place.
+template <class T, class S, class Each>
+DF_INLINE void unpool_line(const Image<const S>& grad_out, const uint8_t* argmax, int64_t channels,
+                           int64_t image, int64_t y, int64_t w, int64_t c, int64_t n,
+                           const Each& each) {
+  // An even line is the middle row of one row of windows, an odd one the last and the first of two.
+  const int64_t oy = y / 2, row = (image * grad_out.h + oy) * grad_out.w;
+  const bool odd = y % 2 == 1, two = odd && oy + 1 < grad_out.h;
+  const Vec<T> upper = splat<T>(odd ? T(6) : T(3));
+  const auto gradient_of = [&](Vec<T> won, Vec<T> dy, Vec<T> position) {
+    return won == position ? dy : zero<T>();
+  };
+  Vec<T> right = zero<T>();  // from the last window to the pixel between it and the next
+  for (int64_t ox = 0; ox < grad_out.w; ++ox) {
+    const auto at = [&](int64_t pixel, Vec<T> first, Vec<T>(&columns)[3]) {
+      const Vec<T> won = load_codes<T>(argmax + pixel * channels + c, n);
+      const Vec<T> dy = load_upto<T>(grad_out.data + pixel * grad_out.pitch + c, n);
+      for (int kw = 0; kw < 3; ++kw) {
+        columns[kw] += gradient_of(won, dy, first + splat<T>(static_cast<T>(kw)));
       }
-    }
+    };
+    Vec<T> columns[3] = {right, zero<T>(), zero<T>()};
+    at(row + ox, upper, columns);
+    if (two) at(row + grad_out.w + ox, zero<T>(), columns);
+    if (ox > 0) each(2 * ox - 1, columns[0]);
+    each(2 * ox, columns[1]);
+    right = columns[2];
   }
+  if (2 * grad_out.w - 1 < w) each(w - 1, right);
 }
 
+// Both passes make D, the gradient behind the mask, anew: storing it would cost more.
 template <class S>
 void norm_relu_maxpool_backward(Image<const S> grad_out, const uint8_t* argmax,
                                 Image<const S> input, Norm<Compute<S>> norm, bool batch_statistics,
                                 Image<S> grad_input, NormGradient<Compute<S>> grad_affine) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  const int64_t h = input.h, w = input.w, channels = input.c;
-  const int64_t lines_per_task = ceil_div(input.n * h, 64);
-  const int64_t lines = input.n * h, tasks = ceil_div(lines, lines_per_task);
-  const TaskSums<T> sums(tasks, channels);
-  for_each_task(tasks, [&](int64_t task) {
-    T* gradient = scratch<T>(Scratch::kResult, w * L);
-    const int64_t end = smaller(lines, (task + 1) * lines_per_task);
-    for (int64_t line = task * lines_per_task; line < end; ++line) {
+  const int64_t channels = input.c;
+  const EqualParts lines(input.n * input.h, 64, 1);
+  const auto masked_line = [&](int64_t line, int64_t c, int64_t n, const auto& each) {
+    const Vec<T> scale = load_upto<T>(norm.scale + c, n), shift = load_upto<T>(norm.shift + c, n);
+    const S* from = input.data + line * input.w * input.pitch + c;
+    unpool_line<T>(grad_out, argmax, channels, line / input.h, line % input.h, input.w, c, n,
+                   [&](int64_t x, Vec<T> gradient) {
+                     const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
+                     each(x, value, where_positive<T>(fma<T>(scale, value, shift), gradient));
+                   });
+  };
+
+  const TaskSums<T> sums(lines.count, channels);
+  for_each_task(lines.count, [&](int64_t task) {
+    for (int64_t line = lines.begin(task); line < lines.end(task); ++line) {
       for (int64_t c = 0; c < channels; c += L) {
         const int64_t n = channels - c;
-        const Vec<T> scale = load_upto<T>(norm.scale + c, n);
-        const Vec<T> shift = load_upto<T>(norm.shift + c, n);
         const Vec<T> mean = load_upto<T>(norm.mean + c, n);
-        unpool_line<T>(grad_out, argmax, channels, line / h, line % h, w, c, n, gradient);
         Vec<T> sum = zero<T>(), sum_centred = zero<T>();
-        const S* from = input.data + line * w * input.pitch + c;
-        S* to = grad_input.data + line * w * grad_input.pitch + c;
-        for (int64_t x = 0; x < w; ++x) {
-          const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
-          const Vec<T> d =
-              where_positive<T>(fma<T>(scale, value, shift), load<T>(gradient + x * L));
+        masked_line(line, c, n, [&](int64_t, Vec<T> value, Vec<T> d) {
           sum += d;
           sum_centred = fma<T>(d, value - mean, sum_centred);
-          store_upto<T>(to + x * grad_input.pitch, d, n);
-        }
+        });
         sums.add(task, c, sum, sum_centred);
       }
     }
   });
   sums.finish(norm.rstd, channels, grad_affine);
 
-  // gradient = scale * (d - beta / M - xhat * gamma / M)
+  // gradient = scale * (D - beta / M - xhat * gamma / M)
   const T inverse = batch_statistics ? static_cast<T>(1.0 / static_cast<double>(input.rows())) : 0;
-  for_each_task(tasks, [&](int64_t task) {
-    const int64_t first = task * lines_per_task * w;
-    const int64_t end = smaller(lines, (task + 1) * lines_per_task) * w;
-    for (int64_t r = first; r < end; ++r) {
+  for_each_task(lines.count, [&](int64_t task) {
+    for (int64_t line = lines.begin(task); line < lines.end(task); ++line) {
       for (int64_t c = 0; c < channels; c += L) {
         const int64_t n = channels - c;
         const Vec<T> scale = load_upto<T>(norm.scale + c, n);
@@ -236,10 +244,11 @@ void norm_relu_maxpool_backward(Image<const S> grad_out, const uint8_t* argmax,
         const Vec<T> constant = load_upto<T>(grad_affine.beta + c, n) * splat<T>(inverse);
         const Vec<T> slope = load_upto<T>(grad_affine.gamma + c, n) * splat<T>(inverse) *
                              load_upto<T>(norm.rstd + c, n);
-        S* p = grad_input.data + r * grad_input.pitch + c;
-        const Vec<T> value = load_upto<T>(input.data + r * input.pitch + c, n);
-        const Vec<T> d = load_upto<T>(p, n) - constant - (value - mean) * slope;
-        store_upto<T>(p, scale * d, n);
+        S* to = grad_input.data + line * input.w * grad_input.pitch + c;
+        masked_line(line, c, n, [&](int64_t x, Vec<T> value, Vec<T> d) {
+          const Vec<T> gradient = scale * (d - constant - (value - mean) * slope);
+          store_upto<T>(to + x * grad_input.pitch, gradient, n);
+        });
       }
     }
   });
