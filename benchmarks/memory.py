@@ -55,6 +55,7 @@ class MemoryCase:
     device: str = "cpu"
     seed: int = 0
     amp: str = "none"
+    memory_budget: int | None = None  # bytes: densenet_fast with checkpoint="auto"
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,16 @@ def make_batch(
 def measure_case(case: MemoryCase) -> StepMemory:
     """Measure one case in this process; `measure_in_child` does it in another."""
     from benchmarks.peers import PEERS, build, initial_state
+    from densenet_fast import EfficientDenseNet
 
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
     peer = PEERS[case.peer]
     model = build(peer, case.spec, initial_state(case.spec, case.seed), device=device)
+    if case.memory_budget is not None:
+        assert isinstance(model, EfficientDenseNet)
+        model.memory_budget = case.memory_budget
+        model.checkpoint = "auto"
     images, labels = make_batch(case.spec, peer.memory_format, device, case.seed)
 
     def step() -> None:

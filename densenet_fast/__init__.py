@@ -1,5 +1,6 @@
 """Exact DenseNets in a fraction of the memory."""
 
+from densenet_fast import memory
 from densenet_fast._version import __version__
 from densenet_fast.backend import get_backend, set_backend, use_backend
 from densenet_fast.build_info import build_info
@@ -30,6 +31,7 @@ __all__ = [
     "enable_winograd",
     "fusion_report",
     "get_backend",
+    "memory",
     "set_backend",
     "use_backend",
     "winograd_enabled",

@@ -61,7 +61,7 @@ class BlockBackward:
 
     def _gradient_buffer(self) -> Tensor:
         channels = self.geometry.channels
-        pitch = row_pitch(channels, self.features)
+        pitch = row_pitch(channels, self.features.itemsize, cuda=self.features.is_cuda)
         images, height, width = self.geometry.pixels
         shape = (images, channels, height, width)
         return empty_channels_last(shape, self.features, pitch).permute(0, 2, 3, 1)

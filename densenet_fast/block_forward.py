@@ -168,7 +168,9 @@ def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple
     Rows are padded only where the buffer never leaves the block: others want them contiguous.
     """
     images, height, width = geometry.pixels
-    pitch = row_pitch(geometry.channels, input) if padded else geometry.channels
+    pitch = geometry.channels
+    if padded:
+        pitch = row_pitch(pitch, input.itemsize, cuda=input.is_cuda)
     shape = (images, geometry.channels, height, width)
     buffer = empty_channels_last(shape, input, pitch)
     features = buffer.permute(0, 2, 3, 1)

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from densenet_fast import eligibility
 from densenet_fast.autocast import computed_type
 from densenet_fast.layers import DenseBlock, Transition
-from densenet_fast.memory_plan import BlockSize, held_bottlenecks
+from densenet_fast.memory_plan import (
+    BlockSize,
+    HeadSize,
+    NetworkSize,
+    Plan,
+    StemSize,
+    held_below_peak,
+)
 from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 
 
@@ -56,11 +63,16 @@ def final_norm_obstacle(norm: nn.Module, dtype: torch.dtype, device: torch.devic
 
 
 def steps(
-    modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device
+    modules: Sequence[nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    recompute: bool | None = None,
 ) -> tuple[list[Step], bool]:
     """The steps of a chain of modules that ReLU and the average over all pixels follow.
 
-    The second value says whether the last step includes these two already.
+    The second value says whether the last step includes these two already. `recompute` says
+    whether the stem's convolution is made again in the backward; None: as the first block does.
     """
     planned: list[Step] = []
     at = 0
@@ -69,7 +81,9 @@ def steps(
         if type(module) is nn.BatchNorm2d:
             if stem_obstacle(modules[at : at + 3], dtype, device) is None:
                 _channels_innermost(planned)
-                conv = _recomputed_conv(planned, modules[at + 3 : at + 4])
+                conv = None
+                if _recomputes(modules[at + 3 : at + 4]) if recompute is None else recompute:
+                    conv = _recomputable_conv(planned)
                 planned.append(StemStep(module, conv))
                 at += 3
                 continue
@@ -104,14 +118,15 @@ def _channels_innermost(planned: list[Step]) -> None:
         planned[-1] = ConvStep(last.module)
 
 
-def _recomputed_conv(planned: list[Step], behind: Sequence[nn.Module]) -> nn.Conv2d | None:
-    """The stem's convolution, taken off the plan, where the block behind the stem recomputes."""
+def _recomputes(behind: Sequence[nn.Module]) -> bool:
+    """Whether the block behind the stem recomputes."""
+    return any(isinstance(block, DenseBlock) and block.checkpoint != "none" for block in behind)
+
+
+def _recomputable_conv(planned: list[Step]) -> nn.Conv2d | None:
+    """The stem's convolution, taken off the plan, if the stem can make it itself."""
     last = planned[-1] if planned else None
-    if (
-        isinstance(last, ConvStep)
-        and eligibility.zero_padded(last.module)
-        and any(isinstance(block, DenseBlock) and block.checkpoint != "none" for block in behind)
-    ):
+    if isinstance(last, ConvStep) and eligibility.zero_padded(last.module):
         planned.pop()
         return last.module
     return None
@@ -121,11 +136,11 @@ def _ends_fused(step: DenseStep) -> bool:
     return bool(step.segments) and isinstance(step.segments[-1], list)
 
 
-def run(planned: Sequence[Step], input: Tensor) -> Tensor:
-    """The steps one after another."""
+def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True) -> Tensor:
+    """The steps one after another; `hold` fills the memory below the peak with bottlenecks."""
     first = next((at for at, step in enumerate(planned) if isinstance(step, DenseStep)), None)
     for at, step in enumerate(planned):
-        if at == first and torch.is_grad_enabled():
+        if hold and at == first and torch.is_grad_enabled():
             _hold_bottlenecks(planned[at:], input)
         input = step.run(input)
     return input
@@ -134,18 +149,31 @@ def run(planned: Sequence[Step], input: Tensor) -> Tensor:
 def _hold_bottlenecks(planned: Sequence[Step], input: Tensor) -> None:
     """Tell the blocks which bottlenecks to hold, if there is nothing here but fused blocks."""
     steps = [step for step in planned if isinstance(step, DenseStep)]
-    modes = {step.checkpoint for step in steps}
-    runs = [step.segments[0] for step in steps if len(step.segments) == 1]
-    if len(runs) < len(planned) or len(modes) > 1 or "none" in modes:
+    if len(steps) < len(planned) or all(step.checkpoint == "none" for step in steps):
         return
-    images, channels, height, width = input.shape
     stored = computed_type(input.dtype, input.device.type)
+    sizes = block_sizes(steps, input.shape, stored.itemsize)
+    if sizes is None or not (input.requires_grad or _trainable(steps[0])):
+        return  # in a frozen block the fullest backward may not happen
+    network = NetworkSize(StemSize(), sizes, HeadSize())
+    plans = held_below_peak(network, [step.checkpoint for step in steps])
+    for step, plan in zip(steps, plans, strict=True):
+        step.hold = plan.hold
+
+
+def block_sizes(
+    steps: Sequence[DenseStep], shape: Sequence[int], itemsize: int
+) -> list[BlockSize] | None:
+    """Sizes of blocks behind one another, the first one's input [N, C, H, W] being `shape`.
+
+    None where some layer is not fused. `itemsize` is that of a feature, in bytes.
+    """
+    images, channels, height, width = shape
     sizes: list[BlockSize] = []
-    for step, layers in zip(steps, runs, strict=True):
+    for step in steps:
+        layers = step.segments[0] if len(step.segments) == 1 else None
         if not isinstance(layers, list):
-            return
-        if not sizes and not input.requires_grad and not _trainable(layers):
-            return  # the fullest backward may not happen
+            return None
         widths = [eligibility.weight_shape(layer.conv1)[0] for layer in layers]
         growths = [eligibility.weight_shape(layer.conv2)[0] for layer in layers]
         convolutions = [conv for layer in layers for conv in (layer.conv1, layer.conv2)]
@@ -157,27 +185,46 @@ def _hold_bottlenecks(planned: Sequence[Step], input: Tensor) -> None:
             output = images * height * width * behind
         else:
             behind, output = end, images * end if step.tail is not None else pixels * end
-        gradients = _gradients([conv.weight for conv in convolutions], stored.itemsize)
-        sizes.append(BlockSize(pixels, channels, end, widths, max(growths), output, *gradients))
+        gradients = gradient_bytes([conv.weight for conv in convolutions])
+        sizes.append(
+            BlockSize(pixels, channels, end, widths, max(growths), output, itemsize, *gradients)
+        )
         channels = behind
-    for step, hold in zip(steps, held_bottlenecks(sizes, modes.pop()), strict=True):
-        step.hold = hold
+    return sizes
 
 
-def _gradients(weights: Sequence[Tensor], itemsize: int) -> tuple[int, int]:
-    """The weights' gradients, and those that are new and stay, in elements of `itemsize` bytes."""
+def gradient_bytes(weights: Sequence[Tensor]) -> tuple[int, int]:
+    """Bytes of the weights' gradients, and of those that are new and stay."""
     wanted = [weight for weight in weights if weight.requires_grad]
     lasting = [
         weight
         for weight in wanted
-        if weight.grad is None and not getattr(weight, "_post_accumulate_grad_hooks", None)
+        if weight.is_leaf
+        and weight.grad is None
+        and not getattr(weight, "_post_accumulate_grad_hooks", None)
     ]
-    every, new = (sum(weight.nbytes for weight in part) for part in (wanted, lasting))
-    return every // itemsize, new // itemsize
+    return sum(weight.nbytes for weight in wanted), sum(weight.nbytes for weight in lasting)
 
 
-def _trainable(layers: Sequence[nn.Module]) -> bool:
+def _trainable(step: DenseStep) -> bool:
+    layers = step.segments[0]
+    assert isinstance(layers, list)
     return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+def apply_plans(planned: Sequence[Step], plans: Sequence[Plan]) -> list[Step]:
+    """The steps with each block's mode and held bottlenecks as planned."""
+    applied: list[Step] = []
+    blocks = iter(plans)
+    keep_stem = bool(plans) and plans[0].mode == "none"
+    for step in planned:
+        if isinstance(step, DenseStep):
+            step.checkpoint, step.hold = next(blocks)
+        elif isinstance(step, StemStep) and step.conv is not None and keep_stem:
+            applied.append(ConvStep(step.conv))
+            step = StemStep(step.norm)
+        applied.append(step)
+    return applied
 
 
 def called_modules(planned: Sequence[Step]) -> list[nn.Module]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast.eligibility import touched
-from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
+from densenet_fast.specs import CHECKPOINT_MODES, NETWORK_MODES, Checkpoint, NetworkMode
 
 
 def integer(name: str, value: Any, minimum: int = 1) -> int:
@@ -75,15 +75,36 @@ def block_config(value: Any) -> tuple[int, ...]:
     return layers
 
 
-def checkpoint_mode(value: Any) -> Checkpoint:
-    """`value` if it is a checkpoint mode."""
-    choices = ", ".join(repr(mode) for mode in CHECKPOINT_MODES)
+Mode = TypeVar("Mode", bound=str)
+
+
+def _one_of(value: Any, modes: Sequence[Mode]) -> Mode:
+    choices = ", ".join(map(repr, modes))
     if not isinstance(value, str):
         raise TypeError(f"checkpoint must be one of {choices}, got {value!r}")
-    for mode in CHECKPOINT_MODES:
+    for mode in modes:
         if value == mode:
             return mode
     raise ValueError(f"checkpoint must be one of {choices}, got {value!r}")
+
+
+def checkpoint_mode(value: Any) -> Checkpoint:
+    """`value` if it is a checkpoint mode of a block."""
+    return _one_of(value, CHECKPOINT_MODES)
+
+
+def network_mode(value: Any) -> NetworkMode:
+    """`value` if it is a checkpoint mode of a network."""
+    return _one_of(value, NETWORK_MODES)
+
+
+def memory_budget(mode: NetworkMode, value: Any) -> int | None:
+    """`value` in bytes, which "auto" needs and no other mode reads."""
+    if value is not None:
+        return integer("memory_budget", value)
+    if mode == "auto":
+        raise ValueError('checkpoint="auto" needs memory_budget, the bytes that a step may take')
+    return None
 
 
 def images(owner: str, input: Any) -> None:

@@ -13,12 +13,12 @@ _PADDING = 16
 _CUDA_ACCESS = 16  # bytes that a thread moves at once, if rows begin at their multiples
 
 
-def row_pitch(channels: int, like: Tensor) -> int:
-    """Elements between the rows of a buffer that nobody outside sees."""
+def row_pitch(channels: int, itemsize: int, *, cuda: bool) -> int:
+    """Elements of `itemsize` bytes between the rows of a buffer that nobody outside sees."""
     pitch = channels
-    if like.is_cuda:
-        pitch += -channels % (_CUDA_ACCESS // like.itemsize)
-    return pitch + _PADDING * (pitch * like.itemsize % _CACHE_PAGE == 0)
+    if cuda:
+        pitch += -channels % (_CUDA_ACCESS // itemsize)
+    return pitch + _PADDING * (pitch * itemsize % _CACHE_PAGE == 0)
 
 
 def empty_channels_last(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_fast import chain, checks, eligibility, geometry
-from densenet_fast.layers import DenseBlock, DenseLayer, Transition, mode_of, outside_graph, traced
+from densenet_fast.autocast import computed_type
+from densenet_fast.layers import DenseBlock, DenseLayer, Transition, outside_graph, traced
 from densenet_fast.loading import unchanged_after_errors
-from densenet_fast.specs import Checkpoint
+from densenet_fast.memory_plan import Plan, within_budget
+from densenet_fast.network_size import network_size
+from densenet_fast.specs import Checkpoint, NetworkMode
+from densenet_fast.steps import Step
 
 
 class EfficientDenseNet(nn.Module):
@@ -28,7 +32,10 @@ class EfficientDenseNet(nn.Module):
         num_classes: outputs of the classifier.
         memory_efficient: False means checkpoint="none", whatever `checkpoint` says.
         checkpoint: what blocks keep for the backward: "none" keeps features and bottlenecks,
-            "bottleneck" the features alone, "block" the block's input alone.
+            "bottleneck" the features alone, "block" the block's input alone. "auto" chooses for
+            each block, at every step, what recomputes least within `memory_budget`.
+        memory_budget: bytes that a training step may take beyond parameters and images, for
+            checkpoint="auto" (see `densenet_fast.memory`).
         small_inputs: the stem for small images (CIFAR): one 3×3 convolution, no pooling.
         compression: share of the channels that a transition keeps.
         in_channels: channels of the images.
@@ -47,7 +54,8 @@ class EfficientDenseNet(nn.Module):
         num_classes: int = 1000,
         memory_efficient: bool = True,
         *,
-        checkpoint: Checkpoint = "bottleneck",
+        checkpoint: NetworkMode = "bottleneck",
+        memory_budget: int | None = None,
         small_inputs: bool = False,
         compression: float = 0.5,
         in_channels: int = 3,
@@ -61,7 +69,9 @@ class EfficientDenseNet(nn.Module):
         num_classes = checks.integer("num_classes", num_classes)
         compression = checks.compression(compression)
         in_channels = checks.integer("in_channels", in_channels)
-        self._checkpoint = mode_of(memory_efficient, checkpoint)
+        mode = checks.network_mode(checkpoint)
+        self._checkpoint = mode if checks.flag("memory_efficient", memory_efficient) else "none"
+        self._memory_budget = checks.memory_budget(self._checkpoint, memory_budget)
 
         # Modules are made in torchvision's order: the same seed gives the same parameters.
         self.features = _stem(in_channels, num_features, checks.flag("small_inputs", small_inputs))
@@ -72,7 +82,7 @@ class EfficientDenseNet(nn.Module):
                 bn_size,
                 growth_rate,
                 drop_rate,
-                checkpoint=self._checkpoint,
+                checkpoint=_of_blocks(self._checkpoint),
             )
             self.features.add_module(f"denseblock{i + 1}", block)
             num_features += num_layers * growth_rate
@@ -90,16 +100,27 @@ class EfficientDenseNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """What the blocks keep for the backward: "none", "bottleneck" or "block"."""
+    def checkpoint(self) -> NetworkMode:
+        """What the blocks keep for the backward: "none", "bottleneck", "block" or "auto"."""
         return self._checkpoint
 
     @checkpoint.setter
-    def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = checks.checkpoint_mode(mode)
+    def checkpoint(self, mode: NetworkMode) -> None:
+        mode = checks.network_mode(mode)
+        checks.memory_budget(mode, self._memory_budget)
+        self._checkpoint = mode
         for module in self.modules():
             if isinstance(module, (DenseBlock, DenseLayer)):
-                module.checkpoint = mode
+                module.checkpoint = _of_blocks(mode)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes that a training step may take beyond parameters and images, for "auto"."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, size: int | None) -> None:
+        self._memory_budget = checks.memory_budget(self._checkpoint, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
@@ -121,8 +142,24 @@ class EfficientDenseNet(nn.Module):
         modules = list(self.features)
         steps, pooled = chain.steps(modules, eligibility.parameter_type(x), x.device)
         self._check(owner, x, chain.called_modules(steps))
-        x = chain.run(steps, x)
+        if self._checkpoint == "auto" and torch.is_grad_enabled():
+            plans = self._plans(steps, pooled, x)
+            x = chain.run(chain.apply_plans(steps, plans), x, hold=False)
+        else:
+            x = chain.run(steps, x)
         return self.classifier(x if pooled else _relu_and_average(x))
+
+    def _plans(self, steps: Sequence[Step], pooled: bool, x: Tensor) -> list[Plan]:
+        """What recomputes least within the budget."""
+        assert self._memory_budget is not None
+        stored = computed_type(x.dtype, x.device.type)
+        network = network_size(steps, self.classifier, x.shape, stored, x.device)
+        if network is None or not pooled:
+            raise RuntimeError(
+                f'{type(self).__name__}: checkpoint="auto" plans networks that run fused '
+                "throughout alone: densenet_fast.fusion_report(model) names what does not"
+            )
+        return within_budget(network, self._memory_budget)
 
     def _check(self, owner: str, x: Tensor, called: list[nn.Module]) -> None:
         """Refuse what some module on the way would refuse, before the first one has run.
@@ -152,6 +189,11 @@ class EfficientDenseNet(nn.Module):
         """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
         with unchanged_after_errors(self):
             return super().load_state_dict(state_dict, strict, assign)
+
+
+def _of_blocks(mode: NetworkMode) -> Checkpoint:
+    """What a block does by itself, called outside its network."""
+    return "bottleneck" if mode == "auto" else mode
 
 
 def _relu_and_average(features: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 Checkpoint = Literal["none", "bottleneck", "block"]
 CHECKPOINT_MODES: tuple[Checkpoint, ...] = ("none", "bottleneck", "block")
+# A whole network may also choose for each of its blocks, by a memory budget.
+NetworkMode = Checkpoint | Literal["auto"]
+NETWORK_MODES: tuple[NetworkMode, ...] = (*CHECKPOINT_MODES, "auto")
 
 
 @dataclass(frozen=True)

@@ -110,37 +110,37 @@ def _norm_gradients(
 def conv_stem(
     input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, norm: NormSpec
 ) -> Tensor:
-    """`stem_norm_relu_maxpool` of the convolution of `[N, Cin, H, W]`.
+    """`stem_norm_relu_maxpool` of the convolution of `[N, Cin, H, W]`, in autocast's type if on.
 
-    Keeps `input` and one byte per output element; the backward makes the convolution again.
+    Keeps `input` as it came and one byte per output element; the backward makes the convolution
+    again.
     """
-    input, weight = autocast.cast(input), autocast.cast(weight)
-    bias = None if bias is None else autocast.cast(bias)
-    with autocast.disabled(input.device.type):
-        return _conv_stem(input, weight, bias, conv, norm)
-
-
-def _conv_stem(
-    input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, norm: NormSpec
-) -> Tensor:
     tensors = (weight, bias, norm.weight, norm.bias)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (input, *tensors)
-    ):
-        output: Tensor = _ConvStem.apply(input, conv, norm, *tensors)
-        return output
-    with torch.no_grad():
-        return stem_norm_relu_maxpool(stem_convolution.forward(input, conv, weight, bias), norm)
+    stored = autocast.computed_type(input.dtype, input.device.type)
+    with autocast.disabled(input.device.type):
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (input, *tensors)
+        ):
+            output: Tensor = _ConvStem.apply(input, stored, conv, norm, *tensors)
+            return output
+        with torch.no_grad():
+            features = stem_convolution.forward(input, conv, weight, bias, stored)
+            return stem_norm_relu_maxpool(features, norm)
 
 
 class _ConvStem(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, conv: ConvGeometry, norm: NormSpec, *parameters: Tensor | None
+        ctx: Any,
+        input: Tensor,
+        stored: torch.dtype,
+        conv: ConvGeometry,
+        norm: NormSpec,
+        *parameters: Tensor | None,
     ) -> Tensor:
         weight, bias = parameters[:2]
         assert weight is not None
-        features = stem_convolution.forward(input, conv, weight, bias)
+        features = stem_convolution.forward(input, conv, weight, bias, stored)
         check_input(features)
         images, channels, height, width = features.shape
         check_norm(norm, "norm", channels, features, (images, height, width))
@@ -148,6 +148,7 @@ class _ConvStem(torch.autograd.Function):
         ctx.save_for_backward(input, argmax, statistics, *parameters, *norm_buffers(norm))
         ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
         ctx.conv = conv
+        ctx.stored = stored
         return output
 
     @staticmethod
@@ -156,7 +157,7 @@ class _ConvStem(torch.autograd.Function):
             gradients = _conv_stem_backward(ctx, grad_outputs[0])
         behind = [*grad_outputs, *ctx.saved_tensors]
         input, *parameters = first_order_only("the fused stem", gradients, behind)
-        return input, None, None, *parameters
+        return input, None, None, None, *parameters
 
 
 def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
@@ -165,12 +166,12 @@ def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
     grad_features, grad_gamma, grad_beta = _norm_gradients(
         grad_output,
-        stem_convolution.forward(input, conv, weight, bias),
+        stem_convolution.forward(input, conv, weight, bias, ctx.stored),
         argmax,
         norm,
         norms.coefficients(norm, *statistics.unbind()),
     )
-    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
     gradients: list[Tensor | None] = [None, None, None]
     if any(wanted):
         gradients = stem_convolution.backward(grad_features, input, conv, weight, bias, wanted)

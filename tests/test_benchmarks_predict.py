@@ -161,12 +161,11 @@ def test_flops_of_ours_differ_by_transitions_and_recomputation(spec: NetworkSpec
         step = fused.fused_step(spec, FLOAT32, mode, SMS)
         again[mode] = sum(op.flops for op in step if op.name.endswith("recomputed"))
         first[mode] = flops(step) - again[mode]
+        planned = shapes.plans(shapes.fused_network(spec, FLOAT32), mode)
         pointwise, spatial = flops(step, "conv1x1 forward"), flops(step, "conv3x3 forward")
         twice = sum(  # 1x1 convolutions made again for their bottleneck
             2 * block.rows * block.bottleneck * block.start(layer)
-            for block, hold in zip(
-                shapes.blocks(spec), shapes.held(spec, FLOAT32, mode), strict=True
-            )
+            for block, (_, hold) in zip(shapes.blocks(spec), planned, strict=True)
             for layer in range(block.layers - hold)
         )
         recomputed = twice + (pointwise + spatial if mode == "block" else 0)

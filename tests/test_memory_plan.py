@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import pytest
 import torch
 from block_cases import TAILS, make_block
@@ -12,7 +15,17 @@ from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
-from densenet_fast.memory_plan import BlockSize, held_bottlenecks
+from densenet_fast.memory_plan import (
+    BlockSize,
+    DoesNotFitError,
+    HeadSize,
+    NetworkSize,
+    Plan,
+    StemSize,
+    held_below_peak,
+    uniform,
+    within_budget,
+)
 from densenet_fast.model import EfficientDenseNet
 from densenet_fast.specs import Checkpoint
 
@@ -20,53 +33,92 @@ RECOMPUTING: tuple[Checkpoint, ...] = ("bottleneck", "block")
 
 
 @st.composite
-def chains(draw: st.DrawFn) -> list[BlockSize]:
-    """Blocks of any sizes, larger behind smaller ones too."""
+def networks(draw: st.DrawFn) -> NetworkSize:
+    """Blocks of any sizes, larger behind smaller ones too, with anything before and behind them."""
     blocks = []
     for _ in range(draw(st.integers(1, 5))):
-        widths = draw(st.lists(st.integers(1, 64), min_size=0, max_size=6))
+        widths = draw(st.lists(st.integers(1, 64), min_size=1, max_size=6))
         channels, growth = draw(st.integers(1, 100)), draw(st.integers(1, 20))
         end = channels + growth * len(widths)
         pixels, output = draw(st.integers(1, 500)), draw(st.integers(0, 5000))
         weights = draw(st.integers(0, 5000))
         lasting = draw(st.sampled_from([0, weights]))
-        blocks.append(BlockSize(pixels, channels, end, widths, growth, output, weights, lasting))
-    return blocks
+        blocks.append(BlockSize(pixels, channels, end, widths, growth, output, 4, weights, lasting))
+    sizes = [draw(st.integers(0, 20000)) for _ in range(4)]
+    stem = StemSize(features=sizes[0], pooled=sizes[1], recomputable=draw(st.booleans()))
+    return NetworkSize(stem, blocks, HeadSize(sizes[2], sizes[3], sizes[3]))
 
 
-def moments(blocks: list[BlockSize], held: list[int], mode: Checkpoint) -> list[int]:
-    """Elements alive in the backward of each block, with the last `held` bottlenecks held."""
-    extra = [
-        block.pixels * sum(block.widths[len(block.widths) - count :])
-        for block, count in zip(blocks, held, strict=True)
-    ]
-    found = []
-    for at, block in enumerate(blocks):
-        kept = sum(earlier.kept(mode) for earlier in blocks[: at + 1])
-        kept += sum(later.lasting for later in blocks[at + 1 :])
-        bottlenecks = extra[at] if mode == "block" else sum(extra[: at + 1])
-        found.append(kept + bottlenecks + block.backward(mode))
-    return found
+def one_more(network: NetworkSize, plans: Sequence[Plan], at: int) -> list[Plan] | None:
+    """The plans with one bottleneck more held in a block, if there is one."""
+    mode, hold = plans[at]
+    if hold == len(network.blocks[at].widths):
+        return None
+    return [*plans[:at], Plan(mode, hold + 1), *plans[at + 1 :]]
 
 
-@given(chains(), st.sampled_from(RECOMPUTING))
+@given(networks(), st.data())
 def test_no_backward_rises_above_the_peak_without(
-    blocks: list[BlockSize], mode: Checkpoint
+    network: NetworkSize, data: st.DataObject
 ) -> None:
-    held = held_bottlenecks(blocks, mode)
-    assert all(0 <= count <= len(block.widths) for block, count in zip(blocks, held, strict=True))
-    peak = max(moments(blocks, [0] * len(blocks), mode))
-    assert max(moments(blocks, held, mode)) == peak
-    for at, block in enumerate(blocks):  # and one more anywhere would
-        if held[at] < len(block.widths):
-            more = [*held[:at], held[at] + 1, *held[at + 1 :]]
-            assert max(moments(blocks, more, mode)) > peak
+    modes = [data.draw(st.sampled_from(CHECKPOINT_MODES)) for _ in network.blocks]
+    nothing = [uniform([block], mode)[0] for block, mode in zip(network.blocks, modes, strict=True)]
+    plans = held_below_peak(network, modes)
+    assert [plan.mode for plan in plans] == modes
+    for block, plan in zip(network.blocks, plans, strict=True):
+        assert 0 <= plan.hold <= len(block.widths)
+        assert plan.hold == len(block.widths) or plan.mode != "none"
+    assert max(network.backwards(plans)) <= max(network.backwards(nothing))
+
+
+@given(networks(), st.floats(0.3, 3))
+def test_what_is_planned_for_a_budget_keeps_to_it(network: NetworkSize, share: float) -> None:
+    smallest = min(
+        network.peak([Plan(mode, 0) for mode in modes])
+        for modes in product(RECOMPUTING, repeat=len(network.blocks))
+    )
+    budget = int(share * smallest)
+    if budget < min(smallest, network.peak(uniform(network.blocks, "none"))):
+        with pytest.raises(DoesNotFitError) as caught:
+            within_budget(network, budget)
+        assert (caught.value.budget, caught.value.needed) == (budget, smallest)
+        return
+    plans = within_budget(network, budget)
+    assert network.peak(plans) <= budget
+    repeated = [b.recomputed_products(p) for b, p in zip(network.blocks, plans, strict=True)]
+    for at in range(len(plans)):  # and no bottleneck more fits
+        if plans[at].mode == "bottleneck" and (more := one_more(network, plans, at)) is not None:
+            again = network.blocks[at].recomputed_products(more[at])
+            assert again < repeated[at]
+            conservative = [Plan(mode, 0) for mode, _ in plans]
+            assert max(network.backwards(conservative)) + held_bytes(network, more) > budget
+
+
+def held_bytes(network: NetworkSize, plans: Sequence[Plan]) -> int:
+    return sum(b.bottlenecks(p.hold) for b, p in zip(network.blocks, plans, strict=True))
+
+
+def test_a_budget_large_enough_recomputes_nothing() -> None:
+    blocks = [BlockSize(90, 4, 12, [8, 8], 4, 0, 4, 0, 0)] * 2
+    network = NetworkSize(StemSize(features=400, recomputable=True), blocks, HeadSize())
+    everything = network.peak(uniform(blocks, "none"))
+    assert within_budget(network, everything) == uniform(blocks, "none")
+    less = within_budget(network, everything - 1)
+    assert less != uniform(blocks, "none")
+    assert network.peak(less) < everything
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    network = NetworkSize(StemSize(), [BlockSize(2**20, 4, 12, [8, 8], 4, 0, 4, 0, 0)], HeadSize())
+    with pytest.raises(DoesNotFitError, match=r"at least, .* more than the .* budget of 1.0 MiB"):
+        within_budget(network, 2**20)
 
 
 def test_all_are_held_where_nothing_is_recomputed() -> None:
-    block = BlockSize(9, 4, 12, [8, 8], 4, 0, 0, 0)
-    assert held_bottlenecks([block, block], "none") == [2, 2]
-    assert held_bottlenecks([], "bottleneck") == []
+    block = BlockSize(9, 4, 12, [8, 8], 4, 0, 4, 0, 0)
+    network = NetworkSize(StemSize(), [block, block], HeadSize())
+    assert held_below_peak(network, ["none", "none"]) == [Plan("none", 2)] * 2
+    assert held_below_peak(NetworkSize(StemSize(), [], HeadSize()), []) == []
 
 
 @pytest.mark.parametrize("checkpoint", RECOMPUTING)
@@ -148,8 +200,8 @@ def test_nothing_is_held_where_the_plan_does_not_know_the_step(
     network.features.denseblock2.denselayer2.register_forward_hook(lambda *_: None)
     assert recomputed(network, monkeypatch) == [2, 2, 4, 4, 4, 8, 8]
     network = EfficientDenseNet(**SMALL)
-    network.features.denseblock3.checkpoint = "block"
-    assert recomputed(network, monkeypatch) == [2, 2, *everywhere]
+    network.features.denseblock3.checkpoint = "block"  # the plan knows a mixture of modes
+    assert recomputed(network, monkeypatch) == [2, 2, 8, 8]
     network = EfficientDenseNet(**SMALL)
     for module in (network.features[:4], network.features.denseblock1):
         module.requires_grad_(False)

@@ -45,11 +45,12 @@ def assert_rounded(actual: Tensor, exact: Tensor) -> None:
         assert (error <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
 
 
-def test_forward_and_backward(bfloat16_is_fast: bool) -> None:
-    input, weight, bias = tensors(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_forward_and_backward(bfloat16_is_fast: bool, dtype: torch.dtype) -> None:
+    input, weight, bias = (tensor.to(dtype) for tensor in tensors(torch.bfloat16))
     leaves = [tensor.double().requires_grad_() for tensor in (input, weight, bias)]
     exact = F.conv2d(*leaves, stride=2, padding=3)
-    output = stem_convolution.forward(input, GEOMETRY, weight, bias)
+    output = stem_convolution.forward(input, GEOMETRY, weight, bias, torch.bfloat16)
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert_rounded(output, exact.detach())
     grad = torch.randn(exact.shape).bfloat16()
@@ -57,7 +58,9 @@ def test_forward_and_backward(bfloat16_is_fast: bool) -> None:
     found = stem_convolution.backward(grad, input, GEOMETRY, weight, bias, [True] * 3)
     for actual, truth in zip(found, wanted, strict=True):
         assert actual is not None
-        assert_rounded(actual, truth)
+        assert actual.dtype == dtype
+        assert_rounded(actual.bfloat16(), truth)
+        assert torch.equal(actual.bfloat16().to(dtype), actual)
     found = stem_convolution.backward(grad, input, GEOMETRY, weight, None, [False, True, False])
     assert [gradient is None for gradient in found] == [True, False, True]
 

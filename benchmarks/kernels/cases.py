@@ -65,7 +65,8 @@ class Operands:
         """Rows [N, H, W, C] in a block's buffer, where other channels lie between them."""
         like = torch.empty(0, device=self.device)
         size = (shape.images, shape.buffer, shape.size, shape.size)
-        buffer = empty_channels_last(size, like, row_pitch(shape.buffer, like))
+        pitch = row_pitch(shape.buffer, like.itemsize, cuda=like.is_cuda)
+        buffer = empty_channels_last(size, like, pitch)
         rows = buffer.permute(0, 2, 3, 1)[..., start : start + channels]
         return rows.copy_(self.rows(shape, channels))
 

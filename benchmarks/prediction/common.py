@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.networks import NetworkSpec
-from benchmarks.prediction.shapes import Format, Op, Phase, blocks, stem
+from benchmarks.prediction.shapes import LABEL, Format, Op, Phase, blocks, stem
 
 STATISTIC = 4  # bytes of a statistic, a sum or a partial result
-LABEL = 8  # bytes
 
 
 def conv0_forward(spec: NetworkSpec, fmt: Format, *, again: bool = False) -> list[Op]:

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 
 from benchmarks.networks import NetworkSpec
 from benchmarks.prediction.common import STATISTIC, ceil_div, conv0_backward, conv0_forward, head
-from benchmarks.prediction.shapes import Block, Format, Op, Phase, blocks, held, stem
+from benchmarks.prediction.shapes import (
+    Block,
+    Format,
+    Op,
+    Phase,
+    blocks,
+    fused_network,
+    plans,
+    stem,
+)
 from densenet_fast.specs import Checkpoint
 
 # Numbers of csrc/cuda: kTileRows, the widest tile's columns, launch_rows_product<P, 64> of the
@@ -343,7 +352,8 @@ def _stem(spec: NetworkSpec, fmt: Format, mode: str) -> Iterator[Op]:
 def fused_step(spec: NetworkSpec, fmt: Format, mode: Checkpoint, multiprocessors: int) -> list[Op]:
     """A training step of ours in checkpoint mode "none", "bottleneck" or "block"."""
     ops = [*_stem(spec, fmt, mode), *head(spec, fmt)]
-    for block, hold in zip(blocks(spec), held(spec, fmt, mode), strict=True):
+    planned = plans(fused_network(spec, fmt), mode)
+    for block, (_, hold) in zip(blocks(spec), planned, strict=True):
         ops += _around(block, fmt)
         if mode == "block":
             size = block.rows * block.channels * fmt.element

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.networks import NetworkSpec
-from densenet_fast.memory_plan import BlockSize, held_bottlenecks
+from densenet_fast.layout import row_pitch
+from densenet_fast.memory_plan import (
+    BlockSize,
+    HeadSize,
+    NetworkSize,
+    Plan,
+    StemSize,
+    held_below_peak,
+    statistics_bytes,
+)
 from densenet_fast.specs import Checkpoint
 
 Phase = Literal["forward", "backward"]
@@ -163,11 +172,34 @@ def blocks(spec: NetworkSpec) -> list[Block]:
     return found
 
 
-def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint) -> list[int]:
-    """How many last layers of each block do not make their bottleneck again.
+LABEL = 8  # bytes of one
+LOSS_WEIGHT = 4  # bytes: the scalar that nll_loss keeps
+
+
+def head_kept(spec: NetworkSpec, fmt: Format) -> int:
+    """Classifier's input, labels, log-probabilities, and the weight that autocast rounded."""
+    n, c = spec.batch_size, blocks(spec)[-1].end
+    rounded = c * spec.num_classes * fmt.element if fmt.casts else 0
+    loss = n * (spec.num_classes * fmt.parameter + LABEL) + LOSS_WEIGHT
+    return n * c * fmt.element + loss + rounded
+
+
+def fused_network(spec: NetworkSpec, fmt: Format, *, cuda: bool = True) -> NetworkSize:
+    """The network as densenet_fast runs it.
 
     The parameters have gradients before the step, as in all predictions of memory.
     """
+    s = stem(spec)
+    pooled = s.pooled_rows * s.channels
+    first = StemSize(
+        features=s.rows * s.channels * fmt.element if pooled else 0,
+        pooled=pooled * fmt.element,
+        positions=pooled,
+        statistics=statistics_bytes(s.channels, fmt.element) if pooled else 0,
+        copies=(s.image_elements + s.weights) * fmt.element * fmt.casts,
+        recomputable=pooled > 0,
+        weights=s.weights * fmt.parameter,
+    )
     sizes = [
         BlockSize(
             pixels=block.rows,
@@ -180,12 +212,20 @@ def held(spec: NetworkSpec, fmt: Format, mode: Checkpoint) -> list[int]:
                 if block.transition is None
                 else block.pooled_rows * block.transition
             ),
-            weights=block.weights * fmt.parameter // fmt.element,
+            itemsize=fmt.element,
+            weights=block.weights * fmt.parameter,
             lasting=0,
+            pitch=row_pitch(block.end, fmt.element, cuda=cuda),
         )
         for block in blocks(spec)
     ]
-    return held_bottlenecks(sizes, mode)
+    classifier = sizes[-1].end * spec.num_classes * fmt.parameter
+    return NetworkSize(first, sizes, HeadSize(head_kept(spec, fmt), classifier))
+
+
+def plans(network: NetworkSize, mode: Checkpoint) -> list[Plan]:
+    """How each block runs if all of them are in this mode."""
+    return held_below_peak(network, [mode] * len(network.blocks))
 
 
 def parameters(spec: NetworkSpec) -> int:

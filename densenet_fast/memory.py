@@ -1,0 +1,170 @@
+"""What a training step needs in memory, worked out before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from densenet_fast import chain, checks, eligibility, geometry
+from densenet_fast.autocast import computed_type
+from densenet_fast.fusion import fusion_report
+from densenet_fast.layers import DenseBlock
+from densenet_fast.memory_plan import (
+    DoesNotFitError,
+    NetworkSize,
+    Plan,
+    held_below_peak,
+    within_budget,
+)
+from densenet_fast.model import EfficientDenseNet
+from densenet_fast.network_size import network_size
+from densenet_fast.specs import Checkpoint
+
+__all__ = ["DoesNotFitError", "MemoryEstimate", "PartMemory", "estimate"]
+
+
+@dataclass(frozen=True)
+class PartMemory:
+    """The stem, a block with what is fused behind it, or the classifier; bytes."""
+
+    name: str
+    mode: Checkpoint | None  # of a block
+    held: int | None  # layers of a block whose bottlenecks are not made again
+    kept: int  # between forward and backward
+    scratch: int  # that its backward needs besides
+    peak: int  # all that is alive at its fullest moment of the backward
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of one training step beyond the parameters and the images; bytes.
+
+    `str()` gives a table.
+    """
+
+    parts: tuple[PartMemory, ...]
+    kept: int  # between forward and backward
+    peak: int  # of the fullest moment
+
+    def __str__(self) -> str:
+        rows = [("part", "mode", "held", "kept, MiB", "scratch, MiB", "peak, MiB")]
+        for part in self.parts:
+            mode = part.mode or ""
+            held = "" if part.held is None else str(part.held)
+            sizes = _mib(part.kept), _mib(part.scratch), _mib(part.peak)
+            rows.append((part.name, mode, held, *sizes))
+        rows.append(("step", "", "", _mib(self.kept), "", _mib(self.peak)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                text.ljust(width) if at < 2 else text.rjust(width)
+                for at, (text, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+def estimate(
+    model: EfficientDenseNet,
+    input_size: Sequence[int],
+    dtype: torch.dtype | None = None,
+    checkpoint: str | None = None,
+    *,
+    memory_budget: int | None = None,
+) -> MemoryEstimate:
+    """Memory of a training step: forward, cross entropy and backward.
+
+    Nothing runs, so the model may be on the meta device. Gradients count as the model is now: those
+    of parameters without a gradient are new and stay, others are added to what is there. On CUDA
+    devices the kernels' workspace of a few MiB does not count.
+
+    Args:
+        model: a network all of whose parts run fused (see `fusion_report`).
+        input_size: images' shape (N, C, H, W).
+        dtype: what features are stored in: the parameters' type, or autocast's; None for that of
+            the parameters under the autocast that is on now.
+        checkpoint: "none", "bottleneck", "block" or "auto"; None for the model's own setting.
+        memory_budget: bytes for "auto"; None for the model's own.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+        DoesNotFitError: "auto" with a budget that no choice of modes keeps to.
+        RuntimeError: some part of the model does not run fused.
+    """
+    if not isinstance(model, EfficientDenseNet):
+        raise TypeError(f"estimate expects an EfficientDenseNet, got {type(model).__name__}")
+    shape = _shape(model, input_size)
+    parameter = model.classifier.weight
+    if dtype is None:
+        dtype = computed_type(parameter.dtype, parameter.device.type)
+    elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type of torch, got {dtype!r}")
+    mode = model.checkpoint if checkpoint is None else checks.network_mode(checkpoint)
+    budget = model.memory_budget if memory_budget is None else memory_budget
+    checks.memory_budget(mode, budget)
+
+    blocks = {
+        name: part for name, part in model.features.named_children() if isinstance(part, DenseBlock)
+    }
+    network = _network(model, shape, dtype, recompute=mode != "none")
+    if mode == "auto":
+        assert budget is not None
+        plans = within_budget(network, budget)
+    elif checkpoint is None:  # blocks may have modes of their own
+        plans = held_below_peak(network, [block.checkpoint for block in blocks.values()])
+    else:
+        plans = held_below_peak(network, [mode] * len(blocks))
+    return MemoryEstimate(
+        tuple(_parts(network, plans, list(blocks))), network.kept(plans), network.peak(plans)
+    )
+
+
+def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, int, int, int]:
+    if isinstance(input_size, (str, bytes)) or not isinstance(input_size, Sequence):
+        raise TypeError(f"input_size must be (N, C, H, W), got {input_size!r}")
+    sizes = tuple(checks.integer(f"input_size[{i}]", size) for i, size in enumerate(input_size))
+    if len(sizes) != 4:
+        raise ValueError(f"input_size must be (N, C, H, W), got {sizes}")
+    images = torch.empty(sizes, device="meta")
+    checks.channels("estimate", images, next(iter(model.features), None))
+    geometry.check("estimate", model.features, images)
+    return sizes
+
+
+def _network(
+    model: EfficientDenseNet, shape: Sequence[int], dtype: torch.dtype, *, recompute: bool
+) -> NetworkSize:
+    parameter = model.classifier.weight
+    modules = list(model.features)
+    steps, pooled = chain.steps(modules, parameter.dtype, parameter.device, recompute=recompute)
+    network = None
+    if pooled and eligibility.exactly(model.features, torch.nn.Sequential) is None:
+        network = network_size(steps, model.classifier, shape, dtype, parameter.device)
+    if network is None:
+        plain = [row for row in fusion_report(model) if not row.fused]
+        why = f": {plain[0].name} {plain[0].reason}" if plain else ""
+        raise RuntimeError(f"the estimate knows networks that run fused throughout alone{why}")
+    return network
+
+
+def _parts(network: NetworkSize, plans: Sequence[Plan], names: Sequence[str]) -> list[PartMemory]:
+    stem, head = network.stem, network.head
+    parts = [
+        PartMemory(
+            "stem", None, None, stem.kept(plans), stem.scratch(plans), network.stem_backward(plans)
+        )
+    ]
+    peaks = network.backwards(plans)
+    for name, block, plan, peak in zip(names, network.blocks, plans, peaks, strict=True):
+        parts.append(
+            PartMemory(name, plan.mode, plan.hold, block.kept(plan), block.backward(plan), peak)
+        )
+    peak = network.kept(plans) + head.weights
+    parts.append(PartMemory("classifier", None, None, head.kept, head.weights, peak))
+    return parts
