@@ -36,6 +36,8 @@ SUITE_FLAGS = {
     "depths": "--depths",
     "rounds": "--rounds",
     "amp": "--amp",
+    "budgets": "--budgets",
+    "data": "--data",
 }
 INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
 
@@ -99,6 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--rounds", type=_positive, help="timed rounds, or training steps")
     amp = ("none", "float16", "bfloat16")
     some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
+    some.add_argument("--budgets", type=_rates, metavar="MIB", help="memory to fit into, MiB")
+    some.add_argument("--data", help='"digits", "fashion-mnist" or a folder with its files')
     return parser
 
 
@@ -177,6 +181,8 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
         depths=arguments.depths,
         rounds=arguments.rounds,
         amp=arguments.amp,
+        budgets=arguments.budgets,
+        data=arguments.data,
         output=_writable(arguments.output),
     )
     return suite, options

@@ -21,6 +21,8 @@ SUITES: dict[str, str] = {
     "training": "the main job: train naive and densenet_fast side by side on real images",
     "step": "peak memory and speed of one training step of DenseNet-121 and DenseNet-BC-100",
     "sweep": "the same over growth rates 8 to 48 and depths 22 to 250: slower than naive anywhere?",
+    "capacity": "the largest batch and the deepest network that fit a given memory",
+    "quality": "what the growth rate does to accuracy, and parity with the naive network",
     "kernels": "every kernel against this machine's measured peak and PyTorch's own operators",
     "predict": "a prediction, not a measurement: the same step on A100, H100 and RTX 4090",
 }
@@ -41,6 +43,8 @@ class Options:
     depths: tuple[int, ...] | None = None
     rounds: int | None = None
     amp: str | None = None
+    budgets: tuple[int, ...] | None = None  # MiB
+    data: str | None = None
     output: Path = Path("results")
 
 
