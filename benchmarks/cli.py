@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import shlex
 import signal
 import sys
@@ -90,6 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, help="default: PyTorch's own choice")
     parser.add_argument("--device", help="default: cuda where PyTorch sees a GPU, else cpu")
     parser.add_argument("--output", type=Path, default=Path("results"), metavar="DIR")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run that was stopped in DIR"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", action="store_true", help="without the progress bar")
     some = parser.add_argument_group("to run less, or other cases (names separated by commas)")
@@ -168,6 +172,10 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
         if getattr(arguments, option) is not None and option not in suite.OPTIONS:
             raise UsageError(f"{flag} does not apply to the suite {arguments.suite!r}")
     _known("peer", arguments.peers, tuple(PEERS))
+    missing = [name for name in arguments.peers or () if not PEERS[name].installed]
+    if missing:
+        need = ", ".join(dict.fromkeys(PEERS[name].requires for name in missing))
+        raise UsageError(f"{', '.join(missing)}: not installed here: `pip install {need}`")
     _known("network", arguments.networks, tuple(NETWORKS))
     _known("part", arguments.parts, suite.PARTS)
     options = Options(
@@ -206,15 +214,11 @@ def _termination_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_suite(
-    name: str, suite: Suite, options: Options, command: str, *, visible: bool = True
-) -> tuple[Record, list[Path]]:
-    """Run a suite and write its results, partial ones after an interrupt or an error."""
+def make_record(name: str, suite: Suite, options: Options, command: str) -> Record:
+    """A record without figures yet."""
     from benchmarks import environment
-    from benchmarks.progress import Progress
-    from benchmarks.report import write_json, write_page
 
-    record: Record = {
+    return {
         "suite": name,
         "form": "full" if options.full else "quick",
         "command": command,
@@ -222,6 +226,42 @@ def run_suite(
         "environment": environment.describe(options.device),
         **suite.plan(options),
     }
+
+
+# What may differ between a run and its continuation.
+MOMENTARY = ("date", "load_average_at_start")
+
+
+def resumed(name: str, record: Record, output: Path) -> Record:
+    """The record with the figures of the stopped run in `output`; `UsageError` if it does not fit.
+
+    They must be of the same settings, machine and versions: a table mixes no two of them.
+    """
+    path = output / f"{name}.json"
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"there is nothing to resume: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{str(path)!r} is not a record of results: {error}") from error
+    new = json.loads(json.dumps(record))
+    for part in ("settings", "environment"):
+        for key in sorted({*new[part], *old.get(part, {})}):
+            was, now = old.get(part, {}).get(key), new[part].get(key)
+            if was != now and key not in MOMENTARY:
+                raise UsageError(
+                    f"{str(path)!r} cannot be resumed: its {key} is {was!r}, and now it is {now!r}"
+                )
+    figures = {key: value for key, value in old.items() if isinstance(value, list) and key in new}
+    return {**record, **figures}
+
+
+def run_suite(
+    name: str, suite: Suite, options: Options, record: Record, *, visible: bool = True
+) -> list[Path]:
+    """Run a suite and write its results, partial ones after an interrupt or an error."""
+    from benchmarks.progress import Progress
+    from benchmarks.report import write_json, write_page
 
     def save() -> None:
         write_json(options.output, name, record)
@@ -241,7 +281,7 @@ def run_suite(
         publish()
         print(f"\nfailed: partial results are in {str(options.output)!r}", file=sys.stderr)
         raise
-    return record, publish()
+    return publish()
 
 
 def _fail(message: str) -> NoReturn:
@@ -253,18 +293,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = make_parser().parse_args(given)
-    try:
-        suite, options = make_options(arguments)
-    except UsageError as error:
-        _fail(str(error))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    command = " ".join(["python -m benchmarks", *map(shlex.quote, given)])
+    try:
+        suite, options = make_options(arguments)
+        record = make_record(arguments.suite, suite, options, command)
+        if arguments.resume:
+            record = resumed(arguments.suite, record, options.output)
+    except UsageError as error:
+        _fail(str(error))
     # The peers' own warnings would tear the progress bar.
     warnings.filterwarnings("ignore", module=r"torch\.utils\.checkpoint")
-    command = " ".join(["python -m benchmarks", *map(shlex.quote, given)])
-    record, files = run_suite(
-        arguments.suite, suite, options, command, visible=not arguments.no_progress
-    )
+    files = run_suite(arguments.suite, suite, options, record, visible=not arguments.no_progress)
     print(f"\n{suite.page(record).markdown()}")
     print("\n".join(f"wrote {path}" for path in files))
     failed = suite.failures(record)

@@ -71,14 +71,26 @@ def densenet_bc(
     )
 
 
-NETWORKS: dict[str, NetworkSpec] = {
-    "densenet121": NetworkSpec(
-        name="DenseNet-121",
-        growth_rate=32,
-        block_config=(6, 12, 24, 16),
-        num_init_features=64,
+def imagenet(depth: int, growth_rate: int, block_config: tuple[int, ...]) -> NetworkSpec:
+    """DenseNet for 224×224 images, 2k stem channels."""
+    return NetworkSpec(
+        name=f"DenseNet-{depth}",
+        growth_rate=growth_rate,
+        block_config=block_config,
+        num_init_features=2 * growth_rate,
         image_size=224,
         batch_size=8,
-    ),
+    )
+
+
+NETWORKS: dict[str, NetworkSpec] = {
+    "densenet121": imagenet(121, 32, (6, 12, 24, 16)),
+    "densenet161": imagenet(161, 48, (6, 12, 36, 24)),
+    "densenet169": imagenet(169, 32, (6, 12, 32, 32)),
+    "densenet201": imagenet(201, 32, (6, 12, 48, 32)),
+    "densenet264": imagenet(264, 32, (6, 12, 64, 48)),
     "densenet-bc-100": densenet_bc(100, 12, batch_size=64),
+    "densenet-bc-190": densenet_bc(190, 40, batch_size=4),
 }
+# The two that suites measure unless told otherwise.
+MAIN_NETWORKS = ("densenet121", "densenet-bc-100")

@@ -7,16 +7,20 @@ assembles the same classes for every other network.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import densenet as torchvision_densenet
 
+from benchmarks import other_peers as others
 from benchmarks.networks import NetworkSpec
+from benchmarks.other_peers import State
 
 Checkpoint = Literal["none", "bottleneck", "block"]
 
@@ -105,11 +109,21 @@ class Peer:
     color: str  # in plots
     build: Callable[[NetworkSpec], nn.Module]
     memory_format: torch.memory_format = torch.channels_last
+    requires: str = "torchvision"  # the module of its library
+    applies: Callable[[NetworkSpec], bool] = lambda spec: True
+    # torchvision's state dict as this network calls it; None for another family's own weights.
+    state: Callable[[State], State] | None = dict
+    compiled: bool = False
 
     @property
     def ours(self) -> bool:
         """Whether this is `densenet_fast`."""
-        return self.name.startswith("ours-")
+        return "ours" in self.name
+
+    @property
+    def installed(self) -> bool:
+        """Whether its library is there."""
+        return importlib.util.find_spec(self.requires) is not None
 
     @property
     def naive(self) -> bool:
@@ -150,8 +164,58 @@ PEERS: dict[str, Peer] = {
             "#053061",
             lambda spec: build_ours(spec, checkpoint="block"),
         ),
+        Peer("compiled-naive", "torch.compile of naive", "#bababa", _naive, compiled=True),
+        Peer(
+            "compiled-ours",
+            'torch.compile of densenet_fast, checkpoint="bottleneck"',
+            "#4393c3",
+            lambda spec: build_ours(spec, checkpoint="bottleneck"),
+            compiled=True,
+        ),
+        Peer(
+            "monai",
+            "MONAI, channels_last",
+            "#1b7837",
+            others.build_monai,
+            requires="monai",
+            applies=others.like_torchvision,
+            state=others.monai_state,
+        ),
+        Peer(
+            "timm",
+            "timm, channels_last",
+            "#7fbf7b",
+            others.build_timm,
+            requires="timm",
+            applies=others.like_timm,
+        ),
+        Peer(
+            "resnet50",
+            "ResNet-50, channels_last",
+            "#762a83",
+            partial(others.build_resnet, "resnet50"),
+            applies=others.beside_resnets,
+            state=None,
+        ),
+        Peer(
+            "resnet101",
+            "ResNet-101, channels_last",
+            "#af8dc3",
+            partial(others.build_resnet, "resnet101"),
+            applies=others.beside_resnets,
+            state=None,
+        ),
     )
 }
+# What every suite compares unless told otherwise: torchvision's network, and ours in each mode.
+BASIC_PEERS = (
+    "naive",
+    "naive-channels-last",
+    "memory-efficient",
+    "ours-none",
+    "ours-bottleneck",
+    "ours-block",
+)
 
 
 def initial_state(spec: NetworkSpec, seed: int) -> dict[str, Tensor]:
@@ -165,12 +229,16 @@ def initial_state(spec: NetworkSpec, seed: int) -> dict[str, Tensor]:
 def build(
     peer: Peer,
     spec: NetworkSpec,
-    state: dict[str, Tensor],
+    state: State,
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """The network of one peer with the weights of `state`, which must fit name by name."""
     model = peer.build(spec)
-    model.load_state_dict(state, strict=True)
-    return model.to(device, dtype).to(memory_format=peer.memory_format)
+    if peer.state is not None:
+        model.load_state_dict(peer.state(state), strict=True)
+    model = model.to(device, dtype).to(memory_format=peer.memory_format)
+    if peer.compiled:
+        model.compile()
+    return model

@@ -9,13 +9,13 @@ import torch
 
 from benchmarks.memory import make_batch, training_step
 from benchmarks.networks import densenet_bc
-from benchmarks.peers import PEERS, build, initial_state
+from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
 
 CPU = torch.device("cpu")
 SEED = 0
 
 
-@pytest.mark.parametrize("peer", list(PEERS))
+@pytest.mark.parametrize("peer", BASIC_PEERS)
 @pytest.mark.parametrize("growth_rate", [12, 24, 32])
 def test_training_step(benchmark: Any, growth_rate: int, peer: str) -> None:
     """Forward, cross entropy and backward of a DenseNet-BC-22; a group for each growth rate."""

@@ -41,7 +41,8 @@ def test_all_peers_share_names_and_function(spec: NetworkSpec, compression: floa
     state = peers.initial_state(spec, seed=3)
     images = torch.randn(spec.input_shape, dtype=torch.float64)
     outputs = {}
-    for name, peer in peers.PEERS.items():
+    for name in peers.BASIC_PEERS:
+        peer = peers.PEERS[name]
         model = peers.build(peer, spec, state, device=CPU, dtype=torch.float64).eval()
         assert list(model.state_dict()) == list(state)
         with torch.no_grad():
@@ -194,7 +195,9 @@ def test_default_device_is_the_gpu_where_there_is_one(
         assert cli.make_options(arguments)[1].device == torch.device(expected)
 
 
-@pytest.mark.parametrize("name", ["training", "step", "sweep", "kernels", "predict"])
+@pytest.mark.parametrize(
+    "name", ["training", "step", "growth", "depth", "networks", "kernels", "predict"]
+)
 def test_pages_of_interrupted_runs(
     name: str,
     tmp_path: Path,
@@ -261,7 +264,7 @@ def test_step_suite_on_a_small_network(tmp_path: Path, monkeypatch: pytest.Monke
     assert cli.main([*arguments, "--rounds", "2", "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "step.json").read_text())
     for part in ("time", "inference"):
-        assert [len(entry["seconds"]) for entry in record[part]] == [2] * len(peers.PEERS)
+        assert [len(entry["seconds"]) for entry in record[part]] == [2] * len(peers.BASIC_PEERS)
     assert "speed by median" in (tmp_path / "step.md").read_text()
 
 
@@ -337,11 +340,14 @@ def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
         (["--quick", "--full"], "not allowed with argument"),
         (["--amp", "float16"], "--amp does not apply to the suite 'training'"),
         (["step", "--amp", "int8"], "invalid choice: 'int8'"),
-        (["sweep", "--depths", "22,23"], "of three blocks is 6·n + 4 (10, 16, ...), got 23"),
-        (["sweep", "--depths", "x"], "a whole number of at least 1, got 'x'"),
-        (["sweep", "--networks", "densenet121"], "--networks does not apply to the suite 'sweep'"),
-        (["sweep", "--peers", "fastest"], "unknown peer: 'fastest'"),
-        (["sweep", "--parts", "speed"], "unknown part: 'speed'; there are memory, time, inference"),
+        (["depth", "--depths", "22,23"], "of three blocks is 6·n + 4 (10, 16, ...), got 23"),
+        (["depth", "--depths", "x"], "a whole number of at least 1, got 'x'"),
+        (["depth", "--networks", "densenet121"], "--networks does not apply to the suite 'depth'"),
+        (["growth", "--peers", "fastest"], "unknown peer: 'fastest'"),
+        (
+            ["growth", "--parts", "speed"],
+            "unknown part: 'speed'; there are memory, time, inference",
+        ),
         (["step", "--depths", "22"], "--depths does not apply to the suite 'step'"),
         (["kernels", "--parts", "conv5x5"], "unknown part: 'conv5x5'; there are conv1x1_forward,"),
         (["kernels", "--networks", "resnet"], "unknown network: 'resnet'"),

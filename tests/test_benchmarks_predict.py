@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from benchmarks import cli, measure, memory, peers
-from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.prediction import fused, memory_plan, shapes, usual
 from benchmarks.prediction.devices import DEVICES
 from benchmarks.prediction.shapes import FORMATS, Block, Op
@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 CUDA_SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 BFLOAT16, FLOAT32 = FORMATS["bfloat16"], FORMATS["float32"]
 MODES = ("none", "bottleneck", "block")
+MAIN = [NETWORKS[name] for name in MAIN_NETWORKS]
 SMS = 108  # multiprocessors
 SMALL = densenet_bc(22, 4, batch_size=3, image_size=16)
 SMALL_IMAGENET = replace(
@@ -136,7 +137,7 @@ def test_numbers_of_the_cuda_sources(file: str, name: str, value: int) -> None:
 # ---- Whole networks
 
 
-@pytest.mark.parametrize("spec", NETWORKS.values(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", MAIN, ids=lambda spec: spec.name)
 def test_flops_are_pytorchs_own(spec: NetworkSpec) -> None:
     with torch.device("meta"):
         model = peers.build_torchvision(spec, memory_efficient=False)
@@ -152,7 +153,7 @@ def test_flops_are_pytorchs_own(spec: NetworkSpec) -> None:
     assert shapes.parameters(spec) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("spec", NETWORKS.values(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", MAIN, ids=lambda spec: spec.name)
 def test_flops_of_ours_differ_by_transitions_and_recomputation(spec: NetworkSpec) -> None:
     usual_flops = flops(usual.usual_step(spec, FLOAT32))
     transitions = flops(usual.usual_step(spec, FLOAT32), "tail")
@@ -176,7 +177,7 @@ def test_flops_of_ours_differ_by_transitions_and_recomputation(spec: NetworkSpec
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
-@pytest.mark.parametrize("spec", NETWORKS.values(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", MAIN, ids=lambda spec: spec.name)
 def test_order_of_the_implementations(spec: NetworkSpec, fmt: shapes.Format) -> None:
     steps = [fused.fused_step(spec, fmt, mode, SMS) for mode in MODES]
     steps += [usual.usual_step(spec, fmt), usual.usual_step(spec, fmt, efficient=True)]

@@ -1,88 +1,103 @@
-"""The sweep covers the growth rates and depths it names, and says where ours is slower."""
+"""`growth` and `depth` cover what they name, and say how figures grow and where ours is slower."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import cli, measure, memory
+from benchmarks import cli, measure, memory, peers
 from benchmarks.environment import describe
-from benchmarks.suites import Options, step, sweep, sweep_page
+from benchmarks.peers import BASIC_PEERS
+from benchmarks.suites import Options, depth, growth, step, sweep_page
 
 MIB = 2**20
-QUIET = ["sweep", "--no-progress", "--device", "cpu"]
+CPU = torch.device("cpu")
+QUIET = ["--no-progress", "--device", "cpu"]
+SUITES = {"growth": growth, "depth": depth}
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks of one layer per block, and batches of two and of three images."""
-    monkeypatch.setattr(sweep, "DEPTH", 10)
-    monkeypatch.setattr(sweep, "BATCH_SIZE", 2)
-    monkeypatch.setattr(sweep, "DEPTH_BATCHES", {250: 3})
-    monkeypatch.setattr(sweep, "GROWTH_RATE", 4)
+    """Networks of few layers, and batches of two and of three images."""
+    monkeypatch.setattr(growth, "DEPTH", 10)
+    monkeypatch.setattr(growth, "BATCH_SIZE", 2)
+    monkeypatch.setattr(depth, "BATCHES", {250: 3})
+    monkeypatch.setattr(depth, "GROWTH_RATE", 4)
 
 
-def cases(record: dict[str, Any]) -> dict[str, list[int]]:
-    return {
-        entry["varied"]: [case["value"] for case in entry["cases"]]
-        for entry in record["settings"]["sweeps"]
-    }
+def values(record: dict[str, Any]) -> list[int]:
+    return [case["value"] for case in record["settings"]["cases"]]
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_sweeps_reach_from_end_to_end(full: bool) -> None:
-    record = sweep.plan(Options(full=full))
-    found = cases(record)
-    assert (min(found["growth rate"]), max(found["growth rate"])) == (8, 48)
-    assert (min(found["depth"]), max(found["depth"])) == (22, 250)
-    titles = [case["network"] for s in record["settings"]["sweeps"] for case in s["cases"]]
+@pytest.mark.parametrize(("suite", "ends"), [("growth", (8, 48)), ("depth", (22, 250))])
+def test_suites_reach_from_end_to_end(suite: str, ends: tuple[int, int], full: bool) -> None:
+    record = SUITES[suite].plan(Options(full=full))
+    assert (min(values(record)), max(values(record))) == ends
+    titles = [case["network"] for case in record["settings"]["cases"]]
     assert len(set(titles)) == len(titles) == len(record["settings"]["networks"])
     assert ("memory" in record["settings"]["parts"]) == full
 
 
-def test_naming_values_runs_their_sweep_alone() -> None:
-    assert cases(sweep.plan(Options(growth_rates=(20, 7)))) == {"growth rate": [20, 7]}
-    assert cases(sweep.plan(Options(depths=(28,)))) == {"depth": [28]}
-    both = sweep.plan(Options(growth_rates=(12,), depths=(40,)))
-    assert cases(both) == {"growth rate": [12], "depth": [40]}
-
-
-def test_deeper_networks_get_fewer_images() -> None:
-    record = sweep.plan(Options(depths=(10, 22, 28, 100, 250, 256)))
+def test_values_that_are_named_are_measured() -> None:
+    assert values(growth.plan(Options(growth_rates=(20, 7)))) == [20, 7]
+    record = depth.plan(Options(depths=(10, 22, 28, 100, 250, 256)))
+    assert values(record) == [10, 22, 28, 100, 250, 256]
     images = [network["batch_size"] for network in record["settings"]["networks"]]
-    assert images == [128, 128, 64, 32, 8, 4]
+    assert images == [128, 128, 64, 32, 8, 4]  # deeper networks get fewer
+
+
+def test_parameters_and_flops_are_those_of_the_network() -> None:
+    (case,) = growth.plan(Options(growth_rates=(12,)))["settings"]["cases"]
+    spec = growth.densenet_bc(growth.DEPTH, 12, batch_size=growth.BATCH_SIZE)
+    model = peers.build_torchvision(spec, memory_efficient=False)
+    assert case["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    counter = FlopCounterMode(display=False)
+    with counter:
+        memory.training_step(model, *memory.make_batch(spec, torch.channels_last, CPU, 0))
+    assert case["flops"] == counter.get_total_flops()
 
 
 @pytest.mark.usefixtures("tiny")
-def test_small_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*QUIET, "--growth-rates", "4,6", "--depths", "16", "--rounds", "2"]
+@pytest.mark.parametrize(
+    ("suite", "chosen", "heading"),
+    [
+        ("growth", ["--growth-rates", "4,6"], "## Growth rates at depth 10"),
+        ("depth", ["--depths", "10,16"], "## Depths at k=4"),
+    ],
+)
+def test_small_run(
+    suite: str, chosen: list[str], heading: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [suite, *QUIET, *chosen, "--rounds", "2"]
     assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"sweep.{suffix}" for suffix in ("md", "json", "png", "svg")}
-    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert names == {f"{suite}.{suffix}" for suffix in ("md", "json", "png", "svg")}
+    record = json.loads((tmp_path / f"{suite}.json").read_text())
     assert record["complete"]
     for part in ("time", "inference"):
-        assert [len(entry["seconds"]) for entry in record[part]] == [2] * 3 * len(sweep.PEERS)
+        assert [len(entry["seconds"]) for entry in record[part]] == [2] * 2 * len(BASIC_PEERS)
     assert not record["memory"]
-    assert len(sweep_page.comparisons(record)) == 3 * 2 * 3  # cases, parts, modes
-    text = (tmp_path / "sweep.md").read_text()
-    assert "## Growth rates at depth 10" in text
-    assert "## Depths at k=4" in text
+    assert len(sweep_page.comparisons(record)) == 2 * 2 * 3  # cases, parts, modes
+    text = (tmp_path / f"{suite}.md").read_text()
+    assert heading in text
     assert "MiB |" not in text
     assert "—" not in "".join(line for line in text.splitlines() if line.startswith("|"))
     printed = capsys.readouterr().out
-    assert re.search(r"\b18\W+comparisons with the naive network in its faster layout", printed)
+    assert re.search(r"\b12\W+comparisons with the naive network in its faster layout", printed)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -93,51 +108,123 @@ def test_memory_is_in_the_table_and_cases_that_do_not_fit_below_it(
         if case.peer == "naive":
             raise measure.MeasurementError("does not fit")
         peak = (64 if case.peer == "naive-channels-last" else 16) * MIB
-        return memory.StepMemory(peak, peak, peak, peak, MIB)
+        return memory.StepMemory(peak, peak, 8 * MIB, peak, MIB)
 
     monkeypatch.setattr(step, "measure_in_child", measured)
-    arguments = [*QUIET, "--depths", "10", "--parts", "memory", "--output", str(tmp_path)]
+    arguments = ["depth", *QUIET, "--depths", "10", "--parts", "memory", "--output", str(tmp_path)]
     assert cli.main(arguments) == 1
-    text = (tmp_path / "sweep.md").read_text()
+    text = (tmp_path / "depth.md").read_text()
     assert "DenseNet-BC-10 (k=4), 3×3×32×32, naive: does not fit" in text
     (row,) = (line for line in text.splitlines() if 'checkpoint="none"' in line)
-    assert [cell.strip() for cell in row.split("|")][-3:-1] == ["16.0", "4.00×"]
+    assert [cell.strip() for cell in row.split("|")][-4:-1] == ["16.0", "4.00×", "8.0"]
     assert "Nothing was measured side by side" in text
 
 
 @pytest.mark.usefixtures("tiny")
-def test_interrupted_sweep_has_written_every_finished_case(
+def test_an_interrupted_run_keeps_its_cases_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = []
+    timed = []
 
-    def interleave(*arguments: Any, **named: Any) -> None:
-        if len(written) == 2:
+    def interleave(calls: Any, *arguments: Any, **named: Any) -> None:
+        if len(timed) == 2:
+            next(iter(named["times"].values())).append(1.0)
             raise KeyboardInterrupt
-        measure.interleave(*arguments, **named)
-        written.append((tmp_path / "sweep.json").exists())
+        measure.interleave(calls, *arguments, **named)
+        timed.append((tmp_path / "growth.json").exists())
 
-    monkeypatch.setattr(step, "interleave", interleave)
-    arguments = [*QUIET, "--growth-rates", "4,6", "--rounds", "1", "--peers", "naive,ours-none"]
-    assert cli.main([*arguments, "--output", str(tmp_path)]) == cli.INTERRUPTED
-    assert written == [False, True]
-    text = (tmp_path / "sweep.md").read_text()
+    arguments = ["growth", *QUIET, "--growth-rates", "4,6", "--rounds", "1"]
+    arguments += ["--peers", "naive,ours-none", "--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "interleave", interleave)
+        assert cli.main(arguments) == cli.INTERRUPTED
+    assert timed == [False, True]
+    text = (tmp_path / "growth.md").read_text()
     assert "the results below are partial" in text
     assert re.search(r"\b2\W+comparisons", text)
-    (row,) = (line for line in text.splitlines() if line.startswith("| 6, densenet_fast"))
-    assert row.count("—") == 4
+    before = json.loads((tmp_path / "growth.json").read_text())
+    assert [len(entry["seconds"]) for entry in before["time"]] == [1, 1, 1, 0]
+
+    assert cli.main([*arguments, "--resume"]) == 0
+    after = json.loads((tmp_path / "growth.json").read_text())
+    assert after["complete"]
+    assert after["time"][:2] == before["time"][:2]
+    assert after["inference"][:2] == before["inference"]
+    assert [len(entry["seconds"]) for entry in after["time"]] == [1] * 4
+    assert len({entry["network"] for entry in after["time"]}) == 2
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.unlink(), "there is nothing to resume"),
+        (lambda path: path.write_text("{"), "is not a record of results"),
+        (
+            lambda path: path.write_text(path.read_text().replace('"rounds": 1', '"rounds": 2')),
+            "its rounds is 2, and now it is 1",
+        ),
+        (
+            lambda path: path.write_text(
+                re.sub(r'"threads": \d+', '"threads": 77', path.read_text())
+            ),
+            "its threads is 77",
+        ),
+    ],
+    ids=["missing", "broken", "settings", "machine"],
+)
+def test_only_the_same_run_is_resumed(
+    change: Callable[[Path], object],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["growth", *QUIET, "--growth-rates", "4", "--rounds", "1", "--parts", "inference"]
+    arguments += ["--peers", "ours-none", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    change(tmp_path / "growth.json")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*arguments, "--resume"])
+    assert words in capsys.readouterr().err
+
+
+def test_fits_tell_lines_from_parabolas() -> None:
+    _, share = sweep_page.fitted([(d, 3.0 + 2 * d) for d in (10, 20, 40, 80)])
+    assert share in ("0.0 %", "-0.0 %")
+    fit, share = sweep_page.fitted([(d, 2.0 * d * d) for d in (10, 20, 40, 80)])
+    assert share == "100.0 %"
+    assert fit.endswith("+2·d²")
+
+
+def test_growth_with_depth_is_on_the_page() -> None:
+    record = depth.plan(Options(depths=(22, 40, 100, 190), peers=("naive", "ours-block")))
+    for case in record["settings"]["cases"]:
+        for peer, size in (("naive", case["value"] ** 2), ("ours-block", case["value"])):
+            bytes_ = size * case["images"] * MIB
+            entry = asdict(memory.StepMemory(bytes_, bytes_, bytes_, bytes_, MIB))
+            record["memory"].append({"network": case["network"], "peer": peer, **entry})
+    record.update(command="", complete=True, environment=describe(torch.device("cpu")))
+    text = sweep_page.page(record).markdown().split("## How it grows")[1]
+    shares = {
+        row.split("|")[1].strip(): row.split("|")[3].strip()
+        for row in text.splitlines()
+        if row.startswith("| peak memory")
+    }
+    assert shares["peak memory, MiB, naive, contiguous"] == "100.0 %"
+    assert shares['peak memory, MiB, densenet_fast, checkpoint="block"'].strip("-") == "0.0 %"
+    assert sweep_page.figure(record) is not None
 
 
 def filled(own: Callable[[int, str], float]) -> dict[str, Any]:
     """A complete record in which the faster naive layout takes a second everywhere."""
-    peers = ("naive", "naive-channels-last", "ours-none", "ours-block")
-    record = sweep.plan(Options(growth_rates=(8, 48), peers=peers))
-    for case in record["settings"]["sweeps"][0]["cases"]:
+    names = ("naive", "naive-channels-last", "ours-none", "ours-block")
+    record = growth.plan(Options(growth_rates=(8, 48), peers=names))
+    for case in record["settings"]["cases"]:
         for part in ("time", "inference"):
             for peer, least in (("naive", 2.0), ("naive-channels-last", 1.0)):
                 entry = {"network": case["network"], "peer": peer, "seconds": [least, 3.0]}
                 record[part].append(entry)
-            for peer in peers[2:]:
+            for peer in names[2:]:
                 seconds = [9.0, own(case["value"], part)]
                 record[part].append({"network": case["network"], "peer": peer, "seconds": seconds})
     record.update(command="", complete=True, environment=describe(torch.device("cpu")))
@@ -149,7 +236,7 @@ def test_verdict_of_a_sweep_without_a_slower_case() -> None:
     text = sweep_page.page(record).markdown()
     assert "**densenet_fast is slower nowhere**, in 8 comparisons" in text
     assert "Closest: inference of DenseNet-BC-40 (k=48), 32×3×32×32, ours-none: 1.250×." in text
-    assert not sweep.failures(record)
+    assert not growth.failures(record)
 
 
 def test_verdict_names_every_slower_case() -> None:

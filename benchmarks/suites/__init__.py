@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 SUITES: dict[str, str] = {
     "training": "the main job: train naive and densenet_fast side by side on real images",
     "step": "peak memory and speed of one training step of DenseNet-121 and DenseNet-BC-100",
-    "sweep": "the same over growth rates 8 to 48 and depths 22 to 250: slower than naive anywhere?",
+    "growth": "memory, speed, parameters and FLOPs over growth rates 8 to 48",
+    "depth": "how memory and time grow with depth, 22 to 250 layers",
+    "networks": "DenseNet-121 to 264, BC-100 and BC-190 beside other libraries and ResNets",
     "capacity": "the largest batch and the deepest network that fit a given memory",
     "quality": "what the growth rate does to accuracy, and parity with the naive network",
     "kernels": "every kernel against this machine's measured peak and PyTorch's own operators",
@@ -62,7 +64,11 @@ class Suite(Protocol):
         """Settings of a run and empty places for its figures."""
 
     def run(self, options: Options, record: Record, progress: Progress, save: Save) -> None:
-        """Measure into `record`, calling `save` whenever something was added."""
+        """Measure what `record` does not have, calling `save` whenever something was added.
+
+        A record that is resumed holds the finished cases of an earlier run, and perhaps one that
+        was interrupted, which is measured anew.
+        """
 
     def page(self, record: Record) -> Page:
         """The page of a record, which may be partial."""

@@ -13,7 +13,7 @@ from benchmarks.kernels import machine
 from benchmarks.kernels.cases import make
 from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
 from benchmarks.measure import bursts, tuned_libraries
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import MAIN_NETWORKS
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save
 from benchmarks.suites.kernels_page import figure, page
@@ -37,7 +37,7 @@ def plan(options: Options) -> Record:
     threads = [present] if options.device.type == "cuda" else sorted({1, present})
     return {
         "settings": {
-            "networks": list(options.networks or NETWORKS),
+            "networks": list(options.networks or MAIN_NETWORKS),
             "parts": list(options.parts or PARTS),
             "rounds": options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
             "burst_seconds": FULL_BURST_SECONDS if options.full else QUICK_BURST_SECONDS,
@@ -84,15 +84,31 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     for threads in settings["threads"]:
         with _threads(threads), tuned_libraries(options.device):
             progress.describe(f"the machine's peak, threads: {threads}")
-            peaks = asdict(machine.measure(options.device))
-            record["machine"].append({"threads": threads, **peaks})
+            if all(entry["threads"] != threads for entry in record["machine"]):
+                peaks = asdict(machine.measure(options.device))
+                record["machine"].append({"threads": threads, **peaks})
+                save()
             progress.advance(MACHINE_WORK)
-            save()
             for kernel, network, shape in cases:
                 progress.describe(f"{kernel}, {shape.label}, threads: {threads}")
                 entry = {"threads": threads, "kernel": kernel, "network": network}
+                if _has(record, {**entry, "label": shape.label}):
+                    progress.advance(CALLS * settings["rounds"])
+                    continue
                 _measure(entry, shape, record, options, progress.advance)
                 save()
+
+
+def _has(record: Record, case: dict[str, Any]) -> bool:
+    """Whether all bursts of a case were timed; incomplete ones are dropped."""
+    for entry in record["kernels"]:
+        if case.items() <= entry.items():
+            rounds = record["settings"]["rounds"]
+            if all(len(times) == rounds for times in entry["seconds"].values()):
+                return True
+            record["kernels"].remove(entry)
+            return False
+    return False
 
 
 def _measure(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from benchmarks.networks import NETWORKS, NetworkSpec
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.devices import DEVICES, Device
 from benchmarks.prediction.fused import fused_step
@@ -42,7 +42,7 @@ DETAILED = ("naive-channels-last", "ours-bottleneck")  # operation by operation
 
 def plan(options: Options) -> Record:
     """Networks, and every figure and assumption that the prediction rests on."""
-    specs = [NETWORKS[name] for name in options.networks or NETWORKS]
+    specs = [NETWORKS[name] for name in options.networks or MAIN_NETWORKS]
     if options.full:
         specs += [replace(spec, batch_size=LARGE_BATCH) for spec in specs]
     return {
@@ -92,6 +92,7 @@ def _totals(ops: Sequence[Op], fmt: Format, device: Device) -> dict[str, Any]:
 def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
     """Count every case."""
     settings = record["settings"]
+    record["steps"], record["operations"] = [], []  # counting again takes no time
     progress.start(len(settings["networks"]) * len(FORMATS))
     for data in settings["networks"]:
         spec = NetworkSpec.from_json(data)

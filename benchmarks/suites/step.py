@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.measure import MeasurementError, interleave, release_cached, tuned_libraries
 from benchmarks.memory import MemoryCase, autocast, make_batch, measure_in_child, training_step
-from benchmarks.networks import NETWORKS, NetworkSpec
-from benchmarks.peers import PEERS, build, initial_state
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
+from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save
 from benchmarks.suites.step_page import figure, page
@@ -36,8 +36,8 @@ def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
     return {
         "settings": {
-            "networks": [NETWORKS[name].to_json() for name in options.networks or NETWORKS],
-            "peers": list(options.peers or PEERS),
+            "networks": [NETWORKS[name].to_json() for name in options.networks or MAIN_NETWORKS],
+            "peers": list(options.peers or BASIC_PEERS),
             "parts": list(options.parts or PARTS),
             "rounds": options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
             "seed": options.seed,
@@ -65,25 +65,56 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     work = CHILD_WORK * ("memory" in parts) + timed_rounds * (
         ("time" in parts) + INFERENCE_WORK * ("inference" in parts)
     )
-    progress.start(work * len(settings["peers"]) * len(settings["networks"]))
-    for data in settings["networks"]:
-        spec = NetworkSpec.from_json(data)
+    specs = [NetworkSpec.from_json(data) for data in settings["networks"]]
+    progress.start(work * sum(len(peers_of(settings, spec)) for spec in specs))
+    for spec in specs:
+        peers = peers_of(settings, spec)
         if "memory" in parts:
-            for peer in settings["peers"]:
+            for peer in peers:
                 progress.describe(f"{spec.title}: memory, {peer}")
-                _measure_memory(spec, peer, record, options)
+                if not _has_memory(record, spec, peer):
+                    _measure_memory(spec, peer, record, options)
+                    save()
                 progress.advance(CHILD_WORK)
-                save()
-        if "time" in parts:
-            progress.describe(f"{spec.title}: training step")
-            _measure_time(spec, "time", record, options, lambda: progress.advance(1.0))
+        for part, text, unit in (
+            ("time", "training step", 1.0),
+            ("inference", "inference", INFERENCE_WORK),
+        ):
+            if part not in parts:
+                continue
+            progress.describe(f"{spec.title}: {text}")
+            if _has_times(record, part, spec):
+                progress.advance(unit * timed_rounds * len(peers))
+                continue
+            _measure_time(spec, part, record, options, lambda unit=unit: progress.advance(unit))
             save()
-        if "inference" in parts:
-            progress.describe(f"{spec.title}: inference")
-            _measure_time(
-                spec, "inference", record, options, lambda: progress.advance(INFERENCE_WORK)
-            )
-            save()
+
+
+def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
+    """The peers that can build a network."""
+    return [name for name in settings["peers"] if PEERS[name].applies(spec)]
+
+
+def _has_memory(record: Record, spec: NetworkSpec, peer: str) -> bool:
+    """Whether the case was measured; one that failed is dropped."""
+    entries = [e for e in record["memory"] if (e["network"], e["peer"]) == (spec.title, peer)]
+    whole = [entry for entry in entries if "error" not in entry]
+    record["memory"] = [
+        entry for entry in record["memory"] if entry in whole or entry not in entries
+    ]
+    return bool(whole)
+
+
+def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
+    """Whether all rounds of a network were timed; incomplete ones are dropped."""
+    settings = record["settings"]
+    entries = [entry for entry in record[part] if entry["network"] == spec.title]
+    if len(entries) == len(peers_of(settings, spec)) and all(
+        len(entry["seconds"]) == settings["rounds"] for entry in entries
+    ):
+        return True
+    record[part] = [entry for entry in record[part] if entry["network"] != spec.title]
+    return False
 
 
 def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Options) -> None:
@@ -113,7 +144,7 @@ def _measure_time(
     state = initial_state(spec, settings["seed"])
     calls: dict[str, Callable[[], object]] = {}
     times: dict[str, list[float]] = {}
-    for name in settings["peers"]:
+    for name in peers_of(settings, spec):
         make = _make_training_call if part == "time" else _make_inference_call
         calls[name] = make(spec, name, state, options.device, settings["seed"], settings["amp"])
         times[name] = []

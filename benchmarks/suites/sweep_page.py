@@ -1,13 +1,13 @@
-"""The page and the plot of the `sweep` suite, made from its record alone."""
+"""The page and the plot of the suites `growth` and `depth`, made from a record alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.networks import NetworkSpec
 from benchmarks.peers import PEERS
-from benchmarks.report import Page, Table, intro, mebibytes, ratio, seconds
+from benchmarks.report import MISSING, Page, Table, intro, mebibytes, percent, ratio, seconds
 from benchmarks.suites.step_page import PEAK, best_naive, entries_of, timings_of
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Part of the record → what it measures.
 TIMED = {"time": "training step", "inference": "inference"}
+LEAST_POINTS = 4  # of a quadratic fit that says something
+Values = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,25 @@ class Comparison:
         return f"{TIMED[self.part]} of {self.network}, {self.peer}: {self.speed:.3f}×"
 
 
-def _minima(record: Record, part: str, network: str) -> dict[str, float]:
+def _minima(record: Record, part: str, network: str) -> Values:
     return {name: t.minimum for name, t in timings_of(record, part, network).items()}
+
+
+def _memory(record: Record, network: str, key: str) -> Values:
+    entries = entries_of(record, "memory", network).items()
+    return {name: entry[key] for name, entry in entries if key in entry}
 
 
 def comparisons(record: Record) -> list[Comparison]:
     """All that was measured of ours beside a naive network."""
     found = []
-    for sweep in record["settings"]["sweeps"]:
-        for case in sweep["cases"]:
-            for part in TIMED:
-                minima = _minima(record, part, case["network"])
-                naive = best_naive(minima)
-                for name, own in minima.items():
-                    if naive is not None and PEERS[name].ours:
-                        found.append(Comparison(case["network"], part, name, naive / own))
+    for case in record["settings"]["cases"]:
+        for part in TIMED:
+            minima = _minima(record, part, case["network"])
+            naive = best_naive(minima)
+            for name, own in minima.items():
+                if naive is not None and PEERS[name].ours:
+                    found.append(Comparison(case["network"], part, name, naive / own))
     return found
 
 
@@ -69,9 +75,9 @@ def verdict(record: Record) -> str:
 
 
 def page(record: Record) -> Page:
-    """A table for each sweep, and the verdict."""
-    result = Page("Growth rates and depths: is densenet_fast slower than naive anywhere?")
+    """A table of all cases, how the figures grow, and the verdict."""
     settings = record["settings"]
+    result = Page(f"{settings['title']}: memory and speed")
     result.add(*intro(record))
     result.add(
         "DenseNet-BC for 32×32 images, float32. A step is forward, cross entropy and backward, "
@@ -79,84 +85,156 @@ def page(record: Record) -> Page:
         "same weights, and densenet_fast gets channels_last input.",
         f"Seconds: the minimum of {settings['rounds']} rounds after an untimed one, in which all "
         "implementations take turns in one process. Speed: the faster naive layout's seconds over "
-        "this one's.",
+        "this one's. GFLOP: of the usual network's convolutions and classifier in one step, two "
+        "for each multiplication.",
     )
     if record["memory"]:
         result.add(
             "Peak: most memory of a step beyond what was resident before it, in a child process of "
-            "its own, with the parameters' gradients allocated before the step; measured as in the "
-            "`step` suite, whose page says more."
+            "its own, with the parameters' gradients allocated before the step. Kept: what "
+            "autograd saves between forward and backward. Both as in the `step` suite, whose page "
+            "says more."
         )
-    for sweep in settings["sweeps"]:
-        result.heading(sweep["title"])
-        result.add(_table(record, sweep))
+    result.heading(settings["title"])
+    result.add(_networks(settings), _table(record))
     errors = [
         f"- {e['network']}, {e['peer']}: {e['error']}" for e in record["memory"] if "error" in e
     ]
     if errors:
         result.add("Memory was not measured:\n\n" + "\n".join(errors))
+    if settings["varied"] == "depth":
+        _growth_section(result, record)
     result.heading("Slower than naive?")
     result.add(verdict(record))
     return result
 
 
-def _table(record: Record, sweep: dict[str, Any]) -> Table:
-    networks = {
-        spec.title: spec for spec in map(NetworkSpec.from_json, record["settings"]["networks"])
-    }
-    columns = [f"{sweep['varied']}, implementation", "images"]
-    columns += ["step, s", "speed", "inference, s", "speed", "peak, MiB", "naive / this"]
-    table = Table(columns if record["memory"] else columns[:-2])
-    for case in sweep["cases"]:
+def _networks(settings: dict[str, Any]) -> Table:
+    table = Table([settings["varied"], "images", "parameters, M", "GFLOP a step"])
+    for case in settings["cases"]:
+        parameters, flops = f"{case['parameters'] / 1e6:.2f}", f"{case['flops'] / 1e9:.1f}"
+        table.rows.append((str(case["value"]), str(case["images"]), parameters, flops))
+    return table
+
+
+def _table(record: Record) -> Table:
+    settings = record["settings"]
+    columns = [f"{settings['varied']}, implementation"]
+    columns += ["step, s", "speed", "images/s", "inference, s", "speed"]
+    memory = ["peak, MiB", "naive / this", "kept, MiB"] if record["memory"] else []
+    table = Table(columns + memory)
+    for case in settings["cases"]:
         steps, inferences = (_minima(record, part, case["network"]) for part in TIMED)
-        peaks = _peaks(record, case["network"])
-        for name in record["settings"]["peers"]:
+        peaks = _memory(record, case["network"], PEAK)
+        kept = _memory(record, case["network"], "saved_for_backward")
+        for name in settings["peers"]:
             row = (
                 f"{case['value']}, {PEERS[name].label}",
-                str(networks[case["network"]].batch_size),
                 seconds(steps.get(name)),
                 ratio(best_naive(steps), steps.get(name)),
+                f"{case['images'] / steps[name]:.3g}" if name in steps else MISSING,
                 seconds(inferences.get(name)),
                 ratio(best_naive(inferences), inferences.get(name)),
                 mebibytes(peaks.get(name)),
                 ratio(best_naive(peaks), peaks.get(name)),
+                mebibytes(kept.get(name)),
             )
             table.rows.append(row[: len(table.columns)])
     return table
 
 
-def _peaks(record: Record, network: str) -> dict[str, float]:
-    entries = entries_of(record, "memory", network).items()
-    return {name: entry[PEAK] for name, entry in entries if PEAK in entry}
+# How figures grow with depth
+
+
+def _growth_section(result: Page, record: Record) -> None:
+    """A quadratic fitted to each figure of one image, and how much of it is quadratic."""
+    cases = record["settings"]["cases"]
+    figures: dict[str, Callable[[str], Values]] = {
+        "peak memory, MiB": lambda network: _in_mib(_memory(record, network, PEAK)),
+        "kept, MiB": lambda network: _in_mib(_memory(record, network, "saved_for_backward")),
+        "step, ms": lambda network: {
+            name: 1e3 * value for name, value in _minima(record, "time", network).items()
+        },
+    }
+    table = Table(("of one image", "fit for depth d", "quadratic share at the deepest"))
+    for text, get in figures.items():
+        for peer in record["settings"]["peers"]:
+            points = [
+                (case["value"], get(case["network"])[peer] / case["images"])
+                for case in cases
+                if peer in get(case["network"])
+            ]
+            if len(points) >= LEAST_POINTS:
+                label = f"{text}, {PEERS[peer].label}"
+                table.rows.append((label, *fitted(points)))
+    if table.rows:
+        result.heading("How it grows")
+        result.add(
+            "A parabola through the figures of one image, by least squares of relative errors. "
+            "The arithmetic of a DenseNet itself is quadratic in its depth at one growth rate, as "
+            "every layer reads all before it, and so is the time of every implementation; memory "
+            "need not be.",
+            table,
+        )
+
+
+def _in_mib(values: Values) -> Values:
+    return {name: value / 2**20 for name, value in values.items()}
+
+
+def fitted(points: list[tuple[float, float]]) -> tuple[str, str]:
+    """`a + b·d + c·d²` through points (d, value), and the last term's share at the largest d."""
+    import numpy as np
+
+    depth, value = (np.array(axis, dtype=float) for axis in zip(*points, strict=True))
+    c, b, a = np.polyfit(depth, value, 2, w=1 / value)
+    deepest = depth.max()
+    share = c * deepest**2 / (a + b * deepest + c * deepest**2)
+    return f"{a:.3g} {b:+.3g}·d {c:+.3g}·d²", percent(share)
 
 
 def figure(record: Record) -> Figure | None:
-    """Speed over growth rate and over depth."""
-    found = {(c.network, c.part, c.peer): c.speed for c in comparisons(record)}
-    if not found:
+    """Speed, and peak memory of one image, over what varies."""
+    settings = record["settings"]
+    speeds = {(c.network, c.part, c.peer): c.speed for c in comparisons(record)}
+    peaks = {case["network"]: _memory(record, case["network"], PEAK) for case in settings["cases"]}
+    panels = []
+    if speeds:
+        panels.append("speed, naive's faster layout = 1")
+    if any(peaks.values()):
+        panels.append("peak memory of a step per image, MiB")
+    if not panels:
         return None
     from matplotlib.figure import Figure
 
-    sweeps = record["settings"]["sweeps"]
-    plot = Figure(figsize=(1 + 4.5 * len(sweeps), 4), layout="constrained")
-    for sweep, axes in zip(sweeps, plot.subplots(1, len(sweeps), squeeze=False)[0], strict=True):
-        for peer in record["settings"]["peers"]:
-            for part, style in (("time", "-"), ("inference", ":")):
-                points = [
-                    (case["value"], found[case["network"], part, peer])
-                    for case in sorted(sweep["cases"], key=lambda case: case["value"])
-                    if (case["network"], part, peer) in found
-                ]
-                if points:
-                    label = f"{peer}, {TIMED[part]}"
-                    color = PEERS[peer].color
-                    axes.plot(
-                        *zip(*points, strict=True), style, marker=".", color=color, label=label
-                    )
-        axes.set_xticks([case["value"] for case in sweep["cases"]])
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set(xlabel=sweep["varied"], ylabel="speed, naive's faster layout = 1", ylim=(0, None))
+    plot = Figure(figsize=(1 + 4.5 * len(panels), 4.4), layout="constrained")
+    for text, axes in zip(panels, plot.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        for peer in settings["peers"]:
+            if text.startswith("speed"):
+                for part, style in (("time", "-"), ("inference", ":")):
+                    values = {
+                        case["value"]: speeds.get((case["network"], part, peer))
+                        for case in settings["cases"]
+                    }
+                    _line(axes, values, style, peer, f"{peer}, {TIMED[part]}")
+            else:
+                values = {
+                    case["value"]: peaks[case["network"]][peer] / 2**20 / case["images"]
+                    for case in settings["cases"]
+                    if peer in peaks[case["network"]]
+                }
+                _line(axes, values, "-", peer, peer)
+        if text.startswith("speed"):
+            axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks([case["value"] for case in settings["cases"]])
+        axes.set(xlabel=settings["varied"], ylabel=text, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-    handles, names = plot.axes[0].get_legend_handles_labels()
-    plot.legend(handles, names, loc="outside lower center", ncols=3, fontsize="small")
+        axes.legend(fontsize="x-small", loc="upper left")
     return plot
+
+
+def _line(axes: Any, values: dict[int, float | None], style: str, peer: str, label: str) -> None:
+    points = [(x, y) for x, y in sorted(values.items()) if y is not None]
+    if points:
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, style, marker=".", color=PEERS[peer].color, label=label)

@@ -22,7 +22,7 @@ from benchmarks import digits as digits_data
 from benchmarks.measure import MeasurementError, release_cached, timed, tuned_libraries
 from benchmarks.memory import MemoryCase, measure_in_child
 from benchmarks.networks import NetworkSpec, densenet_bc
-from benchmarks.peers import PEERS, build, initial_state
+from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save
 from benchmarks.suites.training_page import REFERENCE, failures, figure, page
@@ -44,7 +44,7 @@ CHILD_WORK = 1_500
 
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
-    peers = options.peers or (tuple(PEERS) if options.full else QUICK_PEERS)
+    peers = options.peers or (BASIC_PEERS if options.full else QUICK_PEERS)
     if REFERENCE not in peers:
         peers = (REFERENCE, *peers)
     batch_size = 64 if options.full else 16

@@ -1,0 +1,48 @@
+"""All the well-known DenseNets, in other libraries and compiled, and beside another family.
+
+Measured as the `step` suite does; a network is compared with the peers that can build it.
+"""
+
+from __future__ import annotations
+
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS
+from benchmarks.peers import BASIC_PEERS, PEERS
+from benchmarks.report import Page
+from benchmarks.suites import Options, Record, step, step_page
+from benchmarks.suites.step import failures, run
+from benchmarks.suites.step_page import figure
+
+__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
+
+OPTIONS = step.OPTIONS
+PARTS = step.PARTS
+
+# The compiler takes minutes for each network.
+QUICK_PEERS = (*BASIC_PEERS, "monai", "timm", "resnet50", "resnet101")
+QUICK_ROUNDS = 3
+FULL_ROUNDS = 7
+
+
+def plan(options: Options) -> Record:
+    """Settings of the quick or the full form, as the user changed them."""
+    wanted = options.peers or (tuple(PEERS) if options.full else QUICK_PEERS)
+    record = step.plan(options)
+    settings = record["settings"]
+    settings["peers"] = [name for name in wanted if PEERS[name].installed]
+    settings["not_installed"] = [
+        PEERS[name].requires for name in wanted if not PEERS[name].installed
+    ]
+    names = options.networks or (NETWORKS if options.full else MAIN_NETWORKS)
+    settings["networks"] = [NETWORKS[name].to_json() for name in names]
+    settings["rounds"] = options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS)
+    return record
+
+
+def page(record: Record) -> Page:
+    """The step suite's page, and which libraries were not there."""
+    result = step_page.page(record)
+    result.title = "DenseNets, other libraries and another family: memory and speed"
+    missing = record["settings"]["not_installed"]
+    if missing:
+        result.add(f"Not compared, as not installed: {', '.join(missing)}.")
+    return result

@@ -1,0 +1,75 @@
+"""The `networks` suite compares what can build a network, with the same weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from benchmarks import cli, peers
+from benchmarks.networks import NETWORKS, densenet_bc
+from benchmarks.suites import Options, networks, step
+
+CPU = torch.device("cpu")
+SMALL = replace(NETWORKS["densenet121"], batch_size=2, image_size=64, num_classes=7)
+
+
+@pytest.mark.parametrize("name", ["monai", "timm"])
+def test_other_libraries_compute_the_same_function(name: str) -> None:
+    peer = peers.PEERS[name]
+    pytest.importorskip(peer.requires)
+    assert peer.installed
+    state = peers.initial_state(SMALL, seed=3)
+    images = torch.randn(SMALL.input_shape)
+    outputs = []
+    for other in (peers.PEERS["naive"], peer):
+        model = peers.build(other, SMALL, state, device=CPU).eval()
+        with torch.no_grad():
+            outputs.append(model(images))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_peers_are_compared_where_they_can_build_the_network() -> None:
+    settings = {"peers": list(peers.PEERS)}
+    small = set(step.peers_of(settings, densenet_bc(22, 12, batch_size=2)))
+    assert small == {*peers.BASIC_PEERS, "compiled-naive", "compiled-ours"}
+    assert step.peers_of(settings, NETWORKS["densenet121"]) == list(peers.PEERS)
+    wide = step.peers_of(settings, NETWORKS["densenet161"])
+    assert set(peers.PEERS) - set(wide) == {"timm", "resnet50", "resnet101"}
+
+
+def test_full_form_has_all_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = networks.plan(Options(full=True))
+    assert len(record["settings"]["networks"]) == len(NETWORKS) == 7
+    monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
+    settings = networks.plan(Options())["settings"]
+    assert "timm" not in settings["peers"]
+    assert settings["not_installed"][-1:] == ["no_such"]
+    assert not {"compiled-naive", "compiled-ours"} & set(settings["peers"])
+
+
+def test_small_run_beside_another_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NETWORKS, "small", SMALL)
+    arguments = ["networks", "--no-progress", "--device", "cpu", "--networks", "small"]
+    arguments += ["--peers", "naive,ours-none,resnet50", "--parts", "time,inference"]
+    assert cli.main([*arguments, "--rounds", "1", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "networks.json").read_text())
+    assert [entry["peer"] for entry in record["time"]] == ["naive", "ours-none", "resnet50"]
+    assert "ResNet-50" in (tmp_path / "networks.md").read_text()
+
+
+def test_a_peer_that_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["networks", "--peers", "naive,timm"])
+    assert "timm: not installed here: `pip install no_such`" in capsys.readouterr().err
