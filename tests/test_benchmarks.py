@@ -22,7 +22,7 @@ pytest.importorskip("tqdm")
 
 from benchmarks import cli, digits, measure, memory, peers, report
 from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
-from benchmarks.suites import load, training_page
+from benchmarks.suites import SUITES, load, training_page
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -195,9 +195,7 @@ def test_default_device_is_the_gpu_where_there_is_one(
         assert cli.make_options(arguments)[1].device == torch.device(expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["training", "step", "growth", "depth", "networks", "kernels", "predict"]
-)
+@pytest.mark.parametrize("name", SUITES)
 def test_pages_of_interrupted_runs(
     name: str,
     tmp_path: Path,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
             if _has_times(record, part, spec):
                 progress.advance(unit * timed_rounds * len(peers))
                 continue
-            _measure_time(spec, part, record, options, lambda unit=unit: progress.advance(unit))
+            _measure_time(spec, part, record, options, partial(progress.advance, unit))
             save()
 
 
@@ -97,12 +98,13 @@ def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
 
 def _has_memory(record: Record, spec: NetworkSpec, peer: str) -> bool:
     """Whether the case was measured; one that failed is dropped."""
-    entries = [e for e in record["memory"] if (e["network"], e["peer"]) == (spec.title, peer)]
-    whole = [entry for entry in entries if "error" not in entry]
-    record["memory"] = [
-        entry for entry in record["memory"] if entry in whole or entry not in entries
-    ]
-    return bool(whole)
+    for entry in record["memory"]:
+        if (entry["network"], entry["peer"]) == (spec.title, peer):
+            if "error" not in entry:
+                return True
+            record["memory"].remove(entry)
+            return False
+    return False
 
 
 def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
