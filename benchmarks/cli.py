@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from benchmarks.everything import ALL, SUITES_OF_ALL, write_report
 from benchmarks.networks import NETWORKS, densenet_bc
 from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, load
 
@@ -77,7 +78,8 @@ def _depths(text: str) -> tuple[int, ...]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    suites = "\n".join(f"  {name:10} {text}" for name, text in SUITES.items())
+    named = {**SUITES, ALL: "all of them but step and gate, and one page of their pages"}
+    suites = "\n".join(f"  {name:10} {text}" for name, text in named.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure densenet_fast against the usual implementations.",
@@ -162,7 +164,8 @@ def _known(what: str, names: tuple[str, ...] | None, known: Sequence[str]) -> No
 def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
     """Check everything the user said; raises `UsageError` before any work."""
     if arguments.suite not in SUITES:
-        raise UsageError(f"unknown suite {arguments.suite!r}; there are {', '.join(SUITES)}")
+        named = ", ".join((*SUITES, ALL))
+        raise UsageError(f"unknown suite {arguments.suite!r}; there are {named}")
     check_requirements()
     device = _device(arguments.device)
     from benchmarks.peers import PEERS
@@ -289,13 +292,8 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = make_parser().parse_args(given)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    command = " ".join(["python -m benchmarks", *map(shlex.quote, given)])
+def run_one(arguments: argparse.Namespace, command: str) -> int:
+    """Run one suite and print its page; returns the exit status."""
     try:
         suite, options = make_options(arguments)
         record = make_record(arguments.suite, suite, options, command)
@@ -303,8 +301,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             record = resumed(arguments.suite, record, options.output)
     except UsageError as error:
         _fail(str(error))
-    # The peers' own warnings would tear the progress bar.
-    warnings.filterwarnings("ignore", module=r"torch\.utils\.checkpoint")
     files = run_suite(arguments.suite, suite, options, record, visible=not arguments.no_progress)
     print(f"\n{suite.page(record).markdown()}")
     print("\n".join(f"wrote {path}" for path in files))
@@ -314,3 +310,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not record["complete"]:
         return INTERRUPTED
     return 1 if failed else 0
+
+
+def run_all(arguments: argparse.Namespace, command: str) -> int:
+    """Run the suites of `all` and write one page; returns the worst exit status.
+
+    `--resume` takes what there is: suites that were not reached before begin anew.
+    """
+    given = [flag for option, flag in SUITE_FLAGS.items() if getattr(arguments, option) is not None]
+    if given:
+        _fail(f"{', '.join(given)}: not with {ALL!r}, whose suites take different ones")
+    status, done = 0, []
+    for name in SUITES_OF_ALL:
+        print(f"\n==== {name}")
+        there = (arguments.output / f"{name}.json").exists()
+        one = argparse.Namespace(**{**vars(arguments), "suite": name})
+        one.resume = arguments.resume and there
+        status = max(status, run_one(one, command))
+        done.append(name)
+        print(f"wrote {write_report(arguments.output, done)}")
+        if status == INTERRUPTED:
+            break
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = make_parser().parse_args(given)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    # The peers' own warnings would tear the progress bar.
+    warnings.filterwarnings("ignore", module=r"torch\.utils\.checkpoint")
+    command = " ".join(["python -m benchmarks", *map(shlex.quote, given)])
+    run = run_all if arguments.suite == ALL else run_one
+    return run(arguments, command)

@@ -26,6 +26,7 @@ SUITES: dict[str, str] = {
     "capacity": "the largest batch and the deepest network that fit a given memory",
     "quality": "what the growth rate does to accuracy, and parity with the naive network",
     "kernels": "every kernel against this machine's measured peak and PyTorch's own operators",
+    "gate": "a few ratios with generous floors: has a change made something much worse?",
     "predict": "a prediction, not a measurement: the same step on A100, H100 and RTX 4090",
 }
 DEFAULT_SUITE = "training"

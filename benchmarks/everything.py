@@ -1,0 +1,38 @@
+"""All suites one after another, and one page of all their pages: `python -m benchmarks all`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.report import write_atomically
+
+ALL = "all"
+# The gate repeats in small what others measure, and `growth` and `depth` contain `step`'s figures.
+SUITES_OF_ALL = (
+    "training",
+    "growth",
+    "depth",
+    "networks",
+    "capacity",
+    "quality",
+    "kernels",
+    "predict",
+)
+
+
+def write_report(output: Path, names: Iterable[str]) -> Path:
+    """One page of the suites' pages in `output`, with a table of contents."""
+    pages = {name: (output / f"{name}.md").read_text(encoding="utf-8") for name in names}
+    titles = {name: text.splitlines()[0].removeprefix("# ") for name, text in pages.items()}
+    contents = "\n".join(f"- [{title}](#{name})" for name, title in titles.items())
+    sections = [f'<a id="{name}"></a>\n\n{_lowered(text)}' for name, text in pages.items()]
+    path = output / "report.md"
+    write_atomically(path, "\n\n".join(["# Measurements", contents, *sections]))
+    return path
+
+
+def _lowered(page: str) -> str:
+    """The page with its headings one level down."""
+    lines = page.splitlines()
+    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines) + "\n"
