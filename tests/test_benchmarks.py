@@ -194,7 +194,7 @@ def test_default_device_is_the_gpu_where_there_is_one(
         assert cli.make_options(arguments)[1].device == torch.device(expected)
 
 
-@pytest.mark.parametrize("name", ["training", "step", "sweep", "kernels", "predict"])
+@pytest.mark.parametrize("name", ["training", "step", "sweep", "capacity", "kernels", "predict"])
 def test_pages_of_interrupted_runs(
     name: str,
     tmp_path: Path,
@@ -343,6 +343,12 @@ def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
         (["sweep", "--peers", "fastest"], "unknown peer: 'fastest'"),
         (["sweep", "--parts", "speed"], "unknown part: 'speed'; there are memory, time, inference"),
         (["step", "--depths", "22"], "--depths does not apply to the suite 'step'"),
+        (["capacity", "--parts", "width"], "unknown part: 'width'; there are batch, depth"),
+        (["capacity", "--networks", "resnet"], "unknown network: 'resnet'"),
+        (["capacity", "--peers", "fastest"], "unknown peer: 'fastest'"),
+        (["capacity", "--budgets", "512,0"], "a whole number of at least 1, got '0'"),
+        (["capacity", "--rounds", "3"], "--rounds does not apply to the suite 'capacity'"),
+        (["step", "--budgets", "512"], "--budgets does not apply to the suite 'step'"),
         (["kernels", "--parts", "conv5x5"], "unknown part: 'conv5x5'; there are conv1x1_forward,"),
         (["kernels", "--networks", "resnet"], "unknown network: 'resnet'"),
         (
