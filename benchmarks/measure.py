@@ -22,10 +22,15 @@ from torch import Tensor, nn
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
+MEMINFO = Path("/proc/meminfo")
 
 
 class MeasurementError(RuntimeError):
     """A figure could not be measured; the message says why."""
+
+
+class OutOfMemoryError(MeasurementError):
+    """There was not the memory that the case needs."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,28 @@ class MemorySample:
         return self.peak - self.before
 
 
-def resident_bytes(field: str = "VmRSS") -> int:
-    """`VmRSS` (resident now) or `VmHWM` (most resident since the last reset) of this process."""
-    for line in STATUS.read_text().splitlines():
+def _kibibytes(file: Path, field: str) -> int:
+    """A field of one of Linux's tables of memory, in bytes."""
+    for line in file.read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
-    raise MeasurementError(f"{STATUS} has no field {field}")
+    raise MeasurementError(f"{file} has no field {field}")
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """`VmRSS` (resident now) or `VmHWM` (most resident since the last reset) of this process."""
+    return _kibibytes(STATUS, field)
+
+
+def available_bytes(device: torch.device) -> int:
+    """What the device, or the machine, can still give to a process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return _kibibytes(MEMINFO, "MemAvailable")
+    except OSError as error:
+        raise MeasurementError(f"cannot read what memory is available: {error}") from error
 
 
 def reset_peak() -> None:

@@ -7,6 +7,8 @@ created lazily exists, and only then measures three steps:
 * gradients freed: the gradients were dropped (`set_to_none`) and the step creates them;
 * a census of the bytes autograd saves, and of what stays resident after the forward pass.
 
+Where the first figure is all that is asked for, it measures no other.
+
 The malloc thresholds of the child make freed buffers leave the process at once, so that
 the peak is that of live memory. This slows the child: times are measured elsewhere.
 """
@@ -17,7 +19,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import (
     MeasurementError,
+    OutOfMemoryError,
     sample_memory,
     saved_for_backward,
     tuned_libraries,
@@ -56,16 +59,17 @@ class MemoryCase:
     seed: int = 0
     amp: str = "none"
     memory_budget: int | None = None  # bytes: densenet_fast with checkpoint="auto"
+    peak_only: bool = False  # with gradients allocated; no other figure
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of one training step; bytes."""
+    """Memory of one training step; bytes. None: was not asked for."""
 
     peak_gradients_allocated: int
-    peak_gradients_freed: int
-    saved_for_backward: int
-    resident_after_forward: int
+    peak_gradients_freed: int | None
+    saved_for_backward: int | None
+    resident_after_forward: int | None
     parameters: int
 
 
@@ -127,16 +131,19 @@ def measure_case(case: MemoryCase) -> StepMemory:
         step()
         model.zero_grad(set_to_none=False)
         allocated = sample_memory(step, device)
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        figures = StepMemory(allocated.peak_above_rest, None, None, None, parameters)
+        if case.peak_only:
+            return figures
         model.zero_grad(set_to_none=True)
         freed = sample_memory(step, device)
         kept = sample_memory(forward, device)
         saved = saved_for_backward(model, forward, images)
-    return StepMemory(
-        peak_gradients_allocated=allocated.peak_above_rest,
+    return replace(
+        figures,
         peak_gradients_freed=freed.peak_above_rest,
         saved_for_backward=saved,
         resident_after_forward=kept.after - kept.before,
-        parameters=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
 
 
@@ -162,10 +169,10 @@ def measure_in_child(case: MemoryCase, timeout: float = 1800.0) -> StepMemory:
     except subprocess.TimeoutExpired as error:
         raise MeasurementError(f"no result within {timeout:.0f} s") from error
     if child.returncode == -9:
-        raise MeasurementError("does not fit: the process was killed, most likely for its memory")
+        raise OutOfMemoryError("does not fit: the process was killed, most likely for its memory")
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         if any(text in child.stderr for text in OUT_OF_MEMORY):
-            raise MeasurementError(f"does not fit: {last}")
+            raise OutOfMemoryError(f"does not fit: {last}")
         raise MeasurementError(f"exit status {child.returncode}: {last}")
     return StepMemory(**json.loads(child.stdout.strip().splitlines()[-1]))

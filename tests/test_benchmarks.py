@@ -347,6 +347,12 @@ def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
             "unknown part: 'speed'; there are memory, time, inference",
         ),
         (["step", "--depths", "22"], "--depths does not apply to the suite 'step'"),
+        (["capacity", "--parts", "width"], "unknown part: 'width'; there are batch, depth"),
+        (["capacity", "--networks", "resnet"], "unknown network: 'resnet'"),
+        (["capacity", "--peers", "fastest"], "unknown peer: 'fastest'"),
+        (["capacity", "--budgets", "512,0"], "a whole number of at least 1, got '0'"),
+        (["capacity", "--rounds", "3"], "--rounds does not apply to the suite 'capacity'"),
+        (["step", "--budgets", "512"], "--budgets does not apply to the suite 'step'"),
         (["kernels", "--parts", "conv5x5"], "unknown part: 'conv5x5'; there are conv1x1_forward,"),
         (["kernels", "--networks", "resnet"], "unknown network: 'resnet'"),
         (

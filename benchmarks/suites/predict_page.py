@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.networks import NetworkSpec
 from benchmarks.peers import PEERS
+from benchmarks.plots import peer_bars
 from benchmarks.prediction.shapes import blocks
 from benchmarks.report import Page, Table, intro, mebibytes, milliseconds, ratio
 
@@ -236,16 +237,7 @@ def figure(record: Record) -> Figure | None:
                 for e in record["steps"]
                 if (e["network"], e["format"], e["device"]) == (network, fmt, device)
             }
-            bars = axes.barh(
-                range(len(names)),
-                [values.get(name, 0.0) for name in names],
-                color=[PEERS[name].color for name in names],
-            )
-            axes.bar_label(bars, fmt="{:.3g}", fontsize="small", padding=2)
-            axes.set_yticks(range(len(names)), names if device == devices[0] else [""] * len(names))
-            axes.invert_yaxis()
-            axes.margins(x=0.18)
-            axes.set_xlabel(f"{device}: predicted step, ms")
-            axes.spines[["top", "right"]].set_visible(False)
+            text = f"{device}: predicted step, ms"
+            peer_bars(axes, names, values, text, named=device == devices[0])
         line[0].set_title(f"{network}, {fmt}", loc="left")
     return plot

@@ -9,6 +9,7 @@ from benchmarks.measure import Timing, summarize
 from benchmarks.memory import CHILD_ENVIRONMENT
 from benchmarks.networks import NetworkSpec
 from benchmarks.peers import PEERS
+from benchmarks.plots import peer_bars
 from benchmarks.report import MISSING, Page, Table, intro, mebibytes, percent, ratio, seconds
 
 if TYPE_CHECKING:
@@ -173,18 +174,7 @@ def figure(record: Record) -> Figure | None:
     names = record["settings"]["peers"]
     for spec, row in zip(specs, grid, strict=True):
         for index, ((text, get), axes) in enumerate(zip(panels, row, strict=True)):
-            values = get(spec)
-            bars = axes.barh(
-                range(len(names)),
-                [values.get(name, 0.0) for name in names],
-                color=[PEERS[name].color for name in names],
-            )
-            axes.bar_label(bars, fmt="{:.3g}", fontsize="small", padding=2)
-            axes.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
-            axes.invert_yaxis()
-            axes.margins(x=0.15)
-            axes.set_xlabel(text)
-            axes.spines[["top", "right"]].set_visible(False)
+            peer_bars(axes, names, get(spec), text, named=index == 0)
         row[0].set_title(spec.title, loc="left")
     return plot
 

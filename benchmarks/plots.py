@@ -1,0 +1,34 @@
+"""What the suites' plots share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from benchmarks.peers import PEERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def peer_bars(
+    axes: Axes,
+    peers: Sequence[str],
+    values: Mapping[str, float],
+    text: str,
+    *,
+    named: bool,
+    digits: str = "{:.3g}",
+) -> None:
+    """A bar for each implementation; `named`: with its name beside it."""
+    bars = axes.barh(
+        range(len(peers)),
+        [values.get(name, 0.0) for name in peers],
+        color=[PEERS[name].color for name in peers],
+    )
+    axes.bar_label(bars, fmt=digits, fontsize="small", padding=2)
+    axes.set_yticks(range(len(peers)), peers if named else [""] * len(peers))
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.set_xlabel(text)
+    axes.spines[["top", "right"]].set_visible(False)
