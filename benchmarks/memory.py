@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import (
     MeasurementError,
+    release_cached,
     sample_memory,
     saved_for_backward,
     tuned_libraries,
@@ -169,3 +170,12 @@ def measure_in_child(case: MemoryCase, timeout: float = 1800.0) -> StepMemory:
             raise MeasurementError(f"does not fit: {last}")
         raise MeasurementError(f"exit status {child.returncode}: {last}")
     return StepMemory(**json.loads(child.stdout.strip().splitlines()[-1]))
+
+
+def figures_in_child(case: MemoryCase) -> dict[str, Any]:
+    """The figures of `measure_in_child` as plain data, or as "error" why there are none."""
+    release_cached(torch.device(case.device))
+    try:
+        return asdict(measure_in_child(case))
+    except MeasurementError as error:
+        return {"error": str(error)}
