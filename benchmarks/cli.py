@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from benchmarks.datasets import DataError
 from benchmarks.networks import NETWORKS, densenet_bc
 from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, load
 
@@ -98,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--parts", type=_names, help="parts of the suite")
     some.add_argument("--growth-rates", type=_rates, help="growth rates to measure")
     some.add_argument("--depths", type=_depths, help="depths to measure")
-    some.add_argument("--rounds", type=_positive, help="timed rounds, or training steps")
+    some.add_argument("--rounds", type=_positive, help="timed rounds, training steps or passes")
     amp = ("none", "float16", "bfloat16")
     some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
     some.add_argument("--budgets", type=_rates, metavar="MIB", help="memory to fit into, MiB")
@@ -262,9 +263,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The peers' own warnings would tear the progress bar.
     warnings.filterwarnings("ignore", module=r"torch\.utils\.checkpoint")
     command = " ".join(["python -m benchmarks", *map(shlex.quote, given)])
-    record, files = run_suite(
-        arguments.suite, suite, options, command, visible=not arguments.no_progress
-    )
+    try:
+        record, files = run_suite(
+            arguments.suite, suite, options, command, visible=not arguments.no_progress
+        )
+    except DataError as error:
+        _fail(str(error))
     print(f"\n{suite.page(record).markdown()}")
     print("\n".join(f"wrote {path}" for path in files))
     failed = suite.failures(record)
