@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from benchmarks.datasets import DataError
 from benchmarks.everything import ALL, SUITES_OF_ALL, write_report
 from benchmarks.networks import NETWORKS, densenet_bc
 from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, load
@@ -104,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--parts", type=_names, help="parts of the suite")
     some.add_argument("--growth-rates", type=_rates, help="growth rates to measure")
     some.add_argument("--depths", type=_depths, help="depths to measure")
-    some.add_argument("--rounds", type=_positive, help="timed rounds, or training steps")
+    some.add_argument("--rounds", type=_positive, help="timed rounds, training steps or passes")
     amp = ("none", "float16", "bfloat16")
     some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
     some.add_argument("--budgets", type=_rates, metavar="MIB", help="memory to fit into, MiB")
@@ -174,7 +175,7 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
     for option, flag in SUITE_FLAGS.items():
         if getattr(arguments, option) is not None and option not in suite.OPTIONS:
             raise UsageError(f"{flag} does not apply to the suite {arguments.suite!r}")
-    _known("peer", arguments.peers, tuple(PEERS))
+    _known("peer", arguments.peers, getattr(suite, "KNOWN_PEERS", tuple(PEERS)))
     missing = [name for name in arguments.peers or () if not PEERS[name].installed]
     if missing:
         need = ", ".join(dict.fromkeys(PEERS[name].requires for name in missing))
@@ -299,7 +300,7 @@ def run_one(arguments: argparse.Namespace, command: str) -> int:
         record = make_record(arguments.suite, suite, options, command)
         if arguments.resume:
             record = resumed(arguments.suite, record, options.output)
-    except UsageError as error:
+    except (UsageError, DataError) as error:
         _fail(str(error))
     files = run_suite(arguments.suite, suite, options, record, visible=not arguments.no_progress)
     print(f"\n{suite.page(record).markdown()}")

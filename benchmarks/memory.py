@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.measure import (
     MeasurementError,
     OutOfMemoryError,
+    release_cached,
     sample_memory,
     saved_for_backward,
     tuned_libraries,
@@ -41,6 +42,14 @@ CHILD_ENVIRONMENT = {
 }
 # What Python's, PyTorch's CPU and its CUDA allocator say when there is no more.
 OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "CUDA out of memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, OutOfMemoryError) or any(part in text for part in OUT_OF_MEMORY)
+
+
 # The child sees exactly the modules that its parent sees.
 BOOTSTRAP = (
     "import json, sys; request = json.loads(sys.argv[1]); sys.path[:] = request['path']; "
@@ -176,3 +185,12 @@ def measure_in_child(case: MemoryCase, timeout: float = 1800.0) -> StepMemory:
             raise OutOfMemoryError(f"does not fit: {last}")
         raise MeasurementError(f"exit status {child.returncode}: {last}")
     return StepMemory(**json.loads(child.stdout.strip().splitlines()[-1]))
+
+
+def figures_in_child(case: MemoryCase) -> dict[str, Any]:
+    """The figures of `measure_in_child` as plain data, or as "error" why there are none."""
+    release_cached(torch.device(case.device))
+    try:
+        return asdict(measure_in_child(case))
+    except MeasurementError as error:
+        return {"error": str(error)}

@@ -50,6 +50,11 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f} %"
 
 
+def loss_text(value: float | None) -> str:
+    """A loss with four decimals."""
+    return MISSING if value is None else f"{value:.4f}"
+
+
 @dataclass
 class Table:
     """A table: the first column holds names, the others figures."""

@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import cli, digits, measure, memory, peers, report
+from benchmarks import cli, datasets, digits, measure, memory, peers, report, train
 from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.suites import SUITES, load, training_page
 
@@ -73,7 +73,7 @@ def test_digits_are_split_and_normalised() -> None:
     assert data.train_images.shape == (1437, 1, 16, 16)
     assert data.test_images.shape == (360, 1, 16, 16)
     assert data.train_images.mean().abs() < 1e-4
-    batches = list(digits.batches(data, 700, 5, seed=0))
+    batches = list(datasets.batches(data, 700, 5, seed=0))
     assert [len(labels) for _, labels in batches] == [700] * 5
     first = torch.cat([batches[0][0], batches[1][0]])
     assert len(first.flatten(1).unique(dim=0)) > 1390  # an epoch draws no image twice
@@ -228,7 +228,7 @@ def test_training_that_stops_in_between_keeps_what_it_has(
             os.kill(os.getpid(), signal.SIGTERM)
         return measure.timed(call, device)
 
-    monkeypatch.setattr(load("training"), "timed", timed)
+    monkeypatch.setattr(train, "timed", timed)
     arguments = ["--no-progress", "--parts", "training", "--peers", "ours-none"]
     arguments += ["--growth-rates", "12", "--rounds", "8", "--output", str(tmp_path)]
     handler = signal.getsignal(signal.SIGTERM)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -15,7 +16,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from benchmarks import cli, peers
-from benchmarks.networks import NETWORKS, densenet_bc
+from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
+from benchmarks.prediction import memory_plan
+from benchmarks.prediction.shapes import FORMATS
 from benchmarks.suites import Options, networks, step
 
 CPU = torch.device("cpu")
@@ -73,3 +76,37 @@ def test_a_peer_that_is_not_installed_is_refused(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["networks", "--peers", "naive,timm"])
     assert "timm: not installed here: `pip install no_such`" in capsys.readouterr().err
+
+
+def test_a_network_without_room_is_reported_and_the_rest_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "small", SMALL)
+    ours, naive = (
+        memory_plan.peak(SMALL, FORMATS["float32"], name, None) for name in ("none", "naive")
+    )
+    monkeypatch.setattr(step, "available_bytes", lambda device: (ours + naive) // 2)
+    arguments = ["step", "--no-progress", "--device", "cpu", "--networks", "small", "--rounds", "1"]
+    arguments += ["--peers", "naive,ours-none", "--parts", "time", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 1
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert [len(entry["seconds"]) for entry in record["time"]] == [0, 1]
+    text = (tmp_path / "step.md").read_text()
+    assert "- naive: does not fit: a step needs" in text
+    assert cli.main([*arguments, "--resume"]) == 1
+
+
+def test_a_device_without_room_is_reported_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(spec: NetworkSpec) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setitem(NETWORKS, "small", SMALL)
+    monkeypatch.setitem(peers.PEERS, "resnet50", replace(peers.PEERS["resnet50"], build=build))
+    arguments = ["networks", "--no-progress", "--device", "cpu", "--networks", "small"]
+    arguments += ["--peers", "resnet50,ours-none", "--parts", "inference", "--rounds", "1"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 1
+    text = (tmp_path / "networks.md").read_text()
+    assert "- resnet50: does not fit: CUDA out of memory." in text
+    assert 'densenet_fast, checkpoint="none"' in text

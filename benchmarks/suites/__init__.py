@@ -55,8 +55,19 @@ Record = dict[str, Any]
 Save = Callable[[], None]
 
 
+def has(entries: list[Any], case: dict[str, Any], whole: Callable[[Any], bool]) -> bool:
+    """Whether a case has its entry; one that is not whole is dropped, to be measured anew."""
+    for entry in entries:
+        if case.items() <= entry.items():
+            if whole(entry):
+                return True
+            entries.remove(entry)
+            return False
+    return False
+
+
 class Suite(Protocol):
-    """The interface of a suite's module."""
+    """The interface of a suite's module. `KNOWN_PEERS` says which peers it takes, if not all."""
 
     OPTIONS: frozenset[str]  # names of the `Options` beyond the common ones that it takes
     PARTS: tuple[str, ...]

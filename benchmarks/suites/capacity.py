@@ -12,12 +12,13 @@ import torch
 
 from benchmarks.measure import MeasurementError, available_bytes
 from benchmarks.memory import MemoryCase, measure_in_child
-from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec, densenet_bc
+from benchmarks.peers import BASIC_PEERS
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS, blocks, parameters
 from benchmarks.progress import Progress
 from benchmarks.search import Bracket, Measured, largest_within, search
-from benchmarks.suites import Options, Record, Save
+from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.capacity_page import figure, page
 from benchmarks.suites.predict import IMPLEMENTATIONS
 
@@ -25,6 +26,7 @@ __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
 OPTIONS = frozenset({"peers", "networks", "parts", "budgets"})
 PARTS = ("batch", "depth")
+KNOWN_PEERS = BASIC_PEERS
 PEERS = ("naive-channels-last", "memory-efficient", "ours-none", "ours-bottleneck", "ours-block")
 QUICK_NETWORKS = ("densenet-bc-100",)
 QUICK_BUDGETS = (512,)  # MiB
@@ -48,7 +50,7 @@ class MachineTooSmallError(Exception):
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
     parts = options.parts or PARTS
-    names = options.networks or (tuple(NETWORKS) if options.full else QUICK_NETWORKS)
+    names = options.networks or (MAIN_NETWORKS if options.full else QUICK_NETWORKS)
     specs = [("batch", NETWORKS[name]) for name in names]
     specs.append(("depth", densenet_bc(10, GROWTH_RATE, batch_size=BATCH_SIZE)))
     return {
@@ -173,6 +175,9 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     for title, case in cases:
         progress.describe(f"{title}: {case.peer}")
         entry = {"title": title, "budget": case.budget // 2**20, "peer": case.peer}
+        if has(record[case.part], entry, lambda found: "error" not in found):
+            progress.advance(case.work)
+            continue
         record[case.part].append({**entry, **_find(case, progress)})
         save()
 

@@ -15,7 +15,7 @@ from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
 from benchmarks.measure import bursts, tuned_libraries
 from benchmarks.networks import MAIN_NETWORKS
 from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save
+from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.kernels_page import figure, page
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
@@ -79,6 +79,10 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     """Measure the machine and then every case, for each number of threads."""
     settings = record["settings"]
     cases = list(_cases(record))
+
+    def whole(entry: dict[str, Any]) -> bool:
+        return all(len(times) == settings["rounds"] for times in entry["seconds"].values())
+
     work = MACHINE_WORK + CALLS * settings["rounds"] * len(cases)
     progress.start(work * len(settings["threads"]))
     for threads in settings["threads"]:
@@ -92,23 +96,11 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
             for kernel, network, shape in cases:
                 progress.describe(f"{kernel}, {shape.label}, threads: {threads}")
                 entry = {"threads": threads, "kernel": kernel, "network": network}
-                if _has(record, {**entry, "label": shape.label}):
+                if has(record["kernels"], {**entry, "label": shape.label}, whole):
                     progress.advance(CALLS * settings["rounds"])
                     continue
                 _measure(entry, shape, record, options, progress.advance)
                 save()
-
-
-def _has(record: Record, case: dict[str, Any]) -> bool:
-    """Whether all bursts of a case were timed; incomplete ones are dropped."""
-    for entry in record["kernels"]:
-        if case.items() <= entry.items():
-            rounds = record["settings"]["rounds"]
-            if all(len(times) == rounds for times in entry["seconds"].values()):
-                return True
-            record["kernels"].remove(entry)
-            return False
-    return False
 
 
 def _measure(

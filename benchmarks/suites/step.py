@@ -13,12 +13,29 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import MeasurementError, interleave, release_cached, tuned_libraries
-from benchmarks.memory import MemoryCase, autocast, make_batch, measure_in_child, training_step
+from benchmarks.measure import (
+    MeasurementError,
+    OutOfMemoryError,
+    available_bytes,
+    interleave,
+    release_cached,
+    tuned_libraries,
+)
+from benchmarks.memory import (
+    MemoryCase,
+    autocast,
+    make_batch,
+    measure_in_child,
+    out_of_memory,
+    training_step,
+)
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
 from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
+from benchmarks.prediction import memory_plan
+from benchmarks.prediction.shapes import FORMATS
 from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save
+from benchmarks.suites import Options, Record, Save, has
+from benchmarks.suites.predict import IMPLEMENTATIONS
 from benchmarks.suites.step_page import figure, page
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
@@ -54,7 +71,8 @@ def failures(record: Record) -> list[str]:
     """Cases that could not be measured."""
     return [
         f"{entry['network']}, {entry['peer']}: {entry['error']}"
-        for entry in record["memory"]
+        for part in PARTS
+        for entry in record[part]
         if "error" in entry
     ]
 
@@ -73,7 +91,8 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
         if "memory" in parts:
             for peer in peers:
                 progress.describe(f"{spec.title}: memory, {peer}")
-                if not _has_memory(record, spec, peer):
+                case = {"network": spec.title, "peer": peer}
+                if not has(record["memory"], case, lambda entry: "error" not in entry):
                     _measure_memory(spec, peer, record, options)
                     save()
                 progress.advance(CHILD_WORK)
@@ -96,23 +115,12 @@ def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
     return [name for name in settings["peers"] if PEERS[name].applies(spec)]
 
 
-def _has_memory(record: Record, spec: NetworkSpec, peer: str) -> bool:
-    """Whether the case was measured; one that failed is dropped."""
-    for entry in record["memory"]:
-        if (entry["network"], entry["peer"]) == (spec.title, peer):
-            if "error" not in entry:
-                return True
-            record["memory"].remove(entry)
-            return False
-    return False
-
-
 def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
     """Whether all rounds of a network were timed; incomplete ones are dropped."""
     settings = record["settings"]
     entries = [entry for entry in record[part] if entry["network"] == spec.title]
     if len(entries) == len(peers_of(settings, spec)) and all(
-        len(entry["seconds"]) == settings["rounds"] for entry in entries
+        len(entry["seconds"]) == settings["rounds"] for entry in entries if "error" not in entry
     ):
         return True
     record[part] = [entry for entry in record[part] if entry["network"] != spec.title]
@@ -147,12 +155,38 @@ def _measure_time(
     calls: dict[str, Callable[[], object]] = {}
     times: dict[str, list[float]] = {}
     for name in peers_of(settings, spec):
-        make = _make_training_call if part == "time" else _make_inference_call
-        calls[name] = make(spec, name, state, options.device, settings["seed"], settings["amp"])
         times[name] = []
-        record[part].append({"network": spec.title, "peer": name, "seconds": times[name]})
+        entry = {"network": spec.title, "peer": name, "seconds": times[name]}
+        record[part].append(entry)
+        make = _make_training_call if part == "time" else _make_inference_call
+        try:
+            if part == "time":
+                _require_memory(spec, name, settings["amp"], options.device)
+            call = make(spec, name, state, options.device, settings["seed"], settings["amp"])
+            call()  # whether it fits
+        except (MeasurementError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            entry["error"] = f"does not fit: {error}"
+            release_cached(options.device)
+            continue
+        calls[name] = call
     with tuned_libraries(options.device):
         interleave(calls, settings["rounds"], options.device, times=times, advance=advance)
+
+
+def _require_memory(spec: NetworkSpec, name: str, amp: str, device: torch.device) -> None:
+    """Raise before Linux kills the process for memory that a step on the CPU does not find."""
+    if device.type != "cpu":
+        return  # the device's allocator raises by itself
+    planned = IMPLEMENTATIONS.get(name, memory_plan.NAIVE)
+    fmt = FORMATS["float32" if amp == "none" else "bfloat16"]
+    needed = memory_plan.peak(spec, fmt, planned, None)
+    available = available_bytes(device)
+    if needed > available:
+        raise OutOfMemoryError(
+            f"a step needs {needed / 2**20:,.0f} MiB, {available / 2**20:,.0f} MiB are available"
+        )
 
 
 def _make_training_call(

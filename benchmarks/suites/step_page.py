@@ -83,6 +83,7 @@ def page(record: Record) -> Page:
             timings = timings_of(record, part, spec.title)
             if timings:
                 result.add(_time_table(timings, text))
+            _errors(result, entries_of(record, part, spec.title))
     return result
 
 
@@ -122,6 +123,11 @@ def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
     if table.rows:
         size = mebibytes(next(iter(measured.values()))["parameters"])
         result.add(table, f"Parameters: {size} MiB, and their gradients as much again.")
+    _errors(result, figures)
+
+
+def _errors(result: Page, figures: Figures) -> None:
+    """What could not be measured, and why."""
     errors = [f"- {name}: {e['error']}" for name, e in figures.items() if "error" in e]
     if errors:
         result.add("Not measured:\n" + "\n".join(errors))

@@ -98,10 +98,13 @@ def page(record: Record) -> Page:
     result.heading(settings["title"])
     result.add(_networks(settings), _table(record))
     errors = [
-        f"- {e['network']}, {e['peer']}: {e['error']}" for e in record["memory"] if "error" in e
+        f"- {text} of {e['network']}, {e['peer']}: {e['error']}"
+        for part, text in (("memory", "memory"), *TIMED.items())
+        for e in record[part]
+        if "error" in e
     ]
     if errors:
-        result.add("Memory was not measured:\n\n" + "\n".join(errors))
+        result.add("Not measured:\n\n" + "\n".join(errors))
     if settings["varied"] == "depth":
         _growth_section(result, record)
     result.heading("Slower than naive?")

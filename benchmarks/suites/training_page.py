@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.digits import TEST_IMAGES
 from benchmarks.peers import PEERS
-from benchmarks.report import MISSING, Page, Table, intro, mebibytes, percent, ratio, seconds
+from benchmarks.report import (
+    MISSING,
+    Page,
+    Table,
+    intro,
+    loss_text,
+    mebibytes,
+    percent,
+    ratio,
+    seconds,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,7 +166,7 @@ def _figures_section(result: Page, record: Record) -> None:
                     mebibytes(figures.get("saved_for_backward")),
                     seconds(time),
                     ratio(naive_time, time),
-                    _loss(trained.get(name, {}).get("test_loss")),
+                    loss_text(trained.get(name, {}).get("test_loss")),
                     percent(trained.get(name, {}).get("test_accuracy")),
                 )
             )
@@ -174,10 +184,6 @@ def _figures_section(result: Page, record: Record) -> None:
     )
     if errors:
         result.add("\n".join(errors))
-
-
-def _loss(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.4f}"
 
 
 def _accuracy_noise(record: Record) -> str:
