@@ -231,14 +231,11 @@ def interleave(
     times: dict[str, list[float]],
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Time several calls in turn, A B C A B C ..., after one untimed round.
+    """Time several calls in turn, A B C A B C ...; each has run before, untimed.
 
     What disturbs the machine then disturbs all of them. Times are appended to `times` as they
     arrive, so an interrupt keeps the rounds that were finished.
     """
-    for call in calls.values():
-        call()
-        advance()
     for _ in range(rounds):
         for name, call in calls.items():
             times.setdefault(name, []).append(timed(call, device))

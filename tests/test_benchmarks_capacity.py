@@ -19,10 +19,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import cli, measure, memory, peers, search
+from benchmarks import cli, measure, memory, search
 from benchmarks.environment import describe
 from benchmarks.measure import MeasurementError, OutOfMemoryError
-from benchmarks.networks import NETWORKS, densenet_bc
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS, densenet_bc
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS, parameters
 from benchmarks.search import Bracket
@@ -174,7 +174,7 @@ def rows(text: str, label: str) -> list[list[str]]:
 
 
 def test_every_peer_has_a_prediction() -> None:
-    assert set(capacity.PREDICTED) == set(peers.PEERS)
+    assert set(capacity.PREDICTED) == set(capacity.KNOWN_PEERS)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -221,7 +221,7 @@ def test_quick_form_measures_every_case_and_the_next_one(quick: list[memory.Memo
 
 def test_budgets_networks_and_peers_can_be_chosen(quick: list[memory.MemoryCase]) -> None:
     options = Options(
-        budgets=(64, 32), networks=tuple(NETWORKS), peers=("naive", "ours-block"), parts=("batch",)
+        budgets=(64, 32), networks=MAIN_NETWORKS, peers=("naive", "ours-block"), parts=("batch",)
     )
     record = filled(options)
     assert [entry["budget"] for entry in record["batch"]] == [64, 64, 32, 32] * 2

@@ -149,30 +149,42 @@ def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Optio
 def _measure_time(
     spec: NetworkSpec, part: str, record: Record, options: Options, advance: Callable[[], None]
 ) -> None:
-    """Time all peers in turn; entries are filled round by round."""
+    """Time all peers in turn, after an untimed round; entries are filled round by round."""
     settings = record["settings"]
     state = initial_state(spec, settings["seed"])
     calls: dict[str, Callable[[], object]] = {}
     times: dict[str, list[float]] = {}
-    for name in peers_of(settings, spec):
-        times[name] = []
-        entry = {"network": spec.title, "peer": name, "seconds": times[name]}
-        record[part].append(entry)
-        make = _make_training_call if part == "time" else _make_inference_call
-        try:
-            if part == "time":
-                _require_memory(spec, name, settings["amp"], options.device)
-            call = make(spec, name, state, options.device, settings["seed"], settings["amp"])
-            call()  # whether it fits
-        except (MeasurementError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            entry["error"] = f"does not fit: {error}"
-            release_cached(options.device)
-            continue
-        calls[name] = call
     with tuned_libraries(options.device):
+        for name in peers_of(settings, spec):
+            entry: dict[str, Any] = {"network": spec.title, "peer": name, "seconds": []}
+            record[part].append(entry)
+            try:
+                calls[name] = _first_call(spec, name, state, part, settings, options.device)
+            except (MeasurementError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                entry["error"] = f"does not fit: {error}"
+                release_cached(options.device)
+            times[name] = entry["seconds"]
+            advance()
         interleave(calls, settings["rounds"], options.device, times=times, advance=advance)
+
+
+def _first_call(
+    spec: NetworkSpec,
+    name: str,
+    state: dict[str, torch.Tensor],
+    part: str,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> Callable[[], object]:
+    """What is timed, run once."""
+    if part == "time":
+        _require_memory(spec, name, settings["amp"], device)
+    make = _make_training_call if part == "time" else _make_inference_call
+    call = make(spec, name, state, device, settings["seed"], settings["amp"])
+    call()
+    return call
 
 
 def _require_memory(spec: NetworkSpec, name: str, amp: str, device: torch.device) -> None:
