@@ -320,7 +320,9 @@ def test_growth_verdict_names_the_smallest_that_may_be_as_good() -> None:
         "**Most accurate: k=12. k=8 is as accurate within two standard errors, with 66.7 %" in text
     )
     text = quality_page.page(filled([], [], growth=(0.5, 0.7, 0.9))).markdown()
-    assert "**Most accurate: k=12**, by more than chance over every smaller one." in text
+    assert (
+        "**Most accurate: k=12**, by more than two standard errors over every smaller one." in text
+    )
 
 
 def test_running_means() -> None:

@@ -158,12 +158,16 @@ def growth_verdict(entries: dict[int, Entry], test_images: int) -> str:
     )
     noise = (
         f"With {test_images:,} test images an accuracy has a standard error of up to "
-        f"{percent(max(error.values()))}; other seeds move it too."
+        f"{percent(max(error.values()))}. Each network was trained once: another seed, or only "
+        "the other rounding of another number of threads, moves it too."
     )
     if best == min(accuracy):
         return f"**Most accurate: k={best}, the smallest measured.** {noise}"
     if least == best:
-        return f"**Most accurate: k={best}**, by more than chance over every smaller one. {noise}"
+        return (
+            f"**Most accurate: k={best}**, by more than two standard errors over every smaller "
+            f"one. {noise}"
+        )
     share = entries[least]["parameters"] / entries[best]["parameters"]
     return (
         f"**Most accurate: k={best}. k={least} is as accurate within two standard errors, with "
