@@ -50,8 +50,13 @@ def found_of(entries: Entries, key: str) -> dict[str, int]:
     return {
         name: entry["fits"][key]
         for name, entry in entries.items()
-        if entry["fits"] and "error" not in entry and "machine_too_small" not in entry
+        if entry["fits"] and not _open(entry)
     }
+
+
+def _open(entry: dict[str, Any]) -> bool:
+    """Whether the search stopped before its end."""
+    return "error" in entry or "machine_too_small" in entry
 
 
 def best(values: dict[str, int], *, ours: bool) -> int | None:
@@ -105,7 +110,7 @@ def _table(entries: Entries, part: str, budget: int) -> Table:
 
 def _largest(entry: dict[str, Any]) -> str:
     least = f"{entry['fits']['value']:,}" if entry["fits"] else ""
-    if "machine_too_small" in entry or "error" in entry:
+    if _open(entry):
         return f"at least {least}" if least else MISSING
     return least or "does not fit"
 
@@ -146,20 +151,19 @@ def figure(record: Record) -> Figure | None:
     """Bars of the largest sizes: a row for each budget, a column for each network."""
     settings = record["settings"]
     searches, budgets = settings["searches"], settings["budgets"]
-    grid = [
-        [found_of(entries_of(record, search, budget), "value") for search in searches]
-        for budget in budgets
-    ]
-    if not any(values for row in grid for values in row):
+    grid = [[entries_of(record, search, budget) for search in searches] for budget in budgets]
+    if not any(found_of(entries, "value") for row in grid for entries in row):
         return None
     from matplotlib.figure import Figure
 
     size = (1.5 + 4.5 * len(searches), 0.5 + 2.5 * len(budgets))
     plot = Figure(figsize=size, layout="constrained")
     panels = plot.subplots(len(budgets), len(searches), squeeze=False)
-    for budget, values_row, axes_row in zip(budgets, grid, panels, strict=True):
-        for search, values, axes in zip(searches, values_row, axes_row, strict=True):
-            text, named = UNITS[search["part"]], search is searches[0]
-            peer_bars(axes, settings["peers"], values, text, named=named, digits="{:,.0f}")
+    for budget, row, axes_row in zip(budgets, grid, panels, strict=True):
+        for search, entries, axes in zip(searches, row, axes_row, strict=True):
+            # No bar says that nothing fits, so what is not known has no place in the panel.
+            known = [name for name, entry in entries.items() if not _open(entry)]
+            values, text = found_of(entries, "value"), UNITS[search["part"]]
+            peer_bars(axes, known, values, text, named=True, digits="{:,.0f}")
             axes.set_title(f"{search['title']}\nin {budget:,} MiB", fontsize="small", loc="left")
     return plot
