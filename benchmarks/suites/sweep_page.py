@@ -232,7 +232,8 @@ def figure(record: Record) -> Figure | None:
         axes.set_xticks([case["value"] for case in settings["cases"]])
         axes.set(xlabel=settings["varied"], ylabel=text, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize="x-small", loc="upper left")
+        place = "lower right" if text.startswith("speed") else "upper left"
+        axes.legend(fontsize="x-small", loc=place)
     return plot
 
 
