@@ -26,6 +26,11 @@ def new_entry(**named: Any) -> Entry:
     return {**named, "losses": [], "seconds": []}
 
 
+def tested(entry: Entry) -> bool:
+    """Whether `train` has finished an entry."""
+    return "test_loss" in entry
+
+
 def train(
     entries: Mapping[str, Entry],
     spec: NetworkSpec,

@@ -55,14 +55,14 @@ Record = dict[str, Any]
 Save = Callable[[], None]
 
 
-def has(entries: list[Any], case: dict[str, Any], whole: Callable[[Any], bool]) -> bool:
-    """Whether a case has its entry; one that is not whole is dropped, to be measured anew."""
-    for entry in entries:
-        if case.items() <= entry.items():
-            if whole(entry):
-                return True
-            entries.remove(entry)
-            return False
+def has(
+    record: Record, part: str, case: dict[str, Any], whole: Callable[[Any], bool], *, count: int = 1
+) -> bool:
+    """Whether a case has all its entries; otherwise they are dropped, to be measured anew."""
+    entries = [entry for entry in record[part] if case.items() <= entry.items()]
+    if len(entries) == count and all(map(whole, entries)):
+        return True
+    record[part] = [entry for entry in record[part] if not case.items() <= entry.items()]
     return False
 
 

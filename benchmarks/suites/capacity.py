@@ -175,7 +175,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     for title, case in cases:
         progress.describe(f"{title}: {case.peer}")
         entry = {"title": title, "budget": case.budget // 2**20, "peer": case.peer}
-        if has(record[case.part], entry, lambda found: "error" not in found):
+        if has(record, case.part, entry, lambda found: "error" not in found):
             progress.advance(case.work)
             continue
         record[case.part].append({**entry, **_find(case, progress)})

@@ -45,20 +45,15 @@ def ratios(record: Record) -> list[Ratio]:
     for data in record["settings"]["networks"]:
         network = NetworkSpec.from_json(data).title
         for part, floors in record["settings"]["floors"][network].items():
-            values = _values(record, part, network)
+            if part == "memory":
+                values = step_page.memory_of(record, network)
+            else:
+                values = step_page.minima_of(record, part, network)
             naive = step_page.best_naive(values)
             for peer, floor in floors.items():
                 if naive is not None and peer in values:
                     found.append(Ratio(network, part, peer, naive / values[peer], floor))
     return found
-
-
-def _values(record: Record, part: str, network: str) -> dict[str, float]:
-    if part == "memory":
-        entries = step_page.entries_of(record, part, network).items()
-        return {name: entry[step_page.PEAK] for name, entry in entries if step_page.PEAK in entry}
-    timings = step_page.timings_of(record, part, network)
-    return {name: timing.minimum for name, timing in timings.items()}
 
 
 def page(record: Record) -> Page:

@@ -96,7 +96,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
             for kernel, network, shape in cases:
                 progress.describe(f"{kernel}, {shape.label}, threads: {threads}")
                 entry = {"threads": threads, "kernel": kernel, "network": network}
-                if has(record["kernels"], {**entry, "label": shape.label}, whole):
+                if has(record, "kernels", {**entry, "label": shape.label}, whole):
                     progress.advance(CALLS * settings["rounds"])
                     continue
                 _measure(entry, shape, record, options, progress.advance)

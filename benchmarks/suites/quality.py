@@ -21,7 +21,7 @@ from benchmarks.peers import BASIC_PEERS, PEERS
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.quality_page import figure, page
-from benchmarks.train import LEARNING_RATE, Entry, new_entry, train
+from benchmarks.train import LEARNING_RATE, Entry, new_entry, tested, train
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
@@ -130,7 +130,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     images = load_images(settings["data"], settings["seed"])
     for rate in rates:
         progress.describe(f"training, k={rate}")
-        if has(record["growth"], {"growth_rate": rate}, _measured):
+        if has(record, "growth", {"growth_rate": rate}, _measured):
             progress.advance(_work(GROWTH_PEER, rate, settings) + CHILD_WORK)
             continue
         entry = new_entry(growth_rate=rate)
@@ -143,7 +143,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
         save()
     for seed in seeds:
         progress.describe(f"parity, seed {seed}")
-        if _compared(record, seed):
+        if has(record, "parity", {"seed": seed}, tested, count=len(peers)):
             progress.advance(sum(_work(name, parity_rate, settings) for name in peers))
             continue
         entries = {name: new_entry(seed=seed, peer=name) for name in peers}
@@ -153,16 +153,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
 
 
 def _measured(entry: Entry) -> bool:
-    return "test_loss" in entry and "error" not in entry.get("memory", {"error": ""})
-
-
-def _compared(record: Record, seed: int) -> bool:
-    """Whether all implementations were trained from this seed; incomplete ones are dropped."""
-    whole = [e for e in record["parity"] if e["seed"] == seed and "test_loss" in e]
-    if len(whole) == len(record["settings"]["parity_peers"]):
-        return True
-    record["parity"] = [entry for entry in record["parity"] if entry["seed"] != seed]
-    return False
+    return tested(entry) and "error" not in entry.get("memory", {"error": ""})
 
 
 def _spec(rate: int, settings: dict[str, Any]) -> NetworkSpec:

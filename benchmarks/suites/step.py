@@ -92,7 +92,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
             for peer in peers:
                 progress.describe(f"{spec.title}: memory, {peer}")
                 case = {"network": spec.title, "peer": peer}
-                if not has(record["memory"], case, lambda entry: "error" not in entry):
+                if not has(record, "memory", case, lambda entry: "error" not in entry):
                     _measure_memory(spec, peer, record, options)
                     save()
                 progress.advance(CHILD_WORK)
@@ -116,15 +116,14 @@ def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
 
 
 def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
-    """Whether all rounds of a network were timed; incomplete ones are dropped."""
+    """Whether all rounds of a network were timed, but for what does not fit."""
     settings = record["settings"]
-    entries = [entry for entry in record[part] if entry["network"] == spec.title]
-    if len(entries) == len(peers_of(settings, spec)) and all(
-        len(entry["seconds"]) == settings["rounds"] for entry in entries if "error" not in entry
-    ):
-        return True
-    record[part] = [entry for entry in record[part] if entry["network"] != spec.title]
-    return False
+
+    def whole(entry: dict[str, Any]) -> bool:
+        return "error" in entry or len(entry["seconds"]) == settings["rounds"]
+
+    peers = len(peers_of(settings, spec))
+    return has(record, part, {"network": spec.title}, whole, count=peers)
 
 
 def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Options) -> None:

@@ -37,6 +37,17 @@ def timings_of(record: Record, part: str, network: str) -> dict[str, Timing]:
     }
 
 
+def minima_of(record: Record, part: str, network: str) -> dict[str, float]:
+    """The shortest times of one network, by peer."""
+    return {name: timing.minimum for name, timing in timings_of(record, part, network).items()}
+
+
+def memory_of(record: Record, network: str, key: str = PEAK) -> dict[str, float]:
+    """One figure of memory of one network, by peer, in bytes."""
+    entries = entries_of(record, "memory", network).items()
+    return {name: entry[key] for name, entry in entries if key in entry}
+
+
 def best_naive(values: dict[str, float]) -> float | None:
     """The smallest figure of the naive network in any layout."""
     return min((value for name, value in values.items() if PEERS[name].naive), default=None)
@@ -186,8 +197,7 @@ def figure(record: Record) -> Figure | None:
 
 
 def _peaks(record: Record, spec: NetworkSpec) -> dict[str, float]:
-    entries = entries_of(record, "memory", spec.title).items()
-    return {name: entry[PEAK] / 2**20 for name, entry in entries if PEAK in entry}
+    return {name: peak / 2**20 for name, peak in memory_of(record, spec.title).items()}
 
 
 def _medians(record: Record, part: str, spec: NetworkSpec) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers import PEERS
 from benchmarks.report import MISSING, Page, Table, intro, mebibytes, percent, ratio, seconds
-from benchmarks.suites.step_page import PEAK, best_naive, entries_of, timings_of
+from benchmarks.suites.step_page import best_naive, memory_of, minima_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,21 +36,12 @@ class Comparison:
         return f"{TIMED[self.part]} of {self.network}, {self.peer}: {self.speed:.3f}×"
 
 
-def _minima(record: Record, part: str, network: str) -> Values:
-    return {name: t.minimum for name, t in timings_of(record, part, network).items()}
-
-
-def _memory(record: Record, network: str, key: str) -> Values:
-    entries = entries_of(record, "memory", network).items()
-    return {name: entry[key] for name, entry in entries if key in entry}
-
-
 def comparisons(record: Record) -> list[Comparison]:
     """All that was measured of ours beside a naive network."""
     found = []
     for case in record["settings"]["cases"]:
         for part in TIMED:
-            minima = _minima(record, part, case["network"])
+            minima = minima_of(record, part, case["network"])
             naive = best_naive(minima)
             for name, own in minima.items():
                 if naive is not None and PEERS[name].ours:
@@ -127,9 +118,9 @@ def _table(record: Record) -> Table:
     memory = ["peak, MiB", "naive / this", "kept, MiB"] if record["memory"] else []
     table = Table(columns + memory)
     for case in settings["cases"]:
-        steps, inferences = (_minima(record, part, case["network"]) for part in TIMED)
-        peaks = _memory(record, case["network"], PEAK)
-        kept = _memory(record, case["network"], "saved_for_backward")
+        steps, inferences = (minima_of(record, part, case["network"]) for part in TIMED)
+        peaks = memory_of(record, case["network"])
+        kept = memory_of(record, case["network"], "saved_for_backward")
         for name in settings["peers"]:
             row = (
                 f"{case['value']}, {PEERS[name].label}",
@@ -153,10 +144,10 @@ def _growth_section(result: Page, record: Record) -> None:
     """A quadratic fitted to each figure of one image, and how much of it is quadratic."""
     cases = record["settings"]["cases"]
     figures: dict[str, Callable[[str], Values]] = {
-        "peak memory, MiB": lambda network: _in_mib(_memory(record, network, PEAK)),
-        "kept, MiB": lambda network: _in_mib(_memory(record, network, "saved_for_backward")),
+        "peak memory, MiB": lambda network: _in_mib(memory_of(record, network)),
+        "kept, MiB": lambda network: _in_mib(memory_of(record, network, "saved_for_backward")),
         "step, ms": lambda network: {
-            name: 1e3 * value for name, value in _minima(record, "time", network).items()
+            name: 1e3 * value for name, value in minima_of(record, "time", network).items()
         },
     }
     table = Table(("of one image", "fit for depth d", "quadratic share at the deepest"))
@@ -200,7 +191,7 @@ def figure(record: Record) -> Figure | None:
     """Speed, and peak memory of one image, over what varies."""
     settings = record["settings"]
     speeds = {(c.network, c.part, c.peer): c.speed for c in comparisons(record)}
-    peaks = {case["network"]: _memory(record, case["network"], PEAK) for case in settings["cases"]}
+    peaks = {case["network"]: memory_of(record, case["network"]) for case in settings["cases"]}
     panels = []
     if speeds:
         panels.append("speed, naive's faster layout = 1")

@@ -25,7 +25,7 @@ from benchmarks.peers import BASIC_PEERS
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.training_page import REFERENCE, failures, figure, page
-from benchmarks.train import LEARNING_RATE, new_entry, train
+from benchmarks.train import LEARNING_RATE, new_entry, tested, train
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
@@ -93,7 +93,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     for part in trained:
         for rate in rates:
             progress.describe(f"{part}, k={rate}")
-            if _trained(record, part, rate):
+            if has(record, part, {"growth_rate": rate}, tested, count=peers):
                 progress.advance(rate * _steps(settings, part) * _work(part) * peers)
                 continue
             _train(rate, images, record, part, options.device, progress)
@@ -102,7 +102,7 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
         for peer in settings["peers"]:
             progress.describe(f"memory, k={rate}, {peer}")
             case = {"growth_rate": rate, "peer": peer}
-            if not has(record["memory"], case, lambda entry: "error" not in entry):
+            if not has(record, "memory", case, lambda entry: "error" not in entry):
                 _measure_memory(rate, peer, record, options)
                 save()
             progress.advance(CHILD_WORK)
@@ -114,16 +114,6 @@ def _steps(settings: dict[str, Any], part: str) -> int:
 
 def _work(part: str) -> int:
     return FLOAT64_WORK if part == "parity" else 1
-
-
-def _trained(record: Record, part: str, rate: int) -> bool:
-    """Whether all implementations were trained and tested; incomplete trainings are dropped."""
-    entries = [entry for entry in record[part] if entry["growth_rate"] == rate]
-    whole = [entry for entry in entries if "test_loss" in entry]
-    if len(whole) == len(record["settings"]["peers"]):
-        return True
-    record[part] = [entry for entry in record[part] if entry["growth_rate"] != rate]
-    return False
 
 
 def _train(
