@@ -311,7 +311,7 @@ def test_case_that_does_not_fit_is_reported_and_the_rest_go_on(
             raise measure.MeasurementError("does not fit")
         return memory.StepMemory(8 * MIB, 9 * MIB, 7 * MIB, 7 * MIB, MIB)
 
-    monkeypatch.setattr(load("step"), "measure_in_child", measured)
+    monkeypatch.setattr(memory, "measure_in_child", measured)
     monkeypatch.setitem(NETWORKS, "tiny", TINY)
     arguments = ["step", "--no-progress", "--networks", "tiny", "--parts", "memory"]
     assert cli.main([*arguments, "--output", str(tmp_path)]) == 1

@@ -110,7 +110,7 @@ def test_memory_is_in_the_table_and_cases_that_do_not_fit_below_it(
         peak = (64 if case.peer == "naive-channels-last" else 16) * MIB
         return memory.StepMemory(peak, peak, 8 * MIB, peak, MIB)
 
-    monkeypatch.setattr(step, "measure_in_child", measured)
+    monkeypatch.setattr(memory, "measure_in_child", measured)
     arguments = ["depth", *QUIET, "--depths", "10", "--parts", "memory", "--output", str(tmp_path)]
     assert cli.main(arguments) == 1
     text = (tmp_path / "depth.md").read_text()

@@ -7,7 +7,6 @@ process, in turn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -24,8 +23,8 @@ from benchmarks.measure import (
 from benchmarks.memory import (
     MemoryCase,
     autocast,
+    figures_in_child,
     make_batch,
-    measure_in_child,
     out_of_memory,
     training_step,
 )
@@ -136,13 +135,7 @@ def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Optio
         settings["seed"],
         settings["amp"],
     )
-    entry: dict[str, Any] = {"network": spec.title, "peer": peer}
-    release_cached(options.device)
-    try:
-        entry.update(asdict(measure_in_child(case)))
-    except MeasurementError as error:
-        entry["error"] = str(error)
-    record["memory"].append(entry)
+    record["memory"].append({"network": spec.title, "peer": peer, **figures_in_child(case)})
 
 
 def _measure_time(
