@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -227,6 +228,7 @@ def make_record(name: str, suite: Suite, options: Options, command: str) -> Reco
         "form": "full" if options.full else "quick",
         "command": command,
         "complete": False,
+        "minutes": 0.0,
         "environment": environment.describe(options.device),
         **suite.plan(options),
     }
@@ -257,7 +259,7 @@ def resumed(name: str, record: Record, output: Path) -> Record:
                     f"{str(path)!r} cannot be resumed: its {key} is {was!r}, and now it is {now!r}"
                 )
     figures = {key: value for key, value in old.items() if isinstance(value, list) and key in new}
-    return {**record, **figures}
+    return {**record, **figures, "minutes": old.get("minutes", 0.0)}
 
 
 def run_suite(
@@ -267,12 +269,17 @@ def run_suite(
     from benchmarks.progress import Progress
     from benchmarks.report import write_json, write_page
 
-    def save() -> None:
-        write_json(options.output, name, record)
+    before, start = record["minutes"], time.monotonic()
+
+    def save() -> Path:
+        record["minutes"] = before + (time.monotonic() - start) / 60
+        return write_json(options.output, name, record)
 
     def publish() -> list[Path]:
-        raw = write_json(options.output, name, record)
-        return [raw, *write_page(options.output, name, suite.page(record), suite.figure(record))]
+        return [
+            save(),
+            *write_page(options.output, name, suite.page(record), suite.figure(record)),
+        ]
 
     try:
         with _termination_interrupts(), Progress(visible=visible) as progress:

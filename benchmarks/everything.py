@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import ranking
 from benchmarks.report import write_atomically
 
 ALL = "all"
@@ -22,13 +24,21 @@ SUITES_OF_ALL = (
 
 
 def write_report(output: Path, names: Iterable[str]) -> Path:
-    """One page of the suites' pages in `output`, with a table of contents."""
+    """One page of the suites' pages in `output`, with a table of contents and the losses."""
+    names = list(names)
     pages = {name: (output / f"{name}.md").read_text(encoding="utf-8") for name in names}
     titles = {name: text.splitlines()[0].removeprefix("# ") for name, text in pages.items()}
     contents = "\n".join(f"- [{title}](#{name})" for name, title in titles.items())
+    records = [json.loads((output / f"{n}.json").read_text(encoding="utf-8")) for n in names]
+    minutes = [f"{n} {record['minutes']:.0f}" for n, record in zip(names, records, strict=True)]
+    head = (
+        f"Minutes: {', '.join(minutes)}.",
+        "## Where densenet_fast is not first",
+        ranking.summary(records),
+    )
     sections = [f'<a id="{name}"></a>\n\n{_lowered(text)}' for name, text in pages.items()]
     path = output / "report.md"
-    write_atomically(path, "\n\n".join(["# Measurements", contents, *sections]))
+    write_atomically(path, "\n\n".join(["# Measurements", contents, *head, *sections]))
     return path
 
 

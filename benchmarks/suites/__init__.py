@@ -52,7 +52,7 @@ class Options:
 
 
 Record = dict[str, Any]
-Save = Callable[[], None]
+Save = Callable[[], object]
 
 
 def has(

@@ -5,6 +5,7 @@ Measured as the `step` suite does; a network is compared with the peers that can
 
 from __future__ import annotations
 
+from benchmarks import ranking
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS
 from benchmarks.peers import BASIC_PEERS, PEERS
 from benchmarks.report import Page
@@ -17,10 +18,10 @@ __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 OPTIONS = step.OPTIONS
 PARTS = step.PARTS
 
-# The compiler takes minutes for each network.
+# The compiler takes minutes for each network: unless named, its networks are the main ones.
 QUICK_PEERS = (*BASIC_PEERS, "monai", "timm", "resnet50", "resnet101")
 QUICK_ROUNDS = 3
-FULL_ROUNDS = 7
+FULL_ROUNDS = 5
 
 
 def plan(options: Options) -> Record:
@@ -34,6 +35,8 @@ def plan(options: Options) -> Record:
     ]
     names = options.networks or (NETWORKS if options.full else MAIN_NETWORKS)
     settings["networks"] = [NETWORKS[name].to_json() for name in names]
+    compiled = names if options.peers else MAIN_NETWORKS
+    settings["compiled_networks"] = [NETWORKS[name].name for name in names if name in compiled]
     settings["rounds"] = options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS)
     return record
 
@@ -45,4 +48,6 @@ def page(record: Record) -> Page:
     missing = record["settings"]["not_installed"]
     if missing:
         result.add(f"Not compared, as not installed: {', '.join(missing)}.")
+    result.heading("Where densenet_fast is not first")
+    result.add(ranking.summary([record]))
     return result

@@ -110,8 +110,13 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
 
 
 def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
-    """The peers that can build a network."""
-    return [name for name in settings["peers"] if PEERS[name].applies(spec)]
+    """The peers that can build a network, compiled ones where the settings say so."""
+    compiled = spec.name in settings.get("compiled_networks", [spec.name])
+    return [
+        name
+        for name in settings["peers"]
+        if PEERS[name].applies(spec) and (compiled or not PEERS[name].compiled)
+    ]
 
 
 def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
