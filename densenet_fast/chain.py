@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast import eligibility
 from densenet_fast.autocast import computed_type
-from densenet_fast.layers import DenseBlock, Transition
+from densenet_fast.layers import DenseBlock, FusedBlock, Transition
 from densenet_fast.memory_plan import (
     BlockSize,
     HeadSize,
@@ -24,31 +24,41 @@ from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 def stem_obstacle(
     modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Why these are not a norm, a ReLU and the stem's max-pooling to run as one node, or None."""
-    if len(modules) != 3:
+    """Why these do not start with a stem's norm, ReLU and max-pooling to run as one node, or None.
+
+    Only the first `stem_length` of them are looked at.
+    """
+    length = stem_length(modules)
+    if len(modules) < length:
         return "is not followed by a ReLU and a max-pooling"
-    norm, relu, pool = modules
-    if type(norm) is not nn.BatchNorm2d:
+    norm, pool = modules[0], modules[length - 1]
+    if not eligibility.norm_type(norm):
         return eligibility.other_type(norm, nn.BatchNorm2d)
+    assert isinstance(norm, nn.BatchNorm2d)
     if (found := eligibility.norm(norm, norm.num_features, dtype, device)) is not None:
         return f"the norm {found}"
-    if (found := eligibility.exactly(relu, nn.ReLU)) is not None:
+    if length == 3 and (found := eligibility.exactly(modules[1], nn.ReLU)) is not None:
         return f"the ReLU {found}"
     if (found := eligibility.max_pool(pool)) is not None:
         return f"the pooling {found}"
     return None
 
 
+def stem_length(modules: Sequence[nn.Module]) -> int:
+    """Modules of the stem's norm, ReLU and max-pooling: a norm may have the ReLU inside."""
+    return 2 if modules and eligibility.norm_with_relu(modules[0]) else 3
+
+
 def block_obstacle(block: nn.Module) -> str | None:
     """Why `block` must be called as a module (which may still fuse its layers), or None."""
-    return eligibility.exactly(block, DenseBlock)
+    return eligibility.of_kind(block, "block", DenseBlock)
 
 
 def transition_obstacle(
     transition: nn.Module, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Why `transition` cannot be fused behind a block, or None."""
-    found = eligibility.exactly(transition, Transition)
+    found = eligibility.of_kind(transition, "transition", Transition)
     if found is None:
         assert isinstance(transition, Transition)
         found = transition.obstacle(None, dtype, device)
@@ -57,9 +67,23 @@ def transition_obstacle(
 
 def final_norm_obstacle(norm: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why `norm` cannot be fused with the ReLU and the pooling behind it, or None."""
-    if type(norm) is not nn.BatchNorm2d:
+    if not eligibility.norm_type(norm):
         return eligibility.other_type(norm, nn.BatchNorm2d)
+    assert isinstance(norm, nn.BatchNorm2d)
     return eligibility.norm(norm, norm.num_features, dtype, device)
+
+
+def final_norm_with_relu_obstacle(
+    norm: nn.Module, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """The same for a norm with a ReLU of its own, behind which only the pooling follows."""
+    if not eligibility.norm_with_relu(norm):
+        return f"is a {type(norm).__name__} without a ReLU of its own"
+    return final_norm_obstacle(norm, dtype, device)
+
+
+# Why a final norm cannot be fused with what is behind it.
+FinalObstacle = Callable[[nn.Module, torch.dtype, torch.device], "str | None"]
 
 
 def steps(
@@ -68,27 +92,31 @@ def steps(
     device: torch.device,
     *,
     recompute: bool | None = None,
+    final: FinalObstacle | None = final_norm_obstacle,
 ) -> tuple[list[Step], bool]:
     """The steps of a chain of modules that ReLU and the average over all pixels follow.
 
     The second value says whether the last step includes these two already. `recompute` says
     whether the stem's convolution is made again in the backward; None: as the first block does.
+    `final` finds obstacles to that inclusion; None: something else may follow.
     """
     planned: list[Step] = []
     at = 0
     while at < len(modules):
         module = modules[at]
-        if type(module) is nn.BatchNorm2d:
-            if stem_obstacle(modules[at : at + 3], dtype, device) is None:
+        if isinstance(module, nn.BatchNorm2d):
+            if stem_obstacle(modules[at:], dtype, device) is None:
                 _channels_innermost(planned)
-                conv = None
-                if _recomputes(modules[at + 3 : at + 4]) if recompute is None else recompute:
+                conv, behind_stem = None, at + stem_length(modules[at:])
+                first = modules[behind_stem : behind_stem + 1]
+                if _recomputes(first) if recompute is None else recompute:
                     conv = _recomputable_conv(planned)
                 planned.append(StemStep(module, conv))
-                at += 3
+                at = behind_stem
                 continue
-        elif isinstance(module, DenseBlock) and block_obstacle(module) is None:
-            step = DenseStep(module.segments(None, dtype, device), module.checkpoint)
+        elif isinstance(module, FusedBlock) and block_obstacle(module) is None:
+            segments = module.segments(None, dtype, device)
+            step = DenseStep(segments, module.checkpoint, call=module.call)
             if step.segments and isinstance(step.segments[0], list):
                 _channels_innermost(planned)
             planned.append(step)
@@ -101,7 +129,7 @@ def steps(
                     step.tail = behind
                     at += 1
             elif isinstance(behind, nn.BatchNorm2d) and at + 1 == len(modules):
-                if final_norm_obstacle(behind, dtype, device) is None:
+                if final is not None and final(behind, dtype, device) is None:
                     step.tail = behind
                     return planned, True
             continue
@@ -120,7 +148,7 @@ def _channels_innermost(planned: list[Step]) -> None:
 
 def _recomputes(behind: Sequence[nn.Module]) -> bool:
     """Whether the block behind the stem recomputes."""
-    return any(isinstance(block, DenseBlock) and block.checkpoint != "none" for block in behind)
+    return any(isinstance(block, FusedBlock) and block.checkpoint != "none" for block in behind)
 
 
 def _recomputable_conv(planned: list[Step]) -> nn.Conv2d | None:
@@ -209,7 +237,12 @@ def gradient_bytes(weights: Sequence[Tensor]) -> tuple[int, int]:
 def _trainable(step: DenseStep) -> bool:
     layers = step.segments[0]
     assert isinstance(layers, list)
-    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    return any(
+        parameter.requires_grad
+        for layer in layers
+        for part in (layer.norm1, layer.conv1, layer.norm2, layer.conv2)
+        for parameter in part.parameters()
+    )
 
 
 def apply_plans(planned: Sequence[Step], plans: Sequence[Plan]) -> list[Step]:

@@ -8,6 +8,7 @@ or None. They run for every layer of every forward, hence the direct reading of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,6 +76,35 @@ def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return touched(module)
 
 
+def of_kind(module: nn.Module, kind: str, expected: type[nn.Module]) -> str | None:
+    """An untouched module whose exact type says in `fused_as` that it is a `kind`."""
+    if type(module).__dict__.get("fused_as") != kind:
+        return other_type(module, expected)
+    return touched(module)
+
+
+# Subclasses of BatchNorm2d with a ReLU of their own, and what may be in the way of taking one of
+# them for BatchNorm2d and ReLU.
+_NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
+
+
+def register_norm_with_relu(
+    kind: type[nn.BatchNorm2d], obstacle: Callable[[Any], str | None]
+) -> None:
+    """Let norms of exactly this type be computed as a norm and a ReLU where `obstacle` is None."""
+    _NORMS_WITH_RELU[kind] = obstacle
+
+
+def norm_with_relu(module: nn.Module | None) -> bool:
+    """Whether the module is of a type with a ReLU of its own."""
+    return type(module) in _NORMS_WITH_RELU
+
+
+def norm_type(module: nn.Module) -> bool:
+    """Whether modules of this exact type may be computed as a batch normalisation."""
+    return type(module) is nn.BatchNorm2d or type(module) in _NORMS_WITH_RELU
+
+
 def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
     if type(tensor) not in PLAIN_TENSORS:
         return f"holds a {type(tensor).__name__}"
@@ -93,8 +123,12 @@ def parameter(state: dict[str, Any], name: str) -> Any:
 
 
 def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Obstacle to computing a BatchNorm2d of this many channels."""
-    obstacle = exactly(module, nn.BatchNorm2d)
+    """Obstacle to computing a BatchNorm2d of this many channels (a ReLU behind it is harmless)."""
+    with_relu = _NORMS_WITH_RELU.get(type(module))
+    if with_relu is None:
+        obstacle = exactly(module, nn.BatchNorm2d)
+    else:
+        obstacle = touched(module) or with_relu(module)
     if obstacle is not None:
         return obstacle
     state = module.__dict__

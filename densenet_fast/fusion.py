@@ -11,7 +11,7 @@ from torch import nn
 
 from densenet_fast import autocast, chain, eligibility
 from densenet_fast.backend import backend_for, get_backend
-from densenet_fast.layers import DenseBlock, DenseLayer, Transition, layer_obstacle
+from densenet_fast.layers import DenseLayer, FusedBlock, Transition, fusable_parts
 from densenet_fast.model import EfficientDenseNet
 
 
@@ -109,7 +109,7 @@ class _Report:
         prefix = f"{name}." if name else ""
         if isinstance(module, EfficientDenseNet):
             self.network(prefix, module)
-        elif isinstance(module, DenseBlock):
+        elif isinstance(module, FusedBlock):
             self.block(prefix, module)
         elif isinstance(module, DenseLayer):
             self.layer(name or type(module).__name__, module)
@@ -128,14 +128,14 @@ class _Report:
         obstacle = transition.obstacle(None, *self.where)
         self.add(name, obstacle, eligibility.touched(transition))
 
-    def block(self, prefix: str, block: DenseBlock) -> None:
+    def block(self, prefix: str, block: FusedBlock) -> None:
         channels: int | None = None
-        for name, layer in block.items():
-            channels, obstacle = layer_obstacle(layer, channels, *self.where)
+        for name, layer in zip(block._modules, block.layers(), strict=True):
+            channels, found = fusable_parts(layer, channels, *self.where)
             if isinstance(layer, DenseLayer) and eligibility.touched(layer) is not None:
                 self.layer(f"{prefix}{name}", layer)
             else:
-                self.add(f"{prefix}{name}", obstacle)
+                self.add(f"{prefix}{name}", found if isinstance(found, str) else None)
 
     def network(self, prefix: str, model: EfficientDenseNet) -> None:
         """The same walk as `chain.steps`, with a row for everything that could be fused."""
@@ -153,9 +153,9 @@ class _Report:
 
     def _norm(self, modules: list[nn.Module], at: int) -> str | None:
         if at + 1 < len(modules):
-            return chain.stem_obstacle(modules[at : at + 3], *self.where)
+            return chain.stem_obstacle(modules[at:], *self.where)
         before = modules[at - 1] if at else None
-        if not isinstance(before, DenseBlock):
+        if not isinstance(before, FusedBlock):
             return "is not behind a DenseBlock"
         if (found := chain.block_obstacle(before)) is not None:
             return f"the block before it {found}"

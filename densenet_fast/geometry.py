@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from densenet_fast import checks
-from densenet_fast.eligibility import touched
+from densenet_fast.eligibility import norm_with_relu, touched
 
 Size = tuple[int, int]
 
@@ -36,11 +36,10 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
     """Height and width behind `module`, or None where that cannot be known."""
     if touched(module):
         return None
-    # Types are compared by name and base, not imported: layers.py itself imports this module.
-    own = type(module).__name__ if type(module).__module__ == "densenet_fast.layers" else ""
-    if own in ("DenseBlock", "DenseLayer") or type(module) in _KEEP_SIZE:
+    own = type(module).__dict__.get("fused_as")
+    if own in ("block", "layer") or type(module) in _KEEP_SIZE or norm_with_relu(module):
         return size
-    if own == "Transition":
+    if own == "transition":
         through: Size | None = size
         for child in module._modules.values():
             if through is None or child is None:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from densenet_fast import checks, eligibility, geometry
+from densenet_fast import checks, eligibility, geometry, layer_parts
+from densenet_fast.layer_parts import LayerParts
 from densenet_fast.specs import Checkpoint
 from densenet_fast.steps import DenseStep
 
@@ -69,6 +70,7 @@ class DenseLayer(nn.Module):
     the convolutions has `bn_size * growth_rate` channels whatever `k` is.
     """
 
+    fused_as = "layer"
     norm1: nn.BatchNorm2d
     relu1: nn.ReLU
     conv1: nn.Conv2d
@@ -134,32 +136,20 @@ class DenseLayer(nn.Module):
         checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
         if obstacle is not None:
             return self._compose(input)
-        return DenseStep([[self]], self._checkpoint).run(input)
+        parts = self.parts()
+        assert not isinstance(parts, str)
+        return DenseStep([[parts]], self._checkpoint).run(input)
 
     def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why the submodules must be called one by one, or None."""
-        parts: Any = self._modules
-        try:
-            norm1, relu1, conv1 = parts["norm1"], parts["relu1"], parts["conv1"]
-            norm2, relu2, conv2 = parts["norm2"], parts["relu2"], parts["conv2"]
-        except KeyError as missing:
-            return f"{missing.args[0]} is missing"
-        if (found := eligibility.conv(conv1, eligibility.POINTWISE, dtype, device)) is not None:
-            return f"conv1 {found}"
-        if (found := eligibility.conv(conv2, eligibility.SPATIAL, dtype, device)) is not None:
-            return f"conv2 {found}"
-        bottleneck, read, *_ = eligibility.weight_shape(conv1)
-        if read != channels or eligibility.weight_shape(conv2)[1] != bottleneck:
-            return "the shapes of the convolutions do not fit together"
-        if (found := eligibility.norm(norm1, channels, dtype, device)) is not None:
-            return f"norm1 {found}"
-        if (found := eligibility.norm(norm2, bottleneck, dtype, device)) is not None:
-            return f"norm2 {found}"
-        if (found := eligibility.exactly(relu1, nn.ReLU)) is not None:
-            return f"relu1 {found}"
-        if (found := eligibility.exactly(relu2, nn.ReLU)) is not None:
-            return f"relu2 {found}"
-        return None
+        parts = self.parts()
+        return parts if isinstance(parts, str) else parts.obstacle(channels, dtype, device)
+
+    def parts(self) -> LayerParts | str:
+        """What the layer computes with now, or which part is missing."""
+        state = self.__dict__  # for every layer of every forward: not through __getattr__
+        dropout = state["drop_rate"] if state["training"] else 0.0
+        return layer_parts.named_parts(state["_modules"], dropout)
 
     def _compose(self, input: Tensor) -> Tensor:
         """The submodules called one by one."""
@@ -183,7 +173,87 @@ class DenseLayer(nn.Module):
         return f"drop_rate={self.drop_rate}, checkpoint={self._checkpoint!r}"
 
 
-class DenseBlock(nn.ModuleDict):
+layer_parts.register(DenseLayer, DenseLayer.parts)  # type: ignore[arg-type]
+
+
+class FusedBlock(nn.Module):
+    """A module whose children are the layers of a dense block, in order, whatever their types."""
+
+    _checkpoint: Checkpoint
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is kept for the backward: "none", "bottleneck" or "block" (see the README)."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, mode: Checkpoint) -> None:
+        self._checkpoint = checks.checkpoint_mode(mode)
+        for layer in self.layers():
+            if isinstance(layer, DenseLayer):
+                layer.checkpoint = mode
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        """`init_features` [N, C, H, W] and the features of all layers behind them."""
+        if traced(init_features):
+            return self.plain(init_features)
+        if torch.compiler.is_compiling():
+            return outside_graph(self, init_features)
+        return self.run(init_features)
+
+    def run(self, input: Tensor) -> Tensor:
+        """The checked forward, fused where nothing is in the way."""
+        checks.images(type(self).__name__, input)
+        checks.channels(type(self).__name__, input, self.first_reader())
+        obstacle = eligibility.input(input)
+        segments = self.segments(obstacle, eligibility.parameter_type(input), input.device)
+        if not fused_throughout(segments):
+            checks.parameters(self, self, input)
+        checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
+        return DenseStep(segments, self._checkpoint, call=self.call).run(input)
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The forward without anything fused."""
+        raise NotImplementedError
+
+    def call(self, layer: nn.Module, input: Tensor) -> Tensor:
+        """A layer called as a module: the features so far, and its own behind them."""
+        output: Tensor = layer(input)
+        return output
+
+    def layers(self) -> list[nn.Module]:
+        """The layers in order, one that is used twice as often."""
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def first_reader(self) -> nn.Module | None:
+        """The module that decides how many channels the block expects, if one does."""
+        first = next(iter(self.layers()), None)
+        parts = "there is none" if first is None else layer_parts.read(first, DenseLayer)
+        return None if isinstance(parts, str) else parts.norm1
+
+    def segments(
+        self, obstacle: str | None, dtype: torch.dtype, device: torch.device
+    ) -> list[Segment]:
+        """Longest runs of layers to fuse, and single layers to call, in order."""
+        segments: list[Segment] = []
+        if obstacle is not None:
+            segments.extend(self.layers())
+            return segments
+        run: list[LayerParts] = []
+        channels = None
+        for layer in self.layers():
+            channels, found = fusable_parts(layer, channels, dtype, device)
+            if isinstance(found, str):
+                segments.append(layer)
+                run = []
+            else:
+                if not run:
+                    segments.append(run)
+                run.append(found)
+        return segments
+
+
+class DenseBlock(FusedBlock, nn.ModuleDict):
     """Layers that each read the concatenation of all features so far.
 
     Any layer may be replaced by a module that takes the features so far and returns them with its
@@ -191,6 +261,7 @@ class DenseBlock(nn.ModuleDict):
     """
 
     _version = 2
+    fused_as = "block"
 
     def __init__(
         self,
@@ -217,83 +288,29 @@ class DenseBlock(nn.ModuleDict):
             )
             self.add_module(f"denselayer{i + 1}", layer)
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """What is kept for the backward: "none", "bottleneck" or "block" (see the README)."""
-        return self._checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = checks.checkpoint_mode(mode)
+    def plain(self, input: Tensor) -> Tensor:
+        """The layers called one by one."""
         for layer in self.values():
-            if isinstance(layer, DenseLayer):
-                layer.checkpoint = mode
-
-    def forward(self, init_features: Tensor) -> Tensor:
-        """`init_features` [N, C, H, W] and the features of all layers behind them."""
-        if traced(init_features):
-            for layer in self.values():
-                init_features = layer(init_features)
-            return init_features
-        if torch.compiler.is_compiling():
-            return outside_graph(self, init_features)
-        return self.run(init_features)
-
-    def run(self, input: Tensor) -> Tensor:
-        """The checked forward, fused where nothing is in the way."""
-        checks.images(type(self).__name__, input)
-        checks.channels(type(self).__name__, input, self.first_reader())
-        obstacle = eligibility.input(input)
-        segments = self.segments(obstacle, eligibility.parameter_type(input), input.device)
-        if not fused_throughout(segments):
-            checks.parameters(self, self, input)
-        checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
-        return DenseStep(segments, self._checkpoint).run(input)
-
-    def first_reader(self) -> nn.Module | None:
-        """The module that decides how many channels the block expects, if one does."""
-        first = next(iter(self.values()), None)
-        if type(first) is not DenseLayer or eligibility.touched(first):
-            return None
-        return first._modules.get("norm1")
-
-    def segments(
-        self, obstacle: str | None, dtype: torch.dtype, device: torch.device
-    ) -> list[Segment]:
-        """Longest runs of layers to fuse, and single layers to call, in order."""
-        segments: list[Segment] = []
-        if obstacle is not None:
-            segments.extend(self.values())
-            return segments
-        run: list[DenseLayer] = []
-        channels = None
-        for layer in self.values():
-            channels, found = layer_obstacle(layer, channels, dtype, device)
-            if found is not None or not isinstance(layer, DenseLayer):
-                segments.append(layer)
-                run = []
-            else:
-                if not run:
-                    segments.append(run)
-                run.append(layer)
-        return segments
+            input = layer(input)
+        return input
 
 
-def layer_obstacle(
+def fusable_parts(
     layer: nn.Module, channels: int | None, dtype: torch.dtype, device: torch.device
-) -> tuple[int | None, str | None]:
-    """Channels behind `layer`, if known, and why it must be called as a module, or None.
+) -> tuple[int | None, LayerParts | str]:
+    """Channels behind `layer`, if known, and its parts, or why it must be called as a module.
 
     `channels` are those before it; None means unknown, as behind a layer of another type.
     """
-    if type(layer) is not DenseLayer:
-        return None, eligibility.other_type(layer, DenseLayer)
+    parts = layer_parts.read(layer, DenseLayer)
+    if isinstance(parts, str):
+        return None, parts
     if channels is None:
-        channels = getattr(layer._modules.get("norm1"), "num_features", 0)
-    found = eligibility.touched(layer) or layer.obstacle(channels, dtype, device)
+        channels = getattr(parts.norm1, "num_features", 0)
+    found = parts.obstacle(channels, dtype, device)
     if found is not None:
         return None, found
-    return channels + eligibility.weight_shape(layer._modules["conv2"])[0], None
+    return channels + eligibility.weight_shape(parts.conv2)[0], parts
 
 
 def fused_throughout(segments: list[Segment]) -> bool:
@@ -304,6 +321,7 @@ def fused_throughout(segments: list[Segment]) -> bool:
 class Transition(nn.Sequential):
     """norm, ReLU, 1×1 convolution and 2×2 average pooling between two blocks."""
 
+    fused_as = "transition"
     norm: nn.BatchNorm2d
     relu: nn.ReLU
     conv: nn.Conv2d
@@ -346,10 +364,13 @@ class Transition(nn.Sequential):
         self, channels: int | None, dtype: torch.dtype, device: torch.device
     ) -> str | None:
         """Why the submodules must be called one by one, or None. `channels` None: any number."""
-        parts = self._modules
-        if list(parts) != ["norm", "relu", "conv", "pool"]:
-            return f"its submodules are {', '.join(parts)}"
-        norm, relu, conv, pool = self
+        parts: Any = self._modules
+        names = list(parts)
+        # A norm with its own ReLU has none behind it.
+        relu = "relu" in parts or not eligibility.norm_with_relu(parts.get("norm"))
+        if names != (["norm", "relu", "conv", "pool"] if relu else ["norm", "conv", "pool"]):
+            return f"its submodules are {', '.join(names)}"
+        norm, conv, pool = parts["norm"], parts["conv"], parts["pool"]
         if (found := eligibility.conv(conv, eligibility.POINTWISE, dtype, device)) is not None:
             return f"conv {found}"
         read = eligibility.weight_shape(conv)[1]
@@ -357,7 +378,7 @@ class Transition(nn.Sequential):
             return f"conv reads {read} channels, not {channels}"
         if (found := eligibility.norm(norm, read, dtype, device)) is not None:
             return f"norm {found}"
-        if (found := eligibility.exactly(relu, nn.ReLU)) is not None:
+        if relu and (found := eligibility.exactly(parts["relu"], nn.ReLU)) is not None:
             return f"relu {found}"
         if (found := eligibility.average_pool(pool)) is not None:
             return f"pool {found}"

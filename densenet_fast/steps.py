@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,9 +22,10 @@ from densenet_fast.specs import (
 )
 
 if TYPE_CHECKING:
-    from densenet_fast.layers import DenseLayer, Transition
+    from densenet_fast.layer_parts import LayerParts
+    from densenet_fast.layers import Transition
 
-    FusedRun = list[DenseLayer]
+    FusedRun = list[LayerParts]
     Segment = FusedRun | nn.Module
 
 
@@ -85,19 +86,26 @@ class StemStep:
             return conv_stem(input, weight, bias, geometry, norm)
 
 
+def _called(module: nn.Module, input: Tensor) -> Tensor:
+    output: Tensor = module(input)
+    return output
+
+
 @dataclass
 class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
     A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
     a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
-    layers whose bottlenecks are held for the backward (see `densenet_fast.memory_plan`).
+    layers whose bottlenecks are held for the backward (see `densenet_fast.memory_plan`). `call`
+    calls a layer so that it returns the features so far with its own behind them.
     """
 
     segments: Sequence[Segment]
     checkpoint: Checkpoint
     tail: Transition | nn.BatchNorm2d | None = None
     hold: int = 0
+    call: Callable[[nn.Module, Tensor], Tensor] = _called
 
     def run(self, input: Tensor) -> Tensor:
         """The concatenated features, or what the tail makes of them."""
@@ -110,7 +118,7 @@ class DenseStep:
             if isinstance(segment, list):
                 input = self._fused(input, segment, None)
             else:
-                input = segment(input)
+                input = self.call(segment, input)
         if last or self.tail is not None:
             input = self._fused(input, last, self.tail)
         return input
@@ -131,12 +139,11 @@ class DenseStep:
             )
 
 
-def _layer_spec(layer: DenseLayer, counts: StepCounts) -> LayerSpec:
-    parts: Any = layer._modules  # as in norm_spec, not through nn.Module.__getattr__
+def _layer_spec(layer: LayerParts, counts: StepCounts) -> LayerSpec:
     return LayerSpec(
-        norm1=norm_spec(parts["norm1"], counts),
-        conv1_weight=parameter(parts["conv1"].__dict__, "weight"),
-        norm2=norm_spec(parts["norm2"], counts),
-        conv2_weight=parameter(parts["conv2"].__dict__, "weight"),
-        dropout=layer.drop_rate if layer.training else 0.0,
+        norm1=norm_spec(layer.norm1, counts),
+        conv1_weight=parameter(layer.conv1.__dict__, "weight"),
+        norm2=norm_spec(layer.norm2, counts),
+        conv2_weight=parameter(layer.conv2.__dict__, "weight"),
+        dropout=layer.dropout,
     )
