@@ -4,6 +4,7 @@ from densenet_fast import memory
 from densenet_fast._version import __version__
 from densenet_fast.backend import get_backend, set_backend, use_backend
 from densenet_fast.build_info import build_info
+from densenet_fast.conversion import ConversionReport, convert, revert
 from densenet_fast.fusion import fusion_report
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.model import (
@@ -17,12 +18,14 @@ from densenet_fast.model import (
 from densenet_fast.winograd import enable_winograd, winograd_enabled
 
 __all__ = [
+    "ConversionReport",
     "DenseBlock",
     "DenseLayer",
     "EfficientDenseNet",
     "Transition",
     "__version__",
     "build_info",
+    "convert",
     "densenet121",
     "densenet161",
     "densenet169",
@@ -32,6 +35,7 @@ __all__ = [
     "fusion_report",
     "get_backend",
     "memory",
+    "revert",
     "set_backend",
     "use_backend",
     "winograd_enabled",

@@ -11,6 +11,7 @@ from torch import nn
 
 from densenet_fast import autocast, chain, eligibility
 from densenet_fast.backend import backend_for, get_backend
+from densenet_fast.conversion.parts import ConvertedFeatures, ConvertedNetwork
 from densenet_fast.layers import DenseLayer, FusedBlock, Transition, fusable_parts
 from densenet_fast.model import EfficientDenseNet
 
@@ -109,6 +110,10 @@ class _Report:
         prefix = f"{name}." if name else ""
         if isinstance(module, EfficientDenseNet):
             self.network(prefix, module)
+        elif isinstance(module, ConvertedNetwork):
+            self.converted(prefix, module)
+        elif isinstance(module, ConvertedFeatures):
+            self.features(prefix, module, None)
         elif isinstance(module, FusedBlock):
             self.block(prefix, module)
         elif isinstance(module, DenseLayer):
@@ -138,20 +143,44 @@ class _Report:
                 self.add(f"{prefix}{name}", found if isinstance(found, str) else None)
 
     def network(self, prefix: str, model: EfficientDenseNet) -> None:
-        """The same walk as `chain.steps`, with a row for everything that could be fused."""
         whole = eligibility.exactly(model.features, nn.Sequential)
         if whole is not None:
             whole = f"features {whole}: its modules are called one by one"
-        prefix = f"{prefix}features."
-        parts: list[Any] = list(model.features._modules.items())
+        self.walk(f"{prefix}features.", model.features, whole, chain.final_norm_obstacle)
+
+    def converted(self, prefix: str, model: ConvertedNetwork) -> None:
+        """A converted network's features, and behind them what `visit` finds."""
+        known = model.head_is_known()
+        for name, child in model._modules.items():
+            if isinstance(child, ConvertedFeatures) and name == "features":
+                self.features(f"{prefix}features.", child, model.final if known else None)
+            elif child is not None:
+                self.visit(f"{prefix}{name}", child)
+
+    def features(
+        self, prefix: str, features: ConvertedFeatures, final: chain.FinalObstacle | None
+    ) -> None:
+        self.walk(prefix, features, None, None if eligibility.touched(features) else final)
+
+    def walk(
+        self,
+        prefix: str,
+        features: nn.Module,
+        whole: str | None,
+        final: chain.FinalObstacle | None,
+    ) -> None:
+        """The same walk as `chain.steps`, with a row for everything that could be fused."""
+        parts: list[Any] = list(features._modules.items())
         modules = [module for _, module in parts]
         for at, (name, module) in enumerate(parts):
             if isinstance(module, nn.BatchNorm2d) or name in ("norm0", "norm5"):
-                self.add(prefix + name, whole or self._norm(modules, at))
+                self.add(prefix + name, whole or self._norm(modules, at, final))
             elif module is not None:
                 self.visit(prefix + name, module)  # nothing of ours in it: no rows
 
-    def _norm(self, modules: list[nn.Module], at: int) -> str | None:
+    def _norm(
+        self, modules: list[nn.Module], at: int, final: chain.FinalObstacle | None
+    ) -> str | None:
         if at + 1 < len(modules):
             return chain.stem_obstacle(modules[at:], *self.where)
         before = modules[at - 1] if at else None
@@ -162,4 +191,6 @@ class _Report:
         segments = before.segments(None, *self.where)
         if not segments or isinstance(segments[-1], nn.Module):
             return "the layer before it runs plain"
-        return chain.final_norm_obstacle(modules[at], *self.where)
+        if final is None:
+            return "what follows it is not known to be ReLU and the average over all pixels"
+        return final(modules[at], *self.where)

@@ -1,0 +1,96 @@
+"""MONAI's DenseNet, in two dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monai.networks.nets import densenet
+from torch import Tensor, nn
+
+from densenet_fast import eligibility, layer_parts
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
+from densenet_fast.layer_parts import LayerParts
+from densenet_fast.layers import Transition as FusedTransition
+
+
+def parts(layer: nn.Module) -> LayerParts | str:
+    """A layer's parts, which are in a Sequential of its own."""
+    layers: Any = layer.__dict__["_modules"].get("layers")
+    if (found := eligibility.exactly(layers, nn.Sequential)) is not None:
+        return f"layers {found}"
+    modules = layers.__dict__["_modules"]
+    dropout = modules.get("dropout")
+    if dropout is not None and dropout.training and dropout.p > 0:
+        return f"dropout is a {type(dropout).__name__}, which drops whole channels"
+    return layer_parts.named_parts(modules, 0.0)
+
+
+class Block(ConvertedBlock, densenet._DenseBlock):
+    """MONAI's block."""
+
+    fused_as = "block"
+    converted_from = densenet._DenseBlock
+
+
+class Transition(FusedTransition, densenet._Transition):
+    """MONAI's transition."""
+
+    fused_as = "transition"
+    converted_from = densenet._Transition
+
+
+_HEAD = {"relu": nn.ReLU, "pool": nn.AdaptiveAvgPool2d, "flatten": nn.Flatten}
+
+
+class _Network(ConvertedNetwork):
+    def head_is_known(self) -> bool:
+        """Whether the classifier's first modules are ReLU, average over all pixels, flatten."""
+        layers: Any = self._modules["class_layers"]
+        parts = layers._modules
+        return (
+            eligibility.exactly(layers, nn.Sequential) is None
+            and list(parts) == [*_HEAD, "out"]
+            and all(eligibility.exactly(parts[name], kind) is None for name, kind in _HEAD.items())
+            and parts["pool"].output_size in (1, (1, 1))
+            and (parts["flatten"].start_dim, parts["flatten"].end_dim) == (1, -1)
+        )
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """The classifier."""
+        layers: Any = self._modules["class_layers"]
+        scores: Tensor = layers.out(pooled)
+        return scores
+
+
+class Network(_Network, densenet.DenseNet):
+    """MONAI's network."""
+
+    converted_from = densenet.DenseNet
+
+
+class Network121(_Network, densenet.DenseNet121):
+    """MONAI's DenseNet-121."""
+
+    converted_from = densenet.DenseNet121
+
+
+class Network169(_Network, densenet.DenseNet169):
+    """MONAI's DenseNet-169."""
+
+    converted_from = densenet.DenseNet169
+
+
+class Network201(_Network, densenet.DenseNet201):
+    """MONAI's DenseNet-201."""
+
+    converted_from = densenet.DenseNet201
+
+
+class Network264(_Network, densenet.DenseNet264):
+    """MONAI's DenseNet-264."""
+
+    converted_from = densenet.DenseNet264
+
+
+layer_parts.register(densenet._DenseLayer, parts)
+ADAPTERS = (Block, Transition, Network, Network121, Network169, Network201, Network264)

@@ -1,0 +1,50 @@
+"""torchxrayvision's DenseNet."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torchxrayvision import models, utils
+
+from densenet_fast import layer_parts
+from densenet_fast.conversion.adapters.torchvision import parts
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
+from densenet_fast.layers import Transition as FusedTransition
+
+
+class Block(ConvertedBlock, models._DenseBlock):
+    """torchxrayvision's block."""
+
+    fused_as = "block"
+    converted_from = models._DenseBlock
+
+
+class Transition(FusedTransition, models._Transition):
+    """torchxrayvision's transition."""
+
+    fused_as = "transition"
+    converted_from = models._Transition
+
+
+class Network(ConvertedNetwork, models.DenseNet):
+    """torchxrayvision's network: resizing, sigmoid and thresholds stay its own."""
+
+    converted_from = models.DenseNet
+
+    def run(self, input: Tensor) -> Tensor:
+        """The library's forward, which asks `features2` for the pooled features."""
+        output: Tensor = models.DenseNet.forward(self, input)
+        return output
+
+    def features2(self, x: Tensor) -> Tensor:
+        """The pooled features [N, C] of images [N, C, H, W]."""
+        if hasattr(self, "input_resolution"):
+            x = utils.fix_resolution(x, self.input_resolution, self)
+            utils.warn_normalization(x)
+        pooled = self.pooled(x)
+        if pooled is None:
+            pooled = models.DenseNet.features2(self, x)
+        return pooled
+
+
+layer_parts.register(models._DenseLayer, parts)
+ADAPTERS = (Block, Transition, Network)

@@ -1,0 +1,130 @@
+"""What converted modules have in common, whichever library they come from.
+
+A converted module keeps its `__dict__`, and so its parameters, buffers, hooks and children. Only
+its class is exchanged, for one of `adapters` that inherits from the library's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast import chain, eligibility
+from densenet_fast.layers import FusedBlock, outside_graph, traced
+from densenet_fast.specs import Checkpoint
+
+
+class ConvertedBlock(FusedBlock):
+    """A library's dense block, run as ours. The layers stay what they are.
+
+    Its adapters are `class Block(ConvertedBlock, TheirBlock)`.
+    """
+
+    returns_growth = False  # whether a layer called as a module returns its own channels alone
+    converted_from: type[nn.Module]
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The library's own forward."""
+        output: Tensor = self.converted_from.forward(self, input)
+        return output
+
+    def call(self, layer: nn.Module, input: Tensor) -> Tensor:
+        """A layer called as a module: the features so far, and its own behind them."""
+        output: Tensor = layer(input)
+        return torch.cat((input, output), 1) if self.returns_growth else output
+
+
+class ConvertedFeatures(nn.Sequential):
+    """A network's chain of stem, blocks and transitions, fused across their borders."""
+
+    converted_from: type[nn.Module] = nn.Sequential
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the modules give one after another: [N, C, H, W] to [N, C', H', W']."""
+        if traced(input):
+            return super().forward(input)
+        if torch.compiler.is_compiling():
+            return outside_graph(self, input)
+        return self.run(input)
+
+    def run(self, input: Tensor) -> Tensor:
+        """The same outside any graph."""
+        if not isinstance(input, Tensor) or eligibility.input(input) is not None:
+            return super().forward(input)
+        modules = list(self._modules.values())
+        dtype = eligibility.parameter_type(input)
+        steps, _ = chain.steps(modules, dtype, input.device, final=None)
+        return chain.run(steps, input)
+
+    def pooled(self, input: Tensor, final: chain.FinalObstacle) -> Tensor | None:
+        """[N, C']: the features behind ReLU and the average over all pixels.
+
+        None, and nothing computed, where the last norm is not fused with these two.
+        """
+        if not isinstance(input, Tensor) or eligibility.input(input) is not None:
+            return None
+        modules: list[Any] = list(self._modules.values())
+        dtype = eligibility.parameter_type(input)
+        steps, pooled = chain.steps(modules, dtype, input.device, final=final)
+        return chain.run(steps, input) if pooled else None
+
+
+class ConvertedNetwork(nn.Module):
+    """A library's network whose head is known to be ReLU, average over all pixels, and the rest.
+
+    Its adapters are `class Network(ConvertedNetwork, TheirNetwork)`.
+    """
+
+    converted_from: type[nn.Module]
+    final: chain.FinalObstacle = staticmethod(chain.final_norm_obstacle)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the library's own forward gives."""
+        if traced(input):
+            output: Tensor = self.converted_from.forward(self, input)
+            return output
+        if torch.compiler.is_compiling():
+            return outside_graph(self, input)
+        return self.run(input)
+
+    def run(self, input: Tensor) -> Tensor:
+        """The same outside any graph."""
+        pooled = self.pooled(input)
+        if pooled is None:
+            output: Tensor = self.converted_from.forward(self, input)
+            return output
+        return self.head(pooled)
+
+    def pooled(self, input: Tensor) -> Tensor | None:
+        """The pooled features [N, C], or None where the library's forward must make them."""
+        features = self._modules.get("features")
+        if not isinstance(features, ConvertedFeatures) or eligibility.touched(features):
+            return None
+        if not self.head_is_known():
+            return None
+        return features.pooled(input, self.final)
+
+    def head_is_known(self) -> bool:
+        """Whether the modules between the features and what `head` does are what they were."""
+        return True
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """The library's forward behind the pooling."""
+        raise NotImplementedError
+
+
+# Attributes of a converted module that its library's class does not have.
+OWN_ATTRIBUTES = ("_checkpoint",)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether the module's exact class is one of the adapters."""
+    return "converted_from" in type(module).__dict__
+
+
+def set_checkpoint(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """What a converted block keeps for its backward."""
+    if isinstance(module, ConvertedBlock):
+        module.checkpoint = checkpoint
