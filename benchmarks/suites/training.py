@@ -49,7 +49,7 @@ def plan(options: Options) -> Record:
         peers = (REFERENCE, *peers)
     batch_size = 64 if options.full else 16
     epoch = (1_797 - digits.TEST_IMAGES) // batch_size
-    steps = options.rounds or (10 * epoch if options.full else epoch)
+    steps = options.rounds or (3 * epoch if options.full else epoch)
     return {
         "settings": {
             "depth": 40 if options.full else 22,
