@@ -18,6 +18,7 @@ SUITES_OF_ALL = (
     "networks",
     "capacity",
     "quality",
+    "finetune",
     "kernels",
     "predict",
 )

@@ -100,6 +100,15 @@ def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
     )
 
 
+def build_converted(spec: NetworkSpec) -> nn.Module:
+    """torchvision's network made efficient in place."""
+    from densenet_fast import convert
+
+    model = build_torchvision(spec, memory_efficient=False)
+    convert(model)
+    return model
+
+
 @dataclass(frozen=True)
 class Peer:
     """One implementation in one memory layout."""
@@ -163,6 +172,12 @@ PEERS: dict[str, Peer] = {
             'densenet_fast, checkpoint="block"',
             "#053061",
             lambda spec: build_ours(spec, checkpoint="block"),
+        ),
+        Peer(
+            "ours-converted",
+            "torchvision after densenet_fast.convert",
+            "#67a9cf",
+            build_converted,
         ),
         Peer("compiled-naive", "torch.compile of naive", "#bababa", _naive, compiled=True),
         Peer(

@@ -25,6 +25,7 @@ SUITES: dict[str, str] = {
     "networks": "DenseNet-121 to 264, BC-100 and BC-190 beside other libraries and ResNets",
     "capacity": "the largest batch and the deepest network that fit a given memory",
     "quality": "what the growth rate does to accuracy, and parity with the naive network",
+    "finetune": "a new classifier on pretrained weights: torchvision, converted, and ours",
     "kernels": "every kernel against this machine's measured peak and PyTorch's own operators",
     "gate": "a few ratios with generous floors: has a change made something much worse?",
     "predict": "a prediction, not a measurement: the same step on A100, H100 and RTX 4090",
