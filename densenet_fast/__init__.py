@@ -14,6 +14,7 @@ from densenet_fast.model import (
     densenet201,
     densenet264,
 )
+from densenet_fast.weights import load_weights
 from densenet_fast.winograd import enable_winograd, winograd_enabled
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "enable_winograd",
     "fusion_report",
     "get_backend",
+    "load_weights",
     "memory",
     "set_backend",
     "use_backend",
