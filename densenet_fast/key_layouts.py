@@ -80,10 +80,11 @@ class Names:
 
 
 class SameTensorTwiceError(ValueError):
-    """Two keys stand for the same tensor."""
+    """Two keys of the file or of the model stand for the same tensor."""
 
-    def __init__(self, first: str, second: str, common: str) -> None:
-        super().__init__(f"{first} and {second} both stand for {common}")
+    def __init__(self, side: str, first: str, second: str, common: str) -> None:
+        super().__init__(f"{first} and {second} of the {side} both stand for {common}")
+        self.side = side
 
 
 def roots(keys: Iterable[str]) -> list[str]:
@@ -104,7 +105,7 @@ def names(file: Sequence[str], model: Sequence[str]) -> tuple[Names, Names]:
     (outer, inner), (model_outer, model_inner) = _prefix(file), _prefix(model)
     if inner != model_inner:
         outer, model_outer = outer + inner, model_outer + model_inner
-    return _names(file, outer), _names(model, model_outer)
+    return _names("file", file, outer), _names("model", model, model_outer)
 
 
 def _prefix(keys: Sequence[str]) -> tuple[str, str]:
@@ -129,13 +130,13 @@ def _wrappers(keys: Sequence[str]) -> str:
         prefix = shared[0]
 
 
-def _names(keys: Sequence[str], prefix: str) -> Names:
+def _names(side: str, keys: Sequence[str], prefix: str) -> Names:
     inner = {key: _COMPILED.sub("", key).removeprefix(prefix) for key in keys}
     own: dict[str, str] = {}
     for key, name in inner.items():
         common = FIRST_FILES.to_common(MONAI.to_common(name))
         if common in own:
-            raise SameTensorTwiceError(own[common], key, common)
+            raise SameTensorTwiceError(side, own[common], key, common)
         own[common] = key
     return Names(_layout(inner.values()), _written(inner, prefix), own)
 

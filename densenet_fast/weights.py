@@ -139,9 +139,11 @@ def load_into(
     try:
         file_names, model_names = key_layouts.names(list(values), list(own))
     except key_layouts.SameTensorTwiceError as error:
-        raise ValueError(
-            f"{state.path}: {error}; prefix= takes the keys under one prefix alone"
-        ) from None
+        advice = {
+            "file": "prefix= takes the keys under one prefix alone",
+            "model": "load into the part of the model that the file is for",
+        }
+        raise ValueError(f"{state.path}: {error}; {advice[error.side]}") from None
     _check_patterns(ignore, file_names, model_names)
 
     def ignored(*names: str) -> bool:

@@ -204,14 +204,25 @@ def test_two_keys_for_one_tensor(tmp_path: Path) -> None:
     state = trained(ours).state_dict()
     state["features.denseblock1.denselayer1.norm.1.bias"] = torch.ones(8)
     path = saved(tmp_path / "file.pth", state)
-    with pytest.raises(ValueError, match=r"norm1\.bias and .*norm\.1\.bias both stand for"):
+    with pytest.raises(ValueError, match=r"norm1\.bias and .*norm\.1\.bias of the file both"):
         load_weights(trained(ours), path)
     state = {**prefixed("model.", trained(ours).state_dict()), "classifier.bias": torch.ones(3)}
     path = saved(tmp_path / "file.pth", state)
-    with pytest.raises(ValueError, match=r"both stand for classifier\.bias; prefix="):
+    with pytest.raises(ValueError, match=r"of the file both stand for classifier\.bias; prefix="):
         load_weights(trained(ours), path)
     report = load_weights(trained(ours), path, prefix="model")
     assert report.outside == ("classifier.bias",)
+
+    class Composed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = trained(ours)
+            self.classifier = nn.Linear(3, 2)
+
+    path = saved(tmp_path / "file.pth", trained(ours).state_dict())
+    with pytest.raises(ValueError, match=r"of the model both stand for.*part of the model"):
+        load_weights(Composed(), path)
+    load_weights(Composed().encoder, path)
 
 
 def test_errors_of_the_models_own_hooks_change_nothing(tmp_path: Path) -> None:
