@@ -15,6 +15,7 @@ from densenet_fast.model import (
     densenet201,
     densenet264,
 )
+from densenet_fast.weights import load_weights
 from densenet_fast.winograd import enable_winograd, winograd_enabled
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "enable_winograd",
     "fusion_report",
     "get_backend",
+    "load_weights",
     "memory",
     "revert",
     "set_backend",

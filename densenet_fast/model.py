@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densenet_fast import chain, checks, eligibility, geometry
+from densenet_fast import chain, checks, eligibility, geometry, pretrained
 from densenet_fast.autocast import computed_type
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition, outside_graph, traced
 from densenet_fast.loading import unchanged_after_errors
@@ -218,37 +219,86 @@ def _stem(in_channels: int, num_features: int, small_inputs: bool) -> nn.Sequent
     )
 
 
-def densenet121(**kwargs: Any) -> EfficientDenseNet:
-    """DenseNet-121; `kwargs` are those of `EfficientDenseNet`."""
-    return _densenet(32, (6, 12, 24, 16), 64, kwargs)
+def densenet121(
+    *, weights: str | Enum | None = None, progress: bool = True, **kwargs: Any
+) -> EfficientDenseNet:
+    """DenseNet-121.
+
+    Args:
+        weights: None, or torchvision's pretrained weights by name ("DEFAULT", "IMAGENET1K_V1",
+            "DenseNet121_Weights.IMAGENET1K_V1") or as torchvision's enum. They are downloaded by
+            torchvision into torch.hub's cache, and set `num_classes`.
+        progress: shows the download's progress on stderr.
+        **kwargs: those of `EfficientDenseNet`.
+
+    Raises:
+        ValueError: there are no such weights, or another argument is not the one they need.
+        TypeError: `weights` is of another type, or those of another network.
+        ImportError: `weights` needs torchvision.
+        RuntimeError: the weights could not be downloaded, or are damaged.
+    """
+    return _densenet("densenet121", 32, (6, 12, 24, 16), 64, weights, progress, kwargs)
 
 
-def densenet161(**kwargs: Any) -> EfficientDenseNet:
-    """DenseNet-161; `kwargs` are those of `EfficientDenseNet`."""
-    return _densenet(48, (6, 12, 36, 24), 96, kwargs)
+def densenet161(
+    *, weights: str | Enum | None = None, progress: bool = True, **kwargs: Any
+) -> EfficientDenseNet:
+    """DenseNet-161; arguments and errors are those of `densenet121`."""
+    return _densenet("densenet161", 48, (6, 12, 36, 24), 96, weights, progress, kwargs)
 
 
-def densenet169(**kwargs: Any) -> EfficientDenseNet:
-    """DenseNet-169; `kwargs` are those of `EfficientDenseNet`."""
-    return _densenet(32, (6, 12, 32, 32), 64, kwargs)
+def densenet169(
+    *, weights: str | Enum | None = None, progress: bool = True, **kwargs: Any
+) -> EfficientDenseNet:
+    """DenseNet-169; arguments and errors are those of `densenet121`."""
+    return _densenet("densenet169", 32, (6, 12, 32, 32), 64, weights, progress, kwargs)
 
 
-def densenet201(**kwargs: Any) -> EfficientDenseNet:
-    """DenseNet-201; `kwargs` are those of `EfficientDenseNet`."""
-    return _densenet(32, (6, 12, 48, 32), 64, kwargs)
+def densenet201(
+    *, weights: str | Enum | None = None, progress: bool = True, **kwargs: Any
+) -> EfficientDenseNet:
+    """DenseNet-201; arguments and errors are those of `densenet121`."""
+    return _densenet("densenet201", 32, (6, 12, 48, 32), 64, weights, progress, kwargs)
 
 
-def densenet264(**kwargs: Any) -> EfficientDenseNet:
-    """DenseNet-264; `kwargs` are those of `EfficientDenseNet`."""
-    return _densenet(32, (6, 12, 64, 48), 64, kwargs)
+def densenet264(*, weights: None = None, progress: bool = True, **kwargs: Any) -> EfficientDenseNet:
+    """DenseNet-264; `kwargs` are those of `EfficientDenseNet`. There are no pretrained weights."""
+    return _densenet("densenet264", 32, (6, 12, 64, 48), 64, weights, progress, kwargs)
 
 
 def _densenet(
-    growth_rate: int, block_config: tuple[int, ...], num_init_features: int, kwargs: dict[str, Any]
+    name: str,
+    growth_rate: int,
+    block_config: tuple[int, ...],
+    num_init_features: int,
+    weights: str | Enum | None,
+    progress: bool,
+    kwargs: dict[str, Any],
 ) -> EfficientDenseNet:
+    progress = checks.flag("progress", progress)
+    if "pretrained" in kwargs:
+        raise TypeError(
+            f"pretrained={kwargs['pretrained']!r} is torchvision's old argument: use "
+            'weights="DEFAULT", or None'
+        )
     shape: dict[str, Any] = {
         "growth_rate": growth_rate,
         "block_config": block_config,
         "num_init_features": num_init_features,
     }
-    return EfficientDenseNet(**{**shape, **kwargs})
+    if weights is None:
+        return EfficientDenseNet(**{**shape, **kwargs})
+    chosen = pretrained.Pretrained(name, weights)
+    needed = {**shape, **_AS_PRETRAINED, "num_classes": chosen.num_classes}
+    chosen.check_arguments(needed, kwargs)
+    model = EfficientDenseNet(**{**needed, **kwargs})
+    chosen.load(model, progress)
+    return model
+
+
+_AS_PRETRAINED: dict[str, Any] = {
+    "bn_size": 4,
+    "compression": 0.5,
+    "in_channels": 3,
+    "small_inputs": False,
+}

@@ -1,0 +1,158 @@
+"""What each library calls the tensors of a DenseNet, and what stands before these names.
+
+Names are compared in torchvision's layout, which this package, timm and torchxrayvision share:
+`features.denseblock1.denselayer1.norm1.weight`, ..., `classifier.bias`. Every rule looks at one
+name alone, so it also holds for DenseNets inside other networks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+_START = r"(?<![^.])"  # of a name between dots
+_LAYER = _START + r"(denselayer\d+)\."
+
+Rules = tuple[tuple[re.Pattern[str], str], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of one library: `common` translates them to torchvision's, `own` back."""
+
+    name: str
+    common: Rules = ()
+    own: Rules = ()
+
+    def to_common(self, name: str) -> str:
+        """torchvision's name for this layout's `name`."""
+        return _substituted(name, self.common)
+
+    def to_own(self, name: str) -> str:
+        """The layout's own name for torchvision's `name`."""
+        return _substituted(name, self.own)
+
+
+def _substituted(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+OTHER = Layout("unknown")
+TORCHVISION = Layout("torchvision")
+MONAI = Layout(
+    "MONAI",
+    (
+        (re.compile(_LAYER + r"layers\.((?:norm|conv)[12]\.)"), r"\1.\2"),
+        (re.compile(_START + r"class_layers\.out\."), "classifier."),
+    ),
+    (
+        (re.compile(_LAYER + r"((?:norm|conv)[12]\.)"), r"\1.layers.\2"),
+        (re.compile(_START + r"classifier\."), "class_layers.out."),
+    ),
+)
+FIRST_FILES = Layout(
+    "torchvision's first files",
+    ((re.compile(_LAYER + r"(norm|conv)\.([12]\.)"), r"\1.\2\3"),),
+    ((re.compile(_LAYER + r"(norm|conv)([12]\.)"), r"\1.\2.\3"),),
+)
+
+_PART = r"(?:conv0|norm0|norm5|denseblock\d+|transition\d+)\."
+_DENSENET = re.compile(_START + r"(?:features\." + _PART + r"|denselayer\d+\.)")
+_ROOT = re.compile(r"((?:[^.]+\.)*?)features\." + _PART)
+_WRAPPERS = ("module.", "model.", "net.")  # DistributedDataParallel and LightningModules
+_COMPILED = re.compile(_START + r"_orig_mod\.")  # torch.compile, of a network or of its parts
+
+
+@dataclass(frozen=True)
+class Names:
+    """The keys of a file or of a model. `own` holds each of them by its common name."""
+
+    layout: Layout
+    prefix: str
+    own: dict[str, str]
+
+    def spelled(self, common: str) -> str:
+        """What the tensor `common` is called here, or would be if it were here."""
+        return self.own.get(common, self.prefix + self.layout.to_own(common))
+
+
+class SameTensorTwiceError(ValueError):
+    """Two keys of the file or of the model stand for the same tensor."""
+
+    def __init__(self, side: str, first: str, second: str, common: str) -> None:
+        super().__init__(f"{first} and {second} of the {side} both stand for {common}")
+        self.side = side
+
+
+def roots(keys: Iterable[str]) -> list[str]:
+    """What stands before `features.` in each DenseNet among `keys`: "" or a name and a dot."""
+    matches = (_ROOT.match(_COMPILED.sub("", key)) for key in keys)
+    return list(dict.fromkeys(match[1] for match in matches if match))
+
+
+def names(file: Sequence[str], model: Sequence[str]) -> tuple[Names, Names]:
+    """The keys of a file and of the model that it is for, by names that can be compared.
+
+    What wraps a network is taken away on both sides. If what is left before `features.` differs,
+    as with a U-Net's `encoder.` and a file of the encoder alone, it is taken away as well.
+
+    Raises:
+        SameTensorTwiceError: two keys of one side stand for the same tensor.
+    """
+    (outer, inner), (model_outer, model_inner) = _prefix(file), _prefix(model)
+    if inner != model_inner:
+        outer, model_outer = outer + inner, model_outer + model_inner
+    return _names("file", file, outer), _names("model", model, model_outer)
+
+
+def _prefix(keys: Sequence[str]) -> tuple[str, str]:
+    """The wrappers before the only DenseNet, and the rest of what stands before it.
+
+    With no or several DenseNets: the wrappers before all keys.
+    """
+    found = roots(keys)
+    if len(found) == 1:
+        wrappers = _wrappers(found)
+        return wrappers, found[0][len(wrappers) :]
+    return _wrappers([_COMPILED.sub("", key) for key in keys]), ""
+
+
+def _wrappers(keys: Sequence[str]) -> str:
+    prefix = ""
+    while True:
+        longer = [prefix + wrapper for wrapper in _WRAPPERS]
+        shared = [long for long in longer if keys and all(key.startswith(long) for key in keys)]
+        if not shared:
+            return prefix
+        prefix = shared[0]
+
+
+def _names(side: str, keys: Sequence[str], prefix: str) -> Names:
+    inner = {key: _COMPILED.sub("", key).removeprefix(prefix) for key in keys}
+    own: dict[str, str] = {}
+    for key, name in inner.items():
+        common = FIRST_FILES.to_common(MONAI.to_common(name))
+        if common in own:
+            raise SameTensorTwiceError(side, own[common], key, common)
+        own[common] = key
+    return Names(_layout(inner.values()), _written(inner, prefix), own)
+
+
+def _layout(inner: Iterable[str]) -> Layout:
+    inner = list(inner)
+    for layout in (MONAI, FIRST_FILES):
+        if any(layout.to_common(name) != name for name in inner):
+            return layout
+    return TORCHVISION if any(_DENSENET.search(name) for name in inner) else OTHER
+
+
+def _written(inner: Mapping[str, str], prefix: str) -> str:
+    """The prefix as it stands in the keys, with torch.compile's part of it."""
+    for key, name in inner.items():
+        before = key.removesuffix(name)
+        if _COMPILED.sub("", before) == prefix and before + name == key:
+            return before
+    return prefix
