@@ -180,7 +180,7 @@ def test_every_peer_has_a_prediction() -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_plan(full: bool) -> None:
     settings = capacity.plan(Options(full=full))["settings"]
-    assert settings["budgets"] == ([512, 2048] if full else [512])
+    assert settings["budgets"] == ([512, 1024] if full else [512])
     titles = [entry["title"] for entry in settings["searches"]]
     assert len(titles) == (3 if full else 2)
     assert titles[-1] == "Deepest DenseNet-BC (k=12), 64×3×32×32"

@@ -43,7 +43,7 @@ def test_other_libraries_compute_the_same_function(name: str) -> None:
 def test_peers_are_compared_where_they_can_build_the_network() -> None:
     settings = {"peers": list(peers.PEERS)}
     small = set(step.peers_of(settings, densenet_bc(22, 12, batch_size=2)))
-    assert small == {*peers.BASIC_PEERS, "compiled-naive", "compiled-ours"}
+    assert small == {*peers.BASIC_PEERS, "ours-converted", "compiled-naive", "compiled-ours"}
     assert step.peers_of(settings, NETWORKS["densenet121"]) == list(peers.PEERS)
     wide = step.peers_of(settings, NETWORKS["densenet161"])
     assert set(peers.PEERS) - set(wide) == {"timm", "resnet50", "resnet101"}

@@ -30,7 +30,7 @@ KNOWN_PEERS = BASIC_PEERS
 PEERS = ("naive-channels-last", "memory-efficient", "ours-none", "ours-bottleneck", "ours-block")
 QUICK_NETWORKS = ("densenet-bc-100",)
 QUICK_BUDGETS = (512,)  # MiB
-FULL_BUDGETS = (512, 2048)
+FULL_BUDGETS = (512, 1024)
 # The network whose depth varies.
 GROWTH_RATE = 12
 BATCH_SIZE = 64

@@ -36,7 +36,7 @@ WEIGHTS = "finetune-weights.pth"
 HALF = 5  # classes
 IMAGE_SIZE = 64  # pixels
 BATCH_SIZE = 32
-QUICK_STEPS, FULL_STEPS = 60, 300
+QUICK_STEPS, FULL_STEPS = 60, 200
 CHILD_WORK = 20.0  # of the progress bar, in training steps
 
 

@@ -20,8 +20,7 @@ PARTS = step.PARTS
 
 # The compiler takes minutes for each network: unless named, its networks are the main ones.
 QUICK_PEERS = (*BASIC_PEERS, "monai", "timm", "resnet50", "resnet101")
-QUICK_ROUNDS = 3
-FULL_ROUNDS = 5
+ROUNDS = 3  # the form says how many networks
 
 
 def plan(options: Options) -> Record:
@@ -37,7 +36,7 @@ def plan(options: Options) -> Record:
     settings["networks"] = [NETWORKS[name].to_json() for name in names]
     compiled = names if options.peers else MAIN_NETWORKS
     settings["compiled_networks"] = [NETWORKS[name].name for name in names if name in compiled]
-    settings["rounds"] = options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS)
+    settings["rounds"] = options.rounds or ROUNDS
     return record
 
 

@@ -16,7 +16,7 @@ from benchmarks.suites import Options, Record, step
 PARTS = step.PARTS
 QUICK_PARTS = ("time", "inference")  # each figure of memory takes a child process
 QUICK_ROUNDS = 3
-FULL_ROUNDS = 10
+FULL_ROUNDS = 5
 
 
 def plan(options: Options, varied: str, title: str, specs: Mapping[int, NetworkSpec]) -> Record:
