@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from densenet_fast import eligibility
+from densenet_fast import eligibility, synchronized
 from densenet_fast.autocast import computed_type
 from densenet_fast.layers import DenseBlock, Transition
 from densenet_fast.memory_plan import (
@@ -20,6 +21,9 @@ from densenet_fast.memory_plan import (
 )
 from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 
+if TYPE_CHECKING:
+    from densenet_fast.steps import Segment
+
 
 def stem_obstacle(
     modules: Sequence[nn.Module], dtype: torch.dtype, device: torch.device
@@ -28,7 +32,7 @@ def stem_obstacle(
     if len(modules) != 3:
         return "is not followed by a ReLU and a max-pooling"
     norm, relu, pool = modules
-    if type(norm) is not nn.BatchNorm2d:
+    if not eligibility.is_norm(norm):
         return eligibility.other_type(norm, nn.BatchNorm2d)
     if (found := eligibility.norm(norm, norm.num_features, dtype, device)) is not None:
         return f"the norm {found}"
@@ -57,9 +61,32 @@ def transition_obstacle(
 
 def final_norm_obstacle(norm: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why `norm` cannot be fused with the ReLU and the pooling behind it, or None."""
-    if type(norm) is not nn.BatchNorm2d:
+    if not eligibility.is_norm(norm):
         return eligibility.other_type(norm, nn.BatchNorm2d)
     return eligibility.norm(norm, norm.num_features, dtype, device)
+
+
+def group_obstacle(segments: Sequence[Segment], norm: nn.Module) -> str | None:
+    """Why `norm` cannot share the statistics of the block with these segments, or None."""
+    if not synchronized.active() or not segments or not isinstance(segments[-1], list):
+        return None
+    group = synchronized.OneGroup(*(layer.norm1 for layer in segments[-1]))
+    return None if group.admits(norm) else "takes statistics over other ranks than the block before"
+
+
+def stands_alone(
+    modules: Sequence[nn.Module], at: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the final norm is one to fuse with ReLU and pooling where no block precedes it.
+
+    PyTorch's own SyncBatchNorm does not synchronise on CPUs: that beats calling it.
+    """
+    norm = modules[at]
+    return (
+        type(norm) is nn.SyncBatchNorm
+        and at + 1 == len(modules)
+        and final_norm_obstacle(norm, dtype, device) is None
+    )
 
 
 def steps(
@@ -78,7 +105,7 @@ def steps(
     at = 0
     while at < len(modules):
         module = modules[at]
-        if type(module) is nn.BatchNorm2d:
+        if eligibility.is_norm(module):
             if stem_obstacle(modules[at : at + 3], dtype, device) is None:
                 _channels_innermost(planned)
                 conv = None
@@ -87,6 +114,9 @@ def steps(
                 planned.append(StemStep(module, conv))
                 at += 3
                 continue
+            if stands_alone(modules, at, dtype, device):
+                planned.append(DenseStep([], "bottleneck", module))
+                return planned, True
         elif isinstance(module, DenseBlock) and block_obstacle(module) is None:
             step = DenseStep(module.segments(None, dtype, device), module.checkpoint)
             if step.segments and isinstance(step.segments[0], list):
@@ -97,11 +127,17 @@ def steps(
                 continue
             behind = modules[at]
             if isinstance(behind, Transition):
-                if transition_obstacle(behind, dtype, device) is None:
+                if (
+                    transition_obstacle(behind, dtype, device) is None
+                    and group_obstacle(step.segments, behind.norm) is None
+                ):
                     step.tail = behind
                     at += 1
-            elif isinstance(behind, nn.BatchNorm2d) and at + 1 == len(modules):
-                if final_norm_obstacle(behind, dtype, device) is None:
+            elif eligibility.is_norm(behind) and at + 1 == len(modules):
+                if (
+                    final_norm_obstacle(behind, dtype, device) is None
+                    and group_obstacle(step.segments, behind) is None
+                ):
                     step.tail = behind
                     return planned, True
             continue

@@ -8,7 +8,7 @@ or None. They run for every layer of every forward, hence the direct reading of 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,16 @@ from densenet_fast.backend import backend_for, get_backend
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 # kernel_size, stride, padding, dilation, groups, padding_mode
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 _FORWARDS = tuple(
     (kind, kind.forward)
-    for kind in (nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+    for kind in (*NORMS, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
 )
 _CALL = nn.Module.__call__
 
@@ -92,9 +95,16 @@ def parameter(state: dict[str, Any], name: str) -> Any:
     return parameters[name] if name in parameters else state[name]
 
 
+def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
+    """Whether fused blocks know this type of norm."""
+    return type(module) in NORMS
+
+
 def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Obstacle to computing a BatchNorm2d of this many channels."""
-    obstacle = exactly(module, nn.BatchNorm2d)
+    """Obstacle to computing a BatchNorm2d or SyncBatchNorm of this many channels."""
+    if not is_norm(module):
+        return other_type(module, nn.BatchNorm2d)
+    obstacle = touched(module)
     if obstacle is not None:
         return obstacle
     state = module.__dict__

@@ -146,7 +146,7 @@ class _Report:
         parts: list[Any] = list(model.features._modules.items())
         modules = [module for _, module in parts]
         for at, (name, module) in enumerate(parts):
-            if isinstance(module, nn.BatchNorm2d) or name in ("norm0", "norm5"):
+            if isinstance(module, eligibility.NORMS) or name in ("norm0", "norm5"):
                 self.add(prefix + name, whole or self._norm(modules, at))
             elif module is not None:
                 self.visit(prefix + name, module)  # nothing of ours in it: no rows
@@ -154,6 +154,8 @@ class _Report:
     def _norm(self, modules: list[nn.Module], at: int) -> str | None:
         if at + 1 < len(modules):
             return chain.stem_obstacle(modules[at : at + 3], *self.where)
+        if chain.stands_alone(modules, at, *self.where):
+            return None
         before = modules[at - 1] if at else None
         if not isinstance(before, DenseBlock):
             return "is not behind a DenseBlock"
@@ -162,4 +164,5 @@ class _Report:
         segments = before.segments(None, *self.where)
         if not segments or isinstance(segments[-1], nn.Module):
             return "the layer before it runs plain"
-        return chain.final_norm_obstacle(modules[at], *self.where)
+        found = chain.final_norm_obstacle(modules[at], *self.where)
+        return found or chain.group_obstacle(segments, modules[at])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from densenet_fast import checks, eligibility, geometry
+from densenet_fast import checks, eligibility, geometry, synchronized
 from densenet_fast.specs import Checkpoint
 from densenet_fast.steps import DenseStep
 
@@ -126,6 +126,7 @@ class DenseLayer(nn.Module):
         """The checked forward, fused if nothing is in the way."""
         checks.images(type(self).__name__, input)
         checks.channels(type(self).__name__, input, self._modules.get("norm1"))
+        synchronized.check_modules(self, input.device)
         obstacle = eligibility.input(input) or self.obstacle(
             input.shape[1], eligibility.parameter_type(input), input.device
         )
@@ -243,6 +244,7 @@ class DenseBlock(nn.ModuleDict):
         """The checked forward, fused where nothing is in the way."""
         checks.images(type(self).__name__, input)
         checks.channels(type(self).__name__, input, self.first_reader())
+        synchronized.check_modules(self, input.device)
         obstacle = eligibility.input(input)
         segments = self.segments(obstacle, eligibility.parameter_type(input), input.device)
         if not fused_throughout(segments):
@@ -260,19 +262,27 @@ class DenseBlock(nn.ModuleDict):
     def segments(
         self, obstacle: str | None, dtype: torch.dtype, device: torch.device
     ) -> list[Segment]:
-        """Longest runs of layers to fuse, and single layers to call, in order."""
+        """Longest runs of layers to fuse, and single layers to call, in order.
+
+        The layers of a run share the features' statistics, so those are of one process group.
+        """
         segments: list[Segment] = []
         if obstacle is not None:
             segments.extend(self.values())
             return segments
         run: list[DenseLayer] = []
+        group = synchronized.OneGroup()
         channels = None
         for layer in self.values():
             channels, found = layer_obstacle(layer, channels, dtype, device)
             if found is not None or not isinstance(layer, DenseLayer):
                 segments.append(layer)
                 run = []
+                group = synchronized.OneGroup()
             else:
+                if not group.admits(layer.norm1):
+                    run = []
+                    group = synchronized.OneGroup(layer.norm1)
                 if not run:
                     segments.append(run)
                 run.append(layer)
@@ -332,6 +342,7 @@ class Transition(nn.Sequential):
         checks.images(name, input)
         first = next(iter(self), None)
         checks.channels(name, input, first)
+        synchronized.check_modules(self, input.device)
         obstacle = eligibility.input(input) or self.obstacle(
             input.shape[1], eligibility.parameter_type(input), input.device
         )
