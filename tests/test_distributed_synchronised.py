@@ -99,8 +99,8 @@ def close(
 ) -> None:
     assert actual is not None and expected is not None, what
     assert actual.dtype == expected.dtype, what
-    error = float((actual - expected).double().norm())
-    size = max(float(expected.double().norm()), floor)
+    error = float((actual - expected).detach().double().norm())
+    size = max(float(expected.detach().double().norm()), floor)
     assert error <= tolerance * size, f"{what}: error {error:.3e} against norm {size:.3e}"
 
 
