@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from densenet_fast import norms, ops
+from densenet_fast import norms, ops, synchronized
 from densenet_fast.block_forward import (
     Geometry,
     Statistics,
@@ -56,8 +56,8 @@ class BlockBackward:
         self.lowest = 0 if input_needed else min(wanting, default=len(layers))
         self.grad_features = self._gradient_buffer()
         # Sums over the norms done so far, of scale * grad_beta and of scale * rstd * grad_gamma.
-        sums = statistics.mean.new_zeros(2, geometry.channels)
-        self.sum_grad, self.sum_grad_x = sums.unbind()
+        self.sums = statistics.mean.new_zeros(2, geometry.channels)
+        self.sum_grad, self.sum_grad_x = self.sums.unbind()
 
     def _gradient_buffer(self) -> Tensor:
         channels = self.geometry.channels
@@ -95,14 +95,24 @@ class BlockBackward:
 
     def _finish(self, start: int, end: int, out: Tensor) -> None:
         """The complete gradient of channels all of whose readers are done."""
+        sum_grad, sum_grad_x = self._sums(start, end)
         ops.finish_gradient(
             self.features[..., start:end],
             self.grad_features[..., start:end],
             self.statistics.mean[start:end],
-            self.sum_grad[start:end],
-            self.sum_grad_x[start:end],
+            sum_grad,
+            sum_grad_x,
             out,
         )
+
+    def _sums(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The deferred sums, as `ops.finish_gradient` divides them by the rows of this process."""
+        group, total = self.geometry.group, self.statistics.features_total()
+        if group is None or total is None:
+            return self.sum_grad[start:end], self.sum_grad_x[start:end]
+        sums = self.sums[:, start:end].clone(memory_format=torch.contiguous_format)
+        sums = synchronized.mean_over_ranks(group, sums, total).mul_(self.geometry.rows)
+        return sums[0], sums[1]
 
     def _tail(self, tail: Tail, needs: Sequence[bool], grad_output: Tensor) -> Gradients:
         forward = tail_coefficients(tail.norm, self.statistics)
@@ -190,7 +200,12 @@ class BlockBackward:
         assert grad_beta2 is not None
 
         rows = norms.gradient_coefficients(
-            layer.norm2, norm2, grad_gamma2, grad_beta2, self.geometry.rows
+            layer.norm2,
+            norm2,
+            grad_gamma2,
+            grad_beta2,
+            self.geometry.rows,
+            self.statistics.bottleneck_total(index),
         )
         weight = matrix(layer.conv1_weight)
         norm1_needed = features_needed or needs[0] or needs[1]

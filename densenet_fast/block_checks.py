@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from densenet_fast import synchronized
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
     AvgPoolTail,
@@ -74,6 +75,21 @@ def check_block(
         raise TypeError(
             f"tail should be None, a TransitionTail or an AvgPoolTail, got {type(tail).__name__}"
         )
+    _check_groups(layers, tail)
+
+
+def _check_groups(layers: Sequence[LayerSpec], tail: Tail | None) -> None:
+    """One set of statistics of the features for all norms that read them."""
+    reading = [layer.norm1 for layer in layers] + ([] if tail is None else [tail.norm])
+    groups = {norm.group for norm in reading if norm.batch_statistics}
+    if len(groups) > 1:
+        raise ValueError(
+            "all norms that read a block's features should take the batch's statistics over the "
+            f"same process group, or all without one, got {len(groups)} different ones"
+        )
+    for norm in (*reading, *(layer.norm2 for layer in layers)):
+        if norm.group is not None and not norm.batch_statistics:
+            raise ValueError("a norm with a process group should use the batch's statistics")
 
 
 def check_norm(
@@ -81,7 +97,9 @@ def check_norm(
 ) -> None:
     """Parameters and statistics of a norm over `channels`, and enough values to take them from."""
     images, height, width = pixels
-    if norm.batch_statistics and images * height * width == 1:
+    if norm.group is not None:
+        synchronized.check(norm.group, input.device, name)
+    elif norm.batch_statistics and images * height * width == 1:
         size = torch.Size((images, channels, height, width))
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {size}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from densenet_fast import norms, ops
+from densenet_fast import norms, ops, synchronized
 from densenet_fast.layout import Scratch, empty_channels_last, empty_rows, row_pitch
 from densenet_fast.norms import Coefficients
 from densenet_fast.reference import statistics_dtype
@@ -35,11 +35,13 @@ class Geometry:
         for growth in self.growths:
             self.starts.append(self.starts[-1] + growth)
         self.channels = self.starts[-1]
-        readers = [index for index, layer in enumerate(layers) if layer.norm1.batch_statistics]
-        if tail is not None and tail.norm.batch_statistics:
-            readers.append(len(layers))
+        reading = [layer.norm1 for layer in layers] + ([] if tail is None else [tail.norm])
+        readers = [index for index, norm in enumerate(reading) if norm.batch_statistics]
         # Layer l reads segments 0 to l, so all segments up to the last reader need statistics.
         self._last_reader = readers[-1] if readers else -1
+        # Whose statistics: those of the features are one group's, as `check_block` has seen to.
+        self.group = reading[readers[0]].group if readers else None
+        self.bottleneck_groups = [layer.norm2.group for layer in layers]
 
     def reduced(self, segment: int) -> bool:
         """Whether some norm takes the batch's statistics of this segment."""
@@ -47,21 +49,26 @@ class Geometry:
 
 
 class Statistics:
-    """Mean and biased variance of all features and of each layer's bottleneck, in one vector."""
+    """Mean and biased variance of all features and of each layer's bottleneck, in one vector.
+
+    Where some are synchronised, the numbers of values that they were taken from are behind them.
+    """
 
     def __init__(self, geometry: Geometry, vector: Tensor) -> None:
         """Name the parts of `vector`, which has `Statistics.size(geometry)` elements."""
+        self._geometry = geometry
         sizes = [geometry.channels] * 2
         for width in geometry.widths:
             sizes += [width] * 2
-        parts = vector.split(sizes)
+        parts = vector.split([*sizes, *[1] * _totals(geometry)])
         self.mean, self.var = parts[:2]
-        self._bottleneck = parts[2:]
+        self._bottleneck = parts[2 : len(sizes)]
+        self._totals = parts[len(sizes) :]
 
     @staticmethod
     def size(geometry: Geometry) -> int:
         """Elements needed."""
-        return 2 * (geometry.channels + sum(geometry.widths))
+        return 2 * (geometry.channels + sum(geometry.widths)) + _totals(geometry)
 
     def features(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of some channels of the features."""
@@ -70,6 +77,33 @@ class Statistics:
     def bottleneck(self, layer: int) -> tuple[Tensor, Tensor]:
         """Mean and variance of a layer's bottleneck."""
         return self._bottleneck[2 * layer], self._bottleneck[2 * layer + 1]
+
+    def features_total(self) -> Tensor | None:
+        """Values [1] of a feature's channel on all ranks; None: not synchronised."""
+        return None if self._geometry.group is None else self._totals[0]
+
+    def bottleneck_total(self, layer: int) -> Tensor | None:
+        """Values [1] of a bottleneck's channel on all ranks; None: not synchronised."""
+        group = self._geometry.bottleneck_groups[layer]
+        return None if group is None else self._totals[1 + layer]
+
+    def synchronise_features(self, start: int, end: int) -> None:
+        """Combine the ranks' statistics of some channels, if their readers are synchronised."""
+        group, total = self._geometry.group, self.features_total()
+        if group is not None and total is not None:
+            synchronized.combine(group, self._geometry.rows, *self.features(start, end), total)
+
+    def synchronise_bottleneck(self, layer: int) -> None:
+        """Combine the ranks' statistics of a layer's bottleneck, if its norm2 is synchronised."""
+        group, total = self._geometry.bottleneck_groups[layer], self.bottleneck_total(layer)
+        if group is not None and total is not None:
+            synchronized.combine(group, self._geometry.rows, *self.bottleneck(layer), total)
+
+
+def _totals(geometry: Geometry) -> int:
+    """Numbers of values to keep: that of the features and of each layer's bottleneck, or none."""
+    groups = [geometry.group, *geometry.bottleneck_groups]
+    return 0 if all(group is None for group in groups) else len(groups)
 
 
 @dataclass
@@ -119,6 +153,7 @@ def forward(
     if geometry.reduced(0):
         start = geometry.starts[0]
         ops.channel_statistics(features[..., :start], *statistics.features(0, start))
+        statistics.synchronise_features(0, start)
     bottlenecks = _run_layers(layers, geometry, statistics, features, seeds, keep)
     result = Forward(buffer, vector, bottlenecks)
     return (buffer if tail is None else _tail(tail, features, geometry, statistics)), result
@@ -191,24 +226,29 @@ def _first_layer_run(
     start, end = geometry.starts[index : index + 2]
     prefix = features[..., :start]
     norms.update_running_statistics(
-        layer.norm1, *statistics.features(0, start), count=geometry.rows
+        layer.norm1, *statistics.features(0, start), geometry.rows, statistics.features_total()
     )
     scale, shift, _, _ = norm1_coefficients(layer, index, geometry, statistics)
     mean, var = statistics.bottleneck(index)
     wanted = (mean, var) if layer.norm2.batch_statistics else (None, None)
     ops.conv1x1_forward(prefix, scale, shift, matrix(layer.conv1_weight), bottleneck, *wanted)
+    statistics.synchronise_bottleneck(index)
 
-    norms.update_running_statistics(layer.norm2, mean, var, count=geometry.rows)
+    norms.update_running_statistics(
+        layer.norm2, mean, var, geometry.rows, statistics.bottleneck_total(index)
+    )
     scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
     growth = features[..., start:end]
     wanted = statistics.features(start, end) if geometry.reduced(index + 1) else (None, None)
     if not layer.dropout:
         ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, *wanted)
-        return
-    ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
-    ops.dropout_(growth, seed, layer.dropout)
-    if wanted[0] is not None and wanted[1] is not None:
-        ops.channel_statistics(growth, *wanted)
+    else:
+        ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
+        ops.dropout_(growth, seed, layer.dropout)
+        if wanted[0] is not None and wanted[1] is not None:
+            ops.channel_statistics(growth, *wanted)
+    if geometry.reduced(index + 1):
+        statistics.synchronise_features(start, end)
 
 
 def recompute_bottleneck(
@@ -257,7 +297,9 @@ def tail_coefficients(norm: NormSpec, statistics: Statistics) -> Coefficients:
 
 
 def _tail(tail: Tail, features: Tensor, geometry: Geometry, statistics: Statistics) -> Tensor:
-    norms.update_running_statistics(tail.norm, statistics.mean, statistics.var, count=geometry.rows)
+    norms.update_running_statistics(
+        tail.norm, statistics.mean, statistics.var, geometry.rows, statistics.features_total()
+    )
     scale, shift, _, _ = tail_coefficients(tail.norm, statistics)
     images, height, width = geometry.pixels
     if isinstance(tail, AvgPoolTail):

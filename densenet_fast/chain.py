@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from densenet_fast import eligibility
+from densenet_fast import eligibility, synchronized
 from densenet_fast.autocast import computed_type
 from densenet_fast.layers import DenseBlock, FusedBlock, Transition
 from densenet_fast.memory_plan import (
@@ -19,6 +20,9 @@ from densenet_fast.memory_plan import (
     held_below_peak,
 )
 from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
+
+if TYPE_CHECKING:
+    from densenet_fast.steps import Segment
 
 
 def stem_obstacle(
@@ -32,9 +36,8 @@ def stem_obstacle(
     if len(modules) < length:
         return "is not followed by a ReLU and a max-pooling"
     norm, pool = modules[0], modules[length - 1]
-    if not eligibility.norm_type(norm):
+    if not eligibility.is_norm(norm):
         return eligibility.other_type(norm, nn.BatchNorm2d)
-    assert isinstance(norm, nn.BatchNorm2d)
     if (found := eligibility.norm(norm, norm.num_features, dtype, device)) is not None:
         return f"the norm {found}"
     if length == 3 and (found := eligibility.exactly(modules[1], nn.ReLU)) is not None:
@@ -67,9 +70,8 @@ def transition_obstacle(
 
 def final_norm_obstacle(norm: nn.Module, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why `norm` cannot be fused with the ReLU and the pooling behind it, or None."""
-    if not eligibility.norm_type(norm):
+    if not eligibility.is_norm(norm):
         return eligibility.other_type(norm, nn.BatchNorm2d)
-    assert isinstance(norm, nn.BatchNorm2d)
     return eligibility.norm(norm, norm.num_features, dtype, device)
 
 
@@ -84,6 +86,34 @@ def final_norm_with_relu_obstacle(
 
 # Why a final norm cannot be fused with what is behind it.
 FinalObstacle = Callable[[nn.Module, torch.dtype, torch.device], "str | None"]
+
+
+def group_obstacle(segments: Sequence[Segment], norm: nn.Module) -> str | None:
+    """Why `norm` cannot share the statistics of the block with these segments, or None."""
+    if not synchronized.active() or not segments or not isinstance(segments[-1], list):
+        return None
+    group = synchronized.OneGroup(*(layer.norm1 for layer in segments[-1]))
+    return None if group.admits(norm) else "takes statistics over other ranks than the block before"
+
+
+def stands_alone(
+    modules: Sequence[nn.Module],
+    at: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    final: FinalObstacle | None,
+) -> bool:
+    """Whether the final norm is one to fuse with ReLU and pooling where no block precedes it.
+
+    PyTorch's own SyncBatchNorm does not synchronise on CPUs: that beats calling it.
+    """
+    norm = modules[at]
+    return (
+        type(norm) is nn.SyncBatchNorm
+        and at + 1 == len(modules)
+        and final is not None
+        and final(norm, dtype, device) is None
+    )
 
 
 def steps(
@@ -104,7 +134,7 @@ def steps(
     at = 0
     while at < len(modules):
         module = modules[at]
-        if isinstance(module, nn.BatchNorm2d):
+        if eligibility.is_norm(module):
             if stem_obstacle(modules[at:], dtype, device) is None:
                 _channels_innermost(planned)
                 conv, behind_stem = None, at + stem_length(modules[at:])
@@ -114,6 +144,9 @@ def steps(
                 planned.append(StemStep(module, conv))
                 at = behind_stem
                 continue
+            if stands_alone(modules, at, dtype, device, final):
+                planned.append(DenseStep([], "bottleneck", module))
+                return planned, True
         elif isinstance(module, FusedBlock) and block_obstacle(module) is None:
             segments = module.segments(None, dtype, device)
             step = DenseStep(segments, module.checkpoint, call=module.call)
@@ -125,11 +158,18 @@ def steps(
                 continue
             behind = modules[at]
             if isinstance(behind, Transition):
-                if transition_obstacle(behind, dtype, device) is None:
+                if (
+                    transition_obstacle(behind, dtype, device) is None
+                    and group_obstacle(step.segments, behind.norm) is None
+                ):
                     step.tail = behind
                     at += 1
-            elif isinstance(behind, nn.BatchNorm2d) and at + 1 == len(modules):
-                if final is not None and final(behind, dtype, device) is None:
+            elif eligibility.is_norm(behind) and at + 1 == len(modules):
+                if (
+                    final is not None
+                    and final(behind, dtype, device) is None
+                    and group_obstacle(step.segments, behind) is None
+                ):
                     step.tail = behind
                     return planned, True
             continue

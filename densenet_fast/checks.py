@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.eligibility import touched
+from densenet_fast.eligibility import NORMS, is_norm, touched
 from densenet_fast.specs import CHECKPOINT_MODES, NETWORK_MODES, Checkpoint, NetworkMode
+from densenet_fast.synchronized import group_of
 
 
 def integer(name: str, value: Any, minimum: int = 1) -> int:
@@ -131,7 +132,7 @@ def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
     """The input has as many channels as `first`, the module that will read it, expects."""
     if first is None or touched(first):
         return
-    if type(first) is nn.BatchNorm2d:
+    if is_norm(first):
         expected = first.num_features
     elif type(first) is nn.Conv2d:
         expected = first.in_channels
@@ -143,7 +144,7 @@ def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
         )
 
 
-_CHECKED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+_CHECKED = (nn.Conv2d, *NORMS, nn.Linear)
 _CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
 _REDUCED = (torch.float16, torch.bfloat16)
 
@@ -172,7 +173,7 @@ def _parameters(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: b
 
 
 def _tensors(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: bool) -> None:
-    is_norm = type(module) is nn.BatchNorm2d
+    norm = is_norm(module)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None or not tensor.is_floating_point():
             continue
@@ -181,7 +182,7 @@ def _tensors(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: bool
                 f"{type(owner).__name__}: the input is on {input.device}, but "
                 f"{_path(owner, module)}{name} is on {tensor.device}; move one of them with .to()"
             )
-        mixed_norm = is_norm and tensor.dtype == torch.float32 and input.dtype in _REDUCED
+        mixed_norm = norm and tensor.dtype == torch.float32 and input.dtype in _REDUCED
         if tensor.dtype != input.dtype and not any_dtype and not mixed_norm:
             raise TypeError(
                 f"{type(owner).__name__}: the input is {input.dtype}, but "
@@ -199,7 +200,9 @@ def values_per_channel(module: nn.Module, n: int, h: int, w: int) -> None:
     if n * h * w != 1:
         return
     for norm in module.modules():
-        if type(norm) is nn.BatchNorm2d and (norm.training or norm.running_mean is None):
+        if not is_norm(norm) or not (norm.training or norm.running_mean is None):
+            continue
+        if group_of(norm) is None:
             size = torch.Size([n, norm.num_features, h, w])
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {size}"

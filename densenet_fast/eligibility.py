@@ -9,7 +9,7 @@ or None. They run for every layer of every forward, hence the direct reading of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,16 @@ from densenet_fast.backend import backend_for, get_backend
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 # kernel_size, stride, padding, dilation, groups, padding_mode
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 _FORWARDS = tuple(
     (kind, kind.forward)
-    for kind in (nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+    for kind in (*NORMS, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
 )
 _CALL = nn.Module.__call__
 
@@ -100,11 +103,6 @@ def norm_with_relu(module: nn.Module | None) -> bool:
     return type(module) in _NORMS_WITH_RELU
 
 
-def norm_type(module: nn.Module) -> bool:
-    """Whether modules of this exact type may be computed as a batch normalisation."""
-    return type(module) is nn.BatchNorm2d or type(module) in _NORMS_WITH_RELU
-
-
 def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
     if type(tensor) not in PLAIN_TENSORS:
         return f"holds a {type(tensor).__name__}"
@@ -122,13 +120,17 @@ def parameter(state: dict[str, Any], name: str) -> Any:
     return parameters[name] if name in parameters else state[name]
 
 
+def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
+    """Whether fused blocks know this type of norm."""
+    return type(module) in NORMS or type(module) in _NORMS_WITH_RELU
+
+
 def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Obstacle to computing a BatchNorm2d of this many channels (a ReLU behind it is harmless)."""
+    """Obstacle to computing a norm of this many channels (a ReLU behind it is harmless)."""
+    if not is_norm(module):
+        return other_type(module, nn.BatchNorm2d)
     with_relu = _NORMS_WITH_RELU.get(type(module))
-    if with_relu is None:
-        obstacle = exactly(module, nn.BatchNorm2d)
-    else:
-        obstacle = touched(module) or with_relu(module)
+    obstacle = touched(module) or (None if with_relu is None else with_relu(module))
     if obstacle is not None:
         return obstacle
     state = module.__dict__

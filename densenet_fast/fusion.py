@@ -173,7 +173,7 @@ class _Report:
         parts: list[Any] = list(features._modules.items())
         modules = [module for _, module in parts]
         for at, (name, module) in enumerate(parts):
-            if isinstance(module, nn.BatchNorm2d) or name in ("norm0", "norm5"):
+            if isinstance(module, eligibility.NORMS) or name in ("norm0", "norm5"):
                 self.add(prefix + name, whole or self._norm(modules, at, final))
             elif module is not None:
                 self.visit(prefix + name, module)  # nothing of ours in it: no rows
@@ -183,6 +183,8 @@ class _Report:
     ) -> str | None:
         if at + 1 < len(modules):
             return chain.stem_obstacle(modules[at:], *self.where)
+        if chain.stands_alone(modules, at, *self.where, final):
+            return None
         before = modules[at - 1] if at else None
         if not isinstance(before, FusedBlock):
             return "is not behind a DenseBlock"
@@ -193,4 +195,5 @@ class _Report:
             return "the layer before it runs plain"
         if final is None:
             return "what follows it is not known to be ReLU and the average over all pixels"
-        return final(modules[at], *self.where)
+        found = final(modules[at], *self.where)
+        return found or chain.group_obstacle(segments, modules[at])

@@ -18,9 +18,9 @@ class LayerParts(NamedTuple):
     `dropout` is the probability of zeroing an element of the layer's output now.
     """
 
-    norm1: nn.BatchNorm2d
+    norm1: eligibility.Norm
     conv1: nn.Conv2d
-    norm2: nn.BatchNorm2d
+    norm2: eligibility.Norm
     conv2: nn.Conv2d
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
-from densenet_fast import checks, eligibility, geometry, layer_parts
+from densenet_fast import checks, eligibility, geometry, layer_parts, synchronized
 from densenet_fast.layer_parts import LayerParts
 from densenet_fast.specs import Checkpoint
 from densenet_fast.steps import DenseStep
@@ -128,6 +128,7 @@ class DenseLayer(nn.Module):
         """The checked forward, fused if nothing is in the way."""
         checks.images(type(self).__name__, input)
         checks.channels(type(self).__name__, input, self._modules.get("norm1"))
+        synchronized.check_modules(self, input.device)
         obstacle = eligibility.input(input) or self.obstacle(
             input.shape[1], eligibility.parameter_type(input), input.device
         )
@@ -205,6 +206,7 @@ class FusedBlock(nn.Module):
         """The checked forward, fused where nothing is in the way."""
         checks.images(type(self).__name__, input)
         checks.channels(type(self).__name__, input, self.first_reader())
+        synchronized.check_modules(self, input.device)
         obstacle = eligibility.input(input)
         segments = self.segments(obstacle, eligibility.parameter_type(input), input.device)
         if not fused_throughout(segments):
@@ -234,19 +236,27 @@ class FusedBlock(nn.Module):
     def segments(
         self, obstacle: str | None, dtype: torch.dtype, device: torch.device
     ) -> list[Segment]:
-        """Longest runs of layers to fuse, and single layers to call, in order."""
+        """Longest runs of layers to fuse, and single layers to call, in order.
+
+        The layers of a run share the features' statistics, so those are of one process group.
+        """
         segments: list[Segment] = []
         if obstacle is not None:
             segments.extend(self.layers())
             return segments
         run: list[LayerParts] = []
+        group = synchronized.OneGroup()
         channels = None
         for layer in self.layers():
             channels, found = fusable_parts(layer, channels, dtype, device)
             if isinstance(found, str):
                 segments.append(layer)
                 run = []
+                group = synchronized.OneGroup()
             else:
+                if not group.admits(found.norm1):
+                    run = []
+                    group = synchronized.OneGroup(found.norm1)
                 if not run:
                     segments.append(run)
                 run.append(found)
@@ -350,6 +360,7 @@ class Transition(nn.Sequential):
         checks.images(name, input)
         first = next(iter(self), None)
         checks.channels(name, input, first)
+        synchronized.check_modules(self, input.device)
         obstacle = eligibility.input(input) or self.obstacle(
             input.shape[1], eligibility.parameter_type(input), input.device
         )

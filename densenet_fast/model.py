@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from densenet_fast import chain, checks, eligibility, geometry, pretrained
+from densenet_fast import chain, checks, eligibility, geometry, pretrained, synchronized
 from densenet_fast.autocast import computed_type
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition, outside_graph, traced
 from densenet_fast.loading import unchanged_after_errors
@@ -135,6 +135,7 @@ class EfficientDenseNet(nn.Module):
         """The checked forward, fused where nothing is in the way."""
         owner = type(self).__name__
         checks.images(owner, x)
+        synchronized.check_modules(self, x.device)
         obstacle = eligibility.input(x) or eligibility.exactly(self.features, nn.Sequential)
         if obstacle is not None:
             self._check(owner, x, list(self.features.children()))

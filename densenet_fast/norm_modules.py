@@ -1,11 +1,12 @@
-"""BatchNorm2d modules as the specs of one step, and the counting of that step."""
+"""Norm modules as the specs of one step, and the counting of that step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.eligibility import parameter
+from densenet_fast import synchronized
+from densenet_fast.eligibility import Norm, parameter
 from densenet_fast.specs import NormSpec
 
 
@@ -44,8 +45,8 @@ class StepCounts:
             counter.add_(steps)
 
 
-def norm_spec(norm: nn.BatchNorm2d, counts: StepCounts) -> NormSpec:
-    """What `norm` would do if it were called now, as in `nn.BatchNorm2d.forward`."""
+def norm_spec(norm: Norm, counts: StepCounts) -> NormSpec:
+    """What `norm` would do if it were called now, as in its class's `forward`."""
     # Every norm in every step: nn.Module.__getattr__ would be most of the work.
     state = norm.__dict__
     buffers = state["_buffers"]
@@ -69,4 +70,5 @@ def norm_spec(norm: nn.BatchNorm2d, counts: StepCounts) -> NormSpec:
         eps=state["eps"],
         batch_statistics=state["training"] or mean is None,
         momentum=momentum,
+        group=None if type(norm) is nn.BatchNorm2d else synchronized.group_of(norm),
     )

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from densenet_fast import ops
+from densenet_fast import ops, synchronized
 from densenet_fast.specs import NormSpec
+
+_CORRECTED = 2**62  # a count of values for which count / (count - 1) is 1
 
 
 class Coefficients(NamedTuple):
@@ -32,23 +34,39 @@ def coefficients(norm: NormSpec, mean: Tensor, var: Tensor) -> Coefficients:
     return Coefficients(scale, shift, mean, rstd)
 
 
-def update_running_statistics(norm: NormSpec, mean: Tensor, var: Tensor, count: int) -> None:
-    """The share of this step in the running statistics, where the norm keeps them."""
+def update_running_statistics(
+    norm: NormSpec, mean: Tensor, var: Tensor, count: int, total: Tensor | None
+) -> None:
+    """The share of this step in the running statistics, where the norm keeps them.
+
+    `count` are the values of a channel in this process, `total` [1] those of a synchronised norm.
+    """
     if not norm.batch_statistics or norm.momentum is None:
         return
     if norm.running_mean is not None and norm.running_var is not None:
+        if total is not None:
+            var, count = synchronized.unbiased(var, total), _CORRECTED
         ops.update_running_statistics(
             mean, var, count, norm.momentum, norm.running_mean, norm.running_var
         )
 
 
 def gradient_coefficients(
-    norm: NormSpec, forward: Coefficients, grad_gamma: Tensor, grad_beta: Tensor, count: int
+    norm: NormSpec,
+    forward: Coefficients,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+    count: int,
+    total: Tensor | None,
 ) -> Tensor:
-    """Rows p, q, s of grad_x = p * grad_norm + q * x + s."""
+    """Rows p, q, s of grad_x = p * grad_norm + q * x + s; counts as in the running statistics."""
     scale, _, mean, rstd = forward
     rows = torch.empty(3, len(scale), dtype=scale.dtype, device=scale.device)
     if norm.batch_statistics:
+        if norm.group is not None and total is not None:
+            sums = torch.stack((grad_gamma, grad_beta))
+            grad_gamma, grad_beta = synchronized.mean_over_ranks(norm.group, sums, total)
+            count = 1
         ops.norm_grad_coefficients(scale, mean, rstd, grad_gamma, grad_beta, count, rows)
     else:
         rows[0].copy_(scale)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Checkpoint = Literal["none", "bottleneck", "block"]
 CHECKPOINT_MODES: tuple[Checkpoint, ...] = ("none", "bottleneck", "block")
@@ -22,7 +25,8 @@ class NormSpec:
     `batch_statistics=False` is a frozen norm: it normalises with `running_mean` and `running_var`,
     which must then be given. `momentum` is the weight of this step in the running statistics;
     None leaves them alone. BatchNorm's own `momentum=None` (a cumulative average) must be turned
-    into a number by the caller, who also counts `num_batches_tracked`.
+    into a number by the caller, who also counts `num_batches_tracked`. The batch's statistics are
+    those of all ranks of `group`; None: of this process's batch alone.
     """
 
     weight: Tensor | None
@@ -32,6 +36,7 @@ class NormSpec:
     eps: float
     batch_statistics: bool
     momentum: float | None
+    group: ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,14 @@ def with_norm_tensors(norm: NormSpec, affine: Tensors, buffers: Tensors) -> Norm
     weight, bias = affine
     running_mean, running_var = buffers
     return NormSpec(
-        weight, bias, running_mean, running_var, norm.eps, norm.batch_statistics, momentum=None
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        norm.eps,
+        norm.batch_statistics,
+        momentum=None,
+        group=norm.group,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast import autocast, norms, ops, stem_convolution
+from densenet_fast import autocast, norms, ops, stem_convolution, synchronized
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.first_order import first_order_only
 from densenet_fast.layout import as_rows, empty_channels_last
@@ -38,21 +38,28 @@ def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
         return _forward(input, norm)[0]
 
 
-def _forward(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the position of each maximum, and the batch's mean and variance."""
+def _forward(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The output, the position of each maximum, the batch's mean and variance.
+
+    And the number [1] of values of a synchronised norm.
+    """
     rows = as_rows(input)
     images, height, width, channels = rows.shape
     statistics = torch.empty(2, channels, dtype=statistics_dtype(input.dtype), device=input.device)
     mean, var = statistics.unbind()
     if norm.batch_statistics:
         ops.channel_statistics(rows, mean, var)
-    norms.update_running_statistics(norm, mean, var, images * height * width)
+    total = None
+    if norm.group is not None:
+        total = mean.new_empty(1)
+        synchronized.combine(norm.group, images * height * width, mean, var, total)
+    norms.update_running_statistics(norm, mean, var, images * height * width, total)
     scale, shift, _, _ = norms.coefficients(norm, mean, var)
     out = empty_channels_last((images, channels, (height + 1) // 2, (width + 1) // 2), input)
     out_rows = out.permute(0, 2, 3, 1)
     argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=input.device)
     ops.norm_relu_maxpool_forward(rows, scale, shift, out_rows, argmax)
-    return out, argmax, statistics
+    return out, argmax, statistics, total
 
 
 class _Stem(torch.autograd.Function):
@@ -60,8 +67,8 @@ class _Stem(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, norm: NormSpec, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        output, argmax, statistics = _forward(input, norm)
-        ctx.save_for_backward(input, argmax, statistics, weight, bias, *norm_buffers(norm))
+        output, *kept = _forward(input, norm)
+        ctx.save_for_backward(input, *kept, weight, bias, *norm_buffers(norm))
         ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
         return output
 
@@ -75,35 +82,49 @@ class _Stem(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, weight, bias, *buffers = ctx.saved_tensors
+    input, argmax, statistics, total, weight, bias, *buffers = ctx.saved_tensors
     norm = with_norm_tensors(ctx.norm, (weight, bias), buffers)
+    forward = norms.coefficients(norm, *statistics.unbind())
+    needed = ctx.needs_input_grad[0]
     grad_input, grad_gamma, grad_beta = _norm_gradients(
-        grad_output, input, argmax, norm, norms.coefficients(norm, *statistics.unbind())
+        grad_output, input, argmax, norm, forward, total, needed
     )
     return [
-        grad_input if ctx.needs_input_grad[0] else None,
+        grad_input if needed else None,
         parameter_gradient(weight, grad_gamma),
         parameter_gradient(bias, grad_beta),
     ]
 
 
 def _norm_gradients(
-    grad_output: Tensor, input: Tensor, argmax: Tensor, norm: NormSpec, forward: Coefficients
+    grad_output: Tensor,
+    input: Tensor,
+    argmax: Tensor,
+    norm: NormSpec,
+    forward: Coefficients,
+    total: Tensor | None,
+    input_needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the norm's input, and of its weight and bias."""
     images, channels, height, width = input.shape
     grad_input = empty_channels_last((images, channels, height, width), input)
     grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
+    features, grad_features = as_rows(input), grad_input.permute(0, 2, 3, 1)
     ops.norm_relu_maxpool_backward(
         as_rows(grad_output),
         argmax.contiguous(),
-        as_rows(input),
+        features,
         *forward,
-        norm.batch_statistics,
-        grad_input.permute(0, 2, 3, 1),
+        norm.batch_statistics and norm.group is None,
+        grad_features,
         grad_gamma,
         grad_beta,
     )
+    if norm.group is not None and total is not None and input_needed:
+        # The correction for the batch's statistics, with the sums of all ranks.
+        sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
+        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(images * height * width)
+        ops.finish_gradient(features, grad_features, forward.mean, sums[0], sums[1], grad_features)
     return grad_input, grad_gamma, grad_beta
 
 
@@ -144,8 +165,8 @@ class _ConvStem(torch.autograd.Function):
         check_input(features)
         images, channels, height, width = features.shape
         check_norm(norm, "norm", channels, features, (images, height, width))
-        output, argmax, statistics = _forward(features, norm)
-        ctx.save_for_backward(input, argmax, statistics, *parameters, *norm_buffers(norm))
+        output, *kept = _forward(features, norm)
+        ctx.save_for_backward(input, *kept, *parameters, *norm_buffers(norm))
         ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
         ctx.conv = conv
         ctx.stored = stored
@@ -161,17 +182,19 @@ class _ConvStem(torch.autograd.Function):
 
 
 def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, weight, bias, gamma, beta, *buffers = ctx.saved_tensors
+    input, argmax, statistics, total, weight, bias, gamma, beta, *buffers = ctx.saved_tensors
     conv: ConvGeometry = ctx.conv
     norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
+    wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
     grad_features, grad_gamma, grad_beta = _norm_gradients(
         grad_output,
         stem_convolution.forward(input, conv, weight, bias, ctx.stored),
         argmax,
         norm,
         norms.coefficients(norm, *statistics.unbind()),
+        total,
+        any(wanted),
     )
-    wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
     gradients: list[Tensor | None] = [None, None, None]
     if any(wanted):
         gradients = stem_convolution.backward(grad_features, input, conv, weight, bias, wanted)

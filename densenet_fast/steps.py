@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from densenet_fast import stem_convolution
 from densenet_fast.dense_block import conv_stem, dense_block, stem_norm_relu_maxpool
-from densenet_fast.eligibility import parameter
+from densenet_fast.eligibility import NORMS, Norm, parameter
 from densenet_fast.norm_modules import StepCounts, norm_spec
 from densenet_fast.specs import (
     AvgPoolTail,
@@ -68,7 +68,7 @@ class ConvStep:
 class StemStep:
     """norm0, relu0 and pool0 as one node, with the convolution where that is recomputed."""
 
-    norm: nn.BatchNorm2d
+    norm: Norm
     conv: nn.Conv2d | None = None
 
     def run(self, input: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class DenseStep:
 
     segments: Sequence[Segment]
     checkpoint: Checkpoint
-    tail: Transition | nn.BatchNorm2d | None = None
+    tail: Transition | Norm | None = None
     hold: int = 0
     call: Callable[[nn.Module, Tensor], Tensor] = _called
 
@@ -123,13 +123,11 @@ class DenseStep:
             input = self._fused(input, last, self.tail)
         return input
 
-    def _fused(
-        self, input: Tensor, run: FusedRun, tail: Transition | nn.BatchNorm2d | None
-    ) -> Tensor:
+    def _fused(self, input: Tensor, run: FusedRun, tail: Transition | Norm | None) -> Tensor:
         counts = StepCounts()
         layers = [_layer_spec(layer, counts) for layer in run]
         behind: Tail | None = None
-        if isinstance(tail, nn.BatchNorm2d):
+        if isinstance(tail, NORMS):
             behind = AvgPoolTail(norm_spec(tail, counts))
         elif tail is not None:
             behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast import chain, eligibility
+from densenet_fast import chain, eligibility, synchronized
 from densenet_fast.layers import FusedBlock, outside_graph, traced
 from densenet_fast.specs import Checkpoint
 
@@ -53,6 +53,7 @@ class ConvertedFeatures(nn.Sequential):
         """The same outside any graph."""
         if not isinstance(input, Tensor) or eligibility.input(input) is not None:
             return super().forward(input)
+        synchronized.check_modules(self, input.device)
         modules = list(self._modules.values())
         dtype = eligibility.parameter_type(input)
         steps, _ = chain.steps(modules, dtype, input.device, final=None)
@@ -65,6 +66,7 @@ class ConvertedFeatures(nn.Sequential):
         """
         if not isinstance(input, Tensor) or eligibility.input(input) is not None:
             return None
+        synchronized.check_modules(self, input.device)
         modules: list[Any] = list(self._modules.values())
         dtype = eligibility.parameter_type(input)
         steps, pooled = chain.steps(modules, dtype, input.device, final=final)

@@ -1,0 +1,118 @@
+"""Statistics over all ranks of a process group: `nn.SyncBatchNorm` in fused blocks and stems.
+
+The forward gathers (mean, variance, count) of every rank, and every rank merges them by Chan's
+formula in the same order: all get the same bits. The backward adds up the sums that correct a
+gradient for the batch's statistics; gradients of parameters stay each rank's own, as
+`DistributedDataParallel` averages those.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def active() -> bool:
+    """Whether there are process groups in this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def group_of(norm: nn.Module) -> ProcessGroup | None:
+    """Whose values the statistics of a step made now are taken from; None: this process's alone."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not active():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+class OneGroup:
+    """Whether norms that read the same features may share their statistics."""
+
+    def __init__(self, *norms: nn.Module) -> None:
+        """Admit `norms`, which are of one group."""
+        self._active = active()
+        self._decided = False
+        self._group: ProcessGroup | None = None
+        for norm in norms:
+            self.admits(norm)
+
+    def admits(self, norm: nn.Module) -> bool:
+        """Whether `norm` takes statistics over the ranks of those admitted before, or none."""
+        if not self._active or not (norm.training or norm.running_mean is None):
+            return True
+        group = group_of(norm)
+        if not self._decided:
+            self._decided, self._group = True, group
+        return group is self._group
+
+
+def check(group: ProcessGroup, device: torch.device, name: str) -> None:
+    """Refuse a group that cannot reduce the statistics of the norm `name` on `device`.
+
+    Raises:
+        RuntimeError: the group has been destroyed.
+        ValueError: its backend has nothing for that type of device.
+    """
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        raise RuntimeError(
+            f"{name} should synchronise its statistics over a process group that exists, but its "
+            "process group has been destroyed"
+        ) from None
+    backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
+    if device.type not in backends:
+        able = ", ".join(f"{kind} (by {backend})" for kind, backend in backends.items())
+        raise ValueError(
+            f"{name} should synchronise its statistics on {device}, but its process group "
+            f"communicates tensors on {able} alone"
+        )
+
+
+def check_modules(owner: nn.Module, device: torch.device) -> None:
+    """`check` of every norm below `owner` that would synchronise now."""
+    if not active():
+        return
+    checked: set[ProcessGroup] = set()
+    for name, module in owner.named_modules():
+        group = group_of(module)
+        if group is not None and group not in checked:
+            check(group, device, f"{type(owner).__name__}: {name}")
+            checked.add(group)
+
+
+def combine(group: ProcessGroup, rows: int, mean: Tensor, var: Tensor, total: Tensor) -> None:
+    """Turn mean and biased variance of this rank's `rows` values into those of all ranks' values.
+
+    `total` [1] becomes their number. It stays on the device: nobody waits for it.
+    """
+    channels = len(mean)
+    mine = torch.cat((mean, var, total.fill_(rows)))
+    all_ranks = mine.new_empty(dist.get_world_size(group), len(mine))
+    dist.all_gather(list(all_ranks.unbind()), mine, group=group)
+    means, variances, counts = all_ranks.split((channels, channels, 1), dim=1)
+    total.copy_(counts.sum(0))
+    shares = counts / total
+    # From one rank's mean on: what is added is as small as the means' differences.
+    mean.copy_(means[0] + (shares * (means - means[0])).sum(0))
+    var.copy_((shares * (variances + (means - mean).square_())).sum(0))
+
+
+def unbiased(var: Tensor, total: Tensor) -> Tensor:
+    """The unbiased variance of `total` values."""
+    return var * (total / (total - 1))
+
+
+def mean_over_ranks(group: ProcessGroup, sums: Tensor, total: Tensor) -> Tensor:
+    """`sums` over this rank's values, added up over the ranks, divided by all `total` values.
+
+    Overwrites `sums`.
+    """
+    dist.all_reduce(sums, group=group)
+    return sums.div_(total)
