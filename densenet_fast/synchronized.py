@@ -80,9 +80,10 @@ def check_modules(owner: nn.Module, device: torch.device) -> None:
     if not active():
         return
     checked: set[ProcessGroup] = set()
-    for name, module in owner.named_modules():
+    for module in owner.modules():
         group = group_of(module)
         if group is not None and group not in checked:
+            name = next(name for name, part in owner.named_modules() if part is module)
             check(group, device, f"{type(owner).__name__}: {name}")
             checked.add(group)
 

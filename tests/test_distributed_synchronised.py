@@ -15,7 +15,7 @@ from comparison import SMALL, networks, shake
 from processes import ComposedSyncNorm, group_of_one, needs_gloo, run_on_ranks, share
 from torch import Tensor, nn
 
-from densenet_fast import EfficientDenseNet, fusion_report, synchronized
+from densenet_fast import EfficientDenseNet, fusion_report, ops, synchronized
 from densenet_fast.dense_block import dense_block
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.norm_modules import StepCounts, norm_spec
@@ -143,6 +143,10 @@ def frozen_below(network: nn.Module) -> None:
     network.features.conv0.requires_grad_(False)
 
 
+def halve_every_other_channel(growth: Tensor, seed: int, p: float) -> None:
+    growth[..., ::2].mul_(0.5)
+
+
 def without_stem(change: Callable[[nn.Module], None], dtype: torch.dtype) -> nn.Module:
     """Parts of ours in a network of somebody else's."""
     torch.manual_seed(0)
@@ -167,15 +171,38 @@ def networks_on_two_ranks() -> None:
     assert_as_one_process(frozen_below)
     assert_as_one_process(lambda network: network.eval())
     assert_as_one_process(small_inputs=True, size=(5, 3, 8, 8))
-    assert_as_one_process(drop_rate=1.0)
+    with pytest.MonkeyPatch.context() as patch:  # the ranks' masks are not those of one process
+        patch.setattr(ops, "dropout_", halve_every_other_channel)
+        for mode in ("bottleneck", "block"):
+            assert_as_one_process(drop_rate=0.5, checkpoint=mode)
     assert_as_one_process(make=without_stem, size=(5, 3, 8, 8))
     both = dist.new_group([0, 1])
     assert_as_one_process(group=both)
+    half_width()
     single_values()
     collectives()
     mixed()
     far_from_zero()
     errors(both)
+
+
+def half_width() -> None:
+    """In bfloat16 two ranks are about as far from float64 as one process is."""
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randn(5, 3, 16, 16, generator=generator).bfloat16()
+    results = []
+    for dtype, ranks in ((torch.float64, 1), (torch.bfloat16, 1), (torch.bfloat16, 2)):
+        network = made(lambda network: None, dtype, checkpoint="block", small_inputs=True)
+        network = network if ranks == 1 else converted(network)
+        output = network((images if ranks == 1 else share(images)).to(dtype))
+        output.square().sum().backward()
+        found = torch.cat([p.grad.double().flatten() for p in network.parameters()])
+        if ranks > 1:
+            dist.all_reduce(found)
+        results.append(found)
+    exact, one, two = results
+    assert (one - exact).norm() <= 0.25 * exact.norm()
+    assert (two - exact).norm() <= 2 * (one - exact).norm()
 
 
 def single_values() -> None:
