@@ -19,6 +19,8 @@ from densenet_fast.autocast import CAST_TYPES
 from densenet_fast.autocast import enabled as autocast_enabled
 from densenet_fast.backend import backend_for, get_backend
 
+_functorch: Any = torch._C._functorch
+
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 # kernel_size, stride, padding, dilation, groups, padding_mode
@@ -216,11 +218,12 @@ def surroundings() -> str | None:
         or _module._global_backward_pre_hooks
     ):
         return "hooks on all modules are registered"
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return "torch.compile or torch.export is tracing"
+    if torch.compiler.is_exporting():
+        return "torch.export is tracing"
     if is_tracing():
         return "torch.jit is tracing"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # Not `is not None`, to which torch.compile has no answer.
+    if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):
         return "a torch.func transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"

@@ -118,8 +118,6 @@ class DenseLayer(nn.Module):
         """`input` [N, C, H, W] and the new channels behind it."""
         if traced(input):
             return self._compose(input)
-        if torch.compiler.is_compiling():
-            return outside_graph(self, input)
         return self.run(input)
 
     def run(self, input: Tensor) -> Tensor:
@@ -235,8 +233,6 @@ class DenseBlock(nn.ModuleDict):
             for layer in self.values():
                 init_features = layer(init_features)
             return init_features
-        if torch.compiler.is_compiling():
-            return outside_graph(self, init_features)
         return self.run(init_features)
 
     def run(self, input: Tensor) -> Tensor:
@@ -322,8 +318,6 @@ class Transition(nn.Sequential):
         """[N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
         if traced(input):
             return super().forward(input)
-        if torch.compiler.is_compiling():
-            return outside_graph(self, input)
         return self.run(input)
 
     def run(self, input: Tensor) -> Tensor:

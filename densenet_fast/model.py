@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from densenet_fast import chain, checks, eligibility, geometry
 from densenet_fast.autocast import computed_type
-from densenet_fast.layers import DenseBlock, DenseLayer, Transition, outside_graph, traced
+from densenet_fast.layers import DenseBlock, DenseLayer, Transition, traced
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
 from densenet_fast.network_size import network_size
@@ -126,8 +126,6 @@ class EfficientDenseNet(nn.Module):
         """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
         if traced(x):
             return self._compose(x)
-        if torch.compiler.is_compiling():
-            return outside_graph(self, x)
         return self.run(x)
 
     def run(self, x: Tensor) -> Tensor:

@@ -35,10 +35,10 @@ def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
         output: Tensor = _Stem.apply(input, norm, norm.weight, norm.bias)
         return output
     with torch.no_grad():
-        return _forward(input, norm)[0]
+        return pooled(input, norm)[0]
 
 
-def _forward(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor]:
+def pooled(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the position of each maximum, and the batch's mean and variance."""
     rows = as_rows(input)
     images, height, width, channels = rows.shape
@@ -60,7 +60,7 @@ class _Stem(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, norm: NormSpec, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        output, argmax, statistics = _forward(input, norm)
+        output, argmax, statistics = pooled(input, norm)
         ctx.save_for_backward(input, argmax, statistics, weight, bias, *norm_buffers(norm))
         ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
         return output
@@ -77,7 +77,7 @@ class _Stem(torch.autograd.Function):
 def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     input, argmax, statistics, weight, bias, *buffers = ctx.saved_tensors
     norm = with_norm_tensors(ctx.norm, (weight, bias), buffers)
-    grad_input, grad_gamma, grad_beta = _norm_gradients(
+    grad_input, grad_gamma, grad_beta = norm_gradients(
         grad_output, input, argmax, norm, norms.coefficients(norm, *statistics.unbind())
     )
     return [
@@ -87,7 +87,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _norm_gradients(
+def norm_gradients(
     grad_output: Tensor, input: Tensor, argmax: Tensor, norm: NormSpec, forward: Coefficients
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the norm's input, and of its weight and bias."""
@@ -144,7 +144,7 @@ class _ConvStem(torch.autograd.Function):
         check_input(features)
         images, channels, height, width = features.shape
         check_norm(norm, "norm", channels, features, (images, height, width))
-        output, argmax, statistics = _forward(features, norm)
+        output, argmax, statistics = pooled(features, norm)
         ctx.save_for_backward(input, argmax, statistics, *parameters, *norm_buffers(norm))
         ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
         ctx.conv = conv
@@ -164,7 +164,7 @@ def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     input, argmax, statistics, weight, bias, gamma, beta, *buffers = ctx.saved_tensors
     conv: ConvGeometry = ctx.conv
     norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
-    grad_features, grad_gamma, grad_beta = _norm_gradients(
+    grad_features, grad_gamma, grad_beta = norm_gradients(
         grad_output,
         stem_convolution.forward(input, conv, weight, bias, ctx.stored),
         argmax,
