@@ -186,7 +186,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = list(ctx.nothing)
-    nothing[1] = [None] * ctx.counts[1]
     if grad_output is None:
         return tuple(nothing)
     anchor, statistics, seeds, *tensors = ctx.saved_tensors

@@ -37,8 +37,16 @@ def define(
 
 
 def no_gradients(inputs: Sequence[Any]) -> list[Any]:
-    """None for every input, in the structure that torch.library expects of a backward."""
-    return [[] if isinstance(value, (list, tuple)) and not value else None for value in inputs]
+    """None for every input, in the structure that torch.library expects of a backward.
+
+    It takes lists of tensors and empty lists for lists, lists of numbers for single values.
+    """
+    return [
+        [None] * len(value)
+        if isinstance(value, (list, tuple)) and all(isinstance(part, Tensor) for part in value)
+        else None
+        for value in inputs
+    ]
 
 
 def wanted(
@@ -64,3 +72,15 @@ def wanted_like(
         for parameter, need in zip(slots, needs, strict=True)
         if need
     ]
+
+
+def planned_shape(shape: Sequence[int]) -> Sequence[int]:
+    """The shape to plan memory for: in a graph for any size, the size that it was traced with.
+
+    Reading it otherwise would bind the graph to that size.
+    """
+    if not torch.compiler.is_compiling():
+        return shape
+    from torch.fx.experimental import symbolic_shapes  # which imports sympy
+
+    return [symbolic_shapes.optimization_hint(size) for size in shape]

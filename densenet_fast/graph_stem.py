@@ -149,7 +149,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = list(ctx.nothing)
-    nothing[1] = [None] * ctx.count
     if grad_output is None:
         return tuple(nothing)
     input, argmax, statistics, *tensors = ctx.saved_tensors

@@ -151,7 +151,8 @@ class EfficientDenseNet(nn.Module):
         """What recomputes least within the budget."""
         assert self._memory_budget is not None
         stored = computed_type(x.dtype, x.device.type)
-        network = network_size(steps, self.classifier, x.shape, stored, x.device)
+        shape = planned_shape(x.shape)
+        network = network_size(steps, self.classifier, shape, stored, x.device)
         if network is None or not pooled:
             raise RuntimeError(
                 f'{type(self).__name__}: checkpoint="auto" plans networks that run fused '
