@@ -104,6 +104,8 @@ def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.dev
         return f"normalises {state['num_features']} channels, not {channels}"
     if not state["eps"] > 0:
         return f"has eps={state['eps']}"
+    if state["momentum"] is None and torch.compiler.is_compiling():
+        return "averages over all steps, whose number is not known to torch.compile"
     try:
         weight, bias = parameter(state, "weight"), parameter(state, "bias")
         buffers = state["_buffers"]

@@ -158,7 +158,7 @@ _forward_operator = define(
     _forward_fake,
 )
 _backward_operator = define(
-    "dense_backward",
+    "dense_block_backward",
     "(Tensor grad_output, Tensor anchor, Tensor statistics, Tensor[] bottlenecks, "
     f"{_BLOCK}, bool[] needs) -> Tensor[]",
     _backward,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -39,21 +39,6 @@ def _may_write(first: nn.Module | None) -> bool:
 def traced(input: Any) -> bool:
     """Whether a graph is being recorded, in which shapes may stand for any shape."""
     return torch.compiler.is_exporting() or isinstance(input, fx.Proxy) or is_tracing()
-
-
-class Runnable(Protocol):
-    """A module whose forward may leave a graph."""
-
-    def run(self, input: Tensor, /) -> Tensor:
-        """The forward, outside any graph."""
-
-
-# Inside torch.compile a fused node is a call that Dynamo does not look into. torch.compiler.disable
-# would import Dynamo with the package; this waits for the first call, which only Dynamo makes.
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def outside_graph(module: Runnable, input: Tensor) -> Tensor:
-    """The module's forward between two graphs of torch.compile."""
-    return module.run(input)
 
 
 def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:

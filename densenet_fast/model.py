@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from densenet_fast import chain, checks, eligibility, geometry
 from densenet_fast.autocast import computed_type
+from densenet_fast.graph_library import planned_shape
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition, traced
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
