@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from densenet_fast import eligibility, synchronized
 from densenet_fast.autocast import computed_type
+from densenet_fast.graph_library import planned_shape
 from densenet_fast.layers import DenseBlock, FusedBlock, Transition
 from densenet_fast.memory_plan import (
     BlockSize,
@@ -220,7 +221,7 @@ def _hold_bottlenecks(planned: Sequence[Step], input: Tensor) -> None:
     if len(steps) < len(planned) or all(step.checkpoint == "none" for step in steps):
         return
     stored = computed_type(input.dtype, input.device.type)
-    sizes = block_sizes(steps, input.shape, stored.itemsize)
+    sizes = block_sizes(steps, planned_shape(input.shape), stored.itemsize)
     if sizes is None or not (input.requires_grad or _trainable(steps[0])):
         return  # in a frozen block the fullest backward may not happen
     network = NetworkSize(StemSize(), sizes, HeadSize())
@@ -264,6 +265,8 @@ def block_sizes(
 def gradient_bytes(weights: Sequence[Tensor]) -> tuple[int, int]:
     """Bytes of the weights' gradients, and of those that are new and stay."""
     wanted = [weight for weight in weights if weight.requires_grad]
+    if torch.compiler.is_compiling():  # a graph hands over all its gradients when it is done
+        return (sum(weight.nbytes for weight in wanted),) * 2
     lasting = [
         weight
         for weight in wanted

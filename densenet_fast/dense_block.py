@@ -28,6 +28,7 @@ from densenet_fast.first_order import first_order_only
 from densenet_fast.layout import as_rows
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
+    LARGEST_SEED,
     AvgPoolTail,
     Checkpoint,
     LayerSpec,
@@ -58,7 +59,6 @@ __all__ = [
     "stem_norm_relu_maxpool",
 ]
 
-_LARGEST_SEED = 2**63 - 1
 _FIRST_PARAMETER = 8  # its position among the arguments of `_DenseBlock.apply`
 
 
@@ -112,7 +112,7 @@ def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
     dropping = [layer.dropout > 0 for layer in layers]
     if not any(dropping):
         return [0] * len(dropping)
-    drawn = iter(torch.randint(_LARGEST_SEED, (sum(dropping),), dtype=torch.int64).tolist())
+    drawn = iter(torch.randint(LARGEST_SEED, (sum(dropping),), dtype=torch.int64).tolist())
     return [next(drawn) if drops else 0 for drops in dropping]
 
 

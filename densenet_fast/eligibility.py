@@ -9,7 +9,7 @@ or None. They run for every layer of every forward, hence the direct reading of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.nn.modules import module as _module
 from densenet_fast.autocast import CAST_TYPES
 from densenet_fast.autocast import enabled as autocast_enabled
 from densenet_fast.backend import backend_for, get_backend
+
+_functorch: Any = torch._C._functorch
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -79,9 +81,29 @@ def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return touched(module)
 
 
-def of_kind(module: nn.Module, kind: str, expected: type[nn.Module]) -> str | None:
-    """An untouched module whose exact type says in `fused_as` that it is a `kind`."""
-    if type(module).__dict__.get("fused_as") != kind:
+Kind = Literal["layer", "block", "transition"]
+_KINDS: dict[type[nn.Module], Kind] = {}
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+def fused_as(kind: Kind) -> Callable[[Class], Class]:
+    """Decorates a class whose modules run fused as a `kind`; its subclasses may do anything."""
+
+    def register(cls: Class) -> Class:
+        _KINDS[cls] = kind
+        return cls
+
+    return register
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What modules of this exact type run fused as."""
+    return _KINDS.get(type(module))
+
+
+def of_kind(module: nn.Module, kind: Kind, expected: type[nn.Module]) -> str | None:
+    """An untouched module whose exact type runs fused as a `kind`."""
+    if kind_of(module) != kind:
         return other_type(module, expected)
     return touched(module)
 
@@ -138,6 +160,8 @@ def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.dev
         return f"normalises {state['num_features']} channels, not {channels}"
     if not state["eps"] > 0:
         return f"has eps={state['eps']}"
+    if state["momentum"] is None and torch.compiler.is_compiling():
+        return "averages over all steps, whose number is not known to torch.compile"
     try:
         weight, bias = parameter(state, "weight"), parameter(state, "bias")
         buffers = state["_buffers"]
@@ -252,11 +276,12 @@ def surroundings() -> str | None:
         or _module._global_backward_pre_hooks
     ):
         return "hooks on all modules are registered"
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return "torch.compile or torch.export is tracing"
+    if torch.compiler.is_exporting():
+        return "torch.export is tracing"
     if is_tracing():
         return "torch.jit is tracing"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # Not `is not None`, to which torch.compile has no answer.
+    if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):
         return "a torch.func transform is active"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"

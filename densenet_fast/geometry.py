@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from densenet_fast import checks
-from densenet_fast.eligibility import norm_with_relu, touched
+from densenet_fast.eligibility import kind_of, norm_with_relu, touched
 
 Size = tuple[int, int]
 
@@ -36,7 +36,7 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
     """Height and width behind `module`, or None where that cannot be known."""
     if touched(module):
         return None
-    own = type(module).__dict__.get("fused_as")
+    own = kind_of(module)
     if own in ("block", "layer") or type(module) in _KEEP_SIZE or norm_with_relu(module):
         return size
     if own == "transition":

@@ -42,6 +42,14 @@ def traced(input: Any) -> bool:
     return torch.compiler.is_exporting() or isinstance(input, fx.Proxy) or is_tracing()
 
 
+def leaves_graph(module: nn.Module) -> bool:
+    """Whether torch.compile must run the module between two graphs.
+
+    A fused node is one operator of a graph, which has no room for exchanges between ranks.
+    """
+    return torch.compiler.is_compiling() and synchronized.exchanges(module)
+
+
 class Runnable(Protocol):
     """A module whose forward may leave a graph."""
 
@@ -49,8 +57,7 @@ class Runnable(Protocol):
         """The forward, outside any graph."""
 
 
-# Inside torch.compile a fused node is a call that Dynamo does not look into. torch.compiler.disable
-# would import Dynamo with the package; this waits for the first call, which only Dynamo makes.
+# torch.compiler.disable would import Dynamo with the package; this waits for the first call.
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def outside_graph(module: Runnable, input: Tensor) -> Tensor:
     """The module's forward between two graphs of torch.compile."""
@@ -63,6 +70,7 @@ def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
     return mode if checks.flag("memory_efficient", memory_efficient) else "none"
 
 
+@eligibility.fused_as("layer")
 class DenseLayer(nn.Module):
     """norm, ReLU, 1×1 convolution, norm, ReLU, 3×3 convolution, concatenated to the input.
 
@@ -70,7 +78,6 @@ class DenseLayer(nn.Module):
     the convolutions has `bn_size * growth_rate` channels whatever `k` is.
     """
 
-    fused_as = "layer"
     norm1: nn.BatchNorm2d
     relu1: nn.ReLU
     conv1: nn.Conv2d
@@ -120,7 +127,7 @@ class DenseLayer(nn.Module):
         """`input` [N, C, H, W] and the new channels behind it."""
         if traced(input):
             return self._compose(input)
-        if torch.compiler.is_compiling():
+        if leaves_graph(self):
             return outside_graph(self, input)
         return self.run(input)
 
@@ -198,7 +205,7 @@ class FusedBlock(nn.Module):
         """`init_features` [N, C, H, W] and the features of all layers behind them."""
         if traced(init_features):
             return self.plain(init_features)
-        if torch.compiler.is_compiling():
+        if leaves_graph(self):
             return outside_graph(self, init_features)
         return self.run(init_features)
 
@@ -263,6 +270,7 @@ class FusedBlock(nn.Module):
         return segments
 
 
+@eligibility.fused_as("block")
 class DenseBlock(FusedBlock, nn.ModuleDict):
     """Layers that each read the concatenation of all features so far.
 
@@ -271,7 +279,6 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
     """
 
     _version = 2
-    fused_as = "block"
 
     def __init__(
         self,
@@ -328,10 +335,10 @@ def fused_throughout(segments: list[Segment]) -> bool:
     return all(isinstance(segment, list) for segment in segments)
 
 
+@eligibility.fused_as("transition")
 class Transition(nn.Sequential):
     """norm, ReLU, 1×1 convolution and 2×2 average pooling between two blocks."""
 
-    fused_as = "transition"
     norm: nn.BatchNorm2d
     relu: nn.ReLU
     conv: nn.Conv2d
@@ -350,7 +357,7 @@ class Transition(nn.Sequential):
         """[N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
         if traced(input):
             return super().forward(input)
-        if torch.compiler.is_compiling():
+        if leaves_graph(self):
             return outside_graph(self, input)
         return self.run(input)
 

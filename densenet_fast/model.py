@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from densenet_fast import chain, checks, eligibility, geometry, pretrained, synchronized
 from densenet_fast.autocast import computed_type
-from densenet_fast.layers import DenseBlock, DenseLayer, Transition, outside_graph, traced
+from densenet_fast.graph_library import planned_shape
+from densenet_fast.layers import (
+    DenseBlock,
+    DenseLayer,
+    Transition,
+    leaves_graph,
+    outside_graph,
+    traced,
+)
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
 from densenet_fast.network_size import network_size
@@ -127,7 +135,7 @@ class EfficientDenseNet(nn.Module):
         """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
         if traced(x):
             return self._compose(x)
-        if torch.compiler.is_compiling():
+        if leaves_graph(self):
             return outside_graph(self, x)
         return self.run(x)
 
@@ -155,7 +163,8 @@ class EfficientDenseNet(nn.Module):
         """What recomputes least within the budget."""
         assert self._memory_budget is not None
         stored = computed_type(x.dtype, x.device.type)
-        network = network_size(steps, self.classifier, x.shape, stored, x.device)
+        shape = planned_shape(x.shape)
+        network = network_size(steps, self.classifier, shape, stored, x.device)
         if network is None or not pooled:
             raise RuntimeError(
                 f'{type(self).__name__}: checkpoint="auto" plans networks that run fused '

@@ -19,15 +19,15 @@ class StepCounts:
     """
 
     def __init__(self) -> None:
-        self._counters: list[Tensor] = []
+        self.counters: list[Tensor] = []
 
     def add(self, counter: Tensor) -> None:
         """Count this step too. A norm used twice counts twice."""
-        self._counters.append(counter)
+        self.counters.append(counter)
 
     def including_this_step(self, counter: Tensor) -> int:
         """Steps so far, with those still to be counted."""
-        return int(counter) + sum(pending is counter for pending in self._counters)
+        return int(counter) + sum(pending is counter for pending in self.counters)
 
     def __enter__(self) -> None:
         self._count(1)
@@ -37,11 +37,11 @@ class StepCounts:
             self._count(-1)
 
     def _count(self, steps: int) -> None:
-        once = {id(counter): counter for counter in self._counters}
-        if len(once) == len(self._counters) > 0:
-            torch._foreach_add_(self._counters, steps)
+        once = {id(counter): counter for counter in self.counters}
+        if len(once) == len(self.counters) > 0:
+            torch._foreach_add_(self.counters, steps)
             return
-        for counter in self._counters:
+        for counter in self.counters:
             counter.add_(steps)
 
 

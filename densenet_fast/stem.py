@@ -35,10 +35,10 @@ def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
         output: Tensor = _Stem.apply(input, norm, norm.weight, norm.bias)
         return output
     with torch.no_grad():
-        return _forward(input, norm)[0]
+        return pooled(input, norm)[0]
 
 
-def _forward(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def pooled(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The output, the position of each maximum, the batch's mean and variance.
 
     And the number [1] of values of a synchronised norm.
@@ -67,7 +67,7 @@ class _Stem(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, norm: NormSpec, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        output, *kept = _forward(input, norm)
+        output, *kept = pooled(input, norm)
         ctx.save_for_backward(input, *kept, weight, bias, *norm_buffers(norm))
         ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
         return output
@@ -86,7 +86,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     norm = with_norm_tensors(ctx.norm, (weight, bias), buffers)
     forward = norms.coefficients(norm, *statistics.unbind())
     needed = ctx.needs_input_grad[0]
-    grad_input, grad_gamma, grad_beta = _norm_gradients(
+    grad_input, grad_gamma, grad_beta = norm_gradients(
         grad_output, input, argmax, norm, forward, total, needed
     )
     return [
@@ -96,14 +96,14 @@ def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _norm_gradients(
+def norm_gradients(
     grad_output: Tensor,
     input: Tensor,
     argmax: Tensor,
     norm: NormSpec,
     forward: Coefficients,
-    total: Tensor | None,
-    input_needed: bool,
+    total: Tensor | None = None,
+    input_needed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the norm's input, and of its weight and bias."""
     images, channels, height, width = input.shape
@@ -165,7 +165,7 @@ class _ConvStem(torch.autograd.Function):
         check_input(features)
         images, channels, height, width = features.shape
         check_norm(norm, "norm", channels, features, (images, height, width))
-        output, *kept = _forward(features, norm)
+        output, *kept = pooled(features, norm)
         ctx.save_for_backward(input, *kept, *parameters, *norm_buffers(norm))
         ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
         ctx.conv = conv
@@ -186,7 +186,7 @@ def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     conv: ConvGeometry = ctx.conv
     norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
     wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
-    grad_features, grad_gamma, grad_beta = _norm_gradients(
+    grad_features, grad_gamma, grad_beta = norm_gradients(
         grad_output,
         stem_convolution.forward(input, conv, weight, bias, ctx.stored),
         argmax,

@@ -8,7 +8,6 @@ inputs and weights are rounded to it in front, outputs and gradients behind.
 from __future__ import annotations
 
 import platform
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,19 @@ _WIDE_PARTS = 8
 _X86_INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
-@cache
-def _bfloat16_is_fast() -> bool:
+def _bfloat16_instructions() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         tests = (getattr(torch.cpu, name, None) for name in _X86_INSTRUCTIONS)
         return any(test is not None and bool(test()) for test in tests)
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is None or bool(supported())
+
+
+_INSTRUCTIONS = _bfloat16_instructions()  # a constant, which torch.compile can read
+
+
+def _bfloat16_is_fast() -> bool:
+    return _INSTRUCTIONS
 
 
 def fast_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from densenet_fast import stem_convolution
+from densenet_fast import graph_block, graph_stem, stem_convolution
 from densenet_fast.dense_block import conv_stem, dense_block, stem_norm_relu_maxpool
 from densenet_fast.eligibility import NORMS, Norm, parameter
 from densenet_fast.norm_modules import StepCounts, norm_spec
@@ -75,14 +76,18 @@ class StemStep:
         """The pooled features."""
         counts = StepCounts()
         norm = norm_spec(self.norm, counts)
-        with counts:
-            if self.conv is None:
-                return stem_norm_relu_maxpool(input, norm)
+        weight = bias = geometry = None
+        if self.conv is not None:
             conv: Any = self.conv.__dict__
             geometry = ConvGeometry(
                 conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
             )
             weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+        if torch.compiler.is_compiling():
+            return graph_stem.stem(input, weight, bias, geometry, norm, counts.counters)
+        with counts:
+            if weight is None or geometry is None:
+                return stem_norm_relu_maxpool(input, norm)
             return conv_stem(input, weight, bias, geometry, norm)
 
 
@@ -131,6 +136,10 @@ class DenseStep:
             behind = AvgPoolTail(norm_spec(tail, counts))
         elif tail is not None:
             behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)
+        if torch.compiler.is_compiling():
+            return graph_block.dense_block(
+                input, layers, behind, self.checkpoint, self.hold, counts.counters
+            )
         with counts:
             return dense_block(
                 input, layers, tail=behind, checkpoint=self.checkpoint, hold=self.hold

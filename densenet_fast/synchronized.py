@@ -31,6 +31,11 @@ def group_of(norm: nn.Module) -> ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def exchanges(owner: nn.Module) -> bool:
+    """Whether a norm below `owner` would take statistics over several ranks now."""
+    return active() and any(group_of(module) is not None for module in owner.modules())
+
+
 class OneGroup:
     """Whether norms that read the same features may share their statistics."""
 

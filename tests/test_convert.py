@@ -15,6 +15,7 @@ from torch import nn
 
 import densenet_fast
 from densenet_fast import EfficientDenseNet, convert, fusion_report, revert
+from densenet_fast.layers import FusedBlock
 from densenet_fast.memory import estimate
 
 models = pytest.importorskip("torchvision.models")
@@ -202,7 +203,7 @@ def test_copies_and_files(name: str) -> None:
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert type(other) is type(model)
-        blocks = [m for m in other.modules() if getattr(type(m), "fused_as", "") == "block"]
+        blocks = [m for m in other.modules() if isinstance(m, FusedBlock)]
         assert [block.checkpoint for block in blocks] == ["block", "block"]
         torch.testing.assert_close(other(images()), expected, rtol=TOLERANCE, atol=TOLERANCE)
 

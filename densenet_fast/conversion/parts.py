@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
-from densenet_fast.layers import FusedBlock, outside_graph, traced
+from densenet_fast.layers import FusedBlock, leaves_graph, outside_graph, traced
 from densenet_fast.specs import Checkpoint
 
 
@@ -45,7 +45,7 @@ class ConvertedFeatures(nn.Sequential):
         """What the modules give one after another: [N, C, H, W] to [N, C', H', W']."""
         if traced(input):
             return super().forward(input)
-        if torch.compiler.is_compiling():
+        if leaves_graph(self):
             return outside_graph(self, input)
         return self.run(input)
 
@@ -87,7 +87,7 @@ class ConvertedNetwork(nn.Module):
         if traced(input):
             output: Tensor = self.converted_from.forward(self, input)
             return output
-        if torch.compiler.is_compiling():
+        if leaves_graph(self):
             return outside_graph(self, input)
         return self.run(input)
 

@@ -25,17 +25,17 @@ def parts(layer: nn.Module) -> LayerParts | str:
     return layer_parts.named_parts(modules, 0.0)
 
 
+@eligibility.fused_as("block")
 class Block(ConvertedBlock, densenet._DenseBlock):
     """MONAI's block."""
 
-    fused_as = "block"
     converted_from = densenet._DenseBlock
 
 
+@eligibility.fused_as("transition")
 class Transition(FusedTransition, densenet._Transition):
     """MONAI's transition."""
 
-    fused_as = "transition"
     converted_from = densenet._Transition
 
 

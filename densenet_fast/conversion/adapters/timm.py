@@ -40,18 +40,18 @@ def parts(layer: nn.Module) -> LayerParts | str:
     return LayerParts(norm1, conv1, norm2, conv2, (), dropout)
 
 
+@eligibility.fused_as("block")
 class Block(ConvertedBlock, densenet.DenseBlock):
     """timm's block."""
 
-    fused_as = "block"
     converted_from = densenet.DenseBlock
     returns_growth = True
 
 
+@eligibility.fused_as("transition")
 class Transition(FusedTransition, densenet.DenseTransition):
     """timm's transition; one with an anti-aliasing filter runs its modules."""
 
-    fused_as = "transition"
     converted_from = densenet.DenseTransition
 
 

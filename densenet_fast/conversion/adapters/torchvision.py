@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import densenet
 
-from densenet_fast import layer_parts
+from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
 from densenet_fast.layer_parts import LayerParts
 from densenet_fast.layers import Transition as FusedTransition
@@ -21,18 +21,18 @@ def parts(layer: nn.Module) -> LayerParts | str:
     )
 
 
+@eligibility.fused_as("block")
 class Block(ConvertedBlock, densenet._DenseBlock):
     """torchvision's block."""
 
-    fused_as = "block"
     converted_from = densenet._DenseBlock
     returns_growth = True
 
 
+@eligibility.fused_as("transition")
 class Transition(FusedTransition, densenet._Transition):
     """torchvision's transition."""
 
-    fused_as = "transition"
     converted_from = densenet._Transition
 
 

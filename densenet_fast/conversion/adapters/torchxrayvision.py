@@ -5,23 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 from torchxrayvision import models, utils
 
-from densenet_fast import layer_parts
+from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.adapters.torchvision import parts
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
 from densenet_fast.layers import Transition as FusedTransition
 
 
+@eligibility.fused_as("block")
 class Block(ConvertedBlock, models._DenseBlock):
     """torchxrayvision's block."""
 
-    fused_as = "block"
     converted_from = models._DenseBlock
 
 
+@eligibility.fused_as("transition")
 class Transition(FusedTransition, models._Transition):
     """torchxrayvision's transition."""
 
-    fused_as = "transition"
     converted_from = models._Transition
 
 

@@ -1,0 +1,68 @@
+"""The running statistics and counters of a fused node, as one operator of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from densenet_fast import ops
+from densenet_fast.graph_library import define
+from densenet_fast.specs import NormSpec
+
+Part = tuple[NormSpec, int, int, int]  # where its mean and its variance begin, and how many
+
+
+def _count_step(
+    statistics: Tensor,
+    running: list[Tensor],
+    counters: list[Tensor],
+    parts: list[int],
+    momenta: list[float],
+    count: int,
+) -> None:
+    vector = statistics.view(-1)
+    for index, momentum in enumerate(momenta):
+        mean, var, length = parts[3 * index : 3 * index + 3]
+        ops.update_running_statistics(
+            vector[mean : mean + length],
+            vector[var : var + length],
+            count,
+            momentum,
+            running[2 * index],
+            running[2 * index + 1],
+        )
+    for counter in counters:  # a norm used twice counts twice
+        counter.add_(1)
+
+
+def _count_step_fake(*_: object) -> None:
+    """Only writes into its arguments."""
+
+
+_operator = define(
+    "count_step",
+    "(Tensor statistics, Tensor(a!)[] running, Tensor(b!)[] counters, int[] parts, "
+    "float[] momenta, SymInt count) -> ()",
+    _count_step,
+    _count_step_fake,
+)
+
+
+def count_step(
+    statistics: Tensor, parts: Sequence[Part], counters: Sequence[Tensor], count: int
+) -> None:
+    """What a step over `count` values per channel changes: the norms' own, and their counters."""
+    running: list[Tensor] = []
+    flat: list[int] = []
+    momenta: list[float] = []
+    for norm, mean, var, length in parts:
+        mean_buffer, var_buffer = norm.running_mean, norm.running_var
+        if not norm.batch_statistics or norm.momentum is None:
+            continue
+        if mean_buffer is not None and var_buffer is not None:
+            running += [mean_buffer, var_buffer]
+            flat += [mean, var, length]
+            momenta.append(norm.momentum)
+    if running or counters:
+        _operator(statistics, running, list(counters), flat, momenta, count)

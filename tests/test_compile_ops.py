@@ -1,0 +1,132 @@
+"""The fused nodes as PyTorch's dispatcher knows them: schema, fake tensors, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from densenet_fast import DenseBlock, EfficientDenseNet, graph_block, graph_stem
+from densenet_fast.norm_modules import StepCounts, norm_spec
+from densenet_fast.specs import (
+    CHECKPOINT_MODES,
+    AvgPoolTail,
+    Checkpoint,
+    ConvGeometry,
+    LayerSpec,
+    Tail,
+    TransitionTail,
+)
+
+OPERATORS = {"dense_block", "dense_block_backward", "stem", "stem_backward", "count_step"}
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+class Recorder(TorchDispatchMode):
+    """The arguments of every fused node that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "densenet_fast_nodes":
+            name = func._schema.name.split("::")[1]
+            self.calls[name] = (func, *torch.utils._pytree.tree_map(_detached, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def block_call(checkpoint: Checkpoint, tail: str, frozen: bool = False) -> Tensor:
+    torch.manual_seed(0)
+    counts = StepCounts()
+    block = DenseBlock(2, 6, 2, 4, 0.2)
+    if frozen:
+        block.eval()
+    layers = [
+        LayerSpec(
+            norm_spec(layer.norm1, counts),
+            layer.conv1.weight,
+            norm_spec(layer.norm2, counts),
+            layer.conv2.weight,
+            0.2,
+        )
+        for layer in block.values()
+    ]
+    behind: Tail | None = None
+    if tail == "transition":
+        weight = nn.Parameter(torch.randn(5, 14, 1, 1))
+        behind = TransitionTail(norm_spec(nn.BatchNorm2d(14), counts), weight)
+    elif tail == "average":
+        behind = AvgPoolTail(norm_spec(nn.BatchNorm2d(14), counts))
+    input = torch.randn(2, 6, 5, 4, requires_grad=True)
+    return graph_block.dense_block(input, layers, behind, checkpoint, 1, counts.counters)
+
+
+def stem_call(convolution: bool) -> Tensor:
+    torch.manual_seed(0)
+    counts = StepCounts()
+    norm = norm_spec(nn.BatchNorm2d(6), counts)
+    if not convolution:
+        input = torch.randn(2, 6, 9, 7, requires_grad=True)
+        return graph_stem.stem(input, None, None, None, norm, counts.counters)
+    weight, bias = nn.Parameter(torch.randn(6, 3, 7, 7)), nn.Parameter(torch.randn(6))
+    geometry = ConvGeometry((2, 2), (3, 3), (1, 1), 1)
+    input = torch.randn(2, 3, 19, 16, requires_grad=True)
+    return graph_stem.stem(input, weight, bias, geometry, norm, counts.counters)
+
+
+CASES = {
+    **{
+        f"{checkpoint}-{tail}": lambda c=checkpoint, t=tail: block_call(c, t)
+        for checkpoint in CHECKPOINT_MODES
+        for tail in ("none", "transition", "average")
+    },
+    "frozen": lambda: block_call("bottleneck", "transition", frozen=True),
+    "stem": lambda: stem_call(False),
+    "conv-stem": lambda: stem_call(True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str) -> None:
+    with Recorder() as recorder:
+        CASES[case]().sum().backward()
+    assert {"stem", "stem_backward"} <= set(recorder.calls) or {
+        "dense_block",
+        "dense_block_backward",
+    } <= set(recorder.calls)
+    for operator, *arguments in recorder.calls.values():
+        torch.library.opcheck(operator, tuple(arguments), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem"])
+def test_opcheck_of_graphs_for_any_size(case: str) -> None:
+    with Recorder() as recorder:
+        CASES[case]().sum()
+    for name, (operator, *arguments) in recorder.calls.items():
+        if name != "count_step":
+            arguments[0].requires_grad_()
+        torch.library.opcheck(operator, tuple(arguments), test_utils=("test_aot_dispatch_dynamic",))
+
+
+def test_every_operator_is_covered() -> None:
+    defined = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("densenet_fast_nodes::")
+    }
+    assert defined == OPERATORS
+
+
+def test_eager_mode_does_not_use_them() -> None:
+    network = EfficientDenseNet(4, (2, 2), 8, num_classes=3)
+    with Recorder() as recorder:
+        network(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert not recorder.calls
