@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn.modules import module as _module
 
@@ -21,7 +22,8 @@ from densenet_fast.backend import backend_for, get_backend
 
 _functorch: Any = torch._C._functorch
 
-PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Tensors of a FakeTensorMode have shapes and no values: fused nodes know what to make of them.
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 # kernel_size, stride, padding, dilation, groups, padding_mode
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")

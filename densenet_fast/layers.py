@@ -41,6 +41,18 @@ def traced(input: Any) -> bool:
     return torch.compiler.is_exporting() or isinstance(input, fx.Proxy) or is_tracing()
 
 
+def refuse_scripting(module: nn.Module) -> Any:
+    """What torch.jit.script calls first: its language has no words for fused layers.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"torch.jit.script does not support {type(module).__name__}: use torch.export.export, "
+        "torch.onnx.export, torch.compile or torch.jit.trace, which need no changes"
+    )
+
+
 def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
     """The checkpoint mode that a constructor's two arguments mean together."""
     mode = checks.checkpoint_mode(checkpoint)
@@ -161,6 +173,8 @@ class DenseLayer(nn.Module):
                 state_dict[f"{prefix}{kind}{rest}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    __prepare_scriptable__ = refuse_scripting
+
     def extra_repr(self) -> str:
         """What the submodules' own lines do not say."""
         return f"drop_rate={self.drop_rate}, checkpoint={self._checkpoint!r}"
@@ -230,6 +244,8 @@ class DenseBlock(nn.ModuleDict):
             checks.parameters(self, self, input)
         checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
         return DenseStep(segments, self._checkpoint).run(input)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def first_reader(self) -> nn.Module | None:
         """The module that decides how many channels the block expects, if one does."""
@@ -320,6 +336,8 @@ class Transition(nn.Sequential):
         if obstacle is not None:
             return super().forward(input.clone() if _may_write(first) else input)
         return DenseStep([], "bottleneck", self).run(input)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def obstacle(
         self, channels: int | None, dtype: torch.dtype, device: torch.device

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from densenet_fast import chain, checks, eligibility, geometry
 from densenet_fast.autocast import computed_type
 from densenet_fast.graph_library import planned_shape
-from densenet_fast.layers import DenseBlock, DenseLayer, Transition, traced
+from densenet_fast.layers import DenseBlock, DenseLayer, Transition, refuse_scripting, traced
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
 from densenet_fast.network_size import network_size
@@ -182,6 +182,8 @@ class EfficientDenseNet(nn.Module):
     def _compose(self, x: Tensor) -> Tensor:
         """The modules called one by one."""
         return self.classifier(_relu_and_average(self.features(x)))
+
+    __prepare_scriptable__ = refuse_scripting
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
