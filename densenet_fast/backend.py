@@ -77,6 +77,8 @@ def _name(dtype: torch.dtype) -> str:
 def select(tensor: Tensor) -> Backend:
     """The backend that runs operators on this tensor."""
     key = (tensor.device, tensor.dtype)
+    if torch.compiler.is_compiling():
+        return _choose(*key)  # else the graph would depend on what has been chosen before it
     chosen = _choices.get(key)
     if chosen is None:
         chosen = _choices[key] = _choose(*key)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn.modules import module as _module
 
@@ -22,7 +23,8 @@ from densenet_fast.backend import backend_for, get_backend
 
 _functorch: Any = torch._C._functorch
 
-PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Tensors of a FakeTensorMode have shapes and no values: fused nodes know what to make of them.
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from densenet_fast import autocast
 from densenet_fast.graph_specs import spread
@@ -74,6 +75,11 @@ def wanted_like(
     ]
 
 
+def recorded(input: Tensor) -> bool:
+    """Whether a graph is being made, or shapes alone are wanted: a node must be one operator."""
+    return torch.compiler.is_compiling() or type(input) is FakeTensor
+
+
 def planned_shape(shape: Sequence[int]) -> Sequence[int]:
     """The shape to plan memory for: in a graph for any size, the size that it was traced with.
 
@@ -83,4 +89,5 @@ def planned_shape(shape: Sequence[int]) -> Sequence[int]:
         return shape
     from torch.fx.experimental import symbolic_shapes  # which imports sympy
 
-    return [symbolic_shapes.optimization_hint(size) for size in shape]
+    hint = getattr(symbolic_shapes, "optimization_hint", None)  # torch 2.14 and newer
+    return shape if hint is None else [hint(size) for size in shape]

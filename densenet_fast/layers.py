@@ -64,6 +64,18 @@ def outside_graph(module: Runnable, input: Tensor) -> Tensor:
     return module.run(input)
 
 
+def refuse_scripting(module: nn.Module) -> Any:
+    """What torch.jit.script calls first: its language has no words for fused layers.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"torch.jit.script does not support {type(module).__name__}: use torch.export.export, "
+        "torch.onnx.export, torch.compile or torch.jit.trace, which need no changes"
+    )
+
+
 def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
     """The checkpoint mode that a constructor's two arguments mean together."""
     mode = checks.checkpoint_mode(checkpoint)
@@ -176,6 +188,8 @@ class DenseLayer(nn.Module):
                 state_dict[f"{prefix}{kind}{rest}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    __prepare_scriptable__ = refuse_scripting
+
     def extra_repr(self) -> str:
         """What the submodules' own lines do not say."""
         return f"drop_rate={self.drop_rate}, checkpoint={self._checkpoint!r}"
@@ -229,6 +243,8 @@ class FusedBlock(nn.Module):
         """A layer called as a module: the features so far, and its own behind them."""
         output: Tensor = layer(input)
         return output
+
+    __prepare_scriptable__ = refuse_scripting
 
     def layers(self) -> list[nn.Module]:
         """The layers in order, one that is used twice as often."""
@@ -377,6 +393,8 @@ class Transition(nn.Sequential):
         if obstacle is not None:
             return super().forward(input.clone() if _may_write(first) else input)
         return DenseStep([], "bottleneck", self).run(input)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def obstacle(
         self, channels: int | None, dtype: torch.dtype, device: torch.device

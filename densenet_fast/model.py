@@ -20,6 +20,7 @@ from densenet_fast.layers import (
     Transition,
     leaves_graph,
     outside_graph,
+    refuse_scripting,
     traced,
 )
 from densenet_fast.loading import unchanged_after_errors
@@ -193,6 +194,8 @@ class EfficientDenseNet(nn.Module):
     def _compose(self, x: Tensor) -> Tensor:
         """The modules called one by one."""
         return self.classifier(_relu_and_average(self.features(x)))
+
+    __prepare_scriptable__ = refuse_scripting
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

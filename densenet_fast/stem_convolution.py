@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_fast import autocast
-from densenet_fast.backend import select
+from densenet_fast.backend import backend_for, get_backend
 from densenet_fast.specs import ConvGeometry
 
 _WIDE_PARTS = 8
@@ -40,7 +40,9 @@ def fast_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The type in which to compute convolutions of tensors of `dtype`."""
     if dtype != torch.bfloat16 or device.type != "cpu" or _bfloat16_is_fast():
         return dtype
-    return torch.float32 if select(torch.empty(0, dtype=dtype)) == "cpu" else dtype
+    # Not `select`, which remembers its answers: a graph would be bound to what it remembers.
+    kernels = get_backend() != "reference" and backend_for(device, dtype).backend == "cpu"
+    return torch.float32 if kernels else dtype
 
 
 def _fast_type(tensor: Tensor) -> torch.dtype:

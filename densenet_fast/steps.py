@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from densenet_fast import graph_block, graph_stem, stem_convolution
 from densenet_fast.dense_block import conv_stem, dense_block, stem_norm_relu_maxpool
 from densenet_fast.eligibility import NORMS, Norm, parameter
+from densenet_fast.graph_library import recorded
 from densenet_fast.norm_modules import StepCounts, norm_spec
 from densenet_fast.specs import (
     AvgPoolTail,
@@ -83,7 +83,7 @@ class StemStep:
                 conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
             )
             weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
-        if torch.compiler.is_compiling():
+        if recorded(input):
             return graph_stem.stem(input, weight, bias, geometry, norm, counts.counters)
         with counts:
             if weight is None or geometry is None:
@@ -136,7 +136,7 @@ class DenseStep:
             behind = AvgPoolTail(norm_spec(tail, counts))
         elif tail is not None:
             behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)
-        if torch.compiler.is_compiling():
+        if recorded(input):
             return graph_block.dense_block(
                 input, layers, behind, self.checkpoint, self.hold, counts.counters
             )

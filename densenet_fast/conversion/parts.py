@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
-from densenet_fast.layers import FusedBlock, leaves_graph, outside_graph, traced
+from densenet_fast.layers import FusedBlock, leaves_graph, outside_graph, refuse_scripting, traced
 from densenet_fast.specs import Checkpoint
 
 
@@ -48,6 +48,8 @@ class ConvertedFeatures(nn.Sequential):
         if leaves_graph(self):
             return outside_graph(self, input)
         return self.run(input)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def run(self, input: Tensor) -> Tensor:
         """The same outside any graph."""
@@ -90,6 +92,8 @@ class ConvertedNetwork(nn.Module):
         if leaves_graph(self):
             return outside_graph(self, input)
         return self.run(input)
+
+    __prepare_scriptable__ = refuse_scripting
 
     def run(self, input: Tensor) -> Tensor:
         """The same outside any graph."""

@@ -1,0 +1,123 @@
+"""torch.export, ONNX and TorchScript: graphs of standard operators for any batch."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import shake
+from torch import Tensor, nn
+
+from densenet_fast import DenseBlock, DenseLayer, EfficientDenseNet, Transition
+
+BATCH = ({0: torch.export.Dim("batch")},)
+
+
+def network(**kwargs: Any) -> EfficientDenseNet:
+    torch.manual_seed(0)
+    shape = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8, "num_classes": 3}
+    made = EfficientDenseNet(**{**shape, **kwargs})
+    shake(made)
+    return made
+
+
+def images(count: int, height: int = 32, width: int = 32) -> Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_hold_standard_operators(strict: bool) -> None:
+    module = network().eval()
+    program = torch.export.export(module, (images(2),), dynamic_shapes=BATCH, strict=strict)
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert called
+    assert {str(target).split(".")[0] for target in called} == {"aten"}
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for count in (2, 5):
+        close(loaded(images(count)), module(images(count)))
+
+
+def test_exported_images_of_any_size() -> None:
+    module = network().eval()
+    free = torch.export.Dim.DYNAMIC
+    shapes = ({0: free, 2: free, 3: free},)
+    program = torch.export.export(module, (images(2),), dynamic_shapes=shapes)
+    close(program.module()(images(3, 48, 40)), module(images(3, 48, 40)))
+
+
+def test_exported_training() -> None:
+    """The program updates running statistics and counters as the network does."""
+    module = network()
+    wanted = copy.deepcopy(module)
+    program = torch.export.export(module, (images(2),)).module()
+    for _ in range(2):
+        close(program(images(2)), wanted(images(2)))
+    state = program.state_dict()
+    for name, buffer in wanted.named_buffers():
+        close(state[name], buffer)
+    assert int(state["features.norm5.num_batches_tracked"]) == 2
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_onnx(dynamo: bool, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    module = network().eval()
+    path = tmp_path / "network.onnx"
+    if dynamo:
+        torch.onnx.export(module, (images(2),), path, dynamo=True, dynamic_shapes=BATCH)
+    else:
+        axes = {"images": {0: "batch"}}
+        torch.onnx.export(
+            module, (images(2),), path, dynamo=False, input_names=["images"], dynamic_axes=axes
+        )
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert all(node.domain in ("", "ai.onnx") for node in model.graph.node)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    for count in (2, 5):
+        (output,) = session.run(None, {name: images(count).numpy()})
+        close(torch.from_numpy(output), module(images(count)).detach())
+
+
+def test_torchscript_traces(tmp_path: Path) -> None:
+    module = network().eval()
+    traced = torch.jit.trace(module, images(2))
+    traced.save(str(tmp_path / "traced.pt"))
+    loaded = torch.jit.load(str(tmp_path / "traced.pt"))
+    close(loaded(images(5)), module(images(5)))
+
+
+def test_symbolic_traces() -> None:
+    module = network().eval()
+    traced = torch.fx.symbolic_trace(module)
+    close(traced(images(5)), module(images(5)))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        EfficientDenseNet(4, (1,), 4, num_classes=2),
+        DenseBlock(1, 4, 2, 4, 0.0),
+        DenseLayer(4, 4, 2, 0.0),
+        Transition(4, 2),
+        nn.Sequential(nn.Conv2d(3, 4, 1), DenseBlock(1, 4, 2, 4, 0.0)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_scripting_is_refused(module: nn.Module) -> None:
+    with pytest.raises(NotImplementedError, match=r"torch.jit.script.*torch.export"):
+        torch.jit.script(module)
