@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -153,22 +153,6 @@ def test_traced_and_exported_graphs() -> None:
     batch = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(ours, (images,), dynamic_shapes=batch).module()
     assert_close(exported(larger), ours(larger), "torch.export")
-
-
-@pytest.mark.parametrize("make", [lambda: networks()[1], lambda: DenseBlock(2, 3, 2, 4, 0.0)])
-def test_compiled_networks_break_the_graph(make: Callable[[], nn.Module]) -> None:
-    network = make().double()
-    images = torch.randn(SIZE, dtype=torch.float64)
-    compiled = torch.compile(network, backend="eager")
-    network.eval()
-    assert_close(compiled(images), network(images), "evaluation")
-    network.train()
-    compiled(images).square().sum().backward()
-    actual = [parameter.grad.clone() for parameter in network.parameters()]
-    network.zero_grad()
-    network(images).square().sum().backward()
-    for found, parameter in zip(actual, network.parameters(), strict=True):
-        assert_close(found, parameter.grad, "gradient", floor=1e-6)
 
 
 def test_meta_tensors_give_shapes() -> None:
