@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from densenet_fast import chain, checks, eligibility, geometry, pretrained, synchronized
 from densenet_fast.autocast import computed_type
 from densenet_fast.graph_library import planned_shape
-from densenet_fast.layers import (
-    DenseBlock,
-    DenseLayer,
-    Transition,
-    leaves_graph,
-    outside_graph,
-    refuse_scripting,
-    traced,
-)
+from densenet_fast.graphs import leaves_graph, outside_graph, refuse_scripting, traced
+from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
 from densenet_fast.network_size import network_size

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
-from densenet_fast.layers import FusedBlock, leaves_graph, outside_graph, refuse_scripting, traced
+from densenet_fast.graphs import leaves_graph, outside_graph, refuse_scripting, traced
+from densenet_fast.layers import FusedBlock
 from densenet_fast.specs import Checkpoint
 
 

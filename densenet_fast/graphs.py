@@ -1,0 +1,50 @@
+"""How fused modules meet what records graphs: torch.compile, torch.export, torch.jit and torch.fx."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+
+from densenet_fast import synchronized
+
+
+def traced(input: Any) -> bool:
+    """Whether a graph is being recorded, in which shapes may stand for any shape."""
+    return torch.compiler.is_exporting() or isinstance(input, fx.Proxy) or is_tracing()
+
+
+def leaves_graph(module: nn.Module) -> bool:
+    """Whether torch.compile must run the module between two graphs.
+
+    A fused node is one operator of a graph, which has no room for exchanges between ranks.
+    """
+    return torch.compiler.is_compiling() and synchronized.exchanges(module)
+
+
+class Runnable(Protocol):
+    """A module whose forward may leave a graph."""
+
+    def run(self, input: Tensor, /) -> Tensor:
+        """The forward, outside any graph."""
+
+
+# torch.compiler.disable would import Dynamo with the package; this waits for the first call.
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def outside_graph(module: Runnable, input: Tensor) -> Tensor:
+    """The module's forward between two graphs of torch.compile."""
+    return module.run(input)
+
+
+def refuse_scripting(module: nn.Module) -> Any:
+    """What torch.jit.script calls first: its language has no words for fused layers.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"torch.jit.script does not support {type(module).__name__}: use torch.export.export, "
+        "torch.onnx.export, torch.compile or torch.jit.trace, which need no changes"
+    )
