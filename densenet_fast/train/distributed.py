@@ -1,0 +1,142 @@
+"""The processes that train together, as torchrun starts them; a single one without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from densenet_fast.train.errors import UsageError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # on this machine
+    local_count: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def largest(self, value: int) -> int:
+        """The largest value of all processes; on the CPU, so no GPU waits for it."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every process' value, in order, on every process."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, act: Callable[[], Result]) -> Result:
+        """What `act` returns on the main process alone; its usage errors end all processes."""
+        if self.count == 1:
+            return act()
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = act()
+            except UsageError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def same_buffers(self, model: torch.nn.Module) -> None:
+        """The main process' buffers on all: batch norms' statistics differ between them."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UsageError(
+            f"expected a whole number in the environment's {name}, as torchrun sets it, "
+            f"got {text!r}"
+        ) from None
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Processes:
+    """This process as torchrun describes it.
+
+    Raises:
+        UsageError: the environment has some of torchrun's variables, but not all.
+    """
+    environment = os.environ if environment is None else environment
+    if "WORLD_SIZE" not in environment:
+        return Processes()
+    count, rank = _number(environment, "WORLD_SIZE"), _number(environment, "RANK")
+    if not 0 <= rank < count:
+        raise UsageError(f"expected a RANK below WORLD_SIZE {count}, got {rank}")
+    if count > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not environment.get(name):
+                raise UsageError(f"{count} processes need {name} in the environment: use torchrun")
+    return Processes(
+        rank,
+        count,
+        _number(environment, "LOCAL_RANK", rank),
+        _number(environment, "LOCAL_WORLD_SIZE", count),
+    )
+
+
+@contextmanager
+def together(processes: Processes, device: torch.device, timeout: float) -> Iterator[None]:
+    """While it lasts, the processes are one group: gloo on the CPU, nccl between GPUs.
+
+    Args:
+        processes: this process among the others.
+        device: where it computes.
+        timeout: seconds that processes wait for each other, to join and later.
+
+    Raises:
+        UsageError: some process has not joined in time.
+    """
+    if processes.count == 1:
+        yield
+        return
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=processes.rank,
+            world_size=processes.count,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"not all of {processes.count} processes joined at {address} within {timeout:g} s "
+            f"(this is rank {processes.rank}): start the others, or raise --rendezvous-timeout. "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
