@@ -30,7 +30,7 @@ class Draw(NamedTuple):
     """An image of an epoch."""
 
     epoch: int
-    index: int
+    image: int
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -62,8 +62,8 @@ class Augmented:
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
         """The image as it looks in that epoch, and its label."""
-        image, label = _read(self.samples, draw.index)
-        with seeded(self.seed, "image", draw.epoch, draw.index):
+        image, label = _read(self.samples, draw.image)
+        with seeded(self.seed, "image", draw.epoch, draw.image):
             return self.transform(image), label
 
 

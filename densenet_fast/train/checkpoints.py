@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from densenet_fast.train.storage import link_atomically, write_atomically
 FORMAT = "densenet_fast training checkpoint, version 1"
 LAST, BEST = "last.pt", "best.pt"
 Content = dict[str, Any]
+# What torch.load raises for files that are damaged or something else.
+UNREADABLE = (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError)
 
 # Flags that may differ when training goes on: none of them changes what a step computes. The data
 # are compared themselves, and so is the network.
@@ -90,14 +91,7 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of `densenet-fast train`, not weights of another origin."""
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ):
+    except UNREADABLE:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
@@ -112,7 +106,7 @@ def read(path: Path) -> Content:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(f"no checkpoint {path}") from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         first = (str(error).splitlines() or ["nothing in it"])[0]
         raise UsageError(
             f"{path} is no whole checkpoint: {first} ({type(error).__name__})"

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together."""
+    """One process among those that train together: this one."""
 
     rank: int = 0
     count: int = 1
@@ -83,7 +83,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Processes:
-    """This process as torchrun describes it.
+    """What torchrun says of this process.
 
     Raises:
         UsageError: the environment has some of torchrun's variables, but not all.

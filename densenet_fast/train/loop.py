@@ -66,7 +66,7 @@ class Meters:
         return {name: value if name == "loss" else 100 * value for name, value in found.items()}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """This process' counts."""
+        """What has been counted in this process."""
         return {name: dict(metric.state_dict()) for name, metric in self._metrics.items()}
 
     def restore(self, state: dict[str, dict[str, Tensor]], device: torch.device) -> None:

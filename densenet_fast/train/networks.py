@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import densenet_fast
 from densenet_fast import checks, geometry
@@ -26,6 +26,9 @@ IMAGENET_MODELS: Mapping[str, Callable[..., EfficientDenseNet]] = {
 }
 MODELS = (*IMAGENET_MODELS, BC)
 IMAGENET_CLASSES = 1000
+NEW = "classifier.*"  # what stays as it is where weights from a file do not fit
+# What making a network with weights raises for weights that are not there, or another network's.
+ERRORS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 HEAD = ("features", "all-but-classifier")  # of --freeze: all but the classifier
 
 
@@ -88,12 +91,12 @@ def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> Effi
     """
     if Path(weights).is_file():
         return _from_file(architecture, Path(weights), exact=exact)
-    if architecture.model == BC:
-        raise UsageError(f"--weights {weights}: no such file, and {BC} has no weights by name")
+    if architecture.model == BC or Path(weights).suffix or Path(weights).name != weights:
+        raise UsageError(f"--weights {weights}: no such file")
     builder: Callable[..., EfficientDenseNet] = getattr(densenet_fast, architecture.model)
     try:
         model = builder(weights=weights, drop_rate=architecture.drop_rate)
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except ERRORS as error:
         raise UsageError(f"--weights {weights} for {architecture.model}: {error}") from error
     stem = next(module for module in model.features if isinstance(module, nn.Conv2d))
     if stem.in_channels != architecture.in_channels:
@@ -112,38 +115,17 @@ def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> Effi
 
 
 def _from_file(architecture: Architecture, path: Path, *, exact: bool) -> EfficientDenseNet:
-    from densenet_fast.train.checkpoints import is_checkpoint, read, weights_of
+    from densenet_fast.train.checkpoints import is_checkpoint, read
 
+    choice: dict[str, Any] = {} if exact else {"ignore": NEW}
+    if is_checkpoint(path):  # ours: averaged weights where it has them
+        choice["entry"] = "model" if read(path)["ema"] is None else "ema"
     model = architecture.build()
-    own = weights_of(read(path)) if is_checkpoint(path) else None
     try:
-        _load(model, path, own, ())
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if exact:
-            raise UsageError(f"--weights {path}: {error}") from error
-        try:  # all but the classifier: for other classes
-            _load(model, path, own, ("classifier",))
-        except (OSError, KeyError, RuntimeError, TypeError, ValueError):
-            raise UsageError(f"--weights {path}: {error}") from error
+        densenet_fast.load_weights(model, path, **choice)  # type: ignore[attr-defined]
+    except ERRORS as error:
+        raise UsageError(f"--weights {path}: {error}") from error
     return model
-
-
-def _load(
-    model: EfficientDenseNet, path: Path, own: dict[str, Tensor] | None, ignore: tuple[str, ...]
-) -> None:
-    """`own`: the weights, where `path` is a checkpoint of ours."""
-    if own is not None:
-        kept = model.state_dict()
-        replaced = {name: kept[name] for name in kept if name.startswith(ignore)} if ignore else {}
-        model.load_state_dict({**own, **replaced})
-        return
-    load: Callable[..., Any] | None = getattr(densenet_fast, "load_weights", None)
-    if load is None:
-        raise RuntimeError("this version of densenet_fast cannot load weights from files")
-    if ignore:
-        load(model, path, ignore=ignore)
-    else:
-        load(model, path)
 
 
 def freeze(model: EfficientDenseNet, prefix: str) -> int:

@@ -72,9 +72,7 @@ def complete(arguments: Namespace) -> None:
     if arguments.opt == "sgd_nesterov" and arguments.momentum == 0:
         raise UsageError("--opt sgd_nesterov needs a --momentum above 0, got 0")
     if arguments.lr_warmup_method == "linear" and arguments.lr_warmup_decay == 0:
-        raise UsageError(
-            "--lr-warmup-decay must be above 0, got 0: the first epoch would not train"
-        )
+        raise UsageError("--lr-warmup-decay must be above 0, or the first epoch would not train")
     if arguments.lr_min is not None and arguments.lr_min > arguments.lr:
         raise UsageError(f"--lr-min {arguments.lr_min} is above --lr {arguments.lr}")
     if arguments.lr_warmup_epochs >= arguments.epochs:

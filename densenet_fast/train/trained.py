@@ -45,7 +45,7 @@ def _imagenet(arguments: Namespace) -> Trained:
 
     architecture = Architecture(arguments.model, IMAGENET_CLASSES, 3)
     model = pretrained(architecture, arguments.weights, exact=True)
-    weights = next(iter(get_model_weights("densenet121")))  # type: ignore[call-overload]
+    weights = next(iter(get_model_weights("densenet121")))
     plain = preprocessing(None, IMAGENET_MEAN, IMAGENET_STD)
     return Trained(model, tuple(weights.meta["categories"]), plain)
 
