@@ -53,7 +53,7 @@ DATA = (
     ("preprocessing", "preprocessing"),
 )
 _NEEDED = ("architecture", "arguments", "classes", "model", "preprocessing")
-_TRAINING = ("at", "by_process", "data", "epoch", "history", "optimizer", "processes", "schedule")
+_TRAINING = ("at", "by_process", "data", "epoch", "history", "optimizer", "processes")
 
 
 def plain(arguments: Namespace) -> Content:

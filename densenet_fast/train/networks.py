@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,12 @@ from densenet_fast.model import EfficientDenseNet
 from densenet_fast.train.errors import UsageError
 
 BC = "densenet-bc"  # for small images
-IMAGENET_MODELS: Mapping[str, Callable[..., EfficientDenseNet]] = {
-    "densenet121": densenet_fast.densenet121,
-    "densenet161": densenet_fast.densenet161,
-    "densenet169": densenet_fast.densenet169,
-    "densenet201": densenet_fast.densenet201,
-    "densenet264": densenet_fast.densenet264,
-}
+IMAGENET_MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 MODELS = (*IMAGENET_MODELS, BC)
 IMAGENET_CLASSES = 1000
 NEW = "classifier.*"  # what stays as it is where weights from a file do not fit
 # What making a network with weights raises for weights that are not there, or another network's.
-ERRORS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 HEAD = ("features", "all-but-classifier")  # of --freeze: all but the classifier
 
 
@@ -55,7 +49,6 @@ class Architecture:
             "drop_rate": self.drop_rate,
         }
         if self.model != BC:
-            # Looked up when called, as whoever replaces densenet_fast.densenet121 expects.
             builder: Callable[..., EfficientDenseNet] = getattr(densenet_fast, self.model)
             return builder(**common)
         assert self.depth is not None and self.growth_rate is not None
@@ -122,7 +115,8 @@ def _from_file(architecture: Architecture, path: Path, *, exact: bool) -> Effici
         choice["entry"] = "model" if read(path)["ema"] is None else "ema"
     model = architecture.build()
     try:
-        densenet_fast.load_weights(model, path, **choice)  # type: ignore[attr-defined]
+        load: Callable[..., Any] = getattr(densenet_fast, "load_weights")  # noqa: B009
+        load(model, path, **choice)
     except ERRORS as error:
         raise UsageError(f"--weights {path}: {error}") from error
     return model

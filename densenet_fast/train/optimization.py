@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # torchvision's constants of --opt rmsprop.
@@ -44,7 +43,8 @@ def make_optimizer(
 def lr_factor(arguments: Namespace) -> Callable[[int], float]:
     """By what --lr is multiplied in an epoch: the values of torchvision's sequence of schedulers.
 
-    A function of the epoch alone, so that --epochs can change when training is resumed.
+    A function of the epoch alone, and no scheduler with a state of its own: what PyTorch's restore
+    of theirs would keep the old --epochs when training is resumed with others.
     """
 
     def factor(epoch: int) -> float:
@@ -65,11 +65,6 @@ def lr_factor(arguments: Namespace) -> Callable[[int], float]:
         return gamma**at
 
     return factor
-
-
-def make_schedule(arguments: Namespace, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Learning rates, changed once an epoch."""
-    return LambdaLR(optimizer, lr_factor(arguments))
 
 
 def make_average(arguments: Namespace, model: nn.Module, processes: int) -> AveragedModel | None:

@@ -7,17 +7,16 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from densenet_fast.model import EfficientDenseNet
 from densenet_fast.train.checkpoints import Content
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.loop import Meters
 from densenet_fast.train.optimization import (
+    lr_factor,
     make_average,
     make_optimizer,
     make_scaler,
-    make_schedule,
     slots,
 )
 
@@ -42,12 +41,13 @@ class State:
         self.model, self.device, self.classes = model, device, classes
         self.average = make_average(arguments, model, processes.count)
         self.optimizer = make_optimizer(arguments, model.parameters())
-        self.schedule: LambdaLR = make_schedule(arguments, self.optimizer)
+        self._lr, self._factor = arguments.lr, lr_factor(arguments)
         self.scaler = make_scaler(arguments, device)
         self.meters = self._new_meters()
         self.epoch = self.at = self.steps = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
+        self._set_rates()
         self._slots = slots(arguments)
 
     def _new_meters(self) -> Meters:
@@ -57,7 +57,7 @@ class State:
         """Go on to the next epoch; `row` is what there is to say of the one that is over."""
         self.history.append(row)
         self.epoch, self.at, self.seconds = self.epoch + 1, 0, 0.0
-        self.schedule.step()
+        self._set_rates()
         self.meters = self._new_meters()
 
     def checkpoint_bytes(self) -> int:
@@ -90,7 +90,6 @@ class State:
             "ema": None if average is None else average.module.state_dict(),
             "ema_updates": None if average is None else int(average.n_averaged),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -101,7 +100,6 @@ class State:
             self.average.module.load_state_dict(content["ema"])
             self.average.n_averaged.fill_(content["ema_updates"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.at, self.steps = content["epoch"], content["at"], content["steps"]
@@ -115,9 +113,6 @@ class State:
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
 
     def _set_rates(self) -> None:
-        """Rates of this epoch for these arguments: --epochs may not be what it was."""
-        schedule = self.schedule
-        for group, base, factor in zip(
-            self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(self.epoch)
+        """The rates of this epoch; the epoch is all that there is to restore of their schedule."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr * self._factor(self.epoch)
