@@ -93,7 +93,7 @@ def test_killed_worker_restarts_from_the_last_checkpoint(tmp_path: Path) -> None
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--max-restarts", "1", "--master-port", str(_free_port()), "--monitor-interval", "0.1"),
         *("-m", "densenet_fast.train", *flags, "--resume", "auto", "--print-freq", "1"),
-        *("--device", "cpu"),
+        *("--device", "cpu", "--rendezvous-timeout", "60"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(text: str, status: int) -> int:
-    """Say it, by the main process alone of several."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"densenet-fast: {text}", file=sys.stderr, flush=True)
+    """Say what is wrong, and in which of several processes."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    where = f" [rank {os.environ.get('RANK')}]" if several else ""
+    print(f"densenet-fast{where}: {text}", file=sys.stderr, flush=True)
     return status

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from densenet_fast.train.errors import UsageError
+from densenet_fast.train.errors import TrainingError, UsageError
 
 Result = TypeVar("Result")
+_POLL = 0.05  # seconds between two looks at who has joined
+_LOST = ("gloo", "Gloo", "NCCL", "nccl", "Connection closed")  # in errors of lost connections
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,33 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Processes:
     )
 
 
+def _agree(store: dist.Store, processes: Processes, timeout: float) -> str:
+    """A name for this attempt to train together, known to all that take part in it.
+
+    torchrun's store outlives workers that it starts again, and has the addresses of those that are
+    gone: without a new name, a process may wait for one of them.
+    """
+    own = uuid.uuid4().hex
+    if not processes.main:
+        store.set(f"hello/{processes.rank}", own)
+        store.wait([f"welcome/{own}"], timedelta(seconds=timeout))
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"joined/{name}/{processes.rank}", "")
+        return name
+    end = time.monotonic() + timeout
+    missing = set(range(1, processes.count))
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"joined/{own}/{rank}"]):
+                missing.discard(rank)
+            elif store.check([f"hello/{rank}"]):  # perhaps an earlier one's: looked at again
+                store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", own)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"missing: rank {', '.join(map(str, sorted(missing)))}")
+        time.sleep(_POLL if missing else 0)
+    return own
+
+
 @contextmanager
 def together(processes: Processes, device: torch.device, timeout: float) -> Iterator[None]:
     """While it lasts, the processes are one group: gloo on the CPU, nccl between GPUs.
@@ -117,26 +148,42 @@ def together(processes: Processes, device: torch.device, timeout: float) -> Iter
 
     Raises:
         UsageError: some process has not joined in time.
+        TrainingError: some process was lost later.
     """
     if processes.count == 1:
         yield
         return
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    limit = timedelta(seconds=timeout)
     try:
+        store, rank, count = next(
+            dist.rendezvous("env://", processes.rank, processes.count, timeout=limit)
+        )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            rank=processes.rank,
-            world_size=processes.count,
-            timeout=timedelta(seconds=timeout),
+            store=dist.PrefixStore(_agree(store, processes, timeout), store),
+            rank=rank,
+            world_size=count,
+            timeout=limit,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UsageError(
-            f"not all of {processes.count} processes joined at {address} within {timeout:g} s "
-            f"(this is rank {processes.rank}): start the others, or raise --rendezvous-timeout. "
-            f"{str(error).splitlines()[0]}"
+            f"not all of {processes.count} processes joined at {address} within {timeout:g} s: "
+            f"start the others, or raise --rendezvous-timeout ({_first_line(error)})"
         ) from error
     try:
         yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _LOST):
+            raise
+        raise TrainingError(
+            f"another process is lost ({_first_line(error)}); torchrun --max-restarts starts all "
+            "again, and --resume auto goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

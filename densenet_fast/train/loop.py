@@ -54,7 +54,8 @@ class Meters:
         """Count a batch; `loss` is its mean, `labels` classes [N]."""
         for name, metric in self._metrics.items():
             if name == "loss":
-                metric.update(loss, weight=len(labels))
+                # Once per image, not with a weight: nan_strategy="disable" forgets weights.
+                metric.update(loss.float().expand(len(labels)))
             else:
                 metric.update(logits, labels)
 
