@@ -226,7 +226,9 @@ def _run(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="save last.pt every N steps besides at each epoch's end",
     )
-    group.add_argument("--steps", type=whole(1), metavar="N", help="stop after N steps, saved")
+    group.add_argument(
+        "--steps", type=whole(1), metavar="N", help="stop when N steps are done, saved"
+    )
     group.add_argument("--test-only", action="store_true", help="validate once, do not train")
     group.add_argument("--print-freq", type=whole(1), default=10, metavar="STEPS")
     group.add_argument("--no-progress", action="store_true", help="lines instead of a bar")

@@ -53,6 +53,12 @@ def _check_fit(network: trained.Trained, source: Source) -> None:
         raise UsageError(
             f"{source.name} has {len(source.classes)} classes, the network {len(network.classes)}"
         )
+    if network.of_data and source.classes != network.classes:
+        pairs = zip(source.classes, network.classes, strict=True)
+        found, expected = next((ours, theirs) for ours, theirs in pairs if ours != theirs)
+        raise UsageError(
+            f"{source.name} has other classes than the network: {found!r} where it has {expected!r}"
+        )
 
 
 def _report(arguments: Namespace, source: Source, found: dict[str, float]) -> None:

@@ -73,7 +73,9 @@ class Events:
         from torch.utils.tensorboard import SummaryWriter
 
         # What an interrupted run wrote behind its checkpoint does not count any more.
-        self._writer: Any = SummaryWriter(str(folder / EVENTS), purge_step=step or None)
+        self._writer: Any = SummaryWriter(
+            str(folder / EVENTS), purge_step=step + 1 if step else None
+        )
 
     def step(self, step: int, loss: float) -> None:
         """The loss of one step's batch."""

@@ -58,8 +58,8 @@ def open_data(arguments: Namespace, processes: Processes, *, train: bool) -> Set
     Raises:
         UsageError: unknown names, missing, wrong or corrupt files, sizes that do not fit.
     """
-    if arguments.download:  # one process per run fetches, the others find it there
-        processes.on_main(lambda: _fetch(arguments))
+    if arguments.download:
+        _fetch(arguments, processes)
     found = open_source(arguments.data, arguments.data_path, download=False)
     in_files = isinstance(found, Path)
     workers = arguments.workers
@@ -87,11 +87,17 @@ def open_data(arguments: Namespace, processes: Processes, *, train: bool) -> Set
     return Setting(found, plain, workers)
 
 
-def _fetch(arguments: Namespace) -> None:
-    try:
-        open_source(arguments.data, arguments.data_path, download=True)
-    except OSError as error:
-        raise DataError(f"--download of {arguments.data}: {error}") from error
+def _fetch(arguments: Namespace, processes: Processes) -> None:
+    """On every machine one process fetches the data set, and the others find it there."""
+    failed = None
+    if processes.local_rank == 0:
+        try:
+            open_source(arguments.data, arguments.data_path, download=True)
+        except UsageError as error:
+            failed = str(error)
+    for text in processes.gather(failed):
+        if text is not None:
+            raise DataError(text)
 
 
 def described(setting: Setting) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Trained:
     model: EfficientDenseNet
     classes: tuple[str, ...]
     plain: Preprocessing
+    of_data: bool  # whether data have these very classes; ImageNet's folders have other names
 
     @property
     def channels(self) -> int:
@@ -47,7 +48,7 @@ def _imagenet(arguments: Namespace) -> Trained:
     model = pretrained(architecture, arguments.weights, exact=True)
     weights = next(iter(get_model_weights("densenet121")))
     plain = preprocessing(None, IMAGENET_MEAN, IMAGENET_STD)
-    return Trained(model, tuple(weights.meta["categories"]), plain)
+    return Trained(model, tuple(weights.meta["categories"]), plain, of_data=False)
 
 
 def _from_checkpoint(arguments: Namespace) -> Trained:
@@ -59,7 +60,8 @@ def _from_checkpoint(arguments: Namespace) -> Trained:
         raise UsageError(f"{arguments.checkpoint}: {error}") from error
     if arguments.no_ema and content.get("ema") is None:
         raise UsageError(f"--no-ema: {arguments.checkpoint} was trained without --model-ema")
-    return Trained(model, tuple(content["classes"]), Preprocessing(**content["preprocessing"]))
+    plain = Preprocessing(**content["preprocessing"])
+    return Trained(model, tuple(content["classes"]), plain, of_data=True)
 
 
 def _resized(plain: Preprocessing, arguments: Namespace) -> Preprocessing:

@@ -170,8 +170,8 @@ class _Training:
         events = records.Events(self.folder, state.steps) if main else None
         try:
             while state.epoch < self.arguments.epochs:
-                if not self._train_epoch(events):
-                    return 0
+                if self._ends() or not self._train_epoch(events):
+                    return self._say_why()
                 self._finish_epoch(events)
         finally:
             if events is not None:
@@ -258,16 +258,22 @@ class _Training:
     def _leave_training(self) -> bool:
         """Save where a signal, --steps or --save-steps ask for it; True where --steps ends."""
         number = self.processes.largest(self.request.number)
-        arguments, steps = self.arguments, self.state.steps
-        ends = arguments.steps is not None and steps >= arguments.steps
-        due = arguments.save_steps is not None and steps % arguments.save_steps == 0
-        if number or ends or due:
+        every = self.arguments.save_steps
+        due = every is not None and self.state.steps % every == 0
+        if number or due or self._ends():
             self._save()
         if number:
             raise StoppedError(number, self._saved())
-        if ends and self.processes.main:
-            print(f"stopped after --steps {arguments.steps}; {self._saved()}")
-        return ends
+        return self._ends()
+
+    def _ends(self) -> bool:
+        """Whether --steps are done."""
+        return self.arguments.steps is not None and self.state.steps >= self.arguments.steps
+
+    def _say_why(self) -> int:
+        if self.processes.main:
+            print(f"stopped after --steps {self.arguments.steps}; {self._saved()}")
+        return 0
 
     def _saved(self) -> str:
         return (
