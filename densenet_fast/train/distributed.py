@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from densenet_fast.train.errors import TrainingError, UsageError
 
@@ -110,7 +112,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Processes:
     )
 
 
-def _agree(store: dist.Store, processes: Processes, timeout: float) -> str:
+def _agree(store: Store, processes: Processes, timeout: float) -> str:
     """A name for this attempt to train together, known to all that take part in it.
 
     torchrun's store outlives workers that it starts again, and has the addresses of those that are
@@ -156,11 +158,11 @@ def together(processes: Processes, device: torch.device, timeout: float) -> Iter
     limit = timedelta(seconds=timeout)
     try:
         store, rank, count = next(
-            dist.rendezvous("env://", processes.rank, processes.count, timeout=limit)
+            rendezvous("env://", processes.rank, processes.count, timeout=limit)
         )
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(_agree(store, processes, timeout), store),
+            store=PrefixStore(_agree(store, processes, timeout), store),
             rank=rank,
             world_size=count,
             timeout=limit,

@@ -20,6 +20,7 @@ BC = "densenet-bc"  # for small images
 IMAGENET_MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
 MODELS = (*IMAGENET_MODELS, BC)
 IMAGENET_CLASSES = 1000
+SHOWN = 12  # lines of an error, which may name every tensor
 NEW = "classifier.*"  # what stays as it is where weights from a file do not fit
 # What making a network with weights raises for weights that are not there, or another network's.
 ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -118,7 +119,10 @@ def _from_file(architecture: Architecture, path: Path, *, exact: bool) -> Effici
         load: Callable[..., Any] = getattr(densenet_fast, "load_weights")  # noqa: B009
         load(model, path, **choice)
     except ERRORS as error:
-        raise UsageError(f"--weights {path}: {error}") from error
+        lines = str(error).splitlines()
+        rest = [f"  ... and {len(lines) - SHOWN} lines more"] if len(lines) > SHOWN else []
+        text = "\n".join([*lines[:SHOWN], *rest])
+        raise UsageError(f"--weights {path}: {text}") from error
     return model
 
 
