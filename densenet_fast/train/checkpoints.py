@@ -41,7 +41,6 @@ HARMLESS = frozenset(
         "save_steps",
         "steps",
         "test_only",
-        "threads",
         "workers",
     )
 )
@@ -53,7 +52,7 @@ DATA = (
     ("preprocessing", "preprocessing"),
 )
 _NEEDED = ("architecture", "arguments", "classes", "model", "preprocessing")
-_TRAINING = ("at", "by_process", "data", "epoch", "history", "optimizer", "processes")
+_TRAINING = ("at", "by_process", "data", "epoch", "history", "optimizer", "processes", "threads")
 
 
 def plain(arguments: Namespace) -> Content:

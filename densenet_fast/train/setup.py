@@ -173,6 +173,13 @@ def seed_noise(seed: int, rank: int) -> None:
     torch.manual_seed(mixed_seed(seed, "noise", rank) % 2**32)
 
 
+def note_threads(before: int) -> None:
+    """Say when resuming is exact up to rounding alone: PyTorch's own sums depend on threads."""
+    now = torch.get_num_threads()
+    if now != before:
+        print(f"{before} threads before, {now} now: rounding may differ (--threads {before})")
+
+
 def check_batches(
     model: EfficientDenseNet,
     arguments: Namespace,

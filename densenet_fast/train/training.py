@@ -136,6 +136,7 @@ class _Training:
                 data = setup.described(self.setting)
                 count = self.processes.count
                 checkpoints.check_settings(path, content, self.arguments, data, count)
+                setup.note_threads(content["threads"])
             return content
 
         return self.processes.on_main(read)
@@ -152,6 +153,7 @@ class _Training:
                 "data": setup.described(self.setting),
                 "arguments": checkpoints.plain(self.arguments),
                 "processes": self.processes.count,
+                "threads": torch.get_num_threads(),
                 "by_process": by_process,
                 **self.state.content(),
             }
