@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from densenet_fast.train.errors import DataError
 
-class DataError(Exception):
-    """A data set is not there, or its files are not what their format says."""
+__all__ = ["DataError", "Images", "batches"]
 
 
 @dataclass(frozen=True)

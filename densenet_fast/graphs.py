@@ -1,4 +1,4 @@
-"""How fused modules meet what records graphs: torch.compile, torch.export, torch.jit and torch.fx."""
+"""What fused modules do where a graph is recorded: torch.compile, torch.export, torch.jit, fx."""
 
 from __future__ import annotations
 

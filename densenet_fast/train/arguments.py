@@ -1,0 +1,255 @@
+"""The command line: flags of torchvision's references/classification where they mean the same."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from densenet_fast.specs import NETWORK_MODES
+from densenet_fast.train.networks import BC, MODELS
+from densenet_fast.train.sources import DIGITS, SOURCES
+
+OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
+SCHEDULERS = ("steplr", "cosineannealinglr", "exponentiallr")
+WARMUPS = ("constant", "linear")
+AUGMENTATIONS = ("imagenet", "ra", "ta_wide", "augmix")
+AMP_TYPES = ("bfloat16", "float16")
+ON_CORRUPT = ("error", "skip")
+AUTO = "auto"  # of --resume
+CHECKPOINT_MODES = tuple(NETWORK_MODES)
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """A type of argparse: whole numbers of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {minimum}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """A type of argparse: finite numbers from `low`, or above it, to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and low <= value <= high and not (above and value == low):
+            return value
+        least = f"above {low:g}" if above else f"of at least {low:g}"
+        most = "" if high == math.inf else f" and at most {high:g}"
+        raise argparse.ArgumentTypeError(f"expected a number {least}{most}, got {text!r}")
+
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="densenet-fast",
+        description="Train, evaluate and use DenseNets.",
+        epilog="exit status: 0 done, 1 failed, 2 wrong input, 130 and 143 stopped by SIGINT and "
+        "SIGTERM with everything saved for --resume",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = commands.add_parser
+    train = add("train", help="train or fine-tune; also under torchrun", allow_abbrev=False)
+    _model(train)
+    _memory(train)
+    _data(train)
+    _augmentation(train)
+    _optimization(train)
+    _run(train)
+    evaluate = add("evaluate", help="loss and accuracy of a checkpoint", allow_abbrev=False)
+    _trained(evaluate)
+    _data(evaluate)
+    _sizes(evaluate)
+    evaluate.add_argument("-b", "--batch-size", type=whole(1), default=32, metavar="N")
+    _device(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
+    predict = add("predict", help="the likeliest classes of images", allow_abbrev=False)
+    predict.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE|FOLDER|-",
+        help="files, folders (searched through), or -: one image's bytes, or paths line by line, "
+        "on standard input",
+    )
+    _trained(predict)
+    _sizes(predict)
+    predict.add_argument("-b", "--batch-size", type=whole(1), default=32, metavar="N")
+    predict.add_argument("--top", type=whole(1), default=5, metavar="K", help="classes to print")
+    _on_corrupt(predict)
+    _device(predict)
+    predict.add_argument("--json", action="store_true", help="print one line of JSON per image")
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument("--model", choices=MODELS, help=f"default: {BC} for {DIGITS}, densenet121")
+    group.add_argument(
+        "--depth", type=whole(1), metavar="L", help=f"layers of {BC}, 6n + 4 (default: 40)"
+    )
+    group.add_argument("--growth-rate", type=whole(1), metavar="K", help=f"of {BC} (default: 12)")
+    group.add_argument("--drop-rate", type=real(0, 1), default=0.0, metavar="P")
+    group.add_argument(
+        "--weights",
+        metavar="NAME|FILE",
+        help="start from these, such as IMAGENET1K_V1; with another number of classes the "
+        "classifier is new",
+    )
+    group.add_argument(
+        "--freeze",
+        metavar="PREFIX",
+        help="do not train the parameters below this module, such as features.denseblock1; "
+        '"features" or "all-but-classifier": train the classifier alone. Statistics of batch '
+        "norms still follow the data",
+    )
+    group.add_argument("--sync-bn", action="store_true", help="batch statistics of all processes")
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory and speed")
+    group.add_argument("--checkpoint-mode", choices=CHECKPOINT_MODES, default="bottleneck")
+    group.add_argument(
+        "--memory-budget",
+        type=real(0, above=True),
+        metavar="MIB",
+        help="what a step may take beyond parameters and images, for --checkpoint-mode auto",
+    )
+    group.add_argument("--channels-last", action="store_true")
+    group.add_argument("--compile", action="store_true", help="through torch.compile")
+    group.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    group.add_argument("--amp-dtype", choices=AMP_TYPES, help="default: bfloat16")
+    group.add_argument("--threads", type=whole(1), metavar="N", help="default: PyTorch's choice")
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        metavar="NAME|FOLDER",
+        help=f"one of {', '.join(SOURCES)}, or as --data-path; default: {DIGITS}",
+    )
+    group.add_argument(
+        "--data-path",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder with train/ and val/, each with one folder of images per class; or where "
+        "the files of a named data set are",
+    )
+    group.add_argument("--download", action="store_true", help="fetch a named data set")
+    group.add_argument(
+        "-j", "--workers", type=whole(0), metavar="N", help="processes that load images"
+    )
+    _on_corrupt(group)
+
+
+def _on_corrupt(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--on-corrupt",
+        choices=ON_CORRUPT,
+        default="error",
+        help="images that cannot be decoded: refuse to begin, or leave out and count "
+        "(default: error)",
+    )
+
+
+def _sizes(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--val-resize-size", type=whole(1), metavar="PIXELS")
+    parser.add_argument("--val-crop-size", type=whole(1), metavar="PIXELS")
+
+
+def _augmentation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--auto-augment", choices=AUGMENTATIONS)
+    group.add_argument("--random-erase", type=real(0, 1), default=0.0, metavar="P")
+    group.add_argument("--mixup-alpha", type=real(0), default=0.0, metavar="ALPHA")
+    group.add_argument("--cutmix-alpha", type=real(0), default=0.0, metavar="ALPHA")
+    group.add_argument("--train-crop-size", type=whole(1), metavar="PIXELS")
+    _sizes(group)
+
+
+def _optimization(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "-b", "--batch-size", type=whole(1), default=32, metavar="N", help="of each process"
+    )
+    group.add_argument("--epochs", type=whole(1), default=90, metavar="N")
+    group.add_argument("--opt", choices=OPTIMIZERS, default="sgd")
+    group.add_argument("--lr", type=real(0, above=True), default=0.1, metavar="RATE")
+    group.add_argument("--momentum", type=real(0, 1), metavar="M", help="default: 0.9")
+    group.add_argument("--weight-decay", "--wd", type=real(0), default=1e-4, metavar="W")
+    group.add_argument("--label-smoothing", type=real(0, 1), default=0.0, metavar="S")
+    group.add_argument("--clip-grad-norm", type=real(0, above=True), metavar="NORM")
+    group.add_argument("--lr-scheduler", choices=SCHEDULERS, default="steplr")
+    group.add_argument("--lr-step-size", type=whole(1), metavar="EPOCHS", help="default: 30")
+    group.add_argument("--lr-gamma", type=real(0, above=True), metavar="G", help="default: 0.1")
+    group.add_argument("--lr-min", type=real(0), metavar="RATE", help="default: 0")
+    group.add_argument("--lr-warmup-epochs", type=whole(0), default=0, metavar="N")
+    group.add_argument("--lr-warmup-method", choices=WARMUPS, help="default: constant")
+    group.add_argument("--lr-warmup-decay", type=real(0, 1), metavar="D", help="default: 0.01")
+    group.add_argument("--model-ema", action="store_true", help="average of the weights as well")
+    group.add_argument("--model-ema-steps", type=whole(1), metavar="N", help="default: 32")
+    group.add_argument("--model-ema-decay", type=real(0, 1), metavar="D", help="default: 0.99998")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    _device(group)
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N")
+    group.add_argument("--use-deterministic-algorithms", action="store_true")
+    group.add_argument("--output-dir", type=Path, default=Path("output"), metavar="FOLDER")
+    group.add_argument("--overwrite", action="store_true", help="also where a training is saved")
+    group.add_argument(
+        "--resume",
+        metavar="FILE|auto",
+        help="go on from a checkpoint; auto: from last.pt of the output folder, if there is one",
+    )
+    group.add_argument(
+        "--save-steps",
+        type=whole(1),
+        metavar="N",
+        help="save last.pt every N steps besides at each epoch's end",
+    )
+    group.add_argument(
+        "--steps", type=whole(1), metavar="N", help="stop when N steps are done, saved"
+    )
+    group.add_argument("--test-only", action="store_true", help="validate once, do not train")
+    group.add_argument("--print-freq", type=whole(1), default=10, metavar="STEPS")
+    group.add_argument("--no-progress", action="store_true", help="lines instead of a bar")
+    group.add_argument(
+        "--rendezvous-timeout",
+        type=real(0, above=True),
+        default=600.0,
+        metavar="SECONDS",
+        help="how long processes wait for each other (default: %(default)g)",
+    )
+
+
+def _device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--device", help="default: cuda where PyTorch sees a GPU, else cpu")
+
+
+def _trained(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("trained network")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="of densenet-fast train")
+    group.add_argument("--no-ema", action="store_true", help="the weights, not their average")
+    group.add_argument(
+        "--weights", metavar="NAME|FILE", help="ImageNet's instead, such as IMAGENET1K_V1"
+    )
+    group.add_argument("--model", choices=MODELS, help="of --weights")

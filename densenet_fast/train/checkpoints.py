@@ -1,0 +1,179 @@
+"""Checkpoints: what they hold, and whether a run may go on from one."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densenet_fast.train.errors import UsageError
+from densenet_fast.train.networks import Architecture
+from densenet_fast.train.rules import flag
+from densenet_fast.train.storage import link_atomically, write_atomically
+
+FORMAT = "densenet_fast training checkpoint, version 1"
+LAST, BEST = "last.pt", "best.pt"
+Content = dict[str, Any]
+# What torch.load raises for files that are damaged or something else.
+UNREADABLE = (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError)
+
+# Flags that may differ when training goes on: none of them changes what a step computes. The data
+# are compared themselves, and so is the network.
+HARMLESS = frozenset(
+    (
+        "command",
+        "data",
+        "data_path",
+        "download",
+        "epochs",
+        "no_progress",
+        "output_dir",
+        "overwrite",
+        "print_freq",
+        "rendezvous_timeout",
+        "resume",
+        "save_steps",
+        "steps",
+        "test_only",
+        "workers",
+    )
+)
+# What checkpoints say of the data, and how it is called in messages.
+DATA = (
+    ("train", "training images"),
+    ("val", "validation images"),
+    ("digest", "digest of the list of images"),
+    ("preprocessing", "preprocessing"),
+)
+_NEEDED = ("architecture", "arguments", "classes", "model", "preprocessing")
+_TRAINING = ("at", "by_process", "data", "epoch", "history", "optimizer", "processes", "threads")
+
+
+def plain(arguments: Namespace) -> Content:
+    """The arguments as plain data."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in sorted(vars(arguments).items())
+    }
+
+
+def serialized(content: Content) -> bytes:
+    """A checkpoint's bytes, which `torch.load(weights_only=True)` reads."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **content}, buffer)
+    return buffer.getvalue()
+
+
+def save(folder: Path, content: Content, *, best: bool) -> None:
+    """Write last.pt, and best.pt as well if it is the best.
+
+    best.pt comes first: a crash in between repeats the epoch, and finds the same best once more.
+
+    Raises:
+        UsageError: the disk is full; the checkpoints are the old ones.
+    """
+    data = serialized(content)
+    if best:
+        write_atomically(folder / BEST, data)
+        link_atomically(folder / BEST, folder / LAST)
+    else:
+        write_atomically(folder / LAST, data)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of `densenet-fast train`, not weights of another origin."""
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except UNREADABLE:
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read(path: Path) -> Content:
+    """A checkpoint of `densenet-fast train`, its tensors on the CPU.
+
+    Raises:
+        UsageError: there is none, or the file is damaged or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"no checkpoint {path}") from error
+    except UNREADABLE as error:
+        first = (str(error).splitlines() or ["nothing in it"])[0]
+        raise UsageError(
+            f"{path} is no whole checkpoint: {first} ({type(error).__name__})"
+        ) from error
+    missing = (
+        [name for name in _NEEDED if name not in content] if isinstance(content, dict) else ["all"]
+    )
+    if missing or content.get("format") != FORMAT:
+        raise UsageError(
+            f"{path} is no checkpoint of densenet-fast train: expected format {FORMAT!r}; weights "
+            "alone are for --weights"
+        )
+    return content
+
+
+def weights_of(content: Content, *, ema: bool = True) -> dict[str, Tensor]:
+    """A checkpoint's weights, averaged ones where it has them."""
+    averaged = content.get("ema")
+    return averaged if ema and averaged is not None else content["model"]
+
+
+def check_network(
+    path: Path, content: Content, architecture: Architecture, classes: Sequence[str]
+) -> None:
+    """Refuse a checkpoint of another network or of other classes.
+
+    Raises:
+        UsageError: it is.
+    """
+    found = Architecture(**content["architecture"])
+    if found != architecture:
+        raise UsageError(f"{path} is of another network: {found}; expected {architecture}")
+    if list(content["classes"]) != list(classes):
+        raise UsageError(
+            f"{path} is of other classes: {_some(content['classes'])}; the data have "
+            f"{_some(classes)}"
+        )
+
+
+def check_settings(
+    path: Path, content: Content, arguments: Namespace, data: Content, processes: int
+) -> None:
+    """Refuse a checkpoint of a run that these arguments would not have started.
+
+    Raises:
+        UsageError: other data or other flags; all differences are named.
+    """
+    missing = [name for name in _TRAINING if name not in content]
+    if missing:
+        raise UsageError(f"{path} has no {', '.join(missing)}: it cannot be gone on from")
+    before, now = content["arguments"], plain(arguments)
+    different = [
+        f"{flag(name)} was {before.get(name)} and is {now.get(name)}"
+        for name in sorted({*before, *now} - HARMLESS)
+        if before.get(name) != now.get(name)
+    ]
+    for name, text in DATA:
+        if content["data"][name] != data[name]:
+            different.append(f"{text}: {content['data'][name]} before, {data[name]} now")
+    if content["processes"] != processes:
+        different.append(f"processes: {content['processes']} before, {processes} now")
+    if different:
+        raise UsageError(
+            f"{path} cannot go on with other settings: {'; '.join(different)}. Other results "
+            "would come of it; --weights starts anew from its weights"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(list(names)[:5])
+    return f"{len(names)} ({shown}{', ...' if len(names) > 5 else ''})"

@@ -1,0 +1,122 @@
+"""`densenet-fast predict`: the likeliest classes of images from files, folders or a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from densenet_fast.train import trained
+from densenet_fast.train.errors import DataError, UsageError
+from densenet_fast.train.folders import decoding_error, image_files
+from densenet_fast.train.networks import check_images
+from densenet_fast.train.rules import device, one_of_checkpoint_and_weights
+
+PIPE = "-"
+
+
+class Item(NamedTuple):
+    """An image by its name; `content` is None for a file of that name."""
+
+    name: str
+    content: bytes | None = None
+
+    def open(self) -> Any:
+        """The image, for PIL."""
+        return self.name if self.content is None else io.BytesIO(self.content)
+
+
+def run(arguments: Namespace) -> int:
+    """Print the likeliest classes of every image; returns the exit status.
+
+    Raises:
+        UsageError: no such network or images, or an image cannot be decoded.
+    """
+    one_of_checkpoint_and_weights(arguments)
+    where = device(arguments.device)
+    network = trained.load(arguments, where)
+    check_images(network.model, 1, network.channels, network.plain.crop)
+    items = _decodable(list(_items(arguments.images)), arguments.on_corrupt)
+    transform = network.plain.transform()
+    kind = "L" if network.channels == 1 else "RGB"
+    for start in range(0, len(items), arguments.batch_size):
+        chosen = items[start : start + arguments.batch_size]
+        images = torch.stack([transform(_read(item, kind)) for item in chosen])
+        with torch.inference_mode():
+            shares = network.model(images.to(where)).softmax(1)
+        best = shares.topk(min(arguments.top, len(network.classes)), dim=1)
+        for item, values, indices in zip(
+            chosen, best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            rows = [(network.classes[i], i, p) for i, p in zip(indices, values, strict=True)]
+            print(_line(item.name, rows, as_json=arguments.json), flush=True)
+    return 0
+
+
+def _line(name: str, rows: Sequence[tuple[str, int, float]], *, as_json: bool) -> str:
+    if as_json:
+        found = [{"class": c, "index": i, "probability": p} for c, i, p in rows]
+        return json.dumps({"image": name, "predictions": found})
+    return f"{name}: " + ", ".join(f"{c} {100 * p:.2f} %" for c, _, p in rows)
+
+
+def _items(names: Sequence[str]) -> Iterator[Item]:
+    if list(names).count(PIPE) > 1:
+        raise UsageError(f"{PIPE} is standard input, which can be read once; it is given twice")
+    for name in names:
+        if name == PIPE:
+            yield from from_pipe(sys.stdin.buffer.read())
+        else:
+            yield from (Item(str(path)) for path in image_files(Path(name)))
+
+
+def from_pipe(content: bytes) -> list[Item]:
+    """What came on standard input: an image where PIL knows its format, else paths line by line.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not content.strip():
+        raise UsageError(f"{PIPE}: nothing on standard input; expected an image or paths")
+    try:
+        with Image.open(io.BytesIO(content)):
+            return [Item(PIPE, content)]
+    except UnidentifiedImageError:
+        pass
+    except Exception:
+        return [Item(PIPE, content)]
+    try:
+        lines = [line.strip() for line in content.decode().splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{PIPE}: standard input is neither an image of a known format nor a list of paths"
+        ) from error
+    return [Item(str(path)) for line in lines if line for path in image_files(Path(line))]
+
+
+def _decodable(items: Sequence[Item], on_corrupt: str) -> list[Item]:
+    """All items, every one of which has been decoded once; or those that can be."""
+    good: list[Item] = []
+    for item in items:
+        reason = decoding_error(item.open())
+        if reason is None:
+            good.append(item)
+        elif on_corrupt == "error":
+            raise DataError(
+                f"corrupt image {item.name} ({reason}); --on-corrupt skip leaves such files out"
+            )
+    if len(good) < len(items):
+        print(f"{len(items) - len(good)} corrupt images left out", file=sys.stderr)
+    return good
+
+
+def _read(item: Item, kind: str) -> Image.Image:
+    with Image.open(item.open()) as image:
+        return image.convert(kind)

@@ -1,0 +1,131 @@
+"""What a run tells: a table (CSV), TensorBoard's events, lines and a progress bar."""
+
+from __future__ import annotations
+
+import csv
+import io
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from densenet_fast.train.storage import write_atomically
+
+CSV, EVENTS = "log.csv", "tensorboard"
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_top1",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+    "ema_val_loss",
+    "ema_val_top1",
+    "ema_val_top5",
+    "images_per_second",
+    "peak_memory_mib",
+    "seconds",
+)
+Row = dict[str, Any]
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: the most this process has had so far, allocated on a GPU or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def write_table(folder: Path, rows: Sequence[Row]) -> None:
+    """The table of all epochs, accuracies in percent."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(folder / CSV, text.getvalue().encode())
+
+
+def summary(row: Row) -> str:
+    """An epoch in a line."""
+    average = ""
+    if "ema_val_top1" in row:
+        average = f", average's {row['ema_val_loss']:.4f} and {row['ema_val_top1']:.2f} %"
+    return (
+        f"epoch {row['epoch']}: lr {row['lr']:.3g}, loss {row['train_loss']:.4f}, top-1 "
+        f"{row['train_top1']:.2f} %; validation loss {row['val_loss']:.4f}, top-1 "
+        f"{row['val_top1']:.2f} %, top-5 {row['val_top5']:.2f} %{average}; "
+        f"{row['images_per_second']:.1f} images/s, peak {row['peak_memory_mib']:.0f} MiB, "
+        f"{row['seconds']:.1f} s"
+    )
+
+
+class Events:
+    """TensorBoard's events, over the number of steps so far."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an interrupted run wrote behind its checkpoint does not count any more.
+        self._writer: Any = SummaryWriter(
+            str(folder / EVENTS), purge_step=step + 1 if step else None
+        )
+
+    def step(self, step: int, loss: float) -> None:
+        """The loss of one step's batch."""
+        self._writer.add_scalar("step/loss", loss, step)
+
+    def epoch(self, step: int, row: Row) -> None:
+        """Everything in an epoch's row."""
+        for name, value in row.items():
+            self._writer.add_scalar(f"epoch/{name}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class Progress:
+    """A bar over an epoch's steps, or a line now and then where there is no terminal."""
+
+    def __init__(self, title: str, total: int, start: int, *, shown: bool, bar: bool) -> None:
+        self._title, self._total = title, total
+        self._at = start
+        terminal = sys.stderr.isatty()
+        self._lines = shown and not (bar and terminal)
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc=title,
+            disable=not (shown and bar and terminal),
+            leave=False,
+        )
+
+    def advance(self) -> None:
+        """One step more."""
+        self._at += 1
+        self._bar.update()
+
+    def tell(self, text: str) -> None:
+        """How it goes."""
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._lines:
+            print(f"{self._title} [{self._at}/{self._total}] {text}", flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,36 @@
+"""The libraries of the extra `train`, asked for before anything that needs them is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+from densenet_fast.train.errors import UsageError
+
+# Module to import → distribution that has it.
+DISTRIBUTIONS = {
+    "numpy": "numpy",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard",
+    "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision",
+    "tqdm": "tqdm",
+}
+EVALUATE = ("numpy", "PIL", "torchmetrics", "torchvision", "tqdm")
+TRAIN = (*EVALUATE, "tensorboard")
+PREDICT = ("PIL", "torchvision")
+
+
+def require(modules: Iterable[str], purpose: str) -> None:
+    """Refuse with the extra's name what cannot work without its libraries.
+
+    Raises:
+        UsageError: some module cannot be found.
+    """
+    missing = [DISTRIBUTIONS[name] for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{purpose} needs {', '.join(missing)}, not installed here: the extra `train` has "
+            'what it needs, `pip install "densenet_fast[train]"`'
+        )
