@@ -72,7 +72,7 @@ def test_states_of_a_layer(name: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d],
+    [nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d],
     ids=lambda k: k.__name__,
 )
 def test_patched_classes(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
