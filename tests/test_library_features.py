@@ -280,6 +280,23 @@ def _one_of_two_processes(libraries: list[str]) -> None:
         assert fusion_report(model).all_fused
 
 
+def _compiled_and_synchronised() -> None:
+    model, _ = pair("densenet_fast")
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    eager = copy.deepcopy(model)
+    part = images(count=5).split((2, 3))[dist.get_rank()]
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(step(compiled, part), step(eager, part))
+    assert_same_gradients(model, eager)
+    for one, other in zip(model.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@needs_gloo
+def test_exchanges_between_ranks_leave_the_graph() -> None:
+    run_on_ranks(_compiled_and_synchronised)
+
+
 @needs_gloo
 def test_two_processes_against_one() -> None:
     libraries = []

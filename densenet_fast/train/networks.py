@@ -116,8 +116,7 @@ def _from_file(architecture: Architecture, path: Path, *, exact: bool) -> Effici
         choice["entry"] = "model" if read(path)["ema"] is None else "ema"
     model = architecture.build()
     try:
-        load: Callable[..., Any] = getattr(densenet_fast, "load_weights")  # noqa: B009
-        load(model, path, **choice)
+        densenet_fast.load_weights(model, path, **choice)
     except ERRORS as error:
         lines = str(error).splitlines()
         rest = [f"  ... and {len(lines) - SHOWN} lines more"] if len(lines) > SHOWN else []
