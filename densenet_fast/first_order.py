@@ -17,11 +17,15 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> None:
-        raise RuntimeError(
-            f"{ctx.what} cannot be differentiated twice: its gradients are computed by fused "
-            "operators that have no derivative. For second derivatives run a plain network, such "
-            "as torchvision's"
-        )
+        raise refusal(ctx.what)
+
+
+def refusal(what: str) -> RuntimeError:
+    """The error of second derivatives."""
+    return RuntimeError(
+        f"{what} cannot be differentiated twice: its gradients are computed by fused operators "
+        "that have no derivative. For second derivatives run a plain network, such as torchvision's"
+    )
 
 
 def first_order_only(

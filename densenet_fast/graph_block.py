@@ -14,7 +14,7 @@ from densenet_fast.backend import select
 from densenet_fast.block_backward import BlockBackward
 from densenet_fast.block_checks import check_block
 from densenet_fast.block_forward import Geometry, Statistics, forward, recompute_features
-from densenet_fast.graph_library import NAMESPACE, define, no_gradients, wanted, wanted_like
+from densenet_fast.graph_library import define, differentiable, no_gradients, wanted, wanted_like
 from densenet_fast.graph_specs import BlockArguments, block_arguments, block_specs, spread
 from densenet_fast.graph_statistics import Part, count_step
 from densenet_fast.layout import as_rows, empty_channels_last, row_pitch
@@ -213,7 +213,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]
     return tuple(nothing)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::dense_block", _gradients, setup_context=_save)
+differentiable("dense_block", "a fused dense block", _gradients, _save)
 
 
 def dense_block(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from densenet_fast import autocast
+from densenet_fast.first_order import refusal
 from densenet_fast.graph_specs import spread
 
 NAMESPACE = "densenet_fast_nodes"
@@ -35,6 +36,18 @@ def define(
     torch.library.impl(qualified, "CompositeExplicitAutograd", kernel)
     torch.library.register_fake(qualified, fake)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def differentiable(
+    name: str, what: str, gradients: Callable[..., Any], save: Callable[..., Any]
+) -> None:
+    """Give an operator its derivative, and the operator that computes it an error instead."""
+
+    def refuse(*_: Any) -> None:
+        raise refusal(what)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", gradients, setup_context=save)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse)
 
 
 def no_gradients(inputs: Sequence[Any]) -> list[Any]:

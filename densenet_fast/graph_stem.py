@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densenet_fast import autocast, norms, stem_convolution
 from densenet_fast.block_checks import check_input, check_norm
-from densenet_fast.graph_library import NAMESPACE, define, no_gradients, wanted, wanted_like
+from densenet_fast.graph_library import define, differentiable, no_gradients, wanted, wanted_like
 from densenet_fast.graph_specs import filled, spread
 from densenet_fast.graph_statistics import count_step
 from densenet_fast.layout import empty_channels_last
@@ -170,7 +170,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]
     return tuple(nothing)
 
 
-torch.library.register_autograd(f"{NAMESPACE}::stem", _gradients, setup_context=_save)
+differentiable("stem", "the fused stem", _gradients, _save)
 
 
 def stem(

@@ -143,7 +143,8 @@ def test_dropout_drops_the_same_values(checkpoint: Checkpoint) -> None:
     ids=["float64", "bfloat16", "auto"],
 )
 def test_types_and_budgets(dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
-    assert_equal(network(**kwargs).to(dtype), images(dtype=dtype), steps=1)
+    input = images(dtype=dtype).requires_grad_()  # as where images are sought, not weights
+    assert_equal(network(**kwargs).to(dtype), input, steps=1)
 
 
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "marked"])

@@ -130,3 +130,20 @@ def test_eager_mode_does_not_use_them() -> None:
     with Recorder() as recorder:
         network(torch.randn(2, 3, 32, 32)).sum().backward()
     assert not recorder.calls
+
+
+@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem"])
+def test_second_derivatives_are_refused(case: str) -> None:
+    output = CASES[case]()
+    wanted = [tensor for tensor in _leaves(output.grad_fn) if tensor.requires_grad]
+    gradients = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        gradients[0].sum().backward()
+
+
+def _leaves(node: Any) -> list[Tensor]:
+    """The tensors that a graph of autograd begins with."""
+    if hasattr(node, "variable"):
+        return [node.variable]
+    behind = [following for following, _ in node.next_functions if following is not None]
+    return [leaf for following in behind for leaf in _leaves(following)]
