@@ -245,8 +245,8 @@ def test_unusual_networks(name: str) -> None:
 
 
 def test_cumulative_averages_break_the_graph_as_anywhere() -> None:
-    module = network(block_config=(1, 1))
-    module.features.denseblock1.denselayer1.norm2.momentum = None
+    module = DenseBlock(2, 3, 2, 4, 0.0)
+    module.denselayer1.norm2.momentum = None
     eager = copy.deepcopy(module)
     compiled = torch.compile(module, backend="aot_eager")
     for _ in range(2):
@@ -284,8 +284,8 @@ def test_as_much_is_saved_as_in_eager_mode(checkpoint: Checkpoint) -> None:
 
 
 def test_transforms_within_a_graph() -> None:
-    module = network(block_config=(1, 1)).eval()
-    batches = torch.randn(2, 2, 3, 32, 32)
+    module = DenseBlock(1, 3, 2, 4, 0.0).eval()
+    batches = torch.randn(2, 2, 3, 8, 8)
     replaced = {name: value * 0.5 for name, value in module.named_parameters()}
 
     def call(images: Tensor) -> Tensor:
@@ -301,10 +301,10 @@ def test_transforms_within_a_graph() -> None:
 
 
 def test_bad_input_is_refused_as_in_eager_mode() -> None:
-    module = network(block_config=(1, 1))
+    module = DenseBlock(1, 8, 2, 4, 0.0)
     before = copy.deepcopy(module.state_dict())
     compiled = torch.compile(module, backend="aot_eager")
-    with pytest.raises(ValueError, match="EfficientDenseNet got images too small"):
-        compiled(torch.randn(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="DenseBlock expects 8 input channels, got 3"):
+        compiled(images())
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
