@@ -15,15 +15,55 @@ from densenet_fast.block_forward import (
     norm1_coefficients,
     norm2_coefficients,
     recompute_bottleneck,
+    recompute_features,
     tail_coefficients,
 )
 from densenet_fast.layout import Scratch, as_rows, empty_channels_last, row_pitch
 from densenet_fast.norms import Coefficients, parameter_gradient
-from densenet_fast.specs import LayerSpec, NormSpec, Tail, TransitionTail
+from densenet_fast.specs import Checkpoint, LayerSpec, NormSpec, Tail, TransitionTail
 
 Gradients = list[Tensor | None]
 # Which of (norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2) want a gradient.
 LayerNeeds = Sequence[bool]
+
+
+def gradients(
+    geometry: Geometry,
+    layers: Sequence[LayerSpec],
+    tail: Tail | None,
+    anchor: Tensor,
+    statistics: Statistics,
+    bottlenecks: Sequence[Tensor],
+    seeds: Sequence[int],
+    checkpoint: Checkpoint,
+    hold: int,
+    needs: Sequence[bool],
+    grad_output: Tensor,
+) -> Gradients:
+    """The gradients of the input and of every parameter, from what the forward has kept.
+
+    `anchor` is the block's input where checkpoint="block", else the feature buffer. `needs` says
+    which of these gradients are wanted.
+    """
+    if checkpoint == "block":
+        features, bottlenecks = recompute_features(
+            anchor, layers, tail, geometry, statistics, seeds, hold
+        )
+    else:
+        features = as_rows(anchor)
+    ends = 1 + 6 * len(layers)
+    backward = BlockBackward(
+        geometry,
+        layers,
+        features,
+        statistics,
+        [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in bottlenecks],
+        seeds,
+        input_needed=needs[0],
+        needs=[needs[start : start + 6] for start in range(1, ends, 6)],
+    )
+    grad_input, others = backward.run(tail, needs[ends:], grad_output)
+    return [grad_input, *others]
 
 
 class BlockBackward:

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from densenet_fast import autocast
-from densenet_fast.block_backward import BlockBackward
+from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
-from densenet_fast.block_forward import Geometry, Statistics, forward, recompute_features
+from densenet_fast.block_forward import Geometry, Statistics, forward
 from densenet_fast.first_order import first_order_only
-from densenet_fast.layout import as_rows
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
     LARGEST_SEED,
@@ -149,9 +148,9 @@ class _DenseBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
-            gradients = _backward(ctx, grad_outputs[0])
+            found = _backward(ctx, grad_outputs[0])
         behind = [*grad_outputs, *ctx.saved_tensors] if torch.is_grad_enabled() else ()
-        input, *others = first_order_only("a fused dense block", gradients, behind)
+        input, *others = first_order_only("a fused dense block", found, behind)
         return (input, *[None] * (_FIRST_PARAMETER - 1), *others)
 
 
@@ -161,27 +160,20 @@ def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     bottlenecks, tensors = tensors[: ctx.kept_bottlenecks], tensors[ctx.kept_bottlenecks :]
     layers, tail = _restore(ctx.layers, ctx.tail, tensors)
     geometry: Geometry = ctx.geometry
-    statistics = Statistics(geometry, vector)
-    if ctx.checkpoint == "block":
-        features, bottlenecks = recompute_features(
-            anchor, layers, tail, geometry, statistics, ctx.seeds, ctx.hold
-        )
-    else:
-        features = as_rows(anchor)
     needed = ctx.needs_input_grad
-    ends = _FIRST_PARAMETER + 6 * len(layers)
-    backward = BlockBackward(
+    return gradients(
         geometry,
         layers,
-        features,
-        statistics,
-        [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in bottlenecks],
+        tail,
+        anchor,
+        Statistics(geometry, vector),
+        bottlenecks,
         ctx.seeds,
-        input_needed=needed[0],
-        needs=[needed[start : start + 6] for start in range(_FIRST_PARAMETER, ends, 6)],
+        ctx.checkpoint,
+        ctx.hold,
+        [needed[0], *needed[_FIRST_PARAMETER:]],
+        grad_output,
     )
-    grad_input, gradients = backward.run(tail, needed[ends:], grad_output)
-    return [grad_input, *gradients]
 
 
 def _restore(

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from densenet_fast import autocast
 from densenet_fast.backend import select
-from densenet_fast.block_backward import BlockBackward
+from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
-from densenet_fast.block_forward import Geometry, Statistics, forward, recompute_features
+from densenet_fast.block_forward import Geometry, Statistics, forward
 from densenet_fast.graph_library import define, differentiable, no_gradients, wanted, wanted_like
 from densenet_fast.graph_specs import BlockArguments, block_arguments, block_specs, spread
 from densenet_fast.graph_statistics import Part, count_step
-from densenet_fast.layout import as_rows, empty_channels_last, row_pitch
+from densenet_fast.layout import empty_channels_last, row_pitch
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import LARGEST_SEED, Checkpoint, LayerSpec, Tail, TransitionTail
 
@@ -115,28 +115,21 @@ def _backward(
     if block.checkpoint != "block":
         shape[1] -= sum(layer.conv2_weight.shape[0] for layer in layers)
     geometry = Geometry(shape, layers, tail)
-    vectors = Statistics(geometry, statistics)
-    seeds = block.seeds()
-    if block.checkpoint == "block":
-        features, held = recompute_features(
-            anchor, layers, tail, geometry, vectors, seeds, block.hold
-        )
-    else:
-        features, held = as_rows(anchor), bottlenecks
-    ends = 1 + 6 * len(layers)
-    backward = BlockBackward(
+    found = gradients(
         geometry,
         layers,
-        features,
-        vectors,
-        [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in held],
-        seeds,
-        input_needed=needs[0],
-        needs=[needs[start : start + 6] for start in range(1, ends, 6)],
+        tail,
+        anchor,
+        Statistics(geometry, statistics),
+        bottlenecks,
+        block.seeds(),
+        block.checkpoint,
+        block.hold,
+        needs,
+        grad_output,
     )
-    grad_input, gradients = backward.run(tail, needs[ends:], grad_output)
     parameters = spread(args[0], args[2][: len(needs) - 1])
-    return wanted([grad_input, *gradients], [anchor, *parameters], needs)
+    return wanted(found, [anchor, *parameters], needs)
 
 
 def _backward_fake(
