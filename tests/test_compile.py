@@ -176,7 +176,7 @@ def test_inductor() -> None:
     """Its own arithmetic is in the classifier alone; it drops the same values on request."""
     module = network(drop_rate=0.2)
     with torch._inductor.config.patch(fallback_random=True):
-        assert_equal(module, images(), steps=1, backend="inductor", rtol=1e-6)
+        assert_equal(module, images(), steps=1, backend="inductor", rtol=1e-5)
 
 
 PARTS: dict[str, Callable[[], nn.Module]] = {
