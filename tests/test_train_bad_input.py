@@ -19,7 +19,7 @@ pytest.importorskip("tensorboard")
 
 from training_runs import TINY, content, train, write_folder, write_idx
 
-from densenet_fast.train import requirements, storage
+from densenet_fast.train import loop, requirements, storage
 from densenet_fast.train.command import main
 
 Captured = pytest.CaptureFixture[str]
@@ -167,24 +167,21 @@ def test_corrupt_images(tmp_path: Path, capsys: Captured, workers: str) -> None:
     assert (found["train"], found["val"]) == (5, 5)
 
 
-def test_image_that_breaks_later(
-    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An image may be overwritten while training runs: the error names it, in a worker too."""
-    from densenet_fast.train import folders
-
+def test_image_that_breaks_later(tmp_path: Path, capsys: Captured) -> None:
+    """Without the check, or when it was overwritten since: the error names it, in a worker too."""
     images = write_folder(tmp_path / "images")
     broken = images / "train" / "dog" / "1.png"
     broken.write_text("no image")
-    monkeypatch.setattr(folders, "find_corrupt", lambda *_, **__: {})
     sizes = ("--train-crop-size", "32", "--val-resize-size", "40", "--val-crop-size", "32")
     for workers in ("0", "1"):
-        output = tmp_path / workers
+        flags = ("--workers", workers, "--no-image-check", *sizes)
         refused(
             capsys,
-            lambda: train(images, output, "--workers", workers, *sizes),  # noqa: B023
-            f"error: {broken} cannot be read any more",
+            lambda: train(images, tmp_path / workers, *flags),  # noqa: B023
+            f"error: {broken} cannot be read",
         )
+    flags = ("--no-image-check", "--on-corrupt", "skip")
+    refused(capsys, lambda: train(images, tmp_path / "out", *flags), "--on-corrupt skip needs")
 
 
 def test_checkpoints_of_something_else(
@@ -312,6 +309,30 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch, capsys: Captured, miss
     monkeypatch.setattr(requirements.importlib.util, "find_spec", find)
     said = (missing, "extra `train`", 'pip install "densenet_fast[train]"')
     refused(capsys, lambda: main(["train", *TINY]), *said)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), 2, "the disk is full: [Errno 28] No space left"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nMore."), 1, "out of memory. Try a smaller"),
+    ],
+)
+def test_what_the_machine_lacks(
+    folder: Path,
+    tmp_path: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception,
+    status: int,
+    said: str,
+) -> None:
+    def step(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(loop.Step, "__call__", step)
+    assert train(folder, tmp_path / "out") == status
+    assert said in capsys.readouterr().err
 
 
 def test_commands_that_are_not_given(capsys: Captured) -> None:

@@ -157,6 +157,11 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "-j", "--workers", type=whole(0), metavar="N", help="processes that load images"
     )
     _on_corrupt(group)
+    group.add_argument(
+        "--no-image-check",
+        action="store_true",
+        help="do not decode a folder's images first: a corrupt one is an error when it is read",
+    )
 
 
 def _on_corrupt(group: argparse._ActionsContainer) -> None:

@@ -90,7 +90,7 @@ def _read(samples: Samples, index: int) -> tuple[Any, int]:
     except Exception as error:
         rows = getattr(samples, "samples", None)
         name = rows[index][0] if rows else f"image {index}"
-        raise DataError(f"{name} cannot be read any more: {error}") from error
+        raise DataError(f"{name} cannot be read: {error}") from error
 
 
 class Draws(Sampler[list[Draw]]):

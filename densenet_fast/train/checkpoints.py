@@ -32,6 +32,7 @@ HARMLESS = frozenset(
         "data_path",
         "download",
         "epochs",
+        "no_image_check",
         "no_progress",
         "output_dir",
         "overwrite",

@@ -8,7 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from densenet_fast.train import errors, requirements
+import torch
+
+from densenet_fast.train import errors, requirements, storage
 from densenet_fast.train.arguments import make_parser
 
 # Command → the module that runs it, and what that imports.
@@ -32,6 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error}", errors.FAILED)
     except errors.StoppedError as error:
         return _fail(str(error), error.status)
+    except torch.OutOfMemoryError as error:
+        how = "a smaller --batch-size, --amp, or --checkpoint-mode auto with --memory-budget"
+        return _fail(f"error: {str(error).splitlines()[0]} Try {how}", errors.FAILED)
+    except BrokenPipeError:  # whoever reads our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # of logs; checkpoints have their own words
+        if error.errno not in storage.FULL:
+            raise
+        return _fail(f"error: the disk is full: {error}", errors.WRONG_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted; what was saved before is whole", 128 + signal.SIGINT)
 

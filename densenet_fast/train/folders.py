@@ -78,7 +78,7 @@ def find_corrupt(
 def open_folder(
     folder: Path,
     *,
-    on_corrupt: str,
+    on_corrupt: str | None,
     workers: int,
     processes: Processes,
     visible: bool = True,
@@ -88,7 +88,7 @@ def open_folder(
 
     Args:
         folder: has train/ and val/, each with one folder of images per class.
-        on_corrupt: "error" or "skip" for files that cannot be decoded.
+        on_corrupt: "error" or "skip" for files that cannot be decoded, None to decode none.
         workers: processes that decode.
         processes: those that train together.
         visible: whether to show progress.
@@ -111,12 +111,8 @@ def open_folder(
         )
     if len(val.classes) < 2:
         raise DataError(f"{folder}: expected two classes at least, found {val.classes[0]} alone")
-    corrupt = find_corrupt(
-        [path for name in names for path, _ in parts[name].samples],
-        workers,
-        processes,
-        visible=visible,
-    )
+    paths = [path for name in names for path, _ in parts[name].samples if on_corrupt is not None]
+    corrupt = find_corrupt(paths, workers, processes, visible=visible)
     if corrupt and on_corrupt == "error":
         path, reason = next(iter(corrupt.items()))
         more = "" if len(corrupt) == 1 else f", and {len(corrupt) - 1} more"

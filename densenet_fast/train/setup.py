@@ -58,6 +58,8 @@ def open_data(arguments: Namespace, processes: Processes, *, train: bool) -> Set
     Raises:
         UsageError: unknown names, missing, wrong or corrupt files, sizes that do not fit.
     """
+    if arguments.no_image_check and arguments.on_corrupt == "skip":
+        raise UsageError("--on-corrupt skip needs the check that --no-image-check leaves out")
     if arguments.download:
         _fetch(arguments, processes)
     found = open_source(arguments.data, arguments.data_path, download=False)
@@ -69,7 +71,7 @@ def open_data(arguments: Namespace, processes: Processes, *, train: bool) -> Set
     if isinstance(found, Path):
         found = open_folder(
             found,
-            on_corrupt=arguments.on_corrupt,
+            on_corrupt=None if arguments.no_image_check else arguments.on_corrupt,
             workers=workers,
             processes=processes,
             visible=processes.main and not getattr(arguments, "no_progress", False),

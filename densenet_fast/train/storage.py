@@ -10,7 +10,7 @@ from pathlib import Path
 
 from densenet_fast.train.errors import UsageError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -62,7 +62,7 @@ def _make_last(folder: Path) -> None:
 
 def _why(path: Path, needed: int, error: OSError) -> str:
     kept = f"; {path.name} is whole, as it was before" if path.exists() else ""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         free = free_bytes(path.parent)
         return (
             f"the disk is full: {path} needs {mib(needed)}, {path.parent} has {mib(free)} free"
