@@ -154,7 +154,7 @@ def test_wrong_commands_are_found(script: str, problem: str) -> None:
 
 def test_right_commands_pass() -> None:
     script = (
-        "pip install '.[test,lint]' && python -m pytest -n 2 -m 'not slow' tests/test_docs.py  # x\n"
+        "pip install '.[test,lint]' && python -m pytest -n 2 -m 'not slow' tests/test_docs.py # x\n"
         "python -m benchmarks growth --device cuda:1 \\\n    --parts time,memory > log.txt 2>&1\n"
         "find . -name '*.jpg' | densenet-fast predict --checkpoint a/best.pt -\n"
         "OMP_NUM_THREADS=1 torchrun --nproc-per-node 8 -m densenet_fast.train --amp\n"
