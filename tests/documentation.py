@@ -95,7 +95,7 @@ class Page:
                     f"line {block.line}: nothing checks a block of language {block.language!r}: "
                     "write <!-- not run: REASON --> in the line before it"
                 )
-        if marked != sum("<!-- not run" in line for line in self.lines):
+        if marked != sum(line.strip().startswith("<!-- not run") for line in self.lines):
             problems.append("a `not run` marker is not directly before a block, or ill-formed")
         return problems
 

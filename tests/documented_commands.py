@@ -186,7 +186,12 @@ def _python(arguments: list[str], inline: bool) -> None:
         raise CommandError("what shall Python run?")
     first, *others = arguments
     if first == "-c":
-        compile(others[0], "-c", "exec")
+        if not others:
+            raise CommandError("-c needs code")
+        try:
+            compile(others[0], "-c", "exec")
+        except SyntaxError as error:
+            raise CommandError(f"{error.msg} in {others[0]!r}") from error
     elif first == "-m":
         _module(others, inline)
     elif first.startswith("-"):

@@ -134,6 +134,7 @@ def test_unchecked_blocks_are_found(tmp_path: Path, text: str, problem: str) -> 
         ("python -m benchmark", "unknown module 'benchmark'"),
         ('pip install ".[bench,tset]"', "unknown extra 'tset'"),
         ("pip install 'densenet_fast[trian]'", "unknown extra 'trian'"),
+        ("python -c 'import'", "in 'import'"),
         ("python examples/missing.py", "there is no file 'examples/missing.py'"),
         ("ruff check tests/missing_*.py", "there is no file 'tests/missing_*.py'"),
         ("tests/missing.sh", "there is no file 'tests/missing.sh'"),
