@@ -165,14 +165,6 @@ def test_unknown_instruction_set_is_an_error():
 # ---- what is shipped --------------------------------------------------------------------------
 
 
-def test_readme_examples_run():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert examples
-    result = run_python("-c", "\n".join(examples), cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-
-
 def test_source_distribution(tmp_path: Path):
     """A wheel can be built from it: every file of csrc/, headers and includes too."""
     pytest.importorskip("setuptools", minversion="77")  # older ones do not know the license field
