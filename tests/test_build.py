@@ -203,7 +203,9 @@ def test_installed_files(tmp_path: Path):
     files = result.stdout.splitlines()[1:]
     assert any(re.fullmatch(r"densenet_fast/_C\..*so", file) for file in files)
     assert "densenet_fast/py.typed" in files
-    folders = {file.split("/")[0] for file in files}
+    commands = [file for file in files if file.startswith("..")]
+    assert [Path(file).name for file in commands] == ["densenet-fast"]
+    folders = {file.split("/")[0] for file in files if file not in commands}
     assert all(f == "densenet_fast" or f.endswith(".dist-info") for f in folders), folders
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("torchmetrics")
@@ -148,13 +149,16 @@ def test_auto_begins_where_nothing_is(folder: Path, whole: Path, tmp_path: Path)
 def _start(folder: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
     command = (sys.executable, "-m", "densenet_fast.train", *TINY, "--data-path", str(folder))
     rest = ("--output-dir", str(output), "--lr", "0.05", "--batch-size", "4", "--print-freq", "1")
+    root = str(Path(__file__).parents[1])
+    # Another number of threads would round otherwise.
+    threads = str(torch.get_num_threads())
     return subprocess.Popen(
         [*command, *rest, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": threads},
     )
 
 
