@@ -126,13 +126,15 @@ class Page:
         return [Inline(target, line) for target, line in found if not _EXTERNAL.match(target)]
 
     def anchors(self) -> set[str]:
-        """Anchors of its headings that GitHub and mkdocs both make."""
+        """Anchors of its headings that GitHub and mkdocs both make, and those written as HTML."""
+        written = set(re.findall(r'^<a id="([\w-]+)"></a>$', "\n".join(self.lines), re.MULTILINE))
         texts = []
         for heading, content in zip(self._tokens, self._tokens[1:], strict=False):
             if heading.type == "heading_open":
                 parts = content.children or ()
                 texts.append("".join(p.content for p in parts if p.type in ("text", "code_inline")))
-        return _numbered(map(_github, texts), "-") & _numbered(map(_mkdocs, texts), "_")
+        made = _numbered(map(_github, texts), "-") & _numbered(map(_mkdocs, texts), "_")
+        return made | written
 
     def link_problems(self, root: Path = ROOT) -> list[str]:
         """Links whose file or anchor is not there."""
