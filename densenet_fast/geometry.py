@@ -54,16 +54,20 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
         return None
     if not readable:
         return None
+    return windows(
+        size,
+        _pair(module.kernel_size),
+        _pair(module.stride),
+        _pair(module.padding),
+        _pair(1 if isinstance(module, nn.AvgPool2d) else module.dilation),
+    )
+
+
+def windows(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
+    """How many windows of a convolution or pooling fit into images of `size`."""
     height, width = (
-        (n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for n, kernel, stride, padding, dilation in zip(
-            size,
-            _pair(module.kernel_size),
-            _pair(module.stride),
-            _pair(module.padding),
-            _pair(1 if isinstance(module, nn.AvgPool2d) else module.dilation),
-            strict=True,
-        )
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     )
     return height, width
 

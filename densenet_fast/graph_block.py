@@ -14,7 +14,14 @@ from densenet_fast.backend import select
 from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
 from densenet_fast.block_forward import Geometry, Statistics, forward
-from densenet_fast.graph_library import define, differentiable, no_gradients, wanted, wanted_like
+from densenet_fast.graph_library import (
+    define,
+    differentiable,
+    handed_back,
+    no_gradients,
+    wanted,
+    wanted_like,
+)
 from densenet_fast.graph_specs import BlockArguments, block_arguments, block_specs, spread
 from densenet_fast.graph_statistics import Part, count_step
 from densenet_fast.layout import empty_channels_last, row_pitch
@@ -178,9 +185,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = list(ctx.nothing)
     if grad_output is None:
-        return tuple(nothing)
+        return tuple(ctx.nothing)
     anchor, statistics, seeds, *tensors = ctx.saved_tensors
     bottlenecks, tensors = tensors[: ctx.counts[0]], tensors[ctx.counts[0] :]
     parameters, buffers = tensors[: ctx.counts[1]], tensors[ctx.counts[1] :]
@@ -200,10 +206,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]
         *ctx.spec[5:],
         [input_needed, *needs],
     )
-    rest = iter(gradients)
-    nothing[0] = next(rest) if input_needed else None
-    nothing[1] = [next(rest) if need else None for need in parameters_needed]
-    return tuple(nothing)
+    return handed_back(ctx.nothing, gradients, input_needed, parameters_needed)
 
 
 differentiable("dense_block", "a fused dense block", _gradients, _save)

@@ -63,6 +63,15 @@ def no_gradients(inputs: Sequence[Any]) -> list[Any]:
     ]
 
 
+def handed_back(
+    nothing: Sequence[Any], gradients: Sequence[Tensor], input: bool, parameters: Sequence[bool]
+) -> tuple[Any, ...]:
+    """What autograd expects of a node: the gradients in the places of those that need one."""
+    rest = iter(gradients)
+    first = next(rest) if input else None
+    return (first, [next(rest) if need else None for need in parameters], *nothing[2:])
+
+
 def wanted(
     gradients: Sequence[Tensor | None], tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:

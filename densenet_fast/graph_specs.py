@@ -2,7 +2,7 @@
 
 Every parameter and buffer has a slot; the tensors of the slots that are filled come as a list, as
 autograd knows no lists with gaps. Running statistics are updated by an operator of its own
-(`densenet_fast.node_ops.count_step`), so specs that come back have no momentum.
+(`densenet_fast.graph_statistics.count_step`), so specs that come back have no momentum.
 """
 
 from __future__ import annotations

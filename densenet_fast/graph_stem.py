@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_fast import autocast, norms, stem_convolution
+from densenet_fast import autocast, geometry, norms, stem_convolution
 from densenet_fast.block_checks import check_input, check_norm
-from densenet_fast.graph_library import define, differentiable, no_gradients, wanted, wanted_like
+from densenet_fast.graph_library import (
+    define,
+    differentiable,
+    handed_back,
+    no_gradients,
+    wanted,
+    wanted_like,
+)
 from densenet_fast.graph_specs import filled, spread
 from densenet_fast.graph_statistics import count_step
 from densenet_fast.layout import empty_channels_last
@@ -148,9 +155,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = list(ctx.nothing)
     if grad_output is None:
-        return tuple(nothing)
+        return tuple(ctx.nothing)
     input, argmax, statistics, *tensors = ctx.saved_tensors
     input_needed, parameters_needed = ctx.needs_input_grad[:2]
     needs = [bool(need) for need in spread(parameters_needed, ctx.spec[0][:4])]
@@ -164,10 +170,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]
         *ctx.spec,
         [input_needed, *needs],
     )
-    rest = iter(gradients)
-    nothing[0] = next(rest) if input_needed else None
-    nothing[1] = [next(rest) if need else None for need in parameters_needed]
-    return tuple(nothing)
+    return handed_back(ctx.nothing, gradients, input_needed, parameters_needed)
 
 
 differentiable("stem", "the fused stem", _gradients, _save)
@@ -204,24 +207,10 @@ def stem(
     )
     images, channels, height, width = input.shape
     if conv is not None:
-        height, width = _convolved(cast(Tensor, weight), conv, height, width)
-        channels = cast(Tensor, weight).shape[0]
+        channels, _, *kernel = cast(Tensor, weight).shape
+        height, width = geometry.windows(
+            (height, width), (kernel[0], kernel[1]), conv.stride, conv.padding, conv.dilation
+        )
     count = images * height * width
     count_step(statistics, [(norm, 0, channels, channels)], counters, count)
     return output
-
-
-def _convolved(weight: Tensor, conv: ConvGeometry, height: int, width: int) -> tuple[int, int]:
-    """Height and width behind the convolution."""
-    found = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(
-            (height, width),
-            weight.shape[2:],
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            strict=True,
-        )
-    ]
-    return found[0], found[1]

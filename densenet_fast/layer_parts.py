@@ -71,6 +71,12 @@ def named_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerPa
     return LayerParts(norm1, conv1, norm2, conv2, activations, dropout)  # type: ignore[arg-type]
 
 
+def usual_parts(layer: nn.Module) -> LayerParts | str:
+    """Parts of a layer with torchvision's names, its dropout among them as `drop_rate`."""
+    state = layer.__dict__  # for every layer of every forward: not through __getattr__
+    return named_parts(state["_modules"], state["drop_rate"] if state["training"] else 0.0)
+
+
 def read(layer: nn.Module, expected: type[nn.Module]) -> LayerParts | str:
     """The layer's parts, or the obstacle to calling it as anything but a module."""
     reader = _READERS.get(type(layer))

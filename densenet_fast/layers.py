@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_fast import checks, eligibility, geometry, layer_parts, synchronized
-from densenet_fast.graphs import leaves_graph, outside_graph, refuse_scripting, traced
+from densenet_fast.graphs import refuse_scripting, routed
 from densenet_fast.layer_parts import LayerParts
 from densenet_fast.specs import Checkpoint
 from densenet_fast.steps import DenseStep
@@ -98,11 +98,7 @@ class DenseLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [N, C, H, W] and the new channels behind it."""
-        if traced(input):
-            return self._compose(input)
-        if leaves_graph(self):
-            return outside_graph(self, input)
-        return self.run(input)
+        return routed(self, input, self._compose)
 
     def run(self, input: Tensor) -> Tensor:
         """The checked forward, fused if nothing is in the way."""
@@ -128,9 +124,7 @@ class DenseLayer(nn.Module):
 
     def parts(self) -> LayerParts | str:
         """What the layer computes with now, or which part is missing."""
-        state = self.__dict__  # for every layer of every forward: not through __getattr__
-        dropout = state["drop_rate"] if state["training"] else 0.0
-        return layer_parts.named_parts(state["_modules"], dropout)
+        return layer_parts.usual_parts(self)
 
     def _compose(self, input: Tensor) -> Tensor:
         """The submodules called one by one."""
@@ -178,11 +172,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, init_features: Tensor) -> Tensor:
         """`init_features` [N, C, H, W] and the features of all layers behind them."""
-        if traced(init_features):
-            return self.plain(init_features)
-        if leaves_graph(self):
-            return outside_graph(self, init_features)
-        return self.run(init_features)
+        return routed(self, init_features, self.plain)
 
     def run(self, input: Tensor) -> Tensor:
         """The checked forward, fused where nothing is in the way."""
@@ -332,11 +322,7 @@ class Transition(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
-        if traced(input):
-            return super().forward(input)
-        if leaves_graph(self):
-            return outside_graph(self, input)
-        return self.run(input)
+        return routed(self, input, super().forward)
 
     def run(self, input: Tensor) -> Tensor:
         """The checked forward, fused if nothing is in the way."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from densenet_fast import chain, checks, eligibility, geometry, pretrained, synchronized
 from densenet_fast.autocast import computed_type
 from densenet_fast.graph_library import planned_shape
-from densenet_fast.graphs import leaves_graph, outside_graph, refuse_scripting, traced
+from densenet_fast.graphs import refuse_scripting, routed
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
@@ -127,11 +127,7 @@ class EfficientDenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
-        if traced(x):
-            return self._compose(x)
-        if leaves_graph(self):
-            return outside_graph(self, x)
-        return self.run(x)
+        return routed(self, x, self._compose)
 
     def run(self, x: Tensor) -> Tensor:
         """The checked forward, fused where nothing is in the way."""

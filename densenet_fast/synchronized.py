@@ -8,6 +8,7 @@ gradient for the batch's statistics; gradients of parameters stay each rank's ow
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,9 +32,9 @@ def group_of(norm: nn.Module) -> ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def exchanges(owner: nn.Module) -> bool:
-    """Whether a norm below `owner` would take statistics over several ranks now."""
-    return active() and any(group_of(module) is not None for module in owner.modules())
+def exchanges(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of the modules is a norm that would take statistics over several ranks now."""
+    return active() and any(group_of(module) is not None for module in modules)
 
 
 class OneGroup:

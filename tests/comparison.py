@@ -44,6 +44,15 @@ def shake(module: nn.Module, seed: int = 0) -> None:
                     tensor.data.copy_(low + (high - low) * values)
 
 
+def tiny(**kwargs: Any) -> EfficientDenseNet:
+    """A network of two blocks of two layers that is always the same, with shaken norms."""
+    torch.manual_seed(0)
+    shape = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8, "num_classes": 3}
+    made = EfficientDenseNet(**{**shape, **kwargs})
+    shake(made)
+    return made
+
+
 def networks(
     dtype: torch.dtype = torch.float64, *, small_inputs: bool = False, seed: int = 0, **kwargs: Any
 ) -> tuple[nn.Module, EfficientDenseNet]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import shake
+from comparison import tiny as network
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.utils import parametrizations
@@ -25,14 +25,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def network(**kwargs: Any) -> EfficientDenseNet:
-    torch.manual_seed(0)
-    shape = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8, "num_classes": 3}
-    made = EfficientDenseNet(**{**shape, **kwargs})
-    shake(made)
-    return made
 
 
 def images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,24 +5,15 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from comparison import shake
+from comparison import tiny as network
 from torch import Tensor, nn
 
 from densenet_fast import DenseBlock, DenseLayer, EfficientDenseNet, Transition
 
 BATCH = ({0: torch.export.Dim("batch")},)
-
-
-def network(**kwargs: Any) -> EfficientDenseNet:
-    torch.manual_seed(0)
-    shape = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8, "num_classes": 3}
-    made = EfficientDenseNet(**{**shape, **kwargs})
-    shake(made)
-    return made
 
 
 def images(count: int, height: int = 32, width: int = 32) -> Tensor:

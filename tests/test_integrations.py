@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import shake
+from comparison import tiny as network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao import quantization
@@ -24,14 +24,6 @@ from densenet_fast import EfficientDenseNet, fusion_report, memory
 from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
 
 LABELS = torch.tensor([0, 1, 2, 0])
-
-
-def network(**kwargs: Any) -> EfficientDenseNet:
-    torch.manual_seed(0)
-    shape = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8, "num_classes": 3}
-    made = EfficientDenseNet(**{**shape, **kwargs})
-    shake(made)
-    return made
 
 
 def images(count: int = 4) -> Tensor:

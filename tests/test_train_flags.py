@@ -160,7 +160,7 @@ def test_weights_from_a_file(
         with torch.no_grad():
             model.get_parameter("features.conv0.weight").fill_(0.25)
 
-    monkeypatch.setattr(densenet_fast, "load_weights", load_weights, raising=False)
+    monkeypatch.setattr(densenet_fast, "load_weights", load_weights)
     for name in ("right.pth", "wrong.pth"):
         torch.save({"a": torch.ones(1)}, tmp_path / name)
     freeze = ("--freeze", "features", "--epochs", "1")

@@ -288,7 +288,7 @@ def test_fine_tuning_example(
         model.load_state_dict(torch.load(path, weights_only=True))
 
     monkeypatch.setattr(densenet_fast, "densenet121", small)
-    monkeypatch.setattr(densenet_fast, "load_weights", load_weights, raising=False)
+    monkeypatch.setattr(densenet_fast, "load_weights", load_weights)
     monkeypatch.chdir(tmp_path)
     example = Path(__file__).parents[1] / "examples" / "fine_tune.py"
     monkeypatch.setattr(sys, "argv", [str(example), str(data), "weights.pth", "2"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.datasets import Images
 from benchmarks.memory import MemoryCase, figures_in_child
@@ -22,7 +22,7 @@ from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.finetune_page import figure, page
 from benchmarks.suites.quality import load_images
-from benchmarks.train import FINE_TUNING, LEARNING_RATE, new_entry, tested, train
+from benchmarks.train import FINE_TUNING, LEARNING_RATE, Entry, new_entry, tested, train
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
@@ -124,15 +124,7 @@ def _pretrain(
     settings = record["settings"]
     entry = new_entry(peer=PRETRAINED_BY)
     record["pretraining"] = [entry]
-    models = train(
-        {PRETRAINED_BY: entry},
-        _spec(),
-        images,
-        steps=settings["steps"],
-        seed=settings["seed"],
-        device=options.device,
-        advance=lambda name: progress.advance(1),
-    )
+    models = _train({PRETRAINED_BY: entry}, images, settings, options, progress)
     torch.save(models[PRETRAINED_BY].state_dict(), weights)
 
 
@@ -155,7 +147,20 @@ def _fine_tune(
     settings = record["settings"]
     entries = {name: new_entry(peer=name) for name in settings["peers"]}
     record["training"] = list(entries.values())
-    train(
+    state = new_classifier(weights, settings["seed"])
+    _train(entries, images, settings, options, progress, state=state, recipe=FINE_TUNING)
+
+
+def _train(
+    entries: dict[str, Entry],
+    images: Images,
+    settings: dict[str, Any],
+    options: Options,
+    progress: Progress,
+    **start: Any,
+) -> dict[str, nn.Module]:
+    """Train the peers of `entries` side by side; `start` goes on to `benchmarks.train.train`."""
+    return train(
         entries,
         _spec(),
         images,
@@ -163,6 +168,5 @@ def _fine_tune(
         seed=settings["seed"],
         device=options.device,
         advance=lambda name: progress.advance(1),
-        state=new_classifier(weights, settings["seed"]),
-        recipe=FINE_TUNING,
+        **start,
     )

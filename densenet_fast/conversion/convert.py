@@ -16,7 +16,6 @@ from densenet_fast.conversion.parts import (
     ConvertedFeatures,
     ConvertedNetwork,
     is_converted,
-    set_checkpoint,
 )
 from densenet_fast.conversion.report import ConversionReport, ConversionRow
 from densenet_fast.model import EfficientDenseNet
@@ -72,7 +71,8 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
     for module, adapter in planned:
         module.__class__ = adapter
     for module in model.modules():
-        set_checkpoint(module, checkpoint)
+        if isinstance(module, ConvertedBlock):
+            module.checkpoint = checkpoint
     for module in _chains(model):
         module.__class__ = ConvertedFeatures
     return ConversionReport(tuple(rows))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
-from densenet_fast.graphs import leaves_graph, outside_graph, refuse_scripting, traced
+from densenet_fast.graphs import refuse_scripting, routed
 from densenet_fast.layers import FusedBlock
-from densenet_fast.specs import Checkpoint
+from densenet_fast.steps import Step
 
 
 class ConvertedBlock(FusedBlock):
@@ -44,36 +44,32 @@ class ConvertedFeatures(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """What the modules give one after another: [N, C, H, W] to [N, C', H', W']."""
-        if traced(input):
-            return super().forward(input)
-        if leaves_graph(self):
-            return outside_graph(self, input)
-        return self.run(input)
+        return routed(self, input, super().forward)
 
     __prepare_scriptable__ = refuse_scripting
 
     def run(self, input: Tensor) -> Tensor:
         """The same outside any graph."""
-        if not isinstance(input, Tensor) or eligibility.input(input) is not None:
-            return super().forward(input)
-        synchronized.check_modules(self, input.device)
-        modules = list(self._modules.values())
-        dtype = eligibility.parameter_type(input)
-        steps, _ = chain.steps(modules, dtype, input.device, final=None)
-        return chain.run(steps, input)
+        planned = self._planned(input, None)
+        return super().forward(input) if planned is None else chain.run(planned[0], input)
 
     def pooled(self, input: Tensor, final: chain.FinalObstacle) -> Tensor | None:
         """[N, C']: the features behind ReLU and the average over all pixels.
 
         None, and nothing computed, where the last norm is not fused with these two.
         """
+        steps, pooled = self._planned(input, final) or ([], False)
+        return chain.run(steps, input) if pooled else None
+
+    def _planned(
+        self, input: Tensor, final: chain.FinalObstacle | None
+    ) -> tuple[list[Step], bool] | None:
+        """What `chain.steps` says, or None where the modules must be called one by one."""
         if not isinstance(input, Tensor) or eligibility.input(input) is not None:
             return None
         synchronized.check_modules(self, input.device)
         modules: list[Any] = list(self._modules.values())
-        dtype = eligibility.parameter_type(input)
-        steps, pooled = chain.steps(modules, dtype, input.device, final=final)
-        return chain.run(steps, input) if pooled else None
+        return chain.steps(modules, eligibility.parameter_type(input), input.device, final=final)
 
 
 class ConvertedNetwork(nn.Module):
@@ -87,22 +83,19 @@ class ConvertedNetwork(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """What the library's own forward gives."""
-        if traced(input):
-            output: Tensor = self.converted_from.forward(self, input)
-            return output
-        if leaves_graph(self):
-            return outside_graph(self, input)
-        return self.run(input)
+        return routed(self, input, self.plain)
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The library's own forward."""
+        output: Tensor = self.converted_from.forward(self, input)
+        return output
 
     __prepare_scriptable__ = refuse_scripting
 
     def run(self, input: Tensor) -> Tensor:
         """The same outside any graph."""
         pooled = self.pooled(input)
-        if pooled is None:
-            output: Tensor = self.converted_from.forward(self, input)
-            return output
-        return self.head(pooled)
+        return self.plain(input) if pooled is None else self.head(pooled)
 
     def pooled(self, input: Tensor) -> Tensor | None:
         """The pooled features [N, C], or None where the library's forward must make them."""
@@ -129,9 +122,3 @@ OWN_ATTRIBUTES = ("_checkpoint",)
 def is_converted(module: nn.Module) -> bool:
     """Whether the module's exact class is one of the adapters."""
     return "converted_from" in type(module).__dict__
-
-
-def set_checkpoint(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """What a converted block keeps for its backward."""
-    if isinstance(module, ConvertedBlock):
-        module.checkpoint = checkpoint

@@ -23,7 +23,7 @@ IMAGENET_CLASSES = 1000
 SHOWN = 12  # lines of an error, which may name every tensor
 NEW = "classifier.*"  # what stays as it is where weights from a file do not fit
 # What making a network with weights raises for weights that are not there, or another network's.
-ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 HEAD = ("features", "all-but-classifier")  # of --freeze: all but the classifier
 
 

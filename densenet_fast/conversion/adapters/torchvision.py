@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import densenet
 
 from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
-from densenet_fast.layer_parts import LayerParts
 from densenet_fast.layers import Transition as FusedTransition
-
-
-def parts(layer: nn.Module) -> LayerParts | str:
-    """A layer's parts: torchvision's names are ours."""
-    state: Any = layer.__dict__
-    return layer_parts.named_parts(
-        state["_modules"], state["drop_rate"] if state["training"] else 0.0
-    )
 
 
 @eligibility.fused_as("block")
@@ -48,5 +39,5 @@ class Network(ConvertedNetwork, densenet.DenseNet):
         return scores
 
 
-layer_parts.register(densenet._DenseLayer, parts)
+layer_parts.register(densenet._DenseLayer, layer_parts.usual_parts)
 ADAPTERS = (Block, Transition, Network)

@@ -6,7 +6,6 @@ from torch import Tensor
 from torchxrayvision import models, utils
 
 from densenet_fast import eligibility, layer_parts
-from densenet_fast.conversion.adapters.torchvision import parts
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
 from densenet_fast.layers import Transition as FusedTransition
 
@@ -46,5 +45,5 @@ class Network(ConvertedNetwork, models.DenseNet):
         return pooled
 
 
-layer_parts.register(models._DenseLayer, parts)
+layer_parts.register(models._DenseLayer, layer_parts.usual_parts)
 ADAPTERS = (Block, Transition, Network)
