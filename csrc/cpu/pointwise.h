@@ -6,6 +6,34 @@
 namespace densenet_fast::cpu {
 namespace {
 
+// What finish_gradient does to `count` rows of V vectors of channels, of which the last has `last`:
+// neighbouring cache lines of a row together, not in one pass over the rows for each.
+template <int V, class S>
+DF_INLINE void correct_rows(Image<const S> x, Image<const S> grad, Image<S> out, int64_t count,
+                            int64_t last, const Compute<S>* mean, const Compute<S>* sum_grad,
+                            const Compute<S>* sum_grad_x, Compute<S> inverse) {
+  using T = Compute<S>;
+  constexpr int L = kLanes<T>;
+  Vec<T> constant[V], slope[V], centre[V];
+  for (int v = 0; v < V; ++v) {
+    const int64_t n = v < V - 1 ? L : last;
+    constant[v] = load_upto<T>(sum_grad + v * L, n) * splat<T>(inverse);
+    slope[v] = load_upto<T>(sum_grad_x + v * L, n) * splat<T>(inverse);
+    centre[v] = load_upto<T>(mean + v * L, n);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t n = v < V - 1 ? L : last;
+      const Vec<T> value = load_upto<T>(x.data + v * L, n) - centre[v];
+      const Vec<T> g = load_upto<T>(grad.data + v * L, n) - constant[v];
+      store_upto<T>(out.data + v * L, g - value * slope[v], n);
+    }
+    x.data += x.pitch;
+    grad.data += grad.pitch;
+    out.data += out.pitch;
+  }
+}
+
 // out = grad - sum_grad / M - (x - mean) * sum_grad_x / M: the part of every consumer's BatchNorm
 // backward that depends on batch sums, once for all consumers of a channel.
 template <class S>
@@ -18,19 +46,18 @@ void finish_gradient(Image<const S> features, Image<const S> grad_features, cons
   const T inverse = static_cast<T>(1.0 / static_cast<double>(rows));
   for_each_task(ceil_div(rows, kRows), [&](int64_t task) {
     const int64_t first = task * kRows, count = smaller(kRows, rows - first);
-    for (int64_t c = 0; c < channels; c += L) {
-      const int64_t n = channels - c;
-      const Vec<T> constant = load_upto<T>(sum_grad + c, n) * splat<T>(inverse);
-      const Vec<T> slope = load_upto<T>(sum_grad_x + c, n) * splat<T>(inverse);
-      const Vec<T> centre = load_upto<T>(mean + c, n);
-      const S* x = features.data + first * features.pitch + c;
-      const S* g = grad_features.data + first * grad_features.pitch + c;
-      S* to = out.data + first * out.pitch + c;
-      for (int64_t r = 0; r < count; ++r) {
-        const Vec<T> value = load_upto<T>(x + r * features.pitch, n) - centre;
-        const Vec<T> grad = load_upto<T>(g + r * grad_features.pitch, n) - constant;
-        store_upto<T>(to + r * out.pitch, grad - value * slope, n);
-      }
+    const auto from = [first](auto image, int64_t c) {
+      image.data += first * image.pitch + c;
+      return image;
+    };
+    int64_t c = 0;
+    for (; channels - c >= 2 * L; c += 2 * L) {
+      correct_rows<2, S>(from(features, c), from(grad_features, c), from(out, c), count, L,
+                         mean + c, sum_grad + c, sum_grad_x + c, inverse);
+    }
+    for (; c < channels; c += L) {
+      correct_rows<1, S>(from(features, c), from(grad_features, c), from(out, c), count,
+                         smaller(L, channels - c), mean + c, sum_grad + c, sum_grad_x + c, inverse);
     }
   });
 }
