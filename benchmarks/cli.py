@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 from benchmarks.datasets import DataError
 from benchmarks.everything import ALL, SUITES_OF_ALL, write_report
 from benchmarks.networks import NETWORKS, densenet_bc
-from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, load
+from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, UsageError, load
 
 # Module to import → distribution that has it.
 REQUIREMENTS = {
@@ -44,10 +45,6 @@ SUITE_FLAGS = {
     "data": "--data",
 }
 INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
-
-
-class UsageError(Exception):
-    """The command cannot be carried out as it was given."""
 
 
 def _positive(text: str) -> int:
@@ -250,6 +247,8 @@ def resumed(name: str, record: Record, output: Path) -> Record:
         raise UsageError(f"there is nothing to resume: {error}") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{str(path)!r} is not a record of results: {error}") from error
+    if not isinstance(old, dict):
+        raise UsageError(f"{str(path)!r} is not a record of results: it holds no object")
     new = json.loads(json.dumps(record))
     for part in ("settings", "environment"):
         for key in sorted({*new[part], *old.get(part, {})}):
@@ -334,7 +333,11 @@ def run_all(arguments: argparse.Namespace, command: str) -> int:
         there = (arguments.output / f"{name}.json").exists()
         one = argparse.Namespace(**{**vars(arguments), "suite": name})
         one.resume = arguments.resume and there
-        status = max(status, run_one(one, command))
+        try:
+            status = max(status, run_one(one, command))
+        except Exception:  # its page says so; the other suites go on
+            traceback.print_exc()
+            status = max(status, 1)
         done.append(name)
         print(f"wrote {write_report(arguments.output, done)}")
         if status == INTERRUPTED:

@@ -230,15 +230,25 @@ def interleave(
     *,
     times: dict[str, list[float]],
     advance: Callable[[], None] = lambda: None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> None:
     """Time several calls in turn, A B C A B C ...; each has run before, untimed.
 
     What disturbs the machine then disturbs all of them. Times are appended to `times` as they
-    arrive, so an interrupt keeps the rounds that were finished.
+    arrive, so an interrupt keeps the rounds that were finished. A call that raises goes to
+    `failed`, if there is one, and takes part no longer.
     """
+    names, taking_part = list(calls), dict(calls)
     for _ in range(rounds):
-        for name, call in calls.items():
-            times.setdefault(name, []).append(timed(call, device))
+        for name in names:
+            try:
+                if name in taking_part:
+                    times.setdefault(name, []).append(timed(taking_part[name], device))
+            except Exception as error:
+                if failed is None:
+                    raise
+                del taking_part[name]
+                failed(name, error)
             advance()
 
 

@@ -20,14 +20,18 @@ def peer_bars(
     named: bool,
     digits: str = "{:.3g}",
 ) -> None:
-    """A bar for each implementation; `named`: with its name beside it."""
+    """A bar for each implementation; `named`: with its name beside it.
+
+    What was not measured has a place and no bar.
+    """
     bars = axes.barh(
-        range(len(peers)),
-        [values.get(name, 0.0) for name in peers],
-        color=[PEERS[name].color for name in peers],
+        [place for place, name in enumerate(peers) if name in values],
+        [values[name] for name in peers if name in values],
+        color=[PEERS[name].color for name in peers if name in values],
     )
     axes.bar_label(bars, fmt=digits, fontsize="small", padding=2)
     axes.set_yticks(range(len(peers)), peers if named else [""] * len(peers))
+    axes.set_ylim(-0.6, len(peers) - 0.4)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.set_xlabel(text)

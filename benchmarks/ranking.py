@@ -17,7 +17,15 @@ MEMORY = {
     "peak_gradients_freed": "peak memory, gradients freed",
     "saved_for_backward": "memory kept for the backward",
 }
-TIMED = {"time": "training step", "inference": "inference"}
+# Part of a record → what its seconds are of.
+TIMED = {
+    "time": "training step",
+    "inference": "inference",
+    "training": "training step",
+    "parity": "step of a parity run",
+}
+# Part of a record of `capacity` → what its figures are, better when larger.
+CAPACITIES = ("batch", "depth")
 PYTORCH = "PyTorch's operators"
 
 
@@ -37,20 +45,34 @@ class Place:
 
 
 def places(record: Record) -> list[Place]:
-    """Every comparison that a suite's record holds; those of other suites have none."""
-    return [*_networks(record), *_kernels(record)]
+    """Every comparison that a suite's record holds; one without other implementations has none."""
+    return [*_implementations(record), *_kernels(record)]
 
 
-def _networks(record: Record) -> Iterator[Place]:
+def _case(record: Record, entry: dict[str, Any]) -> str:
+    """What an entry was measured on, in the words of its suite."""
+    if "network" in entry:
+        return str(entry["network"])
+    names = {"growth_rate": "k=", "seed": "seed "}
+    cases = [f"{text}{entry[key]}" for key, text in names.items() if key in entry]
+    return " ".join([f"suite {record['suite']}", *cases])
+
+
+def _implementations(record: Record) -> Iterator[Place]:
     figures: dict[str, dict[str, float]] = defaultdict(dict)
     for entry in record.get("memory", ()):
         for key, text in MEMORY.items():
-            if "network" in entry and key in entry:
-                figures[f"{text}, {entry['network']}"][entry["peer"]] = entry[key]
+            if key in entry:
+                figures[f"{text}, {_case(record, entry)}"][entry["peer"]] = entry[key]
     for part, text in TIMED.items():
         for entry in record.get(part, ()):
             if entry["seconds"]:
-                figures[f"{text}, {entry['network']}"][entry["peer"]] = min(entry["seconds"])
+                figures[f"{text}, {_case(record, entry)}"][entry["peer"]] = min(entry["seconds"])
+    for part in CAPACITIES:
+        for entry in record.get(part, ()):
+            if entry.get("fits"):
+                where = f"{entry['title']}, {entry['budget']} MiB"
+                figures[where][entry["peer"]] = 1 / entry["fits"]["value"]  # larger is better
     for where, values in figures.items():
         others = {name: value for name, value in values.items() if not PEERS[name].ours}
         if not others:
@@ -86,5 +108,5 @@ def summary(records: Iterable[Record]) -> str:
     lines = "\n".join(f"- {place.text}" for place in behind)
     return (
         f"**In {len(behind)} of {against}** (memory as it is, time by minimum; the ratio is the "
-        f"other's figure over ours):\n\n{lines}"
+        f"other's figure over ours, of what fits ours over the other's):\n\n{lines}"
     )

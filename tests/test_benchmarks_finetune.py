@@ -113,3 +113,15 @@ def test_missing_data_is_said_before_the_work(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["finetune", "--data", str(tmp_path / "none"), "--output", str(tmp_path)])
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_data_of_too_few_images_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = images(200)
+    lacking = replace(whole, train_labels=whole.train_labels % 5)
+    monkeypatch.setattr(finetune, "load_images", lambda data, seed: lacking)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["finetune", "--output", str(tmp_path)])
+    said = "at least 32 training images and one test image with labels 5 and above, got 0 and 5"
+    assert said in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks import cli, peers
+from benchmarks import cli, measure, peers
+from benchmarks.environment import describe
 from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS
@@ -110,3 +112,69 @@ def test_a_device_without_room_is_reported_too(
     text = (tmp_path / "networks.md").read_text()
     assert "- resnet50: does not fit: CUDA out of memory." in text
     assert 'densenet_fast, checkpoint="none"' in text
+
+
+def test_a_peer_that_fails_is_reported_and_the_rest_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, timed = 0, measure.timed
+
+    def fails_once(call: Callable[[], object], device: torch.device) -> float:
+        nonlocal count
+        count += 1
+        if count == 3:  # the first peer's second round
+            raise RuntimeError("no more of that")
+        return timed(call, device)
+
+    def build(spec: NetworkSpec) -> nn.Module:
+        raise ImportError("a library that is broken")
+
+    monkeypatch.setitem(NETWORKS, "small", SMALL)
+    monkeypatch.setitem(peers.PEERS, "resnet50", replace(peers.PEERS["resnet50"], build=build))
+    monkeypatch.setattr(measure, "timed", fails_once)
+    arguments = ["networks", "--no-progress", "--device", "cpu", "--networks", "small"]
+    arguments += ["--peers", "naive,ours-none,resnet50", "--parts", "inference", "--rounds", "3"]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 1
+    record = json.loads((tmp_path / "networks.json").read_text())
+    assert [len(entry["seconds"]) for entry in record["inference"]] == [1, 3, 0]
+    text = (tmp_path / "networks.md").read_text()
+    assert "- naive: RuntimeError: no more of that" in text
+    assert "- resnet50: ImportError: a library that is broken" in text
+
+
+def test_what_is_not_compared_is_said() -> None:
+    record = networks.plan(Options(networks=("densenet161",)))
+    record.update(suite="networks", complete=True, command="", environment=describe(CPU))
+    record["settings"]["peers"] = ["naive", "ours-none", "compiled-naive", "resnet50"]
+    record["settings"]["compiled_networks"] = []
+    text = networks.page(record).markdown()
+    assert "Not compared, do not build this network: ResNet-50, channels_last." in text
+    assert "Not compared, compiled for networks that are named only: torch.compile of" in text
+
+
+def test_parameters_are_those_of_each_network() -> None:
+    figures = dict.fromkeys(("peak_gradients_allocated", "peak_gradients_freed"), 2**20)
+    figures |= dict.fromkeys(("saved_for_backward", "resident_after_forward"), 2**20)
+    record = networks.plan(Options(networks=("densenet121",)))
+    record.update(suite="networks", complete=True, command="", environment=describe(CPU))
+    record["memory"] = [
+        {"network": NETWORKS["densenet121"].title, "peer": peer, **figures, "parameters": 4 * count}
+        for peer, count in (("naive", 7_980_000), ("resnet50", 25_560_000))
+    ]
+    lines = networks.page(record).markdown().splitlines()
+    for label, count in (("naive, contiguous", "7.98"), ("ResNet-50", "25.56")):
+        (row,) = (line for line in lines if line.startswith(f"| {label}"))
+        assert row.split("|")[2].strip() == count
+
+
+def test_bars_leave_out_what_was_not_measured() -> None:
+    record = networks.plan(Options(networks=("densenet121",)))
+    record["inference"] = [
+        {"network": NETWORKS["densenet121"].title, "peer": peer, "seconds": seconds}
+        for peer, seconds in (("naive", [2.0]), ("timm", []), ("ours-none", [1.0]))
+    ]
+    plot = networks.figure(record)
+    assert plot is not None
+    (axes,) = plot.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["naive", "ours-none"]
+    assert [bar.get_width() for bar in axes.patches] == [2.0, 1.0]

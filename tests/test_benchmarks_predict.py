@@ -335,3 +335,25 @@ def test_parts_and_networks_can_be_chosen(tmp_path: Path) -> None:
         NETWORKS["densenet-bc-100"].title
     }
     assert not (tmp_path / "predict.png").exists()
+
+
+def test_an_interrupt_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, counted = 0, predict.count
+
+    def interrupted(*arguments: Any) -> list[Op]:
+        nonlocal count
+        count += 1
+        if count == 8:  # the second device of the second format
+            raise KeyboardInterrupt
+        return counted(*arguments)
+
+    monkeypatch.setattr(predict, "count", interrupted)
+    monkeypatch.setattr(predict, "FORMATS", {"a": FLOAT32, "b": BFLOAT16})
+    monkeypatch.setattr(predict, "DEVICES", DEVICES[:2])
+    names = list(predict.IMPLEMENTATIONS)[:3]
+    monkeypatch.setattr(predict, "IMPLEMENTATIONS", {n: predict.IMPLEMENTATIONS[n] for n in names})
+    command = ["predict", "--networks", "densenet-bc-100", "--output", str(tmp_path)]
+    assert cli.main([*command, "--no-progress"]) == cli.INTERRUPTED
+    record = json.loads((tmp_path / "predict.json").read_text())
+    assert len(record["steps"]) == 6
+    assert "partial" in (tmp_path / "predict.md").read_text()

@@ -44,6 +44,31 @@ def test_every_loss_is_listed_and_equal_is_none() -> None:
     assert "- kernel pool, small, 1 threads: the kernel is behind" in text
 
 
+def test_training_and_what_fits_are_compared_too() -> None:
+    trained = {
+        "suite": "training",
+        "memory": [{"growth_rate": 12, "peer": "naive", "saved_for_backward": 9}],
+        "training": [
+            {"growth_rate": 12, "peer": peer, "seconds": [seconds]}
+            for peer, seconds in (("naive", 2.0), ("ours-block", 4.0))
+        ],
+    }
+    fitting = {
+        "batch": [
+            {"title": "T", "budget": 512, "peer": peer, "fits": fits}
+            for peer, fits in (
+                ("naive", {"value": 10}),
+                ("ours-none", {"value": 40}),
+                ("memory-efficient", None),
+            )
+        ]
+    }
+    (slower,) = ranking.places(trained)
+    assert (slower.where, slower.ratio) == ("training step, suite training k=12", 0.5)
+    (larger,) = ranking.places(fitting)
+    assert (larger.where, larger.ratio) == ("T, 512 MiB", 4.0)
+
+
 def test_without_other_implementations_nothing_is_claimed() -> None:
     assert "Nothing was measured" in ranking.summary([{"inference": record(1, 1)["inference"]}])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -37,7 +39,21 @@ class Machine:
 
 def measure(device: torch.device) -> Machine:
     """Both peaks, with PyTorch's present number of threads."""
-    return Machine(matmul_peak(MATMUL_SIZES, device), copy_bandwidth(COPY_BYTES, device))
+    with _precision_of_convolutions():
+        flops = matmul_peak(MATMUL_SIZES, device)
+    return Machine(flops, copy_bandwidth(COPY_BYTES, device))
+
+
+@contextmanager
+def _precision_of_convolutions() -> Iterator[None]:
+    """While it lasts, products on a GPU may use tf32 where convolutions may, as the kernels do."""
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
+    before = matmul.fp32_precision
+    matmul.fp32_precision = cudnn.conv.fp32_precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def matmul_peak(sizes: Iterable[int], device: torch.device, rounds: int = ROUNDS) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.datasets import Images
+from benchmarks.datasets import DataError, Images
 from benchmarks.memory import MemoryCase, figures_in_child
 from benchmarks.networks import NETWORKS, NetworkSpec
 from benchmarks.peers import PEERS, build, initial_state
@@ -45,6 +45,12 @@ def plan(options: Options) -> Record:
     data = options.data or "digits"
     images = load_images(data, options.seed)  # what is wrong with the files is said before the work
     halves = [part_of(images, later=later) for later in (False, True)]
+    for half, classes in zip(halves, (f"0 to {HALF - 1}", f"{HALF} and above"), strict=True):
+        if len(half.train_labels) < BATCH_SIZE or not len(half.test_labels):
+            raise DataError(
+                f"{data!r} should have at least {BATCH_SIZE} training images and one test image "
+                f"with labels {classes}, got {len(half.train_labels)} and {len(half.test_labels)}"
+            )
     return {
         "settings": {
             "data": data,
@@ -125,7 +131,9 @@ def _pretrain(
     entry = new_entry(peer=PRETRAINED_BY)
     record["pretraining"] = [entry]
     models = _train({PRETRAINED_BY: entry}, images, settings, options, progress)
-    torch.save(models[PRETRAINED_BY].state_dict(), weights)
+    unfinished = weights.with_suffix(".part")
+    torch.save(models[PRETRAINED_BY].state_dict(), unfinished)
+    unfinished.replace(weights)  # a whole file or none, whenever the run is stopped
 
 
 def new_classifier(weights: Path, seed: int) -> dict[str, Tensor]:

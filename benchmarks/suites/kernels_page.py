@@ -31,8 +31,8 @@ FOOTNOTES = (
     "the same for the input, the norm's parameters and the weight. Its norm takes the statistics "
     "of its input and completes its input's gradient every time; here this is done once for each "
     "channel: conv kernels take the statistics of their output, and channel_statistics and "
-    "finish_gradient have rows of their own, against torch.var_mean, and torch.addcmul and sub, on "
-    "the same slices.",
+    "finish_gradient have rows of their own, against torch.batch_norm_update_stats on dense rows, "
+    "and torch.addcmul and sub on the same slices.",
 )
 
 

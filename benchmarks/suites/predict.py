@@ -97,14 +97,19 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
     for data in settings["networks"]:
         spec = NetworkSpec.from_json(data)
         for fmt in FORMATS.values():
-            for device in DEVICES:
-                _predict(spec, fmt, device, record)
+            # All devices or none: a row of the page has a figure of each.
+            found = [_predict(spec, fmt, device, settings["parts"]) for device in DEVICES]
+            for part in PARTS:
+                record[part] += [entry for entries in found for entry in entries[part]]
             progress.advance()
         save()
 
 
-def _predict(spec: NetworkSpec, fmt: Format, device: Device, record: Record) -> None:
-    parts = record["settings"]["parts"]
+def _predict(
+    spec: NetworkSpec, fmt: Format, device: Device, parts: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The entries of one case, by part of the record."""
+    entries: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     for name, planned in IMPLEMENTATIONS.items():
         case = {
             "network": spec.title,
@@ -115,7 +120,7 @@ def _predict(spec: NetworkSpec, fmt: Format, device: Device, record: Record) -> 
         ops = count(spec, fmt, name, device)
         if "steps" in parts:
             forward = [op for op in ops if op.phase == "forward"]
-            record["steps"].append(
+            entries["steps"].append(
                 {
                     **case,
                     "forward": _totals(forward, fmt, device),
@@ -129,4 +134,5 @@ def _predict(spec: NetworkSpec, fmt: Format, device: Device, record: Record) -> 
             for operation in dict.fromkeys(op.name for op in ops):
                 chosen = [op for op in ops if op.name == operation]
                 entry = {**case, "operation": operation, **_totals(chosen, fmt, device)}
-                record["operations"].append(entry)
+                entries["operations"].append(entry)
+    return entries

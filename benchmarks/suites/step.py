@@ -6,14 +6,13 @@ process, in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.measure import (
-    MeasurementError,
     OutOfMemoryError,
     available_bytes,
     interleave,
@@ -33,9 +32,9 @@ from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS
 from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, has
+from benchmarks.suites import Options, Record, Save, UsageError, has
 from benchmarks.suites.predict import IMPLEMENTATIONS
-from benchmarks.suites.step_page import figure, page
+from benchmarks.suites.step_page import figure, page, peers_of
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
@@ -51,9 +50,11 @@ INFERENCE_WORK = 0.3
 
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
+    specs = [NETWORKS[name] for name in options.networks or MAIN_NETWORKS]
+    check_peers(options, specs)
     return {
         "settings": {
-            "networks": [NETWORKS[name].to_json() for name in options.networks or MAIN_NETWORKS],
+            "networks": [spec.to_json() for spec in specs],
             "peers": list(options.peers or BASIC_PEERS),
             "parts": list(options.parts or PARTS),
             "rounds": options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
@@ -64,6 +65,15 @@ def plan(options: Options) -> Record:
         "time": [],
         "inference": [],
     }
+
+
+def check_peers(options: Options, specs: Iterable[NetworkSpec]) -> None:
+    """Raise `UsageError` for a peer that the user named and that builds none of the networks."""
+    specs = list(specs)
+    for name in options.peers or ():
+        if not any(PEERS[name].applies(spec) for spec in specs):
+            titles = ", ".join(spec.title for spec in specs)
+            raise UsageError(f"the peer {name!r} builds none of the networks measured: {titles}")
 
 
 def failures(record: Record) -> list[str]:
@@ -109,16 +119,6 @@ def run(options: Options, record: Record, progress: Progress, save: Save) -> Non
             save()
 
 
-def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
-    """The peers that can build a network, compiled ones where the settings say so."""
-    compiled = spec.name in settings.get("compiled_networks", [spec.name])
-    return [
-        name
-        for name in settings["peers"]
-        if PEERS[name].applies(spec) and (compiled or not PEERS[name].compiled)
-    ]
-
-
 def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
     """Whether all rounds of a network were timed, but for what does not fit."""
     settings = record["settings"]
@@ -150,21 +150,27 @@ def _measure_time(
     settings = record["settings"]
     state = initial_state(spec, settings["seed"])
     calls: dict[str, Callable[[], object]] = {}
-    times: dict[str, list[float]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        calls.pop(name, None)
+        kind = "does not fit" if out_of_memory(error) else type(error).__name__
+        entries[name]["error"] = f"{kind}: {error}"
+        release_cached(options.device)
+
     with tuned_libraries(options.device):
         for name in peers_of(settings, spec):
-            entry: dict[str, Any] = {"network": spec.title, "peer": name, "seconds": []}
-            record[part].append(entry)
+            entries[name] = {"network": spec.title, "peer": name, "seconds": []}
+            record[part].append(entries[name])
             try:
                 calls[name] = _first_call(spec, name, state, part, settings, options.device)
-            except (MeasurementError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                entry["error"] = f"does not fit: {error}"
-                release_cached(options.device)
-            times[name] = entry["seconds"]
+            except Exception as error:  # one implementation's; the others go on
+                failed(name, error)
             advance()
-        interleave(calls, settings["rounds"], options.device, times=times, advance=advance)
+        times = {name: entry["seconds"] for name, entry in entries.items()}
+        interleave(
+            calls, settings["rounds"], options.device, times=times, advance=advance, failed=failed
+        )
 
 
 def _first_call(

@@ -21,6 +21,17 @@ Figures = dict[str, dict[str, Any]]
 
 PEAK = "peak_gradients_allocated"
 FREED = "peak_gradients_freed"
+PARAMETER_BYTES = 4  # float32 whatever autocast computes with
+
+
+def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
+    """The peers that can build a network, compiled ones where the settings say so."""
+    compiled = spec.name in settings.get("compiled_networks", [spec.name])
+    return [
+        name
+        for name in settings["peers"]
+        if PEERS[name].applies(spec) and (compiled or not PEERS[name].compiled)
+    ]
 
 
 def entries_of(record: Record, part: str, network: str) -> Figures:
@@ -77,9 +88,10 @@ def page(record: Record) -> Page:
         "process. *Gradients allocated*: the parameters' gradients exist before the step, zeroed "
         "in place; *gradients freed*: they were set to None, and the step's own allocation of "
         "them counts. *Saved*: bytes autograd keeps between forward and backward, each storage "
-        "once, without parameters, buffers and input. *Resident after forward*: what the process "
-        "holds between forward and backward beyond what it held before, whoever keeps it. On a "
-        "CUDA device all of them are the caching allocator's bytes.",
+        "once, without parameters, buffers and input. Parameters and their gradients take four "
+        "bytes each besides. *Resident after forward*: what the process holds between forward and "
+        "backward beyond what it held before, whoever keeps it. On a CUDA device all of them are "
+        "the caching allocator's bytes.",
         f"Time: all implementations in one process, in turn, {settings['rounds']} rounds after an "
         "untimed one, malloc as it is; on a CUDA device between two of its own events, with "
         "cuDNN's benchmark mode and PyTorch's settings for tf32. Ratios are against the naive "
@@ -88,6 +100,7 @@ def page(record: Record) -> Page:
     for data in settings["networks"]:
         spec = NetworkSpec.from_json(data)
         result.heading(spec.title)
+        _not_compared(result, settings, spec)
         if record["memory"]:
             _memory_section(result, record, spec)
         for part, text in (("time", "training step"), ("inference", "inference, no_grad")):
@@ -109,6 +122,7 @@ def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
     table = Table(
         (
             "memory, MiB",
+            "parameters, M",
             "peak, gradients allocated",
             "naive / this",
             "memory_efficient / this",
@@ -122,6 +136,7 @@ def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
         table.rows.append(
             (
                 _label(name),
+                f"{entry['parameters'] / PARAMETER_BYTES / 1e6:.2f}",
                 mebibytes(entry[PEAK]),
                 ratio(base[PEAK], entry[PEAK]),
                 ratio(efficient, entry[PEAK]),
@@ -132,9 +147,23 @@ def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
             )
         )
     if table.rows:
-        size = mebibytes(next(iter(measured.values()))["parameters"])
-        result.add(table, f"Parameters: {size} MiB, and their gradients as much again.")
+        result.add(table)
     _errors(result, figures)
+
+
+def _not_compared(result: Page, settings: dict[str, Any], spec: NetworkSpec) -> None:
+    """Which peers have no figures of this network, and why."""
+    compared = peers_of(settings, spec)
+    left_out = [PEERS[name] for name in settings["peers"] if name not in compared]
+    for reason, peers in (
+        ("do not build this network", [peer for peer in left_out if not peer.applies(spec)]),
+        (
+            "compiled for networks that are named only",
+            [peer for peer in left_out if peer.applies(spec)],
+        ),
+    ):
+        if peers:
+            result.add(f"Not compared, {reason}: {', '.join(peer.label for peer in peers)}.")
 
 
 def _errors(result: Page, figures: Figures) -> None:
@@ -188,8 +217,9 @@ def figure(record: Record) -> Figure | None:
 
     plot = Figure(figsize=(1.5 + 4 * len(panels), 2.8 * len(specs)), layout="constrained")
     grid = plot.subplots(len(specs), len(panels), squeeze=False)
-    names = record["settings"]["peers"]
     for spec, row in zip(specs, grid, strict=True):
+        measured = {name for _, get in panels for name in get(spec)}
+        names = [name for name in record["settings"]["peers"] if name in measured]
         for index, ((text, get), axes) in enumerate(zip(panels, row, strict=True)):
             peer_bars(axes, names, get(spec), text, named=index == 0)
         row[0].set_title(spec.title, loc="left")

@@ -14,13 +14,13 @@ from benchmarks.prediction import shapes, usual
 from benchmarks.suites import Options, Record, step
 
 PARTS = step.PARTS
-QUICK_PARTS = ("time", "inference")  # each figure of memory takes a child process
 QUICK_ROUNDS = 3
 FULL_ROUNDS = 5
 
 
 def plan(options: Options, varied: str, title: str, specs: Mapping[int, NetworkSpec]) -> Record:
     """Settings of a suite whose networks `specs` differ in what is `varied`."""
+    step.check_peers(options, specs.values())
     return {
         "settings": {
             "varied": varied,
@@ -37,7 +37,7 @@ def plan(options: Options, varied: str, title: str, specs: Mapping[int, NetworkS
             ],
             "networks": [spec.to_json() for spec in specs.values()],
             "peers": list(options.peers or BASIC_PEERS),
-            "parts": list(options.parts or (PARTS if options.full else QUICK_PARTS)),
+            "parts": list(options.parts or PARTS),
             "rounds": options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
             "seed": options.seed,
             "amp": "none",
