@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,12 @@ class Page:
     def add(self, *blocks: str | Table) -> None:
         """Append paragraphs and tables."""
         self.blocks.extend(blocks)
+
+    def not_measured(self, cases: Iterable[str]) -> None:
+        """List cases without figures and why, if there are any."""
+        lines = [f"- {case}" for case in cases]
+        if lines:
+            self.add("Not measured:", "\n".join(lines))
 
     def markdown(self) -> str:
         """The whole page."""

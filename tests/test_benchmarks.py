@@ -150,6 +150,12 @@ def test_disagreement_is_flagged_and_fails() -> None:
     assert "**NO**" in load("training").page(record).markdown()
 
 
+def test_memory_that_was_not_measured_fails() -> None:
+    record = load("training").plan(cli.Options(growth_rates=(12,), peers=("ours-none",)))
+    record["memory"] = [{"growth_rate": 12, "peer": "naive", "error": "does not fit"}]
+    assert load("training").failures(record) == ["k=12, naive: does not fit"]
+
+
 def test_test_loss_is_judged_for_the_networks_that_can_agree() -> None:
     names = ("naive", "memory-efficient", "ours-none")
     record = load("training").plan(cli.Options(growth_rates=(12,), peers=names))

@@ -363,3 +363,12 @@ def test_available_memory_is_below_the_machines() -> None:
     assert 0 < measure.available_bytes(CPU) < describe(CPU)["memory_bytes"]
     with pytest.raises(MeasurementError, match="has no field VmNothing"):
         measure.resident_bytes("VmNothing")
+
+
+def test_networks_without_their_part_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["capacity", "--networks", "densenet121", "--parts", "depth"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*arguments, "--output", str(tmp_path)])
+    assert "--networks names those of the part 'batch'" in capsys.readouterr().err

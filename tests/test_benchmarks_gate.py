@@ -56,6 +56,14 @@ def test_a_slow_machine_is_reported_and_lost_memory_fails() -> None:
     assert "at least 5.0× expected" in gate.failures(large)[0]
 
 
+def test_what_was_not_measured_is_on_the_page() -> None:
+    record = filled(memory_ratio=6, speed=1.5)
+    record["time"][0].update(seconds=[], error="does not fit")
+    (failure,) = gate.failures(record)
+    assert failure.endswith("naive-channels-last: does not fit")
+    assert f"- training step of {failure}" in gate.page(record).markdown()
+
+
 def test_every_floor_belongs_to_something_that_is_measured() -> None:
     titles = [spec.title for spec in gate.NETWORKS_OF_THE_GATE]
     assert list(gate.FLOORS) == titles

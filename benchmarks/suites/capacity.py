@@ -18,7 +18,7 @@ from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS, blocks, parameters
 from benchmarks.progress import Progress
 from benchmarks.search import Bracket, Measured, largest_within, search
-from benchmarks.suites import Options, Record, Save, has
+from benchmarks.suites import Options, Record, Save, UsageError, has
 from benchmarks.suites.capacity_page import figure, page
 from benchmarks.suites.predict import IMPLEMENTATIONS
 
@@ -50,6 +50,8 @@ class MachineTooSmallError(Exception):
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
     parts = options.parts or PARTS
+    if options.networks and "batch" not in parts:
+        raise UsageError("--networks names those of the part 'batch', which --parts leaves out")
     names = options.networks or (MAIN_NETWORKS if options.full else QUICK_NETWORKS)
     specs = [("batch", NETWORKS[name]) for name in names]
     specs.append(("depth", densenet_bc(10, GROWTH_RATE, batch_size=BATCH_SIZE)))

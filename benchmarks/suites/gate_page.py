@@ -71,6 +71,12 @@ def page(record: Record) -> Page:
         table.rows.append((ratio.text, f"{ratio.value:.2f}×", f"{ratio.floor}×", verdict))
     if table.rows:
         result.add(table)
+    result.not_measured(
+        f"{text} of {entry['network']}, {entry['peer']}: {entry['error']}"
+        for part, text in PARTS.items()
+        for entry in record[part]
+        if "error" in entry
+    )
     return result
 
 

@@ -107,7 +107,8 @@ def page(record: Record) -> Page:
             timings = timings_of(record, part, spec.title)
             if timings:
                 result.add(_time_table(timings, text))
-            _errors(result, entries_of(record, part, spec.title))
+            entries = entries_of(record, part, spec.title).items()
+            result.not_measured(f"{name}: {e['error']}" for name, e in entries if "error" in e)
     return result
 
 
@@ -148,7 +149,7 @@ def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
         )
     if table.rows:
         result.add(table)
-    _errors(result, figures)
+    result.not_measured(f"{name}: {e['error']}" for name, e in figures.items() if "error" in e)
 
 
 def _not_compared(result: Page, settings: dict[str, Any], spec: NetworkSpec) -> None:
@@ -164,13 +165,6 @@ def _not_compared(result: Page, settings: dict[str, Any], spec: NetworkSpec) -> 
     ):
         if peers:
             result.add(f"Not compared, {reason}: {', '.join(peer.label for peer in peers)}.")
-
-
-def _errors(result: Page, figures: Figures) -> None:
-    """What could not be measured, and why."""
-    errors = [f"- {name}: {e['error']}" for name, e in figures.items() if "error" in e]
-    if errors:
-        result.add("Not measured:\n" + "\n".join(errors))
 
 
 def _time_table(timings: dict[str, Timing], text: str) -> Table:

@@ -88,14 +88,12 @@ def page(record: Record) -> Page:
         )
     result.heading(settings["title"])
     result.add(_networks(settings), _table(record))
-    errors = [
-        f"- {text} of {e['network']}, {e['peer']}: {e['error']}"
+    result.not_measured(
+        f"{text} of {e['network']}, {e['peer']}: {e['error']}"
         for part, text in (("memory", "memory"), *TIMED.items())
         for e in record[part]
         if "error" in e
-    ]
-    if errors:
-        result.add("Not measured:\n\n" + "\n".join(errors))
+    )
     if settings["varied"] == "depth":
         _growth_section(result, record)
     result.heading("Slower than naive?")

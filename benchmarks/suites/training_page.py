@@ -93,9 +93,9 @@ def float32_tolerance(record: Record) -> float | None:
 
 
 def failures(record: Record) -> list[str]:
-    """Implementations whose float64 losses do not agree with the naive network's.
+    """Float64 losses that do not agree with the naive network's, and memory not measured.
 
-    In evaluation mode only our own must: torchvision's `memory_efficient` cannot.
+    In evaluation mode only our own must agree: torchvision's `memory_efficient` cannot.
     """
     tolerance = record["settings"]["float64_tolerance"]
     evaluation = _evaluation_differences(record)
@@ -103,7 +103,12 @@ def failures(record: Record) -> list[str]:
         "training": _differences(record, "parity"),
         "test": {key: value for key, value in evaluation.items() if PEERS[key[1]].ours},
     }
-    return [
+    unmeasured = [
+        f"k={entry['growth_rate']}, {entry['peer']}: {entry['error']}"
+        for entry in record["memory"]
+        if "error" in entry
+    ]
+    return unmeasured + [
         f"k={rate}: the float64 {kind} loss of {name} differs from {REFERENCE}'s by {value:.1e}, "
         f"more than {tolerance:.0e}"
         for kind, differences in judged.items()

@@ -39,7 +39,14 @@ class TensorWorkspace : public Workspace {
     const int64_t size[] = {static_cast<int64_t>(bytes)};
     try {
       blocks_.push_back(torch::stable::empty({size, 1}, ScalarType::Byte, std::nullopt, device_));
-    } catch (const std::exception&) {
+    } catch (const std::exception& error) {
+      // An earlier kernel's failure arrives here too, under its own name; lack of memory may come
+      // without text.
+      const std::string reason = error.what();
+      if (reason.find("CUDA error") != std::string::npos &&
+          reason.find("out of memory") == std::string::npos) {
+        throw;
+      }
       std::string what = "CUDA out of memory: no room for a workspace of " + std::to_string(bytes) +
                          " bytes on device " + std::to_string(device_.index());
       set_failed_allocation(what);

@@ -59,21 +59,26 @@ inline void check(cudaError_t error, const std::string& what) {
   }
 }
 
+// Text only for a failure: putting it together takes as long as a launch.
+inline void check_launch(cudaError_t error, const LaunchConfig& c) {
+  if (error != cudaSuccess) check(error, describe(c) + " (or an earlier kernel's failure)");
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
   if (c.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(c.shared_bytes)),
-          describe(c));
+    check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(c.shared_bytes)),
+                 c);
   }
   [&](P... parameters) {
     void* pointers[] = {static_cast<void*>(&parameters)...};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), c.grid, c.block, pointers,
-                           c.shared_bytes, c.stream),
-          describe(c));
+    check_launch(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), c.grid, c.block, pointers,
+                                  c.shared_bytes, c.stream),
+                 c);
   }(static_cast<P>(args)...);
-  check(cudaGetLastError(), describe(c));
+  check_launch(cudaGetLastError(), c);
 }
 
 inline DeviceLimits current_device_limits() {
