@@ -25,9 +25,9 @@ from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
 from densenet_fast.block_forward import Geometry, Statistics, forward
 from densenet_fast.first_order import first_order_only
+from densenet_fast.philox import draw_seeds
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
-    LARGEST_SEED,
     AvgPoolTail,
     Checkpoint,
     LayerSpec,
@@ -111,7 +111,7 @@ def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
     dropping = [layer.dropout > 0 for layer in layers]
     if not any(dropping):
         return [0] * len(dropping)
-    drawn = iter(torch.randint(LARGEST_SEED, (sum(dropping),), dtype=torch.int64).tolist())
+    drawn = iter(draw_seeds(sum(dropping)).tolist())
     return [next(drawn) if drops else 0 for drops in dropping]
 
 
