@@ -25,9 +25,9 @@ from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
 from densenet_fast.block_forward import Geometry, Statistics, forward
 from densenet_fast.first_order import first_order_only
+from densenet_fast.philox import draw_seeds
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
-    LARGEST_SEED,
     AvgPoolTail,
     Checkpoint,
     LayerSpec,
@@ -111,7 +111,7 @@ def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
     dropping = [layer.dropout > 0 for layer in layers]
     if not any(dropping):
         return [0] * len(dropping)
-    drawn = iter(torch.randint(LARGEST_SEED, (sum(dropping),), dtype=torch.int64).tolist())
+    drawn = iter(draw_seeds(sum(dropping)).tolist())
     return [next(drawn) if drops else 0 for drops in dropping]
 
 
@@ -148,15 +148,16 @@ class _DenseBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
-            found = _backward(ctx, grad_outputs[0])
-        behind = [*grad_outputs, *ctx.saved_tensors] if torch.is_grad_enabled() else ()
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+            found = _backward(ctx, saved, grad_outputs[0])
+        behind = [*grad_outputs, *saved]
         input, *others = first_order_only("a fused dense block", found, behind)
         return (input, *[None] * (_FIRST_PARAMETER - 1), *others)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+def _backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
     """The gradients of the input and of every parameter, from what the forward has kept."""
-    _, anchor, vector, *tensors = ctx.saved_tensors
+    _, anchor, vector, *tensors = saved
     bottlenecks, tensors = tensors[: ctx.kept_bottlenecks], tensors[ctx.kept_bottlenecks :]
     layers, tail = _restore(ctx.layers, ctx.tail, tensors)
     geometry: Geometry = ctx.geometry

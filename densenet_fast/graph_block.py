@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from densenet_fast import autocast
@@ -25,8 +24,9 @@ from densenet_fast.graph_library import (
 from densenet_fast.graph_specs import BlockArguments, block_arguments, block_specs, spread
 from densenet_fast.graph_statistics import Part, count_step
 from densenet_fast.layout import empty_channels_last, row_pitch
+from densenet_fast.philox import draw_seeds
 from densenet_fast.reference import statistics_dtype
-from densenet_fast.specs import LARGEST_SEED, Checkpoint, LayerSpec, Tail, TransitionTail
+from densenet_fast.specs import Checkpoint, LayerSpec, Tail, TransitionTail
 
 _BLOCK = (
     "Tensor[] parameters, Tensor[] buffers, bool[] present, float[] eps, "
@@ -229,7 +229,7 @@ def dense_block(
     hold = len(layers) if checkpoint == "none" else hold
     block = block_arguments(layers, tail)
     dropping = sum(dropout > 0 for dropout in block.dropout)
-    seeds = torch.randint(LARGEST_SEED, (dropping,), dtype=torch.int64) if dropping else None
+    seeds = draw_seeds(dropping) if dropping else None
     output, statistics, _ = _forward_operator(
         input,
         block.parameters,

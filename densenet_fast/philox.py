@@ -12,6 +12,15 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
+_LARGEST_SEED = 2**63 - 1
+
+
+def draw_seeds(count: int) -> Tensor:
+    """Seeds of so many streams, from torch's default generator on the host.
+
+    Whatever the default device is: to read numbers of a GPU would be to wait for it.
+    """
+    return torch.randint(_LARGEST_SEED, (count,), dtype=torch.int64, device="cpu")
 
 
 def _wide_product(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:

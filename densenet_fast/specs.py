@@ -17,8 +17,6 @@ CHECKPOINT_MODES: tuple[Checkpoint, ...] = ("none", "bottleneck", "block")
 NetworkMode = Checkpoint | Literal["auto"]
 NETWORK_MODES: tuple[NetworkMode, ...] = (*CHECKPOINT_MODES, "auto")
 
-LARGEST_SEED = 2**63 - 1  # of a layer's dropout
-
 
 @dataclass(frozen=True)
 class NormSpec:

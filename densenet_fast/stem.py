@@ -6,6 +6,7 @@ The convolution's output is the largest tensor of the network, and making it aga
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,14 +76,15 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         with torch.no_grad():
-            gradients = _backward(ctx, grad_outputs[0])
-        behind = [*grad_outputs, *ctx.saved_tensors]
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+            gradients = _backward(ctx, saved, grad_outputs[0])
+        behind = [*grad_outputs, *saved]
         input, weight, bias = first_order_only("the fused stem", gradients, behind)
         return input, None, weight, bias
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, total, weight, bias, *buffers = ctx.saved_tensors
+def _backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
+    input, argmax, statistics, total, weight, bias, *buffers = saved
     norm = with_norm_tensors(ctx.norm, (weight, bias), buffers)
     forward = norms.coefficients(norm, *statistics.unbind())
     needed = ctx.needs_input_grad[0]
@@ -175,14 +177,15 @@ class _ConvStem(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
-            gradients = _conv_stem_backward(ctx, grad_outputs[0])
-        behind = [*grad_outputs, *ctx.saved_tensors]
+            saved = ctx.saved_tensors  # once, as above
+            gradients = _conv_stem_backward(ctx, saved, grad_outputs[0])
+        behind = [*grad_outputs, *saved]
         input, *parameters = first_order_only("the fused stem", gradients, behind)
         return input, None, None, None, *parameters
 
 
-def _conv_stem_backward(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, total, weight, bias, gamma, beta, *buffers = ctx.saved_tensors
+def _conv_stem_backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
+    input, argmax, statistics, total, weight, bias, gamma, beta, *buffers = saved
     conv: ConvGeometry = ctx.conv
     norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
     wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]

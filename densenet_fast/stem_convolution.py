@@ -56,15 +56,16 @@ def _channels_last(weight: Tensor) -> Tensor:
 
 def module_forward(module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What the module makes of its input with these parameters, channels innermost."""
-    narrow = autocast.cast(input)
-    dtype = _fast_type(narrow)
-    if dtype == narrow.dtype:
+    stored = autocast.computed_type(input.dtype, input.device.type)
+    dtype = fast_type(stored, input.device)
+    if dtype == stored:
         return module._conv_forward(input, _channels_last(weight), bias)
     weight = autocast.cast(weight).to(dtype)
     bias = None if bias is None else autocast.cast(bias).to(dtype)
     with autocast.disabled(input.device.type):
-        output = module._conv_forward(narrow.to(dtype), _channels_last(weight), bias)
-    return output.to(narrow.dtype)
+        images = input.to(stored).to(dtype)
+        output = module._conv_forward(images, _channels_last(weight), bias)
+    return output.to(stored)
 
 
 def _parts(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -36,11 +36,11 @@ for epoch in range(int(epochs or 25)):
         model.train(part == "train")
         loss_sum, right = 0.0, 0
         for batch, labels in loader:
+            optimizer.zero_grad()
             with torch.set_grad_enabled(part == "train"):
                 logits = model(batch.to(device))
                 loss = nn.functional.cross_entropy(logits, labels.to(device))
             if part == "train":
-                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             loss_sum += loss.item() * len(labels)

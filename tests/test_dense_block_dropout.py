@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from block_cases import TAILS, Block, gradients, make_block
@@ -10,6 +12,7 @@ from plain_block import plain_block
 from torch import Tensor
 
 from densenet_fast import dense_block as module
+from densenet_fast import graph_block
 from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
 from densenet_fast.philox import philox
 from densenet_fast.specs import Checkpoint
@@ -61,6 +64,21 @@ def test_manual_seed_repeats_a_step_and_steps_differ(backend: str) -> None:
     # Layers of one step differ, too.
     zeros = first.detach()[:, 5:8] == 0
     assert not torch.equal(zeros, first.detach()[:, 8:11] == 0)
+
+
+def run_as_operators(block: Block) -> Tensor:
+    return graph_block.dense_block(block.input, block.layers, block.tail, "bottleneck", 0, [])
+
+
+@pytest.mark.parametrize("call", [run, run_as_operators], ids=["eager", "graph"])
+def test_seeds_are_drawn_on_the_host(backend: str, call: Callable[[Block], Tensor]) -> None:
+    block = make_block(dropout=P)
+    torch.manual_seed(1)
+    expected = run(block)
+    torch.manual_seed(1)
+    with torch.device("meta"):  # as set_default_device does
+        output = call(block)
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from comparison import assert_close, assert_same_gradients, assert_same_state, blocks, networks
+from comparison import (
+    assert_close,
+    assert_same_gradients,
+    assert_same_state,
+    blocks,
+    gradient_of,
+    networks,
+)
 from torch import Tensor, nn
 
+from densenet_fast import convert
 from densenet_fast.fusion import fusion_report
 from densenet_fast.layers import DenseBlock
 
@@ -39,6 +48,46 @@ def test_torch_checkpoint_around_a_block() -> None:
         output.square().sum().backward()
     assert_same_gradients(ours, expected)
     assert_same_state(ours, expected)  # updated twice, by both
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "the stem recomputes": {},
+    "the stem keeps": {"checkpoint": "none"},
+    "small inputs": {"small_inputs": True},
+    "converted features": {},
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torch_checkpoint_around_a_network(name: str, reentrant: bool) -> None:
+    other, network = networks(drop_rate=0.2, **NETWORKS[name])
+    if name == "converted features":
+        assert convert(other).complete
+        network = other.features
+    plain = copy.deepcopy(network)
+    values = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    images, same = values.clone().requires_grad_(), values.clone().requires_grad_()
+    torch.manual_seed(1)
+    output = torch.utils.checkpoint.checkpoint(network, images, use_reentrant=reentrant)
+    torch.manual_seed(1)
+    expected = plain(same)
+    assert_close(output, expected, "output")
+    output.backward(gradient_of(output))
+    expected.backward(gradient_of(expected))
+    assert images.grad is not None and same.grad is not None
+    assert_close(images.grad, same.grad, "input gradient")
+    assert_same_gradients(network, plain)
+
+
+@pytest.mark.parametrize("checkpoint", MODES)
+def test_second_derivatives_are_refused_under_torch_checkpoint(checkpoint: str) -> None:
+    _, network = networks(checkpoint=checkpoint)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    output = torch.utils.checkpoint.checkpoint(network, images, use_reentrant=False)
+    [gradient] = torch.autograd.grad(output.square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        gradient.sum().backward()
 
 
 def test_tensors_saved_on_another_device() -> None:

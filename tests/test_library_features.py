@@ -1,6 +1,6 @@
 """Every library's converted network with PyTorch's features: what it was before, it is after.
 
-The table in docs/features.md has a row for each test here.
+The table in docs/pytorch-features.md has a row for each test here.
 """
 
 from __future__ import annotations

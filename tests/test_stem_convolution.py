@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from densenet_fast import _extension, stem_convolution
 from densenet_fast.backend import use_backend
@@ -82,6 +84,28 @@ def test_module(bfloat16_is_fast: bool, autocast: bool, padding: str | tuple[int
     for parameter in module.parameters():
         assert parameter.grad is not None
         assert parameter.grad.dtype == parameter.dtype
+
+
+class CopiesOf(TorchDispatchMode):
+    """The types that tensors of this shape are converted to."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.types = shape, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.types.append(kwargs["dtype"])
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_copies_the_images_no_more_than_it_must(bfloat16_is_fast: bool) -> None:
+    module = nn.Conv2d(3, 8, 7, stride=2, padding=3)
+    images = torch.randn(2, 3, 19, 16)
+    with torch.autocast("cpu", torch.bfloat16), CopiesOf(images.shape) as copies:
+        stem_convolution.module_forward(module, images, module.weight, module.bias)
+    wide = [] if bfloat16_is_fast else [torch.float32]
+    assert copies.types == [torch.bfloat16, *wide]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)

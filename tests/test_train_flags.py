@@ -18,7 +18,7 @@ pytest.importorskip("tensorboard")
 from training_runs import TINY, assert_same, content, train, write_folder, write_idx
 
 import densenet_fast
-from densenet_fast.train import batches, networks, optimization, training
+from densenet_fast.train import batches, loop, networks, optimization, training
 from densenet_fast.train.arguments import AUGMENTATIONS, make_parser
 from densenet_fast.train.command import main
 from densenet_fast.train.distributed import Processes
@@ -225,6 +225,21 @@ def test_memory_layout_and_compilation_reach_the_step(
     assert shape == (4, 1, 20, 20) and autocast
     assert network.checkpoint == "auto" and network.memory_budget == 4 * 2**20
     assert network.features.conv0.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradients_are_freed_before_the_forward_plans_a_step() -> None:
+    network = densenet_fast.EfficientDenseNet(2, (2,), 4, num_classes=3, small_inputs=True)
+    network.memory_budget, network.checkpoint = 2**20, "auto"
+    parameters, seen = list(network.parameters()), []
+    network.register_forward_pre_hook(lambda *_: seen.append([p.grad for p in parameters]))
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    placement = loop.Placement(torch.device("cpu"), torch.contiguous_format, None)
+    step = loop.Step(network, optimizer, scaler, placement, label_smoothing=0.0, clip=None)
+    for _ in range(2):
+        step(torch.randn(2, 3, 8, 8), torch.tensor([0, 2]))
+    assert seen == [[None] * len(parameters)] * 2
+    assert all(parameter.grad is not None for parameter in parameters)
 
 
 def test_clipping_and_smoothing(folder: Path, tmp_path: Path) -> None:

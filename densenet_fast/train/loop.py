@@ -101,10 +101,11 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch before its update, and its logits."""
+        # Before the forward: checkpoint="auto" takes gradients that exist for memory that stays.
+        self.optimizer.zero_grad(set_to_none=True)
         with self.placement.autocast():
             logits = self.network(images)
             loss: Tensor = self.criterion(logits, labels)
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
