@@ -18,11 +18,14 @@ def parts(layer: nn.Module) -> LayerParts | str:
     layers: Any = layer.__dict__["_modules"].get("layers")
     if (found := eligibility.exactly(layers, nn.Sequential)) is not None:
         return f"layers {found}"
-    modules = layers.__dict__["_modules"]
-    dropout = modules.get("dropout")
-    if dropout is not None and dropout.training and dropout.p > 0:
-        return f"dropout is a {type(dropout).__name__}, which drops whole channels"
-    return layer_parts.named_parts(modules, 0.0)
+    modules = dict(layers.__dict__["_modules"])
+    if next(reversed(modules), None) == "dropout":
+        dropout = modules.pop("dropout")
+        if (found := eligibility.exactly(dropout, nn.Dropout2d)) is not None:
+            return f"dropout {found}"
+        if dropout.training and dropout.p > 0:
+            return "dropout is a Dropout2d, which drops whole channels"
+    return layer_parts.sequential_parts(modules, 0.0)
 
 
 @eligibility.fused_as("block")

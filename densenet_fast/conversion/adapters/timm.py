@@ -66,8 +66,10 @@ class Network(ConvertedNetwork, densenet.DenseNet):
         pool: Any = self.global_pool
         return (
             eligibility.exactly(pool, SelectAdaptivePool2d) is None
-            and pool.pool_type == "avg"
-            and isinstance(pool.flatten, nn.Flatten)
+            and eligibility.exactly(pool.pool, nn.AdaptiveAvgPool2d) is None
+            and pool.pool.output_size in (1, (1, 1))
+            and eligibility.exactly(pool.flatten, nn.Flatten) is None
+            and (pool.flatten.start_dim, pool.flatten.end_dim) == (1, -1)
         )
 
     def head(self, pooled: Tensor) -> Tensor:

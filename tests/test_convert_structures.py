@@ -1,0 +1,121 @@
+"""Networks whose modules were exchanged: `convert` computes what the library's forward would."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from library_networks import assert_same_step, images, make, monai_network
+from torch import Tensor, nn
+
+from densenet_fast import convert, fusion_report
+
+LAYER = "features.denseblock1.denselayer2"
+
+
+class Scale(nn.Module):
+    """Something that a network cannot do without."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 1.5 * input
+
+
+class AlwaysDropout(nn.Dropout2d):
+    """Dropout in evaluation too, as for uncertainties; here always of the first channel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat((torch.zeros_like(input[:, :1]), input[:, 1:]), 1)
+
+
+def reordered(layers: nn.Sequential) -> None:
+    layers.add_module("relu1", layers._modules.pop("relu1"))
+
+
+def hooked(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+Change = Callable[[Any], None]
+SEQUENTIAL: dict[str, tuple[Change, str]] = {
+    "appended": (
+        lambda layers: layers.append(Scale()),
+        "its submodules are norm1, relu1, conv1, norm2, relu2, conv2, 6",
+    ),
+    "reordered": (reordered, "its submodules are norm1, conv1, norm2, relu2, conv2, relu1"),
+}
+DROPOUT: dict[str, tuple[Change, str]] = {
+    "identity": (
+        lambda layers: setattr(layers, "dropout", nn.Identity()),
+        "dropout is a Identity, not a Dropout2d",
+    ),
+    "subclass": (
+        lambda layers: setattr(layers, "dropout", AlwaysDropout(0.5)),
+        "dropout is a subclass of Dropout2d (AlwaysDropout)",
+    ),
+    "hooked": (lambda layers: hooked(layers.dropout), "dropout has a forward hook"),
+    "not last": (
+        lambda layers: layers.append(Scale()),
+        "its submodules are norm1, relu1, conv1, norm2, relu2, conv2, dropout, 7",
+    ),
+}
+
+
+def assert_one_layer_is_plain(model: nn.Module, change: Change, path: str, reason: str) -> None:
+    """The layer that was changed is computed as the library does, and named."""
+    change(model.get_submodule(path))
+    reference = copy.deepcopy(model)
+    convert(model)
+    report = fusion_report(model)
+    assert (report[LAYER].fused, report[LAYER].reason) == (False, reason)
+    assert [row.name for row in report if not row.fused] == [LAYER]
+    assert_same_step(model, reference, images())
+
+
+@pytest.mark.parametrize("change", SEQUENTIAL)
+@pytest.mark.parametrize("library", ["monai", "torchxrayvision"])
+def test_a_layer_that_is_a_sequential_runs_all_it_has(library: str, change: str) -> None:
+    path = f"{LAYER}.layers" if library == "monai" else LAYER
+    assert_one_layer_is_plain(make(library), SEQUENTIAL[change][0], path, SEQUENTIAL[change][1])
+
+
+@pytest.mark.parametrize("change", DROPOUT)
+def test_dropout_of_monai_that_is_another_module(change: str) -> None:
+    torch.manual_seed(0)
+    model = monai_network(dropout_prob=0.5).double().eval()
+    assert_one_layer_is_plain(model, DROPOUT[change][0], f"{LAYER}.layers", DROPOUT[change][1])
+
+
+class PowerMean(nn.Module):
+    """Pooling to one pixel that is no average."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.pow(3).mean((2, 3), keepdim=True)
+
+
+POOLINGS: dict[str, Change] = {
+    "another pooling": lambda pool: setattr(pool, "pool", PowerMean()),
+    "a hooked pooling": lambda pool: hooked(pool.pool),
+    "a hooked flatten": lambda pool: hooked(pool.flatten),
+}
+
+
+@pytest.mark.parametrize("change", POOLINGS)
+def test_a_pooling_of_timm_that_is_no_average(change: str) -> None:
+    model = make("timm")
+    POOLINGS[change](model.global_pool)
+    reference = copy.deepcopy(model)
+    convert(model)
+    assert [row.name for row in fusion_report(model) if not row.fused] == ["features.norm5"]
+    assert_same_step(model, reference, images())
+
+
+def test_a_pooling_of_timm_to_more_pixels() -> None:
+    model = make("timm")
+    model.global_pool.pool.output_size = 2
+    model.classifier = nn.Linear(4 * model.classifier.in_features, 5).double()
+    reference = copy.deepcopy(model)
+    convert(model)
+    assert_same_step(model, reference, images())
