@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
+from densenet_fast.conversion import subclasses
 from densenet_fast.graphs import refuse_scripting, routed
 from densenet_fast.layers import FusedBlock
+from densenet_fast.layers import Transition as FusedTransition
 from densenet_fast.steps import Step
 
 
@@ -26,6 +28,10 @@ class ConvertedBlock(FusedBlock):
     returns_growth = False  # whether a layer called as a module returns its own channels alone
     converted_from: type[nn.Module]
 
+    def run(self, input: Tensor) -> Tensor:
+        """The checked forward, fused where nothing is in the way."""
+        return subclasses.restored(super().run(subclasses.plain(input)), input)
+
     def plain(self, input: Tensor) -> Tensor:
         """The library's own forward."""
         output: Tensor = self.converted_from.forward(self, input)
@@ -35,6 +41,19 @@ class ConvertedBlock(FusedBlock):
         """A layer called as a module: the features so far, and its own behind them."""
         output: Tensor = layer(input)
         return torch.cat((input, output), 1) if self.returns_growth else output
+
+
+class ConvertedTransition(FusedTransition):
+    """A library's transition, run as ours.
+
+    Its adapters are `class Transition(ConvertedTransition, TheirTransition)`.
+    """
+
+    converted_from: type[nn.Module]
+
+    def run(self, input: Tensor) -> Tensor:
+        """The checked forward, fused if nothing is in the way."""
+        return subclasses.restored(super().run(subclasses.plain(input)), input)
 
 
 class ConvertedFeatures(nn.Sequential):
@@ -50,16 +69,20 @@ class ConvertedFeatures(nn.Sequential):
 
     def run(self, input: Tensor) -> Tensor:
         """The same outside any graph."""
-        planned = self._planned(input, None)
-        return super().forward(input) if planned is None else chain.run(planned[0], input)
+        images = subclasses.plain(input)
+        planned = self._planned(images, None)
+        if planned is None:
+            return super().forward(input)
+        return subclasses.restored(chain.run(planned[0], images), input)
 
     def pooled(self, input: Tensor, final: chain.FinalObstacle) -> Tensor | None:
         """[N, C']: the features behind ReLU and the average over all pixels.
 
         None, and nothing computed, where the last norm is not fused with these two.
         """
-        steps, pooled = self._planned(input, final) or ([], False)
-        return chain.run(steps, input) if pooled else None
+        images = subclasses.plain(input)
+        steps, pooled = self._planned(images, final) or ([], False)
+        return subclasses.restored(chain.run(steps, images), input) if pooled else None
 
     def _planned(
         self, input: Tensor, final: chain.FinalObstacle | None

@@ -8,9 +8,8 @@ from monai.networks.nets import densenet
 from torch import Tensor, nn
 
 from densenet_fast import eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 from densenet_fast.layer_parts import LayerParts
-from densenet_fast.layers import Transition as FusedTransition
 
 
 def parts(layer: nn.Module) -> LayerParts | str:
@@ -36,7 +35,7 @@ class Block(ConvertedBlock, densenet._DenseBlock):
 
 
 @eligibility.fused_as("transition")
-class Transition(FusedTransition, densenet._Transition):
+class Transition(ConvertedTransition, densenet._Transition):
     """MONAI's transition."""
 
     converted_from = densenet._Transition

@@ -10,9 +10,8 @@ from timm.models import densenet
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 from densenet_fast.layer_parts import LayerParts
-from densenet_fast.layers import Transition as FusedTransition
 
 
 def norm_obstacle(norm: Any) -> str | None:
@@ -49,7 +48,7 @@ class Block(ConvertedBlock, densenet.DenseBlock):
 
 
 @eligibility.fused_as("transition")
-class Transition(FusedTransition, densenet.DenseTransition):
+class Transition(ConvertedTransition, densenet.DenseTransition):
     """timm's transition; one with an anti-aliasing filter runs its modules."""
 
     converted_from = densenet.DenseTransition

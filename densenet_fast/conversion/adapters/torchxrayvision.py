@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torchxrayvision import models, utils
 
 from densenet_fast import eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 from densenet_fast.layer_parts import LayerParts
-from densenet_fast.layers import Transition as FusedTransition
 
 
 def parts(layer: nn.Module) -> LayerParts | str:
@@ -26,7 +25,7 @@ class Block(ConvertedBlock, models._DenseBlock):
 
 
 @eligibility.fused_as("transition")
-class Transition(FusedTransition, models._Transition):
+class Transition(ConvertedTransition, models._Transition):
     """torchxrayvision's transition."""
 
     converted_from = models._Transition
