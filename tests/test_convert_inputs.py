@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from library_networks import (
     LIBRARIES,
+    SHAPE,
     TOLERANCE,
     assert_same_step,
     images,
@@ -35,6 +37,27 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[type[Tensor]]:
 
     monkeypatch.setattr(fused_steps, "dense_block", watched)
     return seen
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_arguments_have_the_librarys_names(library: str) -> None:
+    model = make(library).eval()
+    modules = list(model.modules())
+    names = [list(inspect.signature(module.forward).parameters) for module in modules]
+    expected = model(x=images())
+    convert(model)
+    assert names == [list(inspect.signature(module.forward).parameters) for module in modules]
+    torch.testing.assert_close(model(x=images()), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_an_exported_network_takes_the_librarys_argument() -> None:
+    model = make("torchvision").eval()
+    expected = model(images())
+    convert(model)
+    shapes = {"x": {0: torch.export.Dim("n")}}
+    exported = torch.export.export(model, (images(),), dynamic_shapes=shapes).module()
+    torch.testing.assert_close(exported(images()), expected)
+    assert len(exported(images(shape=(2, *SHAPE[1:])))) == 2
 
 
 # MONAI's tensors with metadata

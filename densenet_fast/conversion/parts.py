@@ -43,6 +43,14 @@ class ConvertedBlock(FusedBlock):
         return torch.cat((input, output), 1) if self.returns_growth else output
 
 
+class ConvertedSequentialBlock(ConvertedBlock):
+    """The same where the library's block is a Sequential, whose forward names its argument so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [N, C, H, W] and the features of all layers behind it."""
+        return super().forward(input)
+
+
 class ConvertedTransition(FusedTransition):
     """A library's transition, run as ours.
 
@@ -104,9 +112,9 @@ class ConvertedNetwork(nn.Module):
     converted_from: type[nn.Module]
     final: chain.FinalObstacle = staticmethod(chain.final_norm_obstacle)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """What the library's own forward gives."""
-        return routed(self, input, self.plain)
+        return routed(self, x, self.plain)
 
     def plain(self, input: Tensor) -> Tensor:
         """The library's own forward."""

@@ -8,7 +8,11 @@ from monai.networks.nets import densenet
 from torch import Tensor, nn
 
 from densenet_fast import eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
+from densenet_fast.conversion.parts import (
+    ConvertedNetwork,
+    ConvertedSequentialBlock,
+    ConvertedTransition,
+)
 from densenet_fast.layer_parts import LayerParts
 
 
@@ -28,7 +32,7 @@ def parts(layer: nn.Module) -> LayerParts | str:
 
 
 @eligibility.fused_as("block")
-class Block(ConvertedBlock, densenet._DenseBlock):
+class Block(ConvertedSequentialBlock, densenet._DenseBlock):
     """MONAI's block."""
 
     converted_from = densenet._DenseBlock
