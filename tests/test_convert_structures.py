@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from library_networks import assert_same_step, images, make, monai_network
+from library_networks import LIBRARIES, TOLERANCE, assert_same_step, images, make, monai_network
 from torch import Tensor, nn
 
 from densenet_fast import convert, fusion_report
@@ -86,6 +86,31 @@ def test_dropout_of_monai_that_is_another_module(change: str) -> None:
     torch.manual_seed(0)
     model = monai_network(dropout_prob=0.5).double().eval()
     assert_one_layer_is_plain(model, DROPOUT[change][0], f"{LAYER}.layers", DROPOUT[change][1])
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "bottleneck", "block"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_without_the_last_norm(library: str, checkpoint: Any) -> None:
+    """The library's ReLU in place must not write to the features that the backward reads."""
+    model = make(library)
+    reference = copy.deepcopy(model)
+    convert(model, checkpoint=checkpoint)
+    for network in (model, reference):
+        network.features.norm5 = nn.Identity()
+    assert_same_step(model, reference, images())
+
+
+def test_a_graph_without_the_last_norm() -> None:
+    model = make("torchvision")
+    reference = copy.deepcopy(model)
+    convert(model)
+    for network in (model, reference):
+        network.features.norm5 = nn.Identity()
+    graph = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for network in (graph, reference):
+        network(images()).square().sum().backward()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 class PowerMean(nn.Module):

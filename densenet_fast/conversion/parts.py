@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
 from densenet_fast.conversion import subclasses
+from densenet_fast.dense_block import backward_reads
 from densenet_fast.graphs import refuse_scripting, routed
 from densenet_fast.layers import FusedBlock
 from densenet_fast.layers import Transition as FusedTransition
@@ -80,8 +81,8 @@ class ConvertedFeatures(nn.Sequential):
         images = subclasses.plain(input)
         planned = self._planned(images, None)
         if planned is None:
-            return super().forward(input)
-        return subclasses.restored(chain.run(planned[0], images), input)
+            return _writable(super().forward(input))
+        return subclasses.restored(_writable(chain.run(planned[0], images)), input)
 
     def pooled(self, input: Tensor, final: chain.FinalObstacle) -> Tensor | None:
         """[N, C']: the features behind ReLU and the average over all pixels.
@@ -101,6 +102,11 @@ class ConvertedFeatures(nn.Sequential):
         synchronized.check_modules(self, input.device)
         modules: list[Any] = list(self._modules.values())
         return chain.steps(modules, eligibility.parameter_type(input), input.device, final=final)
+
+
+def _writable(features: Tensor) -> Tensor:
+    # The ReLU of the libraries' heads works in place, also behind a last norm that was taken out.
+    return features.clone() if backward_reads(features) else features
 
 
 class ConvertedNetwork(nn.Module):
