@@ -88,6 +88,69 @@ def test_dropout_of_monai_that_is_another_module(change: str) -> None:
     assert_one_layer_is_plain(model, DROPOUT[change][0], f"{LAYER}.layers", DROPOUT[change][1])
 
 
+# Layers that take a list of features
+
+
+class Newest(nn.Module):
+    """A layer that reads what the block's input and the layer before it have added."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 3, padding=1, bias=False)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.conv(torch.cat((features[0], features[-1]), 1))
+
+
+# Which layers of a block of five are called.
+CALLED: dict[str, tuple[int, ...]] = {
+    "first": (1,),
+    "middle": (3,),
+    "last": (5,),
+    "neighbours": (2, 3),
+    "apart": (2, 4, 5),
+    "all": (1, 2, 3, 4, 5),
+}
+
+
+def network_of_five(library: str) -> Any:
+    models = pytest.importorskip(f"{library}.models.densenet")
+    torch.manual_seed(0)
+    network = models.DenseNet(8, (5,), num_classes=5).double()
+    return network, network.features.denseblock1
+
+
+@pytest.mark.parametrize("called", CALLED)
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_hooks_see_the_list_of_features(library: str, called: str) -> None:
+    model, block = network_of_five(library)
+    seen: list[list[Tensor]] = []
+    for at in CALLED[called]:
+        block[f"denselayer{at}"].register_forward_pre_hook(
+            lambda module, args: seen.append(list(args[0]))
+        )
+    reference = copy.deepcopy(model)
+    convert(model)
+    assert_same_step(model, reference, images())
+    ours, theirs = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+    plain = {f"features.denseblock1.denselayer{at}" for at in CALLED[called]}
+    rows = fusion_report(model)
+    assert {row.name for row in rows if "layer" in row.name and not row.fused} == plain
+
+
+@pytest.mark.parametrize("called", CALLED)
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_layer_of_ones_own_takes_the_list_of_features(library: str, called: str) -> None:
+    model, block = network_of_five(library)
+    width = model.features.conv0.out_channels
+    for at in CALLED[called]:
+        block[f"denselayer{at}"] = Newest(width + (8 if at > 1 else width)).double()
+    reference = copy.deepcopy(model)
+    convert(model)
+    assert_same_step(model, reference, images())
+
+
 @pytest.mark.parametrize("checkpoint", ["none", "bottleneck", "block"])
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_without_the_last_norm(library: str, checkpoint: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
@@ -26,7 +25,6 @@ class ConvertedBlock(FusedBlock):
     Its adapters are `class Block(ConvertedBlock, TheirBlock)`.
     """
 
-    returns_growth = False  # whether a layer called as a module returns its own channels alone
     converted_from: type[nn.Module]
 
     def run(self, input: Tensor) -> Tensor:
@@ -37,11 +35,6 @@ class ConvertedBlock(FusedBlock):
         """The library's own forward."""
         output: Tensor = self.converted_from.forward(self, input)
         return output
-
-    def call(self, layer: nn.Module, input: Tensor) -> Tensor:
-        """A layer called as a module: the features so far, and its own behind them."""
-        output: Tensor = layer(input)
-        return torch.cat((input, output), 1) if self.returns_growth else output
 
 
 class ConvertedSequentialBlock(ConvertedBlock):

@@ -44,7 +44,7 @@ class Block(ConvertedBlock, densenet.DenseBlock):
     """timm's block."""
 
     converted_from = densenet.DenseBlock
-    returns_growth = True
+    lists = True
 
 
 @eligibility.fused_as("transition")

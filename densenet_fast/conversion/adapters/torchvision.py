@@ -16,7 +16,7 @@ class Block(ConvertedBlock, densenet._DenseBlock):
     """torchvision's block."""
 
     converted_from = densenet._DenseBlock
-    returns_growth = True
+    lists = True
 
 
 @eligibility.fused_as("transition")
