@@ -60,6 +60,43 @@ def test_an_exported_network_takes_the_librarys_argument() -> None:
     assert len(exported(images(shape=(2, *SHAPE[1:])))) == 2
 
 
+# Nothing
+
+
+def outcome(module: nn.Module, x: Tensor) -> Any:
+    """The output, or the type of error, and the buffers behind it."""
+    result: Any
+    try:
+        result = module(x)
+    except (RuntimeError, ValueError) as error:
+        result = type(error)
+    return [result, *module.buffers()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("part", ["", "features", "features.denseblock2", "features.transition1"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_empty_batches_are_the_librarys_matter(library: str, part: str, training: bool) -> None:
+    model = make(library).train(training)
+    reference = copy.deepcopy(model)
+    convert(model)
+    module, expected = model.get_submodule(part), reference.get_submodule(part)
+    channels = next(module.parameters()).shape[0 if part.startswith("features.") else 1]
+    for shape in ((0, channels, 64, 64), (2, channels, 0, 64)):
+        x = images(shape=shape)
+        ours, theirs = outcome(module, x), outcome(expected, x)
+        assert type(ours[0]) is type(theirs[0])
+        assert ours[0] is theirs[0] or torch.equal(ours[0], theirs[0])
+        torch.testing.assert_close(ours[1:], theirs[1:], rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_empty_batch_has_no_scores() -> None:
+    model = make("torchvision").eval()
+    convert(model)
+    assert model(images(shape=(0, 3, 64, 64))).shape == (0, 5)
+    assert model(images()).shape == (SHAPE[0], 5)
+
+
 # MONAI's tensors with metadata
 
 

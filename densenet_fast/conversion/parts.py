@@ -19,6 +19,11 @@ from densenet_fast.layers import Transition as FusedTransition
 from densenet_fast.steps import Step
 
 
+def _empty(input: Any) -> bool:
+    """Whether the input holds nothing, which our own modules refuse and the libraries' need not."""
+    return isinstance(input, Tensor) and not input.numel()
+
+
 class ConvertedBlock(FusedBlock):
     """A library's dense block, run as ours. The layers stay what they are.
 
@@ -28,7 +33,9 @@ class ConvertedBlock(FusedBlock):
     converted_from: type[nn.Module]
 
     def run(self, input: Tensor) -> Tensor:
-        """The checked forward, fused where nothing is in the way."""
+        """The forward outside any graph, checked and fused where nothing is in the way."""
+        if _empty(input):
+            return self.plain(input)
         return subclasses.restored(super().run(subclasses.plain(input)), input)
 
     def plain(self, input: Tensor) -> Tensor:
@@ -54,7 +61,10 @@ class ConvertedTransition(FusedTransition):
     converted_from: type[nn.Module]
 
     def run(self, input: Tensor) -> Tensor:
-        """The checked forward, fused if nothing is in the way."""
+        """The forward outside any graph, checked and fused if nothing is in the way."""
+        if _empty(input):
+            output: Tensor = self.converted_from.forward(self, input)
+            return output
         return subclasses.restored(super().run(subclasses.plain(input)), input)
 
 
