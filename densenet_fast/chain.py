@@ -150,7 +150,7 @@ def steps(
                 return planned, True
         elif isinstance(module, FusedBlock) and block_obstacle(module) is None:
             segments = module.segments(None, dtype, device)
-            step = DenseStep(segments, module.checkpoint, call=module.call)
+            step = DenseStep(segments, module.checkpoint, lists=module.lists)
             if step.segments and isinstance(step.segments[0], list):
                 _channels_innermost(planned)
             planned.append(step)

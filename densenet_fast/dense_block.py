@@ -106,6 +106,18 @@ def _dense_block(
         return forward(input, layers, tail, geometry, seeds, keep=0)[0]
 
 
+def backward_reads(output: Tensor) -> bool:
+    """Whether `output` is a block's feature buffer, which its backward reads.
+
+    In a graph it may be: Dynamo does not know where a tensor comes from.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    node: Any = output.grad_fn
+    fused = type(node) is _DenseBlock._backward_cls
+    return fused and node.tail is None and node.checkpoint != "block"
+
+
 def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
     """One seed for each layer with dropout (0 for the others), from torch's default generator."""
     dropping = [layer.dropout > 0 for layer in layers]

@@ -322,4 +322,6 @@ def input(tensor: Tensor) -> str | None:
         return f"the input's layout is {tensor.layout}"
     if not tensor.is_floating_point():
         return f"the input is {tensor.dtype}"
-    return autocast(tensor.device) or surroundings()
+    found = autocast(tensor.device) or surroundings()
+    # Last: where a graph is recorded, nothing may depend on the size.
+    return found or (None if tensor.numel() else "the input is empty")

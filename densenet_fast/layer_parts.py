@@ -60,6 +60,9 @@ def is_layer(module: nn.Module) -> bool:
     return type(module) in _READERS
 
 
+_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+
+
 def named_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
     """Parts under torchvision's names."""
     try:
@@ -69,6 +72,13 @@ def named_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerPa
         return f"{missing.args[0]} is missing"
     activations = (("relu1", relu1), ("relu2", relu2))
     return LayerParts(norm1, conv1, norm2, conv2, activations, dropout)  # type: ignore[arg-type]
+
+
+def sequential_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
+    """The same parts as all that a Sequential runs, which is what it has, in that order."""
+    if tuple(modules) != _NAMES:
+        return f"its submodules are {', '.join(modules)}"
+    return named_parts(modules, dropout)
 
 
 def usual_parts(layer: nn.Module) -> LayerParts | str:

@@ -157,6 +157,7 @@ class FusedBlock(nn.Module):
     """A module whose children are the layers of a dense block, in order, whatever their types."""
 
     _checkpoint: Checkpoint
+    lists = False  # whether layers take a list of features and return their own alone
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -184,16 +185,11 @@ class FusedBlock(nn.Module):
         if not fused_throughout(segments):
             checks.parameters(self, self, input)
         checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
-        return DenseStep(segments, self._checkpoint, call=self.call).run(input)
+        return DenseStep(segments, self._checkpoint, lists=self.lists).run(input)
 
     def plain(self, input: Tensor) -> Tensor:
         """The forward without anything fused."""
         raise NotImplementedError
-
-    def call(self, layer: nn.Module, input: Tensor) -> Tensor:
-        """A layer called as a module: the features so far, and its own behind them."""
-        output: Tensor = layer(input)
-        return output
 
     __prepare_scriptable__ = refuse_scripting
 

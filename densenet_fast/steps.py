@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from densenet_fast import graph_block, graph_stem, stem_convolution
 from densenet_fast.dense_block import conv_stem, dense_block, stem_norm_relu_maxpool
-from densenet_fast.eligibility import NORMS, Norm, parameter
+from densenet_fast.eligibility import NORMS, Norm, parameter, weight_shape
 from densenet_fast.graph_library import recorded
 from densenet_fast.norm_modules import StepCounts, norm_spec
 from densenet_fast.specs import (
@@ -91,26 +92,22 @@ class StemStep:
             return conv_stem(input, weight, bias, geometry, norm)
 
 
-def _called(module: nn.Module, input: Tensor) -> Tensor:
-    output: Tensor = module(input)
-    return output
-
-
 @dataclass
 class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
     A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
     a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
-    layers whose bottlenecks are held for the backward (see `densenet_fast.memory_plan`). `call`
-    calls a layer so that it returns the features so far with its own behind them.
+    layers whose bottlenecks are held for the backward (see `densenet_fast.memory_plan`). A layer
+    that is called returns the features so far with its own behind them, or with `lists` its own,
+    from a list of the block's input and what every layer before has added.
     """
 
     segments: Sequence[Segment]
     checkpoint: Checkpoint
     tail: Transition | Norm | None = None
     hold: int = 0
-    call: Callable[[nn.Module, Tensor], Tensor] = _called
+    lists: bool = False
 
     def run(self, input: Tensor) -> Tensor:
         """The concatenated features, or what the tail makes of them."""
@@ -119,14 +116,20 @@ class DenseStep:
         if segments and isinstance(segments[-1], list):
             last = segments[-1]
             segments.pop()
+        features = [input]
         for segment in segments:
             if isinstance(segment, list):
-                input = self._fused(input, segment, None)
+                widths = [part.shape[1] for part in features]
+                widths += [weight_shape(layer.conv2)[0] for layer in segment]
+                whole = self._fused(_joined(features), segment, None)
+                features = list(whole.split(widths, 1)) if self.lists else [whole]
+            elif self.lists:
+                features.append(segment(features))
             else:
-                input = self.call(segment, input)
+                features = [segment(*features)]
         if last or self.tail is not None:
-            input = self._fused(input, last, self.tail)
-        return input
+            return self._fused(_joined(features), last, self.tail)
+        return _joined(features)
 
     def _fused(self, input: Tensor, run: FusedRun, tail: Transition | Norm | None) -> Tensor:
         counts = StepCounts()
@@ -144,6 +147,10 @@ class DenseStep:
             return dense_block(
                 input, layers, tail=behind, checkpoint=self.checkpoint, hold=self.hold
             )
+
+
+def _joined(features: list[Tensor]) -> Tensor:
+    return features[0] if len(features) == 1 else torch.cat(features, 1)
 
 
 def _layer_spec(layer: LayerParts, counts: StepCounts) -> LayerSpec:

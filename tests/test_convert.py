@@ -11,6 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from library_networks import (
+    LIBRARIES,
+    NETWORKS,
+    SHAPE,
+    TOLERANCE,
+    WHOLE,
+    assert_same_step,
+    images,
+    make,
+    monai_network,
+    plain_copy,
+    timm_network,
+    torchvision_network,
+)
 from torch import nn
 
 import densenet_fast
@@ -19,88 +33,6 @@ from densenet_fast.layers import FusedBlock
 from densenet_fast.memory import estimate
 
 models = pytest.importorskip("torchvision.models")
-
-TOLERANCE = 1e-11  # float64, reductions of some thousand elements
-SHAPE = (3, 3, 32, 32)
-
-
-def torchvision_network(**changes: Any) -> nn.Module:
-    return models.DenseNet(8, (2, 3), 16, num_classes=5, **changes)
-
-
-def timm_network(**changes: Any) -> nn.Module:
-    densenet = pytest.importorskip("timm.models.densenet")
-    return densenet.DenseNet(8, (2, 3), num_classes=5, **changes)
-
-
-def timm_blur_network(**changes: Any) -> nn.Module:
-    layers = pytest.importorskip("timm.layers")
-    return timm_network(aa_layer=layers.BlurPool2d, **changes)
-
-
-def monai_network(dims: int = 2, **changes: Any) -> nn.Module:
-    nets = pytest.importorskip("monai.networks.nets")
-    shape = {"init_features": 16, "growth_rate": 8, "block_config": (2, 3)}
-    return nets.DenseNet(dims, 3, 5, **shape, **changes)
-
-
-def xrv_network(**changes: Any) -> nn.Module:
-    xrv = pytest.importorskip("torchxrayvision.models")
-    return xrv.DenseNet(8, (2, 3), 16, num_classes=5, in_channels=3, **changes)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision": torchvision_network,
-    "torchvision-memory-efficient": lambda: torchvision_network(memory_efficient=True),
-    "timm": timm_network,
-    "timm-deep": lambda: timm_network(stem_type="deep"),
-    "timm-deep-tiered": lambda: timm_network(stem_type="deep_tiered"),
-    "timm-blur": timm_blur_network,
-    "timm-blur-everywhere": lambda: timm_blur_network(aa_stem_only=False),
-    "timm-max-pool": lambda: timm_network(global_pool="max"),
-    "monai": monai_network,
-    "monai-dropout": lambda: monai_network(dropout_prob=0.5).eval(),
-    "torchxrayvision": xrv_network,
-    "torchxrayvision-sigmoid": lambda: xrv_network(apply_sigmoid=True),
-}
-LIBRARIES = ("torchvision", "timm", "monai", "torchxrayvision")
-# All of these run fused throughout.
-WHOLE = ("torchvision", "torchvision-memory-efficient", "timm", "monai", "torchxrayvision")
-
-
-def make(name: str, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return NETWORKS[name]().double()
-
-
-def images(seed: int = 1, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy that recomputes nothing: recomputation updates running statistics twice."""
-    copied = copy.deepcopy(model)
-    for module in copied.modules():
-        if hasattr(module, "memory_efficient"):
-            module.memory_efficient = False
-    return copied
-
-
-def assert_same_step(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> None:
-    """Outputs, gradients and buffers of one step agree."""
-    output, expected = model(x), reference(x)
-    torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
-    for out in (output, expected):
-        out.square().sum().backward()
-    for (name, one), (_, other) in zip(
-        model.named_parameters(), reference.named_parameters(), strict=True
-    ):
-        torch.testing.assert_close(
-            one.grad, other.grad, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, n=name: n + text
-        )
-    for one, other in zip(model.buffers(), reference.buffers(), strict=True):
-        torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("checkpoint", ["none", "bottleneck", "block"])

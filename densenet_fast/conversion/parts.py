@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
+from densenet_fast.conversion import subclasses
+from densenet_fast.dense_block import backward_reads
 from densenet_fast.graphs import refuse_scripting, routed
 from densenet_fast.layers import FusedBlock
+from densenet_fast.layers import Transition as FusedTransition
 from densenet_fast.steps import Step
+
+
+def _empty(input: Any) -> bool:
+    """Whether the input holds nothing, which our own modules refuse and the libraries' need not."""
+    return isinstance(input, Tensor) and not input.numel()
 
 
 class ConvertedBlock(FusedBlock):
@@ -23,18 +30,42 @@ class ConvertedBlock(FusedBlock):
     Its adapters are `class Block(ConvertedBlock, TheirBlock)`.
     """
 
-    returns_growth = False  # whether a layer called as a module returns its own channels alone
     converted_from: type[nn.Module]
+
+    def run(self, input: Tensor) -> Tensor:
+        """The forward outside any graph, checked and fused where nothing is in the way."""
+        if _empty(input):
+            return self.plain(input)
+        return subclasses.restored(super().run(subclasses.plain(input)), input)
 
     def plain(self, input: Tensor) -> Tensor:
         """The library's own forward."""
         output: Tensor = self.converted_from.forward(self, input)
         return output
 
-    def call(self, layer: nn.Module, input: Tensor) -> Tensor:
-        """A layer called as a module: the features so far, and its own behind them."""
-        output: Tensor = layer(input)
-        return torch.cat((input, output), 1) if self.returns_growth else output
+
+class ConvertedSequentialBlock(ConvertedBlock):
+    """The same where the library's block is a Sequential, whose forward names its argument so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [N, C, H, W] and the features of all layers behind it."""
+        return super().forward(input)
+
+
+class ConvertedTransition(FusedTransition):
+    """A library's transition, run as ours.
+
+    Its adapters are `class Transition(ConvertedTransition, TheirTransition)`.
+    """
+
+    converted_from: type[nn.Module]
+
+    def run(self, input: Tensor) -> Tensor:
+        """The forward outside any graph, checked and fused if nothing is in the way."""
+        if _empty(input):
+            output: Tensor = self.converted_from.forward(self, input)
+            return output
+        return subclasses.restored(super().run(subclasses.plain(input)), input)
 
 
 class ConvertedFeatures(nn.Sequential):
@@ -50,16 +81,20 @@ class ConvertedFeatures(nn.Sequential):
 
     def run(self, input: Tensor) -> Tensor:
         """The same outside any graph."""
-        planned = self._planned(input, None)
-        return super().forward(input) if planned is None else chain.run(planned[0], input)
+        images = subclasses.plain(input)
+        planned = self._planned(images, None)
+        if planned is None:
+            return _writable(super().forward(input))
+        return subclasses.restored(_writable(chain.run(planned[0], images)), input)
 
     def pooled(self, input: Tensor, final: chain.FinalObstacle) -> Tensor | None:
         """[N, C']: the features behind ReLU and the average over all pixels.
 
         None, and nothing computed, where the last norm is not fused with these two.
         """
-        steps, pooled = self._planned(input, final) or ([], False)
-        return chain.run(steps, input) if pooled else None
+        images = subclasses.plain(input)
+        steps, pooled = self._planned(images, final) or ([], False)
+        return subclasses.restored(chain.run(steps, images), input) if pooled else None
 
     def _planned(
         self, input: Tensor, final: chain.FinalObstacle | None
@@ -72,6 +107,11 @@ class ConvertedFeatures(nn.Sequential):
         return chain.steps(modules, eligibility.parameter_type(input), input.device, final=final)
 
 
+def _writable(features: Tensor) -> Tensor:
+    # The ReLU of the libraries' heads works in place, also behind a last norm that was taken out.
+    return features.clone() if backward_reads(features) else features
+
+
 class ConvertedNetwork(nn.Module):
     """A library's network whose head is known to be ReLU, average over all pixels, and the rest.
 
@@ -81,9 +121,9 @@ class ConvertedNetwork(nn.Module):
     converted_from: type[nn.Module]
     final: chain.FinalObstacle = staticmethod(chain.final_norm_obstacle)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """What the library's own forward gives."""
-        return routed(self, input, self.plain)
+        return routed(self, x, self.plain)
 
     def plain(self, input: Tensor) -> Tensor:
         """The library's own forward."""

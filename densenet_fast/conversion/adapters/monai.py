@@ -8,9 +8,12 @@ from monai.networks.nets import densenet
 from torch import Tensor, nn
 
 from densenet_fast import eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
+from densenet_fast.conversion.parts import (
+    ConvertedNetwork,
+    ConvertedSequentialBlock,
+    ConvertedTransition,
+)
 from densenet_fast.layer_parts import LayerParts
-from densenet_fast.layers import Transition as FusedTransition
 
 
 def parts(layer: nn.Module) -> LayerParts | str:
@@ -18,22 +21,25 @@ def parts(layer: nn.Module) -> LayerParts | str:
     layers: Any = layer.__dict__["_modules"].get("layers")
     if (found := eligibility.exactly(layers, nn.Sequential)) is not None:
         return f"layers {found}"
-    modules = layers.__dict__["_modules"]
-    dropout = modules.get("dropout")
-    if dropout is not None and dropout.training and dropout.p > 0:
-        return f"dropout is a {type(dropout).__name__}, which drops whole channels"
-    return layer_parts.named_parts(modules, 0.0)
+    modules = dict(layers.__dict__["_modules"])
+    if next(reversed(modules), None) == "dropout":
+        dropout = modules.pop("dropout")
+        if (found := eligibility.exactly(dropout, nn.Dropout2d)) is not None:
+            return f"dropout {found}"
+        if dropout.training and dropout.p > 0:
+            return "dropout is a Dropout2d, which drops whole channels"
+    return layer_parts.sequential_parts(modules, 0.0)
 
 
 @eligibility.fused_as("block")
-class Block(ConvertedBlock, densenet._DenseBlock):
+class Block(ConvertedSequentialBlock, densenet._DenseBlock):
     """MONAI's block."""
 
     converted_from = densenet._DenseBlock
 
 
 @eligibility.fused_as("transition")
-class Transition(FusedTransition, densenet._Transition):
+class Transition(ConvertedTransition, densenet._Transition):
     """MONAI's transition."""
 
     converted_from = densenet._Transition

@@ -10,9 +10,8 @@ from timm.models import densenet
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 from densenet_fast.layer_parts import LayerParts
-from densenet_fast.layers import Transition as FusedTransition
 
 
 def norm_obstacle(norm: Any) -> str | None:
@@ -45,11 +44,11 @@ class Block(ConvertedBlock, densenet.DenseBlock):
     """timm's block."""
 
     converted_from = densenet.DenseBlock
-    returns_growth = True
+    lists = True
 
 
 @eligibility.fused_as("transition")
-class Transition(FusedTransition, densenet.DenseTransition):
+class Transition(ConvertedTransition, densenet.DenseTransition):
     """timm's transition; one with an anti-aliasing filter runs its modules."""
 
     converted_from = densenet.DenseTransition
@@ -66,8 +65,10 @@ class Network(ConvertedNetwork, densenet.DenseNet):
         pool: Any = self.global_pool
         return (
             eligibility.exactly(pool, SelectAdaptivePool2d) is None
-            and pool.pool_type == "avg"
-            and isinstance(pool.flatten, nn.Flatten)
+            and eligibility.exactly(pool.pool, nn.AdaptiveAvgPool2d) is None
+            and pool.pool.output_size in (1, (1, 1))
+            and eligibility.exactly(pool.flatten, nn.Flatten) is None
+            and (pool.flatten.start_dim, pool.flatten.end_dim) == (1, -1)
         )
 
     def head(self, pooled: Tensor) -> Tensor:

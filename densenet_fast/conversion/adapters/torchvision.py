@@ -8,8 +8,7 @@ from torch import Tensor
 from torchvision.models import densenet
 
 from densenet_fast import eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
-from densenet_fast.layers import Transition as FusedTransition
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 
 
 @eligibility.fused_as("block")
@@ -17,11 +16,11 @@ class Block(ConvertedBlock, densenet._DenseBlock):
     """torchvision's block."""
 
     converted_from = densenet._DenseBlock
-    returns_growth = True
+    lists = True
 
 
 @eligibility.fused_as("transition")
-class Transition(FusedTransition, densenet._Transition):
+class Transition(ConvertedTransition, densenet._Transition):
     """torchvision's transition."""
 
     converted_from = densenet._Transition

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchxrayvision import models, utils
 
 from densenet_fast import eligibility, layer_parts
-from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork
-from densenet_fast.layers import Transition as FusedTransition
+from densenet_fast.conversion.parts import (
+    ConvertedNetwork,
+    ConvertedSequentialBlock,
+    ConvertedTransition,
+)
+from densenet_fast.layer_parts import LayerParts
+
+
+def parts(layer: nn.Module) -> LayerParts | str:
+    """A layer's parts, which are those of a Sequential with dropout behind it."""
+    state = layer.__dict__
+    dropout = state["drop_rate"] if state["training"] else 0.0
+    return layer_parts.sequential_parts(state["_modules"], dropout)
 
 
 @eligibility.fused_as("block")
-class Block(ConvertedBlock, models._DenseBlock):
+class Block(ConvertedSequentialBlock, models._DenseBlock):
     """torchxrayvision's block."""
 
     converted_from = models._DenseBlock
 
 
 @eligibility.fused_as("transition")
-class Transition(FusedTransition, models._Transition):
+class Transition(ConvertedTransition, models._Transition):
     """torchxrayvision's transition."""
 
     converted_from = models._Transition
@@ -45,5 +56,5 @@ class Network(ConvertedNetwork, models.DenseNet):
         return pooled
 
 
-layer_parts.register(models._DenseLayer, layer_parts.usual_parts)
+layer_parts.register(models._DenseLayer, parts)
 ADAPTERS = (Block, Transition, Network)
