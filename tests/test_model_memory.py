@@ -80,7 +80,7 @@ def test_nothing_outlives_a_step(checkpoint: str) -> None:
     step()  # looking at the gradients of the first makes Python objects of them
     before = live_tensors()
     step()
-    assert live_tensors() == before
+    assert live_tensors() <= before  # what earlier tests left may die meanwhile
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
