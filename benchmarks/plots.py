@@ -18,7 +18,6 @@ def peer_bars(
     text: str,
     *,
     named: bool,
-    digits: str = "{:.3g}",
 ) -> None:
     """A bar for each implementation; `named`: with its name beside it.
 
@@ -29,10 +28,14 @@ def peer_bars(
         [values[name] for name in peers if name in values],
         color=[PEERS[name].color for name in peers if name in values],
     )
-    axes.bar_label(bars, fmt=digits, fontsize="small", padding=2)
+    axes.bar_label(bars, fmt=_figure, fontsize="small", padding=2)
     axes.set_yticks(range(len(peers)), peers if named else [""] * len(peers))
     axes.set_ylim(-0.6, len(peers) - 0.4)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.set_xlabel(text)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -164,6 +164,6 @@ def figure(record: Record) -> Figure | None:
             # No bar says that nothing fits, so what is not known has no place in the panel.
             known = [name for name, entry in entries.items() if not _open(entry)]
             values, text = found_of(entries, "value"), UNITS[search["part"]]
-            peer_bars(axes, known, values, text, named=True, digits="{:,.0f}")
+            peer_bars(axes, known, values, text, named=True)
             axes.set_title(f"{search['title']}\nin {budget:,} MiB", fontsize="small", loc="left")
     return plot
