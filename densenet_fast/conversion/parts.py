@@ -6,6 +6,7 @@ its class is exchanged, for one of `adapters` that inherits from the library's o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +20,17 @@ from densenet_fast.layers import Transition as FusedTransition
 from densenet_fast.steps import Step
 
 
-def _empty(input: Any) -> bool:
-    """Whether the input holds nothing, which our own modules refuse and the libraries' need not."""
-    return isinstance(input, Tensor) and not input.numel()
+def _run(
+    module: ConvertedBlock | ConvertedTransition, fused: Callable[[Tensor], Tensor], input: Tensor
+) -> Tensor:
+    """`fused`, our own module's run, of any input that the library's module takes.
+
+    Ours refuse what holds nothing; the libraries' need not.
+    """
+    if isinstance(input, Tensor) and not input.numel():
+        output: Tensor = module.converted_from.forward(module, input)
+        return output
+    return subclasses.restored(fused(subclasses.plain(input)), input)
 
 
 class ConvertedBlock(FusedBlock):
@@ -34,9 +43,7 @@ class ConvertedBlock(FusedBlock):
 
     def run(self, input: Tensor) -> Tensor:
         """The forward outside any graph, checked and fused where nothing is in the way."""
-        if _empty(input):
-            return self.plain(input)
-        return subclasses.restored(super().run(subclasses.plain(input)), input)
+        return _run(self, super().run, input)
 
     def plain(self, input: Tensor) -> Tensor:
         """The library's own forward."""
@@ -62,10 +69,7 @@ class ConvertedTransition(FusedTransition):
 
     def run(self, input: Tensor) -> Tensor:
         """The forward outside any graph, checked and fused if nothing is in the way."""
-        if _empty(input):
-            output: Tensor = self.converted_from.forward(self, input)
-            return output
-        return subclasses.restored(super().run(subclasses.plain(input)), input)
+        return _run(self, super().run, input)
 
 
 class ConvertedFeatures(nn.Sequential):
