@@ -19,10 +19,10 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks.datasets import DataError
 from benchmarks.everything import ALL, SUITES_OF_ALL, write_report
 from benchmarks.networks import NETWORKS, densenet_bc
-from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, UsageError, load
+from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, load
+from densenet_fast.train.errors import UsageError
 
 # Module to import → distribution that has it.
 REQUIREMENTS = {
@@ -306,7 +306,7 @@ def run_one(arguments: argparse.Namespace, command: str) -> int:
         record = make_record(arguments.suite, suite, options, command)
         if arguments.resume:
             record = resumed(arguments.suite, record, options.output)
-    except (UsageError, DataError) as error:
+    except UsageError as error:  # a DataError too
         _fail(str(error))
     files = run_suite(arguments.suite, suite, options, record, visible=not arguments.no_progress)
     print(f"\n{suite.page(record).markdown()}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import ranking
-from benchmarks.report import write_atomically
+from densenet_fast.train.storage import write_atomically
 
 ALL = "all"
 # The gate repeats in small what others measure, and `growth` and `depth` contain `step`'s figures.
@@ -39,7 +39,7 @@ def write_report(output: Path, names: Iterable[str]) -> Path:
     )
     sections = [f'<a id="{name}"></a>\n\n{_lowered(text)}' for name, text in pages.items()]
     path = output / "report.md"
-    write_atomically(path, "\n\n".join(["# Measurements", contents, *head, *sections]))
+    write_atomically(path, "\n\n".join(["# Measurements", contents, *head, *sections]).encode())
     return path
 
 

@@ -224,7 +224,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
+    calls: dict[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
     *,
@@ -235,19 +235,19 @@ def interleave(
     """Time several calls in turn, A B C A B C ...; each has run before, untimed.
 
     What disturbs the machine then disturbs all of them. Times are appended to `times` as they
-    arrive, so an interrupt keeps the rounds that were finished. A call that raises goes to
-    `failed`, if there is one, and takes part no longer.
+    arrive, so an interrupt keeps the rounds that were finished. A call that raises is taken out
+    of `calls`, and the error goes to `failed`, if there is one.
     """
-    names, taking_part = list(calls), dict(calls)
+    names = list(calls)
     for _ in range(rounds):
         for name in names:
             try:
-                if name in taking_part:
-                    times.setdefault(name, []).append(timed(taking_part[name], device))
+                if name in calls:
+                    times.setdefault(name, []).append(timed(calls[name], device))
             except Exception as error:
                 if failed is None:
                     raise
-                del taking_part[name]
+                del calls[name]  # and with it the network's memory
                 failed(name, error)
             advance()
 

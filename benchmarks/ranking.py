@@ -24,7 +24,7 @@ TIMED = {
     "training": "training step",
     "parity": "step of a parity run",
 }
-# Part of a record of `capacity` → what its figures are, better when larger.
+# Parts of a record of `capacity`: the most that fits, better when larger.
 CAPACITIES = ("batch", "depth")
 PYTORCH = "PyTorch's operators"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from densenet_fast.train.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,17 +153,11 @@ def intro(record: dict[str, Any]) -> list[str]:
     return [f"Command: `{record['command']}`{state}", environment_text(record["environment"])]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: an interrupt leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_json(output: Path, name: str, record: dict[str, Any]) -> Path:
     """Write the raw figures."""
     path = output / f"{name}.json"
-    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())
     return path
 
 
@@ -176,5 +171,5 @@ def write_page(output: Path, name: str, page: Page, figure: Figure | None) -> li
             written.append(path)
         page.add(f"![{page.title}]({name}.png)")
     path = output / f"{name}.md"
-    write_atomically(path, page.markdown())
+    write_atomically(path, page.markdown().encode())
     return [path, *written]

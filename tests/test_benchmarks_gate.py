@@ -95,6 +95,24 @@ def test_all_suites_one_after_another(
     assert "==== predict" in capsys.readouterr().out
 
 
+def test_a_suite_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("no more of that")
+
+    monkeypatch.setattr(cli, "SUITES_OF_ALL", ("step", "predict"))
+    monkeypatch.setattr("benchmarks.suites.step.run", fails)
+    monkeypatch.setattr("benchmarks.suites.predict.MAIN_NETWORKS", ("densenet-bc-100",))
+    arguments = ["all", "--no-progress", "--device", "cpu", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "Stopped by RuntimeError: no more of that: the results below are partial" in text
+    assert '<a id="predict"></a>' in text
+    assert json.loads((tmp_path / "predict.json").read_text())["complete"]
+    assert "RuntimeError: no more of that" in capsys.readouterr().err
+
+
 def test_all_knows_its_suites() -> None:
     assert set(everything.SUITES_OF_ALL) <= set(cli.SUITES)
 

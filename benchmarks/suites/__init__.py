@@ -33,10 +33,6 @@ SUITES: dict[str, str] = {
 DEFAULT_SUITE = "training"
 
 
-class UsageError(Exception):
-    """The command cannot be carried out as it was given."""
-
-
 @dataclass(frozen=True)
 class Options:
     """What the user asked for; None means the suite's own choice."""

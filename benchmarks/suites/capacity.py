@@ -18,9 +18,10 @@ from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS, blocks, parameters
 from benchmarks.progress import Progress
 from benchmarks.search import Bracket, Measured, largest_within, search
-from benchmarks.suites import Options, Record, Save, UsageError, has
+from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.capacity_page import figure, page
 from benchmarks.suites.predict import IMPLEMENTATIONS
+from densenet_fast.train.errors import UsageError
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 

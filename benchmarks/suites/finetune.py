@@ -7,6 +7,7 @@ weights from torchvision's file.
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.finetune_page import figure, page
 from benchmarks.suites.quality import load_images
 from benchmarks.train import FINE_TUNING, LEARNING_RATE, Entry, new_entry, tested, train
+from densenet_fast.train.storage import write_atomically
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
@@ -131,9 +133,9 @@ def _pretrain(
     entry = new_entry(peer=PRETRAINED_BY)
     record["pretraining"] = [entry]
     models = _train({PRETRAINED_BY: entry}, images, settings, options, progress)
-    unfinished = weights.with_suffix(".part")
-    torch.save(models[PRETRAINED_BY].state_dict(), unfinished)
-    unfinished.replace(weights)  # a whole file or none, whenever the run is stopped
+    buffer = io.BytesIO()
+    torch.save(models[PRETRAINED_BY].state_dict(), buffer)
+    write_atomically(weights, buffer.getvalue())
 
 
 def new_classifier(weights: Path, seed: int) -> dict[str, Tensor]:

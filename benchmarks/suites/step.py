@@ -6,7 +6,7 @@ process, in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -32,9 +32,10 @@ from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS
 from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, UsageError, has
+from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.predict import IMPLEMENTATIONS
 from benchmarks.suites.step_page import figure, page, peers_of
+from densenet_fast.train.errors import UsageError
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
@@ -67,9 +68,8 @@ def plan(options: Options) -> Record:
     }
 
 
-def check_peers(options: Options, specs: Iterable[NetworkSpec]) -> None:
+def check_peers(options: Options, specs: Collection[NetworkSpec]) -> None:
     """Raise `UsageError` for a peer that the user named and that builds none of the networks."""
-    specs = list(specs)
     for name in options.peers or ():
         if not any(PEERS[name].applies(spec) for spec in specs):
             titles = ", ".join(spec.title for spec in specs)
@@ -153,7 +153,6 @@ def _measure_time(
     entries: dict[str, dict[str, Any]] = {}
 
     def failed(name: str, error: Exception) -> None:
-        calls.pop(name, None)
         kind = "does not fit" if out_of_memory(error) else type(error).__name__
         entries[name]["error"] = f"{kind}: {error}"
         release_cached(options.device)
