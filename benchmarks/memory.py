@@ -67,6 +67,7 @@ class MemoryCase:
     device: str = "cpu"
     seed: int = 0
     amp: str = "none"
+    dtype: str = "float32"  # of parameters and images
     memory_budget: int | None = None  # bytes: densenet_fast with checkpoint="auto"
     peak_only: bool = False  # with gradients allocated; no other figure
 
@@ -122,12 +123,14 @@ def measure_case(case: MemoryCase) -> StepMemory:
     torch.set_num_threads(case.threads)
     device = torch.device(case.device)
     peer = PEERS[case.peer]
-    model = build(peer, case.spec, initial_state(case.spec, case.seed), device=device)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    model = build(peer, case.spec, initial_state(case.spec, case.seed), device=device).to(dtype)
     if case.memory_budget is not None:
         assert isinstance(model, EfficientDenseNet)
         model.memory_budget = case.memory_budget
         model.checkpoint = "auto"
     images, labels = make_batch(case.spec, peer.memory_format, device, case.seed)
+    images = images.to(dtype)
 
     def step() -> None:
         training_step(model, images, labels, case.amp)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -65,7 +65,8 @@ def flag(name: str, value: Any) -> bool:
 
 def block_config(value: Any) -> tuple[int, ...]:
     """The number of layers of every block."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    unordered = (str, bytes, Mapping, Set)
+    if isinstance(value, unordered) or not isinstance(value, Iterable):
         raise TypeError(
             "block_config must be a sequence of integers, one per block, "
             f"got {value!r} ({type(value).__name__})"
@@ -175,7 +176,8 @@ def _parameters(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: b
 def _tensors(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: bool) -> None:
     norm = is_norm(module)
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is None or not tensor.is_floating_point():
+        # Not the tensor's method: some subclasses have none (per-sample gradients).
+        if tensor is None or not tensor.dtype.is_floating_point:
             continue
         if tensor.device != input.device:
             raise ValueError(

@@ -54,10 +54,13 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
         return None
     if not readable:
         return None
+    stride = _pair(module.stride)
+    if min(stride) < 1:
+        return None  # PyTorch's error is to come
     return windows(
         size,
         _pair(module.kernel_size),
-        _pair(module.stride),
+        stride,
         _pair(module.padding),
         _pair(1 if isinstance(module, nn.AvgPool2d) else module.dilation),
     )

@@ -108,7 +108,7 @@ class StemSize:
     positions: int = 0  # of the maxima
     statistics: int = 0
     copies: int = 0  # of images and weight in another type or layout, kept if nothing is remade
-    wide: int = 0  # what is computed in a wider type than it is stored in, at a time
+    wide: int = 0  # what the convolution needs besides: a wider type's tensors, or a matrix
     recomputable: bool = False
     weights: int = 0  # the convolution's gradient
     lasting: int = 0  # the same, if it stays
@@ -125,7 +125,9 @@ class StemSize:
     def scratch(self, plans: Sequence[Plan]) -> int:
         """Bytes that the backward needs besides: gradients, and the output once more."""
         again = self.recomputed(plans)
-        return self.features * (1 + again) + self.pooled + self.weights + self.wide
+        # The norm's gradient first; then, the features freed, the convolution's.
+        most = max(self.features * (1 + again), self.features * again + self.wide)
+        return most + self.pooled + self.weights
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _stem(
     e, out = stored.itemsize, conv.out_channels
     image, pixels = channels * height * width, size[0] * size[1] * out
     computed = stem_convolution.fast_type(stored, device)
-    copies = wide = 0
+    copies, wide = 0, stem_convolution.columns(conv, images, size, stored, device)
     if conv.weight.dtype != stored:
         copies = (images * image + conv.weight.numel()) * computed.itemsize
     elif not conv.weight.is_contiguous(memory_format=torch.channels_last):

@@ -45,6 +45,20 @@ def fast_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if kernels else dtype
 
 
+def columns(
+    conv: nn.Conv2d, images: int, output: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that PyTorch needs besides, to compute the convolution in this type: im2col's matrix.
+
+    Only what oneDNN does not compute needs one, and `output` is the size of the images behind it.
+    """
+    if device.type != "cpu" or dtype != torch.float64:
+        return 0
+    height, width = conv.kernel_size
+    matrix = conv.in_channels * height * width * output[0] * output[1]
+    return images * matrix * dtype.itemsize
+
+
 def _fast_type(tensor: Tensor) -> torch.dtype:
     return fast_type(tensor.dtype, tensor.device)
 

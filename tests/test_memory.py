@@ -40,14 +40,16 @@ def network_of(spec: NetworkSpec, **settings: Any) -> EfficientDenseNet:
 @LINUX
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
-@pytest.mark.parametrize("amp", ["none", "bfloat16"])
+@pytest.mark.parametrize(
+    ("amp", "parameters"), [("none", "float32"), ("bfloat16", "float32"), ("none", "float64")]
+)
 def test_peak_is_within_five_percent_of_the_one_measured(
-    spec: NetworkSpec, checkpoint: str, amp: str
+    spec: NetworkSpec, checkpoint: str, amp: str, parameters: str
 ) -> None:
     dtype = memory.AMP[amp]
-    case = MemoryCase(spec, f"ours-{checkpoint}", threads=1, amp=amp)
+    case = MemoryCase(spec, f"ours-{checkpoint}", threads=1, amp=amp, dtype=parameters)
     measured = measure_in_child(case)
-    model = network_of(spec)
+    model = network_of(spec).to(getattr(torch, parameters))
     freed = estimate(model, spec.input_shape, dtype, checkpoint)
     assert freed.peak == pytest.approx(measured.peak_gradients_freed, rel=0.05)
     for parameter in model.parameters():

@@ -80,9 +80,9 @@ def _layout(channels_last: bool) -> torch.memory_format:
 
 def _given(input: Tensor, conv: Any) -> torch.memory_format:
     """The layout of what a convolution, and the modules behind it, make of `input`."""
-    weight = conv._parameters.get("weight") if isinstance(conv, nn.Conv2d) else None
-    either = is_channels_last(input) or (weight is not None and is_channels_last(weight))
-    return _layout(either)
+    weight: Any = conv._parameters.get("weight") if isinstance(conv, nn.Conv2d) else None
+    known = type(weight) in eligibility.PLAIN_TENSORS
+    return _layout(is_channels_last(input) or (known and is_channels_last(weight)))
 
 
 def _run(
