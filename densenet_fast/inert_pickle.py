@@ -86,10 +86,8 @@ class Unpickler(_Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global of the file."""
-        renamed = (
-            IMPORT_MAPPING.get(module, module),
-            name,
-        )  # since Python 2, whose names torch writes
+        # torch writes the names of Python 2.
+        renamed = IMPORT_MAPPING.get(module, module), name
         called = ".".join(NAME_MAPPING.get((module, name), renamed))
         harmless = _get_allowed_globals()
         return harmless[called] if called in harmless else type(name, (Inert,), {"called": called})
