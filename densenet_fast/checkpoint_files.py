@@ -96,9 +96,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_torch(file: Path, zipped: bool) -> Any:
     try:
-        if zipped:
-            _check_sums(file)
-        return _unpickled(str(file), mmap=zipped)
+        return _unpickled(str(file), mmap=zipped and _mappable(file))
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if needed is None:
@@ -121,12 +119,18 @@ def _read_torch(file: Path, zipped: bool) -> Any:
         ) from error
 
 
-def _check_sums(file: Path) -> None:
-    """Raise BadZipFile if a part of the file is not what was written: torch does not look."""
+def _mappable(file: Path) -> bool:
+    """Whether the tensors stand in the file as they are; torch itself looks at nothing of this.
+
+    Raises:
+        BadZipFile: a part of the file is not what was written.
+    """
     with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
         # After torch.serialization.set_crc32_options(False), torch writes 0 for all of them.
-        if any(part.CRC for part in archive.infolist()) and (damaged := archive.testzip()):
+        if any(part.CRC for part in parts) and (damaged := archive.testzip()):
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        return all(part.compress_type == zipfile.ZIP_STORED for part in parts)
 
 
 def _unpickled(file: str, mmap: bool) -> Any:

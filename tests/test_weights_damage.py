@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ def test_files_without_checksums(tmp_path: Path) -> None:
     source, model = trained(ours), trained(ours, seed=1)
     load_weights(model, saved(tmp_path / "file.pth", source.state_dict()))
     assert torch.equal(model.classifier.weight, source.classifier.weight)
+
+
+@pytest.mark.parametrize("beside", [3, Path("a")])
+def test_packed_files(beside: Any, tmp_path: Path) -> None:
+    """Packed again by another program, with or without compression."""
+    source = trained(ours)
+    path = saved(tmp_path / "file.pth", {"model": source.state_dict(), "beside": beside})
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "2.pth", "w") as packed:
+            for part in whole.namelist():
+                packed.writestr(part, whole.read(part), method)
+        model = trained(ours, seed=1)
+        load_weights(model, tmp_path / "2.pth")
+        assert torch.equal(model.classifier.weight, source.classifier.weight)
 
 
 @pytest.mark.parametrize("beside", [3, Path("a")])
