@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from densenet_fast import norms, ops, synchronized
 from densenet_fast.layout import Scratch, empty_channels_last, empty_rows, row_pitch
-from densenet_fast.norms import Coefficients
+from densenet_fast.norms import Coefficients, Seen
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import AvgPoolTail, LayerSpec, NormSpec, Tail, TransitionTail
 
@@ -141,7 +141,7 @@ def forward(
     *,
     keep: int,
 ) -> tuple[Tensor, Forward]:
-    """The block's output, and what a backward may want. Updates running statistics.
+    """The block's output, and what a backward may want. At last updates running statistics.
 
     Of the last `keep` layers the bottlenecks are kept.
     """
@@ -156,7 +156,21 @@ def forward(
         statistics.synchronise_features(0, start)
     bottlenecks = _run_layers(layers, geometry, statistics, features, seeds, keep)
     result = Forward(buffer, vector, bottlenecks)
-    return (buffer if tail is None else _tail(tail, features, geometry, statistics)), result
+    output = buffer if tail is None else _tail(tail, features, geometry, statistics)
+    norms.record(*norms.updates(_seen(layers, tail, geometry, statistics), geometry.rows))
+    return output, result
+
+
+def _seen(
+    layers: Sequence[LayerSpec], tail: Tail | None, geometry: Geometry, statistics: Statistics
+) -> Iterator[Seen]:
+    """Every norm of the block with the statistics of what it normalises, in order."""
+    total = statistics.features_total()
+    for index, layer in enumerate(layers):
+        yield Seen(layer.norm1, *statistics.features(0, geometry.starts[index]), total)
+        yield Seen(layer.norm2, *statistics.bottleneck(index), statistics.bottleneck_total(index))
+    if tail is not None:
+        yield Seen(tail.norm, statistics.mean, statistics.var, total)
 
 
 def _run_layers(
@@ -222,21 +236,15 @@ def _first_layer_run(
     bottleneck: Tensor,
     seed: int,
 ) -> None:
-    """One layer, its output's statistics reduced and its running statistics updated."""
+    """One layer, its output's statistics reduced."""
     start, end = geometry.starts[index : index + 2]
     prefix = features[..., :start]
-    norms.update_running_statistics(
-        layer.norm1, *statistics.features(0, start), geometry.rows, statistics.features_total()
-    )
     scale, shift, _, _ = norm1_coefficients(layer, index, geometry, statistics)
     mean, var = statistics.bottleneck(index)
     wanted = (mean, var) if layer.norm2.batch_statistics else (None, None)
     ops.conv1x1_forward(prefix, scale, shift, matrix(layer.conv1_weight), bottleneck, *wanted)
     statistics.synchronise_bottleneck(index)
 
-    norms.update_running_statistics(
-        layer.norm2, mean, var, geometry.rows, statistics.bottleneck_total(index)
-    )
     scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
     growth = features[..., start:end]
     wanted = statistics.features(start, end) if geometry.reduced(index + 1) else (None, None)
@@ -297,9 +305,6 @@ def tail_coefficients(norm: NormSpec, statistics: Statistics) -> Coefficients:
 
 
 def _tail(tail: Tail, features: Tensor, geometry: Geometry, statistics: Statistics) -> Tensor:
-    norms.update_running_statistics(
-        tail.norm, statistics.mean, statistics.var, geometry.rows, statistics.features_total()
-    )
     scale, shift, _, _ = tail_coefficients(tail.norm, statistics)
     images, height, width = geometry.pixels
     if isinstance(tail, AvgPoolTail):

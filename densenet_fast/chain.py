@@ -124,12 +124,14 @@ def steps(
     *,
     recompute: bool | None = None,
     final: FinalObstacle | None = final_norm_obstacle,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> tuple[list[Step], bool]:
     """The steps of a chain of modules that ReLU and the average over all pixels follow.
 
     The second value says whether the last step includes these two already. `recompute` says
     whether the stem's convolution is made again in the backward; None: as the first block does.
-    `final` finds obstacles to that inclusion; None: something else may follow.
+    `final` finds obstacles to that inclusion; None: something else may follow. Others' code between
+    the steps gets features in `memory_format`.
     """
     planned: list[Step] = []
     at = 0
@@ -150,7 +152,9 @@ def steps(
                 return planned, True
         elif isinstance(module, FusedBlock) and block_obstacle(module) is None:
             segments = module.segments(None, dtype, device)
-            step = DenseStep(segments, module.checkpoint, lists=module.lists)
+            step = DenseStep(
+                segments, module.checkpoint, lists=module.lists, memory_format=memory_format
+            )
             if step.segments and isinstance(step.segments[0], list):
                 _channels_innermost(planned)
             planned.append(step)
@@ -174,7 +178,7 @@ def steps(
                     step.tail = behind
                     return planned, True
             continue
-        planned.append(ModuleStep(module))
+        planned.append(ModuleStep(module, memory_format))
         at += 1
     return planned, False
 
@@ -208,10 +212,16 @@ def _ends_fused(step: DenseStep) -> bool:
 def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True) -> Tensor:
     """The steps one after another; `hold` fills the memory below the peak with bottlenecks."""
     first = next((at for at, step in enumerate(planned) if isinstance(step, DenseStep)), None)
+    ours = False  # whether nobody else has the features
     for at, step in enumerate(planned):
         if hold and at == first and torch.is_grad_enabled():
             _hold_bottlenecks(planned[at:], input)
-        input = step.run(input)
+        if isinstance(step, DenseStep):
+            input = step.run(input, ours=ours)
+            ours = step.tail is not None or _ends_fused(step)
+        else:
+            input = step.run(input)
+            ours = not isinstance(step, ModuleStep) or eligibility.leaves_input(step.module)
     return input
 
 

@@ -118,6 +118,20 @@ def backward_reads(output: Tensor) -> bool:
     return fused and node.tail is None and node.checkpoint != "block"
 
 
+def released(output: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    """`output` in this format, for others' code, which may write to it: never a feature buffer.
+
+    Autograd would notice most writes, and not those through `.data` or a NumPy array.
+    """
+    if output.dim() != 4:
+        memory_format = torch.preserve_format
+    if backward_reads(output):
+        return output.clone(memory_format=memory_format)
+    if memory_format is torch.preserve_format:
+        return output
+    return output.contiguous(memory_format=memory_format)
+
+
 def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
     """One seed for each layer with dropout (0 for the others), from torch's default generator."""
     dropping = [layer.dropout > 0 for layer in layers]

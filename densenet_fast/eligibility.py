@@ -132,6 +132,32 @@ def norm_with_relu(module: nn.Module | None) -> bool:
     return type(module) in _NORMS_WITH_RELU
 
 
+# The forwards that neither write to their input nor return it or a view of it.
+_OUT_OF_PLACE = {
+    nn.modules.batchnorm._BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    nn.modules.instancenorm._InstanceNorm.forward,
+    nn.GroupNorm.forward,
+    nn.Conv2d.forward,
+    nn.AvgPool2d.forward,
+    nn.MaxPool2d.forward,
+}
+
+
+def register_out_of_place(kind: type[nn.Module]) -> None:
+    """Say that modules with the forward of this type leave their input alone."""
+    _OUT_OF_PLACE.add(kind.forward)
+
+
+def leaves_input(module: nn.Module | None) -> bool:
+    """Whether nobody gets at the module's input, to write to it, by calling the module."""
+    if module is None or touched(module) is not None:
+        return False
+    if type(module) is nn.Sequential or kind_of(module) == "transition":
+        return leaves_input(next(iter(module._modules.values()), None))
+    return type(module).forward in _OUT_OF_PLACE
+
+
 def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
     if type(tensor) not in PLAIN_TENSORS:
         return f"holds a {type(tensor).__name__}"

@@ -218,7 +218,6 @@ def dense_block(
     tail: Tail | None,
     checkpoint: Checkpoint,
     hold: int,
-    counters: Sequence[Tensor],
 ) -> Tensor:
     """`densenet_fast.dense_block.dense_block` as a part of a graph, with the counting of its step.
 
@@ -245,7 +244,7 @@ def dense_block(
     )
     parts = _parts(input.shape[1], layers, tail)
     images, _, height, width = input.shape
-    count_step(statistics, parts, counters, images * height * width)
+    count_step(statistics, parts, images * height * width)
     return output
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from densenet_fast import ops
 from densenet_fast.graph_library import define
+from densenet_fast.norms import Update, record
 from densenet_fast.specs import NormSpec
 
 Part = tuple[NormSpec, int, int, int]  # where its mean and its variance begin, and how many
@@ -22,18 +22,19 @@ def _count_step(
     count: int,
 ) -> None:
     vector = statistics.view(-1)
+    updates = []
     for index, momentum in enumerate(momenta):
         mean, var, length = parts[3 * index : 3 * index + 3]
-        ops.update_running_statistics(
-            vector[mean : mean + length],
-            vector[var : var + length],
-            count,
-            momentum,
-            running[2 * index],
-            running[2 * index + 1],
+        updates.append(
+            Update(
+                vector[mean : mean + length],
+                vector[var : var + length],
+                count,
+                momentum,
+                *running[2 * index : 2 * index + 2],
+            )
         )
-    for counter in counters:  # a norm used twice counts twice
-        counter.add_(1)
+    record(updates, counters)
 
 
 def _count_step_fake(*_: object) -> None:
@@ -49,10 +50,9 @@ _operator = define(
 )
 
 
-def count_step(
-    statistics: Tensor, parts: Sequence[Part], counters: Sequence[Tensor], count: int
-) -> None:
+def count_step(statistics: Tensor, parts: Sequence[Part], count: int) -> None:
     """What a step over `count` values per channel changes: the norms' own, and their counters."""
+    counters = [norm.counter for norm, *_ in parts if norm.counter is not None]
     running: list[Tensor] = []
     flat: list[int] = []
     momenta: list[float] = []
@@ -65,4 +65,4 @@ def count_step(
             flat += [mean, var, length]
             momenta.append(norm.momentum)
     if running or counters:
-        _operator(statistics, running, list(counters), flat, momenta, count)
+        _operator(statistics, running, counters, flat, momenta, count)

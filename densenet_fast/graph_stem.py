@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -182,7 +181,6 @@ def stem(
     bias: Tensor | None,
     conv: ConvGeometry | None,
     norm: NormSpec,
-    counters: Sequence[Tensor],
 ) -> Tensor:
     """Norm, ReLU and pooling as a part of a graph, with the counting of their step.
 
@@ -212,5 +210,5 @@ def stem(
             (height, width), (kernel[0], kernel[1]), conv.stride, conv.padding, conv.dilation
         )
     count = images * height * width
-    count_step(statistics, [(norm, 0, channels, channels)], counters, count)
+    count_step(statistics, [(norm, 0, channels, channels)], count)
     return output

@@ -49,15 +49,3 @@ def routed(module: Runnable, input: Tensor, plain: Callable[[Tensor], Tensor]) -
     if leaves_graph(module):
         return outside_graph(module, input)
     return module.run(input)
-
-
-def refuse_scripting(module: nn.Module) -> Any:
-    """What torch.jit.script calls first: its language has no words for fused layers.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(
-        f"torch.jit.script does not support {type(module).__name__}: use torch.export.export, "
-        "torch.onnx.export, torch.compile or torch.jit.trace, which need no changes"
-    )

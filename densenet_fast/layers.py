@@ -1,40 +1,26 @@
-"""Dense layers, blocks and transitions with torchvision's names, fused wherever that is exact."""
+"""Dense layers, blocks and transitions with torchvision's names, fused wherever that is exact.
 
-from __future__ import annotations
+Annotations are types here, not strings: torch.fx writes those of a forward into its code, which
+torch.jit.script reads. Class bodies have none of submodules, as torch.jit.script takes them for
+its own.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from densenet_fast import checks, eligibility, geometry, layer_parts, synchronized
-from densenet_fast.graphs import refuse_scripting, routed
+from densenet_fast.dense_block import released
+from densenet_fast.graphs import routed
 from densenet_fast.layer_parts import LayerParts
 from densenet_fast.specs import Checkpoint
 from densenet_fast.steps import DenseStep
 
 if TYPE_CHECKING:
     from densenet_fast.steps import Segment
-
-# The forwards of norms that leave their input alone and return another tensor.
-_OUT_OF_PLACE = (
-    nn.modules.batchnorm._BatchNorm.forward,
-    nn.SyncBatchNorm.forward,
-    nn.modules.instancenorm._InstanceNorm.forward,
-    nn.GroupNorm.forward,
-)
-
-
-def _may_write(first: nn.Module | None) -> bool:
-    """Whether a chain of modules that starts with `first` may write to its input.
-
-    The ReLU of a chain works in place: on the input itself, if what stands for the norm returns it.
-    The input is a block's feature buffer, which others read.
-    """
-    if first is None or eligibility.touched(first) is not None:
-        return True
-    return type(first).forward not in _OUT_OF_PLACE
 
 
 def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
@@ -51,13 +37,7 @@ class DenseLayer(nn.Module):
     the convolutions has `bn_size * growth_rate` channels whatever `k` is.
     """
 
-    norm1: nn.BatchNorm2d
-    relu1: nn.ReLU
-    conv1: nn.Conv2d
-    norm2: nn.BatchNorm2d
-    relu2: nn.ReLU
-    conv2: nn.Conv2d
-    drop_rate: float
+    __jit_unused_properties__ = ("checkpoint",)
 
     def __init__(
         self,
@@ -79,10 +59,10 @@ class DenseLayer(nn.Module):
         mode = mode_of(memory_efficient, checkpoint)
 
         self.norm1 = nn.BatchNorm2d(num_input_features)
-        self.relu1 = nn.ReLU(inplace=True)
+        self.relu1 = nn.ReLU(inplace=False)
         self.conv1 = nn.Conv2d(num_input_features, bottleneck, kernel_size=1, bias=False)
         self.norm2 = nn.BatchNorm2d(bottleneck)
-        self.relu2 = nn.ReLU(inplace=True)
+        self.relu2 = nn.ReLU(inplace=False)
         self.conv2 = nn.Conv2d(bottleneck, growth, kernel_size=3, padding=1, bias=False)
         self.drop_rate = drop_rate
         self._checkpoint = mode
@@ -98,7 +78,10 @@ class DenseLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [N, C, H, W] and the new channels behind it."""
-        return routed(self, input, self._compose)
+        if is_scripting():
+            return self._compose(input)
+        else:  # noqa: RET505 (what TorchScript does not compile)
+            return routed(self, input, self._compose)
 
     def run(self, input: Tensor) -> Tensor:
         """The checked forward, fused if nothing is in the way."""
@@ -115,7 +98,7 @@ class DenseLayer(nn.Module):
             return self._compose(input)
         parts = self.parts()
         assert not isinstance(parts, str)
-        return DenseStep([[parts]], self._checkpoint).run(input)
+        return released(DenseStep([[parts]], self._checkpoint).run(input))
 
     def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why the submodules must be called one by one, or None."""
@@ -128,7 +111,12 @@ class DenseLayer(nn.Module):
 
     def _compose(self, input: Tensor) -> Tensor:
         """The submodules called one by one."""
-        features = input.clone() if _may_write(self.norm1) else input
+        # The input is emitted too: what stands for norm1 must not write to it.
+        features = input
+        if is_scripting():  # which has no words for the question
+            features = input.clone()
+        elif not eligibility.leaves_input(self.norm1):
+            features = input.clone()
         bottleneck = self.conv1(self.relu1(self.norm1(features)))
         growth = self.conv2(self.relu2(self.norm2(bottleneck)))
         if self.drop_rate > 0:
@@ -143,19 +131,20 @@ class DenseLayer(nn.Module):
                 state_dict[f"{prefix}{kind}{rest}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    __prepare_scriptable__ = refuse_scripting
-
     def extra_repr(self) -> str:
         """What the submodules' own lines do not say."""
         return f"drop_rate={self.drop_rate}, checkpoint={self._checkpoint!r}"
 
 
 layer_parts.register(DenseLayer, DenseLayer.parts)  # type: ignore[arg-type]
+eligibility.register_out_of_place(DenseLayer)
 
 
 class FusedBlock(nn.Module):
     """A module whose children are the layers of a dense block, in order, whatever their types."""
 
+    __jit_unused_properties__ = ("checkpoint",)
+    __jit_ignored_attributes__ = ("_checkpoint",)
     _checkpoint: Checkpoint
     lists = False  # whether layers take a list of features and return their own alone
 
@@ -173,7 +162,10 @@ class FusedBlock(nn.Module):
 
     def forward(self, init_features: Tensor) -> Tensor:
         """`init_features` [N, C, H, W] and the features of all layers behind them."""
-        return routed(self, init_features, self.plain)
+        if is_scripting():
+            return self.plain(init_features)
+        else:  # noqa: RET505
+            return routed(self, init_features, self.plain)
 
     def run(self, input: Tensor) -> Tensor:
         """The checked forward, fused where nothing is in the way."""
@@ -185,13 +177,17 @@ class FusedBlock(nn.Module):
         if not fused_throughout(segments):
             checks.parameters(self, self, input)
         checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
-        return DenseStep(segments, self._checkpoint, lists=self.lists).run(input)
+        memory_format = self.released_format(input)
+        step = DenseStep(segments, self._checkpoint, lists=self.lists, memory_format=memory_format)
+        return released(step.run(input), memory_format)
+
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """What others' code gets features in: as they are, if they are to stay channels last."""
+        return torch.preserve_format
 
     def plain(self, input: Tensor) -> Tensor:
         """The forward without anything fused."""
         raise NotImplementedError
-
-    __prepare_scriptable__ = refuse_scripting
 
     def layers(self) -> list[nn.Module]:
         """The layers in order, one that is used twice as often."""
@@ -205,12 +201,12 @@ class FusedBlock(nn.Module):
 
     def segments(
         self, obstacle: str | None, dtype: torch.dtype, device: torch.device
-    ) -> list[Segment]:
+    ) -> "list[Segment]":
         """Longest runs of layers to fuse, and single layers to call, in order.
 
         The layers of a run share the features' statistics, so those are of one process group.
         """
-        segments: list[Segment] = []
+        segments: "list[Segment]" = []  # noqa: UP037
         if obstacle is not None:
             segments.extend(self.layers())
             return segments
@@ -293,7 +289,7 @@ def fusable_parts(
     return channels + eligibility.weight_shape(parts.conv2)[0], parts
 
 
-def fused_throughout(segments: list[Segment]) -> bool:
+def fused_throughout(segments: "list[Segment]") -> bool:
     """Whether no layer is called as a module."""
     return all(isinstance(segment, list) for segment in segments)
 
@@ -302,23 +298,27 @@ def fused_throughout(segments: list[Segment]) -> bool:
 class Transition(nn.Sequential):
     """norm, ReLU, 1×1 convolution and 2×2 average pooling between two blocks."""
 
-    norm: nn.BatchNorm2d
-    relu: nn.ReLU
-    conv: nn.Conv2d
-    pool: nn.AvgPool2d
-
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
         super().__init__()
         num_input_features = checks.integer("num_input_features", num_input_features)
         num_output_features = checks.integer("num_output_features", num_output_features)
         self.norm = nn.BatchNorm2d(num_input_features)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=False)
         self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
-        return routed(self, input, super().forward)
+        if is_scripting():
+            return self.plain(input)
+        else:  # noqa: RET505
+            return routed(self, input, self.plain)
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The submodules called one by one."""
+        for module in self:
+            input = module(input)
+        return input
 
     def run(self, input: Tensor) -> Tensor:
         """The checked forward, fused if nothing is in the way."""
@@ -334,10 +334,12 @@ class Transition(nn.Sequential):
             checks.parameters(self, self, input)
         geometry.check(name, self, input)
         if obstacle is not None:
-            return super().forward(input.clone() if _may_write(first) else input)
-        return DenseStep([], "bottleneck", self).run(input)
+            return self.plain(input)
+        return released(DenseStep([], "bottleneck", self).run(input), self.released_format(input))
 
-    __prepare_scriptable__ = refuse_scripting
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """What others' code gets the output in: as it is."""
+        return torch.preserve_format
 
     def obstacle(
         self, channels: int | None, dtype: torch.dtype, device: torch.device

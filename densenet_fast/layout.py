@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from densenet_fast import _extension
 
@@ -47,6 +48,11 @@ def _huge_pages(tensor: Tensor, elements: int) -> Tensor:
     if size >= _LARGE and _extension.C is not None and type(tensor) is Tensor and tensor.is_cpu:
         _extension.C.advise_huge_pages(tensor.data_ptr(), size)
     return tensor
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether PyTorch's operators take a tensor [N, C, H, W] for one with channels innermost."""
+    return tensor.dim() == 4 and suggest_memory_format(tensor) == torch.channels_last
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""DenseNet-BC with torchvision's signature, names and initialisation, in less memory."""
+"""DenseNet-BC with torchvision's signature, names and initialisation, in less memory.
 
-from __future__ import annotations
+Annotations are types here, not strings, for torch.fx and torch.jit.script (see `layers`).
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from densenet_fast import chain, checks, eligibility, geometry, pretrained, synchronized
 from densenet_fast.autocast import computed_type
 from densenet_fast.graph_library import planned_shape
-from densenet_fast.graphs import refuse_scripting, routed
+from densenet_fast.graphs import routed
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
@@ -44,8 +46,7 @@ class EfficientDenseNet(nn.Module):
         in_channels: channels of the images.
     """
 
-    features: nn.Sequential
-    classifier: nn.Linear
+    __jit_unused_properties__ = ("checkpoint", "memory_budget")
 
     def __init__(
         self,
@@ -127,7 +128,10 @@ class EfficientDenseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
-        return routed(self, x, self._compose)
+        if is_scripting():
+            return self._compose(x)
+        else:  # noqa: RET505 (what TorchScript does not compile)
+            return routed(self, x, self._compose)
 
     def run(self, x: Tensor) -> Tensor:
         """The checked forward, fused where nothing is in the way."""
@@ -184,8 +188,6 @@ class EfficientDenseNet(nn.Module):
         """The modules called one by one."""
         return self.classifier(_relu_and_average(self.features(x)))
 
-    __prepare_scriptable__ = refuse_scripting
-
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -214,7 +216,7 @@ def _stem(in_channels: int, num_features: int, small_inputs: bool) -> nn.Sequent
             [
                 ("conv0", conv),
                 ("norm0", nn.BatchNorm2d(num_features)),
-                ("relu0", nn.ReLU(inplace=True)),
+                ("relu0", nn.ReLU(inplace=False)),
                 ("pool0", nn.MaxPool2d(kernel_size=3, stride=2, padding=1)),
             ]
         )

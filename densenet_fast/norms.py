@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,21 +36,73 @@ def coefficients(norm: NormSpec, mean: Tensor, var: Tensor) -> Coefficients:
     return Coefficients(scale, shift, mean, rstd)
 
 
-def update_running_statistics(
-    norm: NormSpec, mean: Tensor, var: Tensor, count: int, total: Tensor | None
-) -> None:
-    """The share of this step in the running statistics, where the norm keeps them.
+class Seen(NamedTuple):
+    """A norm, and the mean and biased variance of what it has normalised in this step.
 
-    `count` are the values of a channel in this process, `total` [1] those of a synchronised norm.
+    `total` [1] are the values that those of a synchronised norm were taken from.
     """
-    if not norm.batch_statistics or norm.momentum is None:
-        return
-    if norm.running_mean is not None and norm.running_var is not None:
+
+    norm: NormSpec
+    mean: Tensor
+    var: Tensor
+    total: Tensor | None
+
+
+class Update(NamedTuple):
+    """The share of one step in a norm's running statistics."""
+
+    mean: Tensor
+    var: Tensor
+    values: int
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def updates(seen: Iterable[Seen], count: int) -> tuple[list[Update], list[Tensor]]:
+    """What a step over `count` values a channel in this process changes: statistics and counters.
+
+    A norm that was used twice is there twice.
+    """
+    found: list[Update] = []
+    counters: list[Tensor] = []
+    for norm, mean, var, total in seen:
+        if norm.counter is not None:
+            counters.append(norm.counter)
+        running_mean, running_var = norm.running_mean, norm.running_var
+        if not norm.batch_statistics or norm.momentum is None:
+            continue
+        if running_mean is None or running_var is None:
+            continue
+        values = count
         if total is not None:
-            var, count = synchronized.unbiased(var, total), _CORRECTED
+            var, values = synchronized.unbiased(var, total), _CORRECTED
+        found.append(Update(mean, var, values, norm.momentum, running_mean, running_var))
+    return found, counters
+
+
+def record(found: Sequence[Update], counters: Sequence[Tensor]) -> None:
+    """Update the running statistics and add one to the counters: everything, or nothing.
+
+    New values are made beside the old ones, and nothing can fail or interrupt Python while they
+    replace them.
+    """
+    written = {id(buffer): buffer for update in found for buffer in update[-2:]}
+    counted = {id(counter): counter for counter in counters}
+    kinds = [list(buffers.values()) for buffers in (written, counted) if buffers]
+    made = [torch._foreach_mul(buffers, 1) for buffers in kinds]
+    fresh = {
+        id(old): new
+        for buffers, values in zip(kinds, made, strict=True)
+        for old, new in zip(buffers, values, strict=True)
+    }
+    for mean, var, values, momentum, *running in found:
         ops.update_running_statistics(
-            mean, var, count, norm.momentum, norm.running_mean, norm.running_var
+            mean, var, values, momentum, *(fresh[id(buffer)] for buffer in running)
         )
+    for counter in counters:
+        fresh[id(counter)].add_(1)
+    deque(map(torch._foreach_copy_, kinds, made), maxlen=0)  # a loop without Python's own code
 
 
 def gradient_coefficients(

@@ -25,8 +25,8 @@ class NormSpec:
     `batch_statistics=False` is a frozen norm: it normalises with `running_mean` and `running_var`,
     which must then be given. `momentum` is the weight of this step in the running statistics;
     None leaves them alone. BatchNorm's own `momentum=None` (a cumulative average) must be turned
-    into a number by the caller, who also counts `num_batches_tracked`. The batch's statistics are
-    those of all ranks of `group`; None: of this process's batch alone.
+    into a number by the caller. `counter` is `num_batches_tracked`, where the step counts there.
+    The batch's statistics are those of all ranks of `group`; None: of this process's batch alone.
     """
 
     weight: Tensor | None
@@ -37,6 +37,7 @@ class NormSpec:
     batch_statistics: bool
     momentum: float | None
     group: ProcessGroup | None = None
+    counter: Tensor | None = None
 
 
 @dataclass(frozen=True)

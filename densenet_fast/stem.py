@@ -54,12 +54,13 @@ def pooled(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor, Tenso
     if norm.group is not None:
         total = mean.new_empty(1)
         synchronized.combine(norm.group, images * height * width, mean, var, total)
-    norms.update_running_statistics(norm, mean, var, images * height * width, total)
     scale, shift, _, _ = norms.coefficients(norm, mean, var)
     out = empty_channels_last((images, channels, (height + 1) // 2, (width + 1) // 2), input)
     out_rows = out.permute(0, 2, 3, 1)
     argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=input.device)
     ops.norm_relu_maxpool_forward(rows, scale, shift, out_rows, argmax)
+    seen = norms.Seen(norm, mean, var, total)
+    norms.record(*norms.updates([seen], images * height * width))
     return out, argmax, statistics, total
 
 

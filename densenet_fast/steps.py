@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from densenet_fast import graph_block, graph_stem, stem_convolution
-from densenet_fast.dense_block import conv_stem, dense_block, stem_norm_relu_maxpool
-from densenet_fast.eligibility import NORMS, Norm, parameter, weight_shape
+from densenet_fast.dense_block import (
+    conv_stem,
+    dense_block,
+    released,
+    stem_norm_relu_maxpool,
+)
+from densenet_fast.eligibility import NORMS, Norm, leaves_input, parameter, weight_shape
 from densenet_fast.graph_library import recorded
-from densenet_fast.norm_modules import StepCounts, norm_spec
+from densenet_fast.norm_modules import norm_spec
 from densenet_fast.specs import (
     AvgPoolTail,
     Checkpoint,
@@ -40,12 +45,18 @@ class Step(Protocol):
 
 @dataclass
 class ModuleStep:
-    """A module, called as such: its hooks run, its type decides."""
+    """A module, called as such: its hooks run, its type decides.
+
+    One that may hand its input to others' code gets it in `memory_format`, and may write to it.
+    """
 
     module: nn.Module
+    memory_format: torch.memory_format = torch.preserve_format
 
     def run(self, input: Tensor) -> Tensor:
         """The module's output."""
+        if not leaves_input(self.module):
+            input = released(input, self.memory_format)
         return self.module(input)
 
 
@@ -75,8 +86,7 @@ class StemStep:
 
     def run(self, input: Tensor) -> Tensor:
         """The pooled features."""
-        counts = StepCounts()
-        norm = norm_spec(self.norm, counts)
+        norm = norm_spec(self.norm, [])
         weight = bias = geometry = None
         if self.conv is not None:
             conv: Any = self.conv.__dict__
@@ -85,11 +95,10 @@ class StemStep:
             )
             weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
         if recorded(input):
-            return graph_stem.stem(input, weight, bias, geometry, norm, counts.counters)
-        with counts:
-            if weight is None or geometry is None:
-                return stem_norm_relu_maxpool(input, norm)
-            return conv_stem(input, weight, bias, geometry, norm)
+            return graph_stem.stem(input, weight, bias, geometry, norm)
+        if weight is None or geometry is None:
+            return stem_norm_relu_maxpool(input, norm)
+        return conv_stem(input, weight, bias, geometry, norm)
 
 
 @dataclass
@@ -100,7 +109,8 @@ class DenseStep:
     a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
     layers whose bottlenecks are held for the backward (see `densenet_fast.memory_plan`). A layer
     that is called returns the features so far with its own behind them, or with `lists` its own,
-    from a list of the block's input and what every layer before has added.
+    from a list of the block's input and what every layer before has added. It gets them as a
+    `ModuleStep` does.
     """
 
     segments: Sequence[Segment]
@@ -108,56 +118,67 @@ class DenseStep:
     tail: Transition | Norm | None = None
     hold: int = 0
     lists: bool = False
+    memory_format: torch.memory_format = torch.preserve_format
 
-    def run(self, input: Tensor) -> Tensor:
-        """The concatenated features, or what the tail makes of them."""
+    def run(self, input: Tensor, *, ours: bool = False) -> Tensor:
+        """The concatenated features, or what the tail makes of them.
+
+        `ours` says that nobody else has the input, to write to it before the backward.
+        """
         segments = list(self.segments)
         last: FusedRun = []
         if segments and isinstance(segments[-1], list):
             last = segments[-1]
             segments.pop()
-        features = [input]
+        features, views = [input], False
         for segment in segments:
             if isinstance(segment, list):
+                whole = self._fused(features, segment, None, ours)
                 widths = [part.shape[1] for part in features]
                 widths += [weight_shape(layer.conv2)[0] for layer in segment]
-                whole = self._fused(_joined(features), segment, None)
                 features = list(whole.split(widths, 1)) if self.lists else [whole]
-            elif self.lists:
-                features.append(segment(features))
-            else:
-                features = [segment(*features)]
+                ours, views = True, self.lists
+                continue
+            if not leaves_input(segment):
+                # Autograd lets nobody write to one of several views.
+                copied = torch.clone if views else released
+                features = [copied(part, memory_format=self.memory_format) for part in features]
+                views = False
+            added = segment(features) if self.lists else segment(*features)
+            features = [*features, added] if self.lists else [added]
+            ours = False
         if last or self.tail is not None:
-            return self._fused(_joined(features), last, self.tail)
+            return self._fused(features, last, self.tail, ours)
         return _joined(features)
 
-    def _fused(self, input: Tensor, run: FusedRun, tail: Transition | Norm | None) -> Tensor:
-        counts = StepCounts()
-        layers = [_layer_spec(layer, counts) for layer in run]
+    def _fused(
+        self, features: list[Tensor], run: FusedRun, tail: Transition | Norm | None, ours: bool
+    ) -> Tensor:
+        input = _joined(features)
+        if self.checkpoint == "block" and not ours and input is features[0]:
+            if torch.is_grad_enabled():
+                input = input.clone()  # which the backward reads
+        counted: list[Tensor] = []
+        layers = [_layer_spec(layer, counted) for layer in run]
         behind: Tail | None = None
         if isinstance(tail, NORMS):
-            behind = AvgPoolTail(norm_spec(tail, counts))
+            behind = AvgPoolTail(norm_spec(tail, counted))
         elif tail is not None:
-            behind = TransitionTail(norm_spec(tail.norm, counts), tail.conv.weight)
+            behind = TransitionTail(norm_spec(tail.norm, counted), tail.conv.weight)
         if recorded(input):
-            return graph_block.dense_block(
-                input, layers, behind, self.checkpoint, self.hold, counts.counters
-            )
-        with counts:
-            return dense_block(
-                input, layers, tail=behind, checkpoint=self.checkpoint, hold=self.hold
-            )
+            return graph_block.dense_block(input, layers, behind, self.checkpoint, self.hold)
+        return dense_block(input, layers, tail=behind, checkpoint=self.checkpoint, hold=self.hold)
 
 
 def _joined(features: list[Tensor]) -> Tensor:
     return features[0] if len(features) == 1 else torch.cat(features, 1)
 
 
-def _layer_spec(layer: LayerParts, counts: StepCounts) -> LayerSpec:
+def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
     return LayerSpec(
-        norm1=norm_spec(layer.norm1, counts),
+        norm1=norm_spec(layer.norm1, counted),
         conv1_weight=parameter(layer.conv1.__dict__, "weight"),
-        norm2=norm_spec(layer.norm2, counts),
+        norm2=norm_spec(layer.norm2, counted),
         conv2_weight=parameter(layer.conv2.__dict__, "weight"),
         dropout=layer.dropout,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from densenet_fast import DenseBlock, EfficientDenseNet, graph_block, graph_stem
-from densenet_fast.norm_modules import StepCounts, norm_spec
+from densenet_fast.norm_modules import norm_spec
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
     AvgPoolTail,
@@ -45,15 +45,15 @@ def _detached(value: Any) -> Any:
 
 def block_call(checkpoint: Checkpoint, tail: str, frozen: bool = False) -> Tensor:
     torch.manual_seed(0)
-    counts = StepCounts()
+    counted: list[Tensor] = []
     block = DenseBlock(2, 6, 2, 4, 0.2)
     if frozen:
         block.eval()
     layers = [
         LayerSpec(
-            norm_spec(layer.norm1, counts),
+            norm_spec(layer.norm1, counted),
             layer.conv1.weight,
-            norm_spec(layer.norm2, counts),
+            norm_spec(layer.norm2, counted),
             layer.conv2.weight,
             0.2,
         )
@@ -62,24 +62,24 @@ def block_call(checkpoint: Checkpoint, tail: str, frozen: bool = False) -> Tenso
     behind: Tail | None = None
     if tail == "transition":
         weight = nn.Parameter(torch.randn(5, 14, 1, 1))
-        behind = TransitionTail(norm_spec(nn.BatchNorm2d(14), counts), weight)
+        behind = TransitionTail(norm_spec(nn.BatchNorm2d(14), counted), weight)
     elif tail == "average":
-        behind = AvgPoolTail(norm_spec(nn.BatchNorm2d(14), counts))
+        behind = AvgPoolTail(norm_spec(nn.BatchNorm2d(14), counted))
     input = torch.randn(2, 6, 5, 4, requires_grad=True)
-    return graph_block.dense_block(input, layers, behind, checkpoint, 1, counts.counters)
+    return graph_block.dense_block(input, layers, behind, checkpoint, 1)
 
 
 def stem_call(convolution: bool) -> Tensor:
     torch.manual_seed(0)
-    counts = StepCounts()
-    norm = norm_spec(nn.BatchNorm2d(6), counts)
+    counted: list[Tensor] = []
+    norm = norm_spec(nn.BatchNorm2d(6), counted)
     if not convolution:
         input = torch.randn(2, 6, 9, 7, requires_grad=True)
-        return graph_stem.stem(input, None, None, None, norm, counts.counters)
+        return graph_stem.stem(input, None, None, None, norm)
     weight, bias = nn.Parameter(torch.randn(6, 3, 7, 7)), nn.Parameter(torch.randn(6))
     geometry = ConvGeometry((2, 2), (3, 3), (1, 1), 1)
     input = torch.randn(2, 3, 19, 16, requires_grad=True)
-    return graph_stem.stem(input, weight, bias, geometry, norm, counts.counters)
+    return graph_stem.stem(input, weight, bias, geometry, norm)
 
 
 CASES = {

@@ -67,7 +67,7 @@ def test_manual_seed_repeats_a_step_and_steps_differ(backend: str) -> None:
 
 
 def run_as_operators(block: Block) -> Tensor:
-    return graph_block.dense_block(block.input, block.layers, block.tail, "bottleneck", 0, [])
+    return graph_block.dense_block(block.input, block.layers, block.tail, "bottleneck", 0)
 
 
 @pytest.mark.parametrize("call", [run, run_as_operators], ids=["eager", "graph"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from densenet_fast import EfficientDenseNet, fusion_report, ops, synchronized
 from densenet_fast.dense_block import dense_block
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
-from densenet_fast.norm_modules import StepCounts, norm_spec
+from densenet_fast.norm_modules import norm_spec
 from densenet_fast.stem import stem_norm_relu_maxpool
 
 pytestmark = needs_gloo
@@ -326,7 +326,7 @@ def errors(living: Any) -> None:
             network.features.transition1(torch.randn(2, 14, 8, 8))
         with pytest.raises(kind, match=r"^norm should synchronise"):
             stem_norm_relu_maxpool(
-                torch.randn(2, 6, 8, 8), norm_spec(network.features.norm0, StepCounts())
+                torch.randn(2, 6, 8, 8), norm_spec(network.features.norm0, [])
             )
         for name, value in network.state_dict().items():
             assert torch.equal(value, before[name]), name

@@ -98,17 +98,34 @@ def test_symbolic_traces() -> None:
     close(traced(images(5)), module(images(5)))
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        EfficientDenseNet(4, (1,), 4, num_classes=2),
-        DenseBlock(1, 4, 2, 4, 0.0),
-        DenseLayer(4, 4, 2, 0.0),
-        Transition(4, 2),
-        nn.Sequential(nn.Conv2d(3, 4, 1), DenseBlock(1, 4, 2, 4, 0.0)),
-    ],
-    ids=lambda module: type(module).__name__,
-)
-def test_scripting_is_refused(module: nn.Module) -> None:
-    with pytest.raises(NotImplementedError, match=r"torch.jit.script.*torch.export"):
-        torch.jit.script(module)
+OURS = {
+    "network": lambda: network(drop_rate=0.2),
+    "auto": lambda: network(checkpoint="auto", memory_budget=2**30),
+    "block": lambda: DenseBlock(2, 3, 2, 4, 0.2),
+    "layer": lambda: DenseLayer(3, 4, 2, 0.2),
+    "transition": lambda: Transition(3, 2),
+    "inside another": lambda: nn.Sequential(nn.Conv2d(3, 4, 1), DenseBlock(1, 4, 2, 4, 0.0)),
+}
+
+
+@pytest.mark.parametrize("symbolically", [False, True], ids=["script", "symbolic trace, script"])
+@pytest.mark.parametrize("name", OURS)
+def test_scripts(name: str, symbolically: bool, tmp_path: Path) -> None:
+    """The program of plain modules, whose parameters it shares; the module stays as it is."""
+    module = OURS[name]()
+    if symbolically:
+        module.eval()  # a trace drops forever what it once dropped
+    kinds = [type(part) for part in module.modules()]
+    scripted = torch.jit.script(torch.fx.symbolic_trace(module) if symbolically else module)
+    assert [type(part) for part in module.modules()] == kinds
+    scripted(images(2)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    scripted.eval().save(str(tmp_path / "scripted.pt"))
+    loaded = torch.jit.load(str(tmp_path / "scripted.pt"))
+    close(loaded(images(5)), module.eval()(images(5)))
+
+
+def test_scripted_layers_may_have_norms_that_write() -> None:
+    layer = DenseLayer(3, 4, 2, 0.0).eval()
+    layer.norm1 = nn.SiLU(inplace=True)
+    close(torch.jit.script(layer)(images(2)), layer(images(2)))

@@ -6,18 +6,83 @@ its class is exchanged, for one of `adapters` that inherits from the library's o
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from densenet_fast import chain, eligibility, synchronized
 from densenet_fast.conversion import subclasses
-from densenet_fast.dense_block import backward_reads
-from densenet_fast.graphs import refuse_scripting, routed
+from densenet_fast.dense_block import released
+from densenet_fast.graphs import routed
 from densenet_fast.layers import FusedBlock
 from densenet_fast.layers import Transition as FusedTransition
+from densenet_fast.layout import is_channels_last
 from densenet_fast.steps import Step
+
+
+def _fused_forward(library: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that fuses, with the signature, annotations and source of the library's.
+
+    These are what torch.jit.script compiles and torch.fx asks for: both find what they would find
+    in the library's module.
+    """
+    route, argument = routed, list(inspect.signature(library).parameters)[1]
+
+    def forward(self: Converted, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs:
+            if args or list(kwargs) != [argument]:
+                return library(self, *args, **kwargs)  # whose error it is
+            args = (kwargs[argument],)
+        return route(self, args[0], self.plain)
+
+    # torch.jit.script looks names of the source up among the function's own global ones.
+    fused = FunctionType(forward.__code__, library.__globals__, closure=forward.__closure__)
+    return functools.update_wrapper(fused, library)
+
+
+class Converted(nn.Module):
+    """A module of a library, whose class `convert` has exchanged for this one.
+
+    Its adapters are `class Network(Converted, TheirNetwork)`, and go by the library's name.
+    """
+
+    converted_from: type[nn.Module]
+
+    def __init_subclass__(cls) -> None:
+        """Dress an adapter as what it is converted from."""
+        super().__init_subclass__()
+        library = cls.__dict__.get("converted_from")
+        if library is not None:
+            cls.__name__ = library.__name__
+            cls.forward = _fused_forward(library.forward)
+
+    def plain(self, input: Any) -> Any:
+        """The library's own forward."""
+        return self.converted_from.forward(self, input)
+
+    def run(self, input: Tensor) -> Tensor:
+        """The forward outside any graph, fused where nothing is in the way."""
+        raise NotImplementedError
+
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """The layout of what the library gives for `input`: channels last only if that is."""
+        return _layout(is_channels_last(input))
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _given(input: Tensor, conv: Any) -> torch.memory_format:
+    """The layout of what a convolution, and the modules behind it, make of `input`."""
+    weight = conv._parameters.get("weight") if isinstance(conv, nn.Conv2d) else None
+    either = is_channels_last(input) or (weight is not None and is_channels_last(weight))
+    return _layout(either)
 
 
 def _run(
@@ -28,68 +93,49 @@ def _run(
     Ours refuse what holds nothing; the libraries' need not.
     """
     if isinstance(input, Tensor) and not input.numel():
-        output: Tensor = module.converted_from.forward(module, input)
+        output: Tensor = module.plain(input)
         return output
     return subclasses.restored(fused(subclasses.plain(input)), input)
 
 
-class ConvertedBlock(FusedBlock):
-    """A library's dense block, run as ours. The layers stay what they are.
-
-    Its adapters are `class Block(ConvertedBlock, TheirBlock)`.
-    """
-
-    converted_from: type[nn.Module]
+class ConvertedBlock(Converted, FusedBlock):
+    """A library's dense block, run as ours. The layers stay what they are."""
 
     def run(self, input: Tensor) -> Tensor:
         """The forward outside any graph, checked and fused where nothing is in the way."""
-        return _run(self, super().run, input)
-
-    def plain(self, input: Tensor) -> Tensor:
-        """The library's own forward."""
-        output: Tensor = self.converted_from.forward(self, input)
-        return output
+        return _run(self, super(Converted, self).run, input)
 
 
-class ConvertedSequentialBlock(ConvertedBlock):
-    """The same where the library's block is a Sequential, whose forward names its argument so."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`input` [N, C, H, W] and the features of all layers behind it."""
-        return super().forward(input)
-
-
-class ConvertedTransition(FusedTransition):
-    """A library's transition, run as ours.
-
-    Its adapters are `class Transition(ConvertedTransition, TheirTransition)`.
-    """
-
-    converted_from: type[nn.Module]
+class ConvertedTransition(Converted, FusedTransition):
+    """A library's transition, run as ours."""
 
     def run(self, input: Tensor) -> Tensor:
         """The forward outside any graph, checked and fused if nothing is in the way."""
-        return _run(self, super().run, input)
+        return _run(self, super(Converted, self).run, input)
+
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """The layout of what the library gives for `input`."""
+        return _given(input, self._modules.get("conv"))
 
 
-class ConvertedFeatures(nn.Sequential):
+class ConvertedFeatures(Converted, nn.Sequential):
     """A network's chain of stem, blocks and transitions, fused across their borders."""
 
-    converted_from: type[nn.Module] = nn.Sequential
-
-    def forward(self, input: Tensor) -> Tensor:
-        """What the modules give one after another: [N, C, H, W] to [N, C', H', W']."""
-        return routed(self, input, super().forward)
-
-    __prepare_scriptable__ = refuse_scripting
+    converted_from = nn.Sequential
 
     def run(self, input: Tensor) -> Tensor:
-        """The same outside any graph."""
+        """[N, C, H, W] to [N, C', H', W'], outside any graph."""
         images = subclasses.plain(input)
         planned = self._planned(images, None)
         if planned is None:
-            return _writable(super().forward(input))
-        return subclasses.restored(_writable(chain.run(planned[0], images)), input)
+            output: Tensor = self.plain(input)
+            return output
+        output = released(chain.run(planned[0], images), self.released_format(images))
+        return subclasses.restored(output, input)
+
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """The layout of what the library gives for `input`."""
+        return _given(input, next(iter(self._modules.values()), None))
 
     def pooled(self, input: Tensor, final: chain.FinalObstacle) -> Tensor | None:
         """[N, C']: the features behind ReLU and the average over all pixels.
@@ -108,36 +154,22 @@ class ConvertedFeatures(nn.Sequential):
             return None
         synchronized.check_modules(self, input.device)
         modules: list[Any] = list(self._modules.values())
-        return chain.steps(modules, eligibility.parameter_type(input), input.device, final=final)
+        return chain.steps(
+            modules,
+            eligibility.parameter_type(input),
+            input.device,
+            final=final,
+            memory_format=self.released_format(input),
+        )
 
 
-def _writable(features: Tensor) -> Tensor:
-    # The ReLU of the libraries' heads works in place, also behind a last norm that was taken out.
-    return features.clone() if backward_reads(features) else features
+class ConvertedNetwork(Converted):
+    """A library's network whose head is known to be ReLU, average over all pixels, and the rest."""
 
-
-class ConvertedNetwork(nn.Module):
-    """A library's network whose head is known to be ReLU, average over all pixels, and the rest.
-
-    Its adapters are `class Network(ConvertedNetwork, TheirNetwork)`.
-    """
-
-    converted_from: type[nn.Module]
     final: chain.FinalObstacle = staticmethod(chain.final_norm_obstacle)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the library's own forward gives."""
-        return routed(self, x, self.plain)
-
-    def plain(self, input: Tensor) -> Tensor:
-        """The library's own forward."""
-        output: Tensor = self.converted_from.forward(self, input)
-        return output
-
-    __prepare_scriptable__ = refuse_scripting
-
     def run(self, input: Tensor) -> Tensor:
-        """The same outside any graph."""
+        """What the library's own forward gives, outside any graph."""
         pooled = self.pooled(input)
         return self.plain(input) if pooled is None else self.head(pooled)
 

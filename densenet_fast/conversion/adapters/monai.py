@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.parts import (
+    ConvertedBlock,
     ConvertedNetwork,
-    ConvertedSequentialBlock,
     ConvertedTransition,
 )
 from densenet_fast.layer_parts import LayerParts
@@ -32,7 +32,7 @@ def parts(layer: nn.Module) -> LayerParts | str:
 
 
 @eligibility.fused_as("block")
-class Block(ConvertedSequentialBlock, densenet._DenseBlock):
+class Block(ConvertedBlock, densenet._DenseBlock):
     """MONAI's block."""
 
     converted_from = densenet._DenseBlock

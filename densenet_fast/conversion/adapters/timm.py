@@ -79,4 +79,6 @@ class Network(ConvertedNetwork, densenet.DenseNet):
 
 layer_parts.register(densenet.DenseLayer, parts)
 eligibility.register_norm_with_relu(BatchNormAct2d, norm_obstacle)
+for kind in (densenet.DenseLayer, BatchNormAct2d):
+    eligibility.register_out_of_place(kind)
 ADAPTERS = (Block, Transition, Network)

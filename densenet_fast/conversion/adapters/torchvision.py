@@ -39,4 +39,5 @@ class Network(ConvertedNetwork, densenet.DenseNet):
 
 
 layer_parts.register(densenet._DenseLayer, layer_parts.usual_parts)
+eligibility.register_out_of_place(densenet._DenseLayer)
 ADAPTERS = (Block, Transition, Network)

@@ -7,8 +7,8 @@ from torchxrayvision import models, utils
 
 from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.parts import (
+    ConvertedBlock,
     ConvertedNetwork,
-    ConvertedSequentialBlock,
     ConvertedTransition,
 )
 from densenet_fast.layer_parts import LayerParts
@@ -21,7 +21,7 @@ def parts(layer: nn.Module) -> LayerParts | str:
 
 
 @eligibility.fused_as("block")
-class Block(ConvertedSequentialBlock, models._DenseBlock):
+class Block(ConvertedBlock, models._DenseBlock):
     """torchxrayvision's block."""
 
     converted_from = models._DenseBlock
