@@ -33,6 +33,11 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
+_AVERAGE: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0}
+_AVERAGE |= {"ceil_mode": False, "divisor_override": None}
+_MAXIMUM: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+_MAXIMUM |= {"ceil_mode": False, "return_indices": False}
+
 _FORWARDS = tuple(
     (kind, kind.forward)
     for kind in (*NORMS, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
@@ -170,6 +175,23 @@ def parameter(state: dict[str, Any], name: str) -> Any:
     return parameters[name] if name in parameters else state[name]
 
 
+# What modules did before they had these settings: those unpickled from old files have not.
+_BEFORE: dict[str, Any] = {
+    "ceil_mode": False,
+    "dilation": 1,
+    "divisor_override": None,
+    "drop_rate": 0.0,
+    "padding_mode": "zeros",
+    "return_indices": False,
+    "track_running_stats": True,
+}
+
+
+def setting(state: dict[str, Any], name: str) -> Any:
+    """A setting from a module's `__dict__`, where it may be missing."""
+    return state[name] if name in state else _BEFORE[name]
+
+
 def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
     """Whether fused blocks know this type of norm."""
     return type(module) in NORMS or type(module) in _NORMS_WITH_RELU
@@ -235,7 +257,7 @@ def conv(
         state["padding"],
         state["dilation"],
         state["groups"],
-        state["padding_mode"],
+        setting(state, "padding_mode"),
     )
     if actual != settings:
         return (
@@ -260,7 +282,7 @@ def any_conv(module: nn.Module) -> str | None:
 def zero_padded(conv: nn.Conv2d) -> bool:
     """Whether the padding is a number of zeros, not a word or another kind of border."""
     state = conv.__dict__
-    return state["padding_mode"] == "zeros" and not isinstance(state["padding"], str)
+    return setting(state, "padding_mode") == "zeros" and not isinstance(state["padding"], str)
 
 
 def weight_shape(module: nn.Module | None) -> torch.Size:
@@ -270,29 +292,20 @@ def weight_shape(module: nn.Module | None) -> torch.Size:
 
 def average_pool(module: nn.Module) -> str | None:
     """Obstacle to computing a transition's 2×2 average pooling."""
-    obstacle = exactly(module, nn.AvgPool2d)
-    if obstacle is None:
-        settings = _pool_settings(module, "kernel_size", "stride", "padding")
-        plain = not module.ceil_mode and module.divisor_override is None
-        if settings != [(2, 2), (2, 2), (0, 0)] or not plain:
-            obstacle = f"is {module}, not a plain 2×2 average"
-    return obstacle
+    return exactly(module, nn.AvgPool2d) or _pool(module, _AVERAGE, "a plain 2×2 average")
 
 
 def max_pool(module: nn.Module) -> str | None:
     """Obstacle to computing the stem's 3×3 max-pooling of stride 2."""
-    obstacle = exactly(module, nn.MaxPool2d)
-    if obstacle is None:
-        settings = _pool_settings(module, "kernel_size", "stride", "padding", "dilation")
-        plain = not module.ceil_mode and not module.return_indices
-        if settings != [(3, 3), (2, 2), (1, 1), (1, 1)] or not plain:
-            obstacle = f"is {module}, not a 3×3 maximum of stride 2"
-    return obstacle
+    return exactly(module, nn.MaxPool2d) or _pool(module, _MAXIMUM, "a 3×3 maximum of stride 2")
 
 
-def _pool_settings(module: nn.Module, *names: str) -> list[tuple[int, ...]]:
-    values = (module.__dict__[name] for name in names)
-    return [(value, value) if isinstance(value, int) else tuple(value) for value in values]
+def _pool(module: nn.Module, settings: dict[str, Any], what: str) -> str | None:
+    for name, wanted in settings.items():
+        found = setting(module.__dict__, name)
+        if (tuple(found) if isinstance(found, list) else found) not in (wanted, (wanted, wanted)):
+            return f"has {name}={found}, not that of {what}"
+    return None
 
 
 def surroundings() -> str | None:

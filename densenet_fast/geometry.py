@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from densenet_fast import checks
-from densenet_fast.eligibility import kind_of, norm_with_relu, touched
+from densenet_fast.eligibility import kind_of, norm_with_relu, setting, touched
 
 Size = tuple[int, int]
 
@@ -49,7 +49,8 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
     if isinstance(module, nn.Conv2d):
         readable = type(module) is nn.Conv2d and not isinstance(module.padding, str)
     elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
-        readable = type(module) in (nn.MaxPool2d, nn.AvgPool2d) and not module.ceil_mode
+        readable = type(module) in (nn.MaxPool2d, nn.AvgPool2d)
+        readable = readable and not setting(module.__dict__, "ceil_mode")
     else:
         return None
     if not readable:
@@ -62,7 +63,7 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
         _pair(module.kernel_size),
         stride,
         _pair(module.padding),
-        _pair(1 if isinstance(module, nn.AvgPool2d) else module.dilation),
+        _pair(setting(module.__dict__, "dilation")),
     )
 
 

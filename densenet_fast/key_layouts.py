@@ -58,8 +58,14 @@ FIRST_FILES = Layout(
     ((re.compile(_LAYER + r"(norm|conv)\.([12]\.)"), r"\1.\2\3"),),
     ((re.compile(_LAYER + r"(norm|conv)([12]\.)"), r"\1.\2.\3"),),
 )
+EFFICIENT = Layout(
+    "efficient_densenet_pytorch",
+    ((re.compile(_START + r"features\.norm_final\."), "features.norm5."),),
+    ((re.compile(_START + r"features\.norm5\."), "features.norm_final."),),
+)
+_OTHERS = (MONAI, FIRST_FILES, EFFICIENT)
 
-_PART = r"(?:conv0|norm0|norm5|denseblock\d+|transition\d+)\."
+_PART = r"(?:conv0|norm0|norm5|norm_final|denseblock\d+|transition\d+)\."
 _DENSENET = re.compile(_START + r"(?:features\." + _PART + r"|denselayer\d+\.)")
 _ROOT = re.compile(r"((?:[^.]+\.)*?)features\." + _PART)
 _WRAPPERS = ("module.", "model.", "net.")  # DistributedDataParallel and LightningModules
@@ -134,7 +140,9 @@ def _names(side: str, keys: Sequence[str], prefix: str) -> Names:
     inner = {key: _COMPILED.sub("", key).removeprefix(prefix) for key in keys}
     own: dict[str, str] = {}
     for key, name in inner.items():
-        common = FIRST_FILES.to_common(MONAI.to_common(name))
+        common = name
+        for layout in _OTHERS:
+            common = layout.to_common(common)
         if common in own:
             raise SameTensorTwiceError(side, own[common], key, common)
         own[common] = key
@@ -143,7 +151,7 @@ def _names(side: str, keys: Sequence[str], prefix: str) -> Names:
 
 def _layout(inner: Iterable[str]) -> Layout:
     inner = list(inner)
-    for layout in (MONAI, FIRST_FILES):
+    for layout in _OTHERS:
         if any(layout.to_common(name) != name for name in inner):
             return layout
     return TORCHVISION if any(_DENSENET.search(name) for name in inner) else OTHER

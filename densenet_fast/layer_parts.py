@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -84,7 +84,13 @@ def sequential_parts(modules: dict[str, nn.Module | None], dropout: float) -> La
 def usual_parts(layer: nn.Module) -> LayerParts | str:
     """Parts of a layer with torchvision's names, its dropout among them as `drop_rate`."""
     state = layer.__dict__  # for every layer of every forward: not through __getattr__
-    return named_parts(state["_modules"], state["drop_rate"] if state["training"] else 0.0)
+    return named_parts(state["_modules"], dropout(state))
+
+
+def dropout(state: dict[str, Any]) -> float:
+    """The probability of zeroing an output now, from a layer's `__dict__`."""
+    rate: float = eligibility.setting(state, "drop_rate") if state["training"] else 0.0
+    return rate
 
 
 def read(layer: nn.Module, expected: type[nn.Module]) -> LayerParts | str:

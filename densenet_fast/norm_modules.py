@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from densenet_fast import synchronized
-from densenet_fast.eligibility import Norm, parameter
+from densenet_fast.eligibility import Norm, parameter, setting
 from densenet_fast.specs import NormSpec
 
 
@@ -20,7 +20,7 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
     buffers = state["_buffers"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     momentum = counter = None
-    if state["training"] and state["track_running_stats"]:
+    if state["training"] and setting(state, "track_running_stats"):
         momentum = state["momentum"]
         counter = buffers["num_batches_tracked"]
         if counter is not None:

@@ -17,6 +17,9 @@ from densenet_fast.weights_comparison import Comparison, Conversion, WeightsErro
 
 __all__ = ["WeightsError", "WeightsReport", "load_into", "load_weights"]
 
+# No weights, and not in every model: torchxrayvision's thresholds of its outputs.
+_OPTIONAL = ("op_threshs", "*.op_threshs")
+
 
 @dataclass(frozen=True)
 class WeightsReport:
@@ -26,13 +29,15 @@ class WeightsReport:
         source: the file, or what else the weights came from.
         entry: where in the file they were, None if they are all of it.
         layout: whose names the file uses: "torchvision" (also timm, torchxrayvision and this
-            package), "torchvision's first files", "MONAI" or "unknown".
+            package), "torchvision's first files", "MONAI", "efficient_densenet_pytorch" or
+            "unknown".
         model_layout: whose names the model uses.
         prefix: what stood before these names in the file.
         loaded: the model's own names of all tensors that were loaded.
         converted: those of another dtype in the file.
         kept_counters: `num_batches_tracked` of the model, which files of before 2018 do not have.
-        ignored: what `ignore` left out: missing in the file, unexpected or not fitting.
+        ignored: what `ignore` left out: missing in the file, unexpected or not fitting. Also
+            torchxrayvision's `op_threshs`, without being named.
         outside: keys of the file that do not begin with the given `prefix`.
     """
 
@@ -82,18 +87,20 @@ def load_weights(
 ) -> WeightsReport:
     """Load a checkpoint file of any DenseNet into `model`, all of it or nothing.
 
-    The file may come from torchvision, timm, MONAI, torchxrayvision or this package, through
-    `torch.save` or safetensors, bare or as an entry of a training script's checkpoint, saved from a
-    network as it is, compiled, under DistributedDataParallel or in a LightningModule. The model may
-    be any such network too, whichever library its names are of. No code from the file is run. The
-    model's tensors keep their device and dtype.
+    The file may come from torchvision, timm, MONAI, torchxrayvision, efficient_densenet_pytorch or
+    this package, through `torch.save` or safetensors, bare or as an entry of a training script's
+    checkpoint, saved from a network as it is, compiled, under DistributedDataParallel or in a
+    LightningModule, as a state dict or as the whole network. The model may be any such network too,
+    whichever library its names are of. No code from the file is run, and nothing is made of what it
+    holds beside tensors. The model's tensors keep their device and dtype.
 
     Args:
         model: what is loaded into. Also a network with a DenseNet in it, as a U-Net's encoder.
         path: the file.
         ignore: a pattern or several (as `classifier.*`) of names that may be missing in the file,
             unexpected in it or of another shape; the model's tensors of these names stay as they
-            are unless the file's fit. Matched against the model's own names and the file's.
+            are unless the file's fit. Matched against the model's own names and the file's. A
+            DenseNet's norm that the file has under another name is not left out.
         prefix: reads the keys that begin with this alone, without it. For files with several
             networks; usual prefixes are found without it.
         entry: the state dict to take, for files with several (`"model_ema"`).
@@ -147,7 +154,8 @@ def load_into(
     _check_patterns(ignore, file_names, model_names)
 
     def ignored(*names: str) -> bool:
-        return any(fnmatchcase(name, pattern) for name in names for pattern in ignore)
+        patterns = (*ignore, *_OPTIONAL)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
     found = compare(file_names, values, model_names, own, ignored, cast)
     if not found.fits:

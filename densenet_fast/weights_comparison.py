@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class Comparison:
     unexpected: list[Misfit] = field(default_factory=list)
     shapes: list[Misfit] = field(default_factory=list)
     types: list[Misfit] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)  # norms of the file, with the model's
     castable: bool = False  # whether `cast` would permit some of the types
 
     @property
@@ -94,6 +95,10 @@ class WeightsError(RuntimeError):
         )
         lines += _section("of another shape", [_both(one) for one in self.shapes])
         lines += _section("of another type", [_both(one) for one in self.types])
+        lines += [
+            f"  {theirs} in the file may be {ours}: ignore= does not leave out a renamed norm"
+            for theirs, ours in found.renamed.items()
+        ]
         lines.append("  ignore= takes patterns of names that may differ, as 'classifier.*'")
         if found.castable:
             lines.append("  cast=True permits conversions that lose precision")
@@ -130,7 +135,12 @@ def compare(
 
     `ignored` is asked with both names of what does not fit.
     """
-    result = Comparison()
+    result = Comparison(renamed=_renamed(file, values, model, own))
+    renamed = {*result.renamed, *result.renamed.values()}
+
+    def left_out(common: str, *names: str) -> bool:
+        return common.rpartition(".")[0] not in renamed and ignored(*names)
+
     old = not any(name.rpartition(".")[2] == _COUNTER for name in file.own)
     for common, name in model.own.items():
         theirs = file.own.get(common)
@@ -138,7 +148,7 @@ def compare(
             _compare_pair(result, Misfit(theirs, name, "", ""), values, own, ignored, cast)
         elif old and name.rpartition(".")[2] == _COUNTER:
             result.kept_counters.append(name)
-        elif ignored(name, file.spelled(common)):
+        elif left_out(common, name, file.spelled(common)):
             result.ignored.append(f"{name} {_shape(own[name])}, missing in the file")
         else:
             misfit = Misfit(file.spelled(common), name, "", _shape(own[name]))
@@ -147,11 +157,31 @@ def compare(
         if common in model.own:
             continue
         name = model.spelled(common)
-        if ignored(name, theirs):
+        if left_out(common, name, theirs):
             result.ignored.append(f"{theirs} {_shape(values[theirs])}, not in the model")
         else:
             result.unexpected.append(Misfit(theirs, name, _shape(values[theirs]), ""))
     return result
+
+
+def _renamed(
+    file: Names, values: Mapping[str, Any], model: Names, own: Mapping[str, Any]
+) -> dict[str, str]:
+    """Norms of a DenseNet that file and model have at the same place, under different names."""
+    theirs = _norms(file.own.keys() - model.own.keys(), file, values)
+    ours = _norms(model.own.keys() - file.own.keys(), model, own)
+    return {norm: ours[place] for place, norm in theirs.items() if place in ours}
+
+
+def _norms(names: Set[str], side: Names, tensors: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """The norms among `names`, by what they are part of and their channels."""
+    found: dict[tuple[str, str], str] = {}
+    for name, own in side.own.items():
+        norm, _, tensor = name.rpartition(".")
+        part = norm.rpartition(".")[0]
+        if name in names and tensor == "running_mean" and "features" in part.split("."):
+            found[part, _shape(tensors[own])] = norm
+    return found
 
 
 def _compare_pair(

@@ -20,7 +20,6 @@ from weight_files import (
     snapshot,
     timms,
     torchvisions,
-    torchxrayvisions,
     trained,
 )
 
@@ -308,22 +307,6 @@ def test_timms_deep_stem(tmp_path: Path) -> None:
     assert {one.file_name for one in caught.value.shapes} == {
         f"features.{name}" for name in ("conv0.weight", *(f"norm0.{n}" for n in ("weight", "bias")))
     } | {"features.norm0.running_mean", "features.norm0.running_var"}
-
-
-def test_torchxrayvisions_thresholds(tmp_path: Path) -> None:
-    """They change the output: only left out where that is asked for."""
-    source = trained(lambda: torchxrayvisions(op_threshs=torch.rand(5)))
-    path = saved(tmp_path / "file.pth", source.state_dict())
-    same = trained(lambda: torchxrayvisions(op_threshs=torch.rand(5)), seed=1)
-    load_weights(same, path)
-    assert torch.equal(same.op_threshs, source.op_threshs)
-    model = trained(ours, seed=1)
-    with pytest.raises(WeightsError, match=r"unexpected in the file \(1\):\n    op_threshs \[5\]"):
-        load_weights(model, path)
-    report = load_weights(model, path, ignore="op_threshs")
-    assert report.ignored == ("op_threshs [5], not in the model",)
-    source.op_threshs = None
-    assert_close(model(images()), source(images()), "output")
 
 
 def test_exact_conversions_are_reported(tmp_path: Path) -> None:

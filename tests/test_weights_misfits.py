@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from weight_files import (
     assert_unchanged,
+    efficient_files,
     first_files,
     monais,
     ours,
@@ -27,7 +28,6 @@ from weight_files import (
 )
 
 from densenet_fast import load_weights
-from densenet_fast.key_layouts import FIRST_FILES, MONAI, TORCHVISION
 from densenet_fast.weights import WeightsError
 from densenet_fast.weights_comparison import Misfit
 
@@ -39,6 +39,7 @@ FILES: dict[str, Callable[[], State]] = {
     "compiled": lambda: prefixed("_orig_mod.", trained(ours).state_dict()),
     "MONAI": lambda: trained(monais).state_dict(),
     "MONAI in Lightning": lambda: prefixed("net.", trained(monais).state_dict()),
+    "efficient": lambda: efficient_files(trained(ours).state_dict()),
     "first": lambda: first_files(trained(ours).state_dict()),
     "first, parallel": lambda: prefixed("module.", first_files(trained(ours).state_dict())),
 }
@@ -49,6 +50,7 @@ def common(name: str) -> str:
     """torchvision's name, spelled out here once more."""
     name = re.sub(r"^(_orig_mod|net|module)\.", "", name)
     name = name.replace("class_layers.out.", "classifier.").replace(".layers.", ".")
+    name = name.replace("norm_final", "norm5")
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 
@@ -237,13 +239,3 @@ def test_errors_of_the_models_own_hooks_change_nothing(tmp_path: Path) -> None:
     with pytest.raises(ArithmeticError, match="refused"):
         load_weights(model, path)
     assert_unchanged(model, before)
-
-
-@pytest.mark.parametrize("layout", [TORCHVISION, MONAI, FIRST_FILES], ids=lambda one: one.name)
-def test_layouts_translate_both_ways(layout: Any) -> None:
-    names = [name for name in ours().state_dict() if not name.endswith("tracked")]
-    translated = [layout.to_own(name) for name in names]
-    assert [layout.to_common(name) for name in translated] == names
-    assert [layout.to_common(name) for name in names] == names
-    if layout is MONAI:
-        assert translated == [n for n in monais().state_dict() if not n.endswith("tracked")]

@@ -12,6 +12,7 @@ import torch
 from comparison import shake
 from torch import Tensor, nn
 
+from densenet_fast import load_weights
 from densenet_fast.model import EfficientDenseNet
 
 GROWTH, BLOCKS, INITIAL, CLASSES = 4, (2, 3), 8, 5
@@ -78,6 +79,11 @@ def first_files(state: State) -> State:
     }
 
 
+def efficient_files(state: State) -> State:
+    """As efficient_densenet_pytorch: norm_final for norm5."""
+    return {key.replace("features.norm5.", "features.norm_final."): v for key, v in state.items()}
+
+
 def prefixed(prefix: str, state: State) -> State:
     return {prefix + key: value for key, value in state.items()}
 
@@ -99,3 +105,13 @@ def assert_unchanged(model: nn.Module, before: tuple[list[Tensor], State]) -> No
     assert all(a is b for a, b in zip(after, tensors, strict=True))
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+def refused(path: Any, error: type[Exception], match: str, **kwargs: Any) -> Exception:
+    """The error of loading into a small network, which stays as it was."""
+    model = trained(ours)
+    before = snapshot(model)
+    with pytest.raises(error, match=match) as caught:
+        load_weights(model, path, **kwargs)
+    assert_unchanged(model, before)
+    return caught.value

@@ -16,9 +16,10 @@ from densenet_fast.layer_parts import LayerParts
 
 def norm_obstacle(norm: Any) -> str | None:
     """Why a norm is not a batch normalisation and a ReLU, or None."""
-    if (found := eligibility.exactly(norm.drop, nn.Identity)) is not None:
+    modules = norm.__dict__["_modules"]
+    if (found := eligibility.exactly(modules.get("drop"), nn.Identity)) is not None:
         return f"drop {found}"
-    if (found := eligibility.exactly(norm.act, nn.ReLU)) is not None:
+    if (found := eligibility.exactly(modules.get("act"), nn.ReLU)) is not None:
         return f"act {found}"
     return None
 
@@ -35,8 +36,7 @@ def parts(layer: nn.Module) -> LayerParts | str:
     for name, norm in (("norm1", norm1), ("norm2", norm2)):
         if not eligibility.norm_with_relu(norm):
             return f"{name} {eligibility.other_type(norm, BatchNormAct2d)}"
-    dropout = state["drop_rate"] if state["training"] else 0.0
-    return LayerParts(norm1, conv1, norm2, conv2, (), dropout)
+    return LayerParts(norm1, conv1, norm2, conv2, (), layer_parts.dropout(state))
 
 
 @eligibility.fused_as("block")

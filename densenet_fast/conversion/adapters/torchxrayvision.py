@@ -17,8 +17,7 @@ from densenet_fast.layer_parts import LayerParts
 def parts(layer: nn.Module) -> LayerParts | str:
     """A layer's parts, which are those of a Sequential with dropout behind it."""
     state = layer.__dict__
-    dropout = state["drop_rate"] if state["training"] else 0.0
-    return layer_parts.sequential_parts(state["_modules"], dropout)
+    return layer_parts.sequential_parts(state["_modules"], layer_parts.dropout(state))
 
 
 @eligibility.fused_as("block")
