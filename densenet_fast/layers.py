@@ -113,9 +113,7 @@ class DenseLayer(nn.Module):
         """The submodules called one by one."""
         # The input is emitted too: what stands for norm1 must not write to it.
         features = input
-        if is_scripting():  # which has no words for the question
-            features = input.clone()
-        elif not eligibility.leaves_input(self.norm1):
+        if is_scripting() or not eligibility.leaves_input(self.norm1):
             features = input.clone()
         bottleneck = self.conv1(self.relu1(self.norm1(features)))
         growth = self.conv2(self.relu2(self.norm2(bottleneck)))

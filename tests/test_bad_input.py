@@ -200,9 +200,19 @@ def test_no_checks_are_guessed_behind_unknown_modules() -> None:
     assert module(torch.randn(2, 2, 1, 1)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("name", ["features.conv0", "features.pool0", "features.transition1.pool"])
+def test_a_stride_of_zero_is_pytorchs_matter(
+    name: str, path: Callable[[nn.Module], nn.Module]
+) -> None:
+    module = path(network())
+    module.get_submodule(name).stride = (0, 0)
+    with pytest.raises(RuntimeError, match="stride"):
+        module(torch.randn(2, 3, 32, 32))
+
+
 WRONG: dict[str, list[Any]] = {
     "growth_rate": [0, -1, 1.0, True, "4", None],
-    "block_config": [(), (2, 0), (2, -1), (2, 1.5), (True, 2), 4, "22", None],
+    "block_config": [(), (2, 0), (2, -1), (2, 1.5), (True, 2), 4, "22", None, {1: 2}, {1, 2}],
     "num_init_features": [0, 2.0, False],
     "bn_size": [0, -4, 4.0, True],
     "drop_rate": [-0.1, 1.1, float("nan"), float("inf"), "0.1", True, None],

@@ -325,9 +325,7 @@ def errors(living: Any) -> None:
         with pytest.raises(kind, match="Transition: norm "):
             network.features.transition1(torch.randn(2, 14, 8, 8))
         with pytest.raises(kind, match=r"^norm should synchronise"):
-            stem_norm_relu_maxpool(
-                torch.randn(2, 6, 8, 8), norm_spec(network.features.norm0, [])
-            )
+            stem_norm_relu_maxpool(torch.randn(2, 6, 8, 8), norm_spec(network.features.norm0, []))
         for name, value in network.state_dict().items():
             assert torch.equal(value, before[name]), name
         network.eval()(part)  # takes no statistics

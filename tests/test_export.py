@@ -11,7 +11,7 @@ import torch
 from comparison import tiny as network
 from torch import Tensor, nn
 
-from densenet_fast import DenseBlock, DenseLayer, EfficientDenseNet, Transition
+from densenet_fast import DenseBlock, DenseLayer, Transition
 
 BATCH = ({0: torch.export.Dim("batch")},)
 
