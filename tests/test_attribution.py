@@ -41,8 +41,11 @@ def grad_cam(network: nn.Module, target: str, images: Tensor) -> Tensor:
     return (weights * held[0]).sum(1).relu()
 
 
-@pytest.mark.parametrize("target", ["features.denseblock2.denselayer2.conv2", "features.conv0"])
-def test_maps_of_convolutions_are_torchvisions(target: str) -> None:
+@pytest.mark.parametrize(
+    "target", ["conv0", "denseblock2.denselayer2.conv2", "transition1", "denseblock1"]
+)
+def test_maps_are_torchvisions(target: str) -> None:
+    target = f"features.{target}"
     expected, ours = networks()
     images = torch.randn(IMAGES, dtype=torch.float64)
     assert_close(grad_cam(ours, target, images), grad_cam(expected, target, images), target)
