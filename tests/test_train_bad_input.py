@@ -208,7 +208,7 @@ def test_checkpoints_of_something_else(
     refused(capsys, resumed(path=tmp_path / "classes.pt"), "other classes: 10 (a, b, c, d, e, ...)")
     fewer = {**found["architecture"], "num_classes": 5}
     torch.save({**found, "architecture": fewer}, tmp_path / "five.pt")
-    refused(capsys, resumed(path=tmp_path / "five.pt"), "5 classes", "10 classes")
+    refused(capsys, resumed(path=tmp_path / "five.pt"), "classes: expected 5 names", "got 10")
     torch.save(found["model"], tmp_path / "weights.pt")
     refused(capsys, resumed(path=tmp_path / "weights.pt"), "no checkpoint of densenet-fast train")
     data = last.read_bytes()
