@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from densenet_fast.train.batches import Plain, loader, mixed_seed
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.errors import DataError, UsageError
 from densenet_fast.train.folders import open_folder
+from densenet_fast.train.images import left_out
 from densenet_fast.train.loop import Placement
 from densenet_fast.train.optimization import amp_type
 from densenet_fast.train.sources import DIGITS, Samples, Source, open_source
@@ -79,8 +81,13 @@ def open_data(arguments: Namespace, processes: Processes, *, train: bool) -> Set
             visible=processes.main and not getattr(arguments, "no_progress", False),
             train=train,
         )
-    if found.skipped and processes.main:
-        print(f"{found.name}: {found.skipped} corrupt images left out")
+    if processes.main:
+        # --json has standard output for itself.
+        where = sys.stderr if getattr(arguments, "json", False) else sys.stdout
+        if found.left_out:
+            print(f"{found.name}: {left_out(found.left_out)}", file=where)
+        if found.skipped:
+            print(f"{found.name}: {found.skipped} corrupt images left out", file=where)
     plain = preprocessing(
         found.size,
         found.mean,
@@ -111,7 +118,8 @@ def described(setting: Setting) -> dict[str, Any]:
     parts: tuple[Samples, ...] = (source.train, source.val)
     for part in parts:
         for path, label in getattr(part, "samples", ()):
-            digest.update(f"{'/'.join(Path(path).parts[-2:])}\0{label}\n".encode())
+            row = f"{'/'.join(Path(path).parts[-2:])}\0{label}\n"
+            digest.update(row.encode(errors="surrogateescape"))
     return {
         "train": len(source.train),
         "val": len(source.val),
