@@ -194,8 +194,12 @@ def check_settings(
     for name, text in DATA:
         if content["data"][name] != data[name]:
             different.append(f"{text}: {content['data'][name]} before, {data[name]} now")
-    if content["processes"] != processes:
-        different.append(f"processes: {content['processes']} before, {processes} now")
+    for name, count in (
+        ("processes", content["processes"]),
+        ("by_process", len(content["by_process"])),
+    ):
+        if count != processes:
+            different.append(f"{name}: {count} before, {processes} now")
     if different:
         raise UsageError(
             f"{path} cannot go on with other settings: {'; '.join(different)}. Other results "
