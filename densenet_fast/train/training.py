@@ -56,9 +56,9 @@ class _Training:
         self.setting = setup.open_data(arguments, processes, train=not arguments.test_only)
         source, plain = self.setting.source, self.setting.plain
         self.architecture = setup.architecture_of(arguments, source)
-        self.resumed = self._find_resumed()
+        resumed = self._find_resumed()
         self.model = setup.make_model(
-            arguments, self.architecture, where, resuming=self.resumed is not None
+            arguments, self.architecture, where, resuming=resumed is not None
         )
         self.placement = setup.place(arguments, where)
         self.draws = Draws(len(source.train), arguments.batch_size, arguments.seed, processes)
@@ -68,7 +68,8 @@ class _Training:
         self.state = State(arguments, self.model, where, classes, processes)
         self.seconds, self.first = 0.0, 0  # of this epoch's steps here, and the first of them
         if not arguments.test_only:
-            self._check_resumed()
+            if resumed is not None:
+                self._check_resumed(resumed)
             processes.on_main(self._check_output)
 
         transform = training_transform(
@@ -87,11 +88,11 @@ class _Training:
         mixup, cutmix = arguments.mixup_alpha, arguments.cutmix_alpha
         self.mixing = Mixing(mixup, cutmix, classes, arguments.seed, processes.rank)
         setup.seed_noise(arguments.seed, processes.rank)
-        if self.resumed is not None:
+        if resumed is not None:
             if arguments.test_only:
-                self.model.load_state_dict(self.resumed["model"])
+                self.model.load_state_dict(resumed["model"])
             else:
-                self.state.restore(self.resumed, self.resumed["by_process"][processes.rank])
+                self.state.restore(resumed, resumed["by_process"][processes.rank])
         self.step = Step(
             self._wrapped(),
             self.state.optimizer,
@@ -112,13 +113,12 @@ class _Training:
             wrapped = compiled
         return wrapped
 
-    def _check_resumed(self) -> None:
-        if self.resumed is not None:
-            own = self.resumed["by_process"][self.processes.rank]
-            try:
-                self.state.check(self.resumed, own, len(self.draws))
-            except UsageError as error:
-                raise UsageError(f"{self._resumed_path} cannot be gone on from: {error}") from error
+    def _check_resumed(self, content: checkpoints.Content) -> None:
+        try:
+            own = content["by_process"][self.processes.rank]
+            self.state.check(content, own, len(self.draws))
+        except UsageError as error:
+            raise UsageError(f"{self._resumed_path} cannot be gone on from: {error}") from error
 
     def _check_output(self) -> None:
         names = (checkpoints.LAST, checkpoints.BEST)
