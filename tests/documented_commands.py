@@ -209,8 +209,8 @@ def _module(arguments: list[str], inline: bool) -> None:
     elif name == "benchmarks":
         _benchmarks(others, inline)
     elif name == "densenet_fast":
-        if others:
-            raise CommandError(f"takes no arguments, got {others}")
+        if others:  # without arguments it says what is installed
+            _densenet_fast(others, inline)
     elif name in ("pytest", "pip"):
         CHECKS[name](others, inline)
     elif name not in ("build", "mkdocs", "venv"):

@@ -123,6 +123,7 @@ def test_unchecked_blocks_are_found(tmp_path: Path, text: str, problem: str) -> 
         ("densenet-fast predict photo.jpg", "expected --checkpoint FILE"),
         ("cat a | densenet-fast predict --checkpoint b.pt", "IMAGE|FOLDER|-"),
         ("densenet-fast tune", "invalid choice: 'tune'"),
+        ("python -m densenet_fast tune", "invalid choice: 'tune'"),
         ("X=1 python -m densenet_fast.train --lr -1", "--lr"),
         ("torchrun --nproc-per-node 2 -m densenet_fast.train --bogus", "--bogus"),
         ("torchrun --nproc-per-nod 2 -m densenet_fast.train", "--nproc-per-nod"),

@@ -21,11 +21,11 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("tensorboard")
 
 from PIL import Image
-from training_runs import TINY, TRAIN, content, train, write_folder, write_idx
+from training_runs import TIMED, TINY, TRAIN, content, train, write_folder, write_idx
 
 import densenet_fast
+from densenet_fast.train.architecture import Architecture
 from densenet_fast.train.command import main
-from densenet_fast.train.networks import Architecture
 from densenet_fast.train.records import COLUMNS
 from densenet_fast.train.transforms import Preprocessing
 
@@ -226,8 +226,10 @@ def test_table_and_events(trained: Path) -> None:
     history = content(trained)["history"]
     assert [row["epoch"] for row in rows] == ["0", "1"]
     for row, kept in zip(rows, history, strict=True):
-        assert {name: float(value) for name, value in row.items()} == pytest.approx(kept)
-        assert kept["images_per_second"] > 0 and kept["peak_memory_mib"] > 10
+        numbers = {name: float(value) for name, value in row.items()}
+        assert {name: numbers[name] for name in kept} == pytest.approx(kept)
+        assert numbers.keys() - kept.keys() == set(TIMED)
+        assert numbers["images_per_second"] > 0 and numbers["peak_memory_mib"] > 10
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -249,8 +251,13 @@ def test_resumed_run_leaves_no_old_rows(tmp_path: Path) -> None:
     more = ("--epochs", "3", "--print-freq", "1")
     assert train(data, output, *more, "--resume", "auto", "--steps", "9") == 0
     assert train(data, output, *more, "--resume", str(tmp_path / "early.pt")) == 0
-    rows = list(csv.reader((output / "log.csv").read_text().splitlines()))
-    assert [row[0] for row in rows[1:]] == ["0", "1", "2"]
+    rows = list(csv.DictReader((output / "log.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert all(row[name] for row in rows for name in TIMED)  # the first one's was in the table
+    elsewhere = tmp_path / "elsewhere"
+    assert train(data, elsewhere, *more, "--resume", str(tmp_path / "early.pt")) == 0
+    rows = list(csv.DictReader((elsewhere / "log.csv").read_text().splitlines()))
+    assert [bool(row["seconds"]) for row in rows] == [False, True, True]
     events = EventAccumulator(str(output / "tensorboard"), purge_orphaned_data=True)
     events.Reload()
     assert [event.step for event in events.Scalars("step/loss")] == list(range(1, 19))

@@ -60,17 +60,16 @@ def content(output: Path, name: str = "last.pt") -> dict[str, Any]:
     return torch.load(output / name, weights_only=True)
 
 
-# Of an epoch's row, what depends on the machine and not on the training.
+# What the table says of the machine, which no checkpoint has.
 TIMED = ("seconds", "images_per_second", "peak_memory_mib")
 
 
 def comparable(output: Path) -> dict[str, Any]:
     """What two runs that are the same training must have in common, bit for bit."""
     found = content(output)
-    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in found["history"]]
-    names = ("model", "ema", "optimizer", "scaler", "epoch", "at", "steps")
+    names = ("history", "model", "ema", "optimizer", "scaler", "epoch", "at", "steps")
     own = [{k: v for k, v in part.items() if k != "meters"} for part in found["by_process"]]
-    return {"rows": rows, "own": own, **{name: found[name] for name in names}}
+    return {"own": own, **{name: found[name] for name in names}}
 
 
 def assert_same(first: Any, second: Any, path: str = "") -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from densenet_fast.specs import NETWORK_MODES
-from densenet_fast.train.networks import BC, MODELS
+from densenet_fast.train.architecture import BC, MODELS, MOST_GROWTH, MOST_LAYERS
+from densenet_fast.train.entries import MOST, MOST_PIXELS
 from densenet_fast.train.sources import DIGITS, SOURCES
 
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
@@ -19,40 +20,59 @@ AMP_TYPES = ("bfloat16", "float16")
 ON_CORRUPT = ("error", "skip")
 AUTO = "auto"  # of --resume
 CHECKPOINT_MODES = tuple(NETWORK_MODES)
+# Float32 holds what comes of numbers in these bounds, a rate in Adam's first step for example.
+SMALLEST, LARGEST = 1e-30, 1e30
+BYTE = 2**-20  # in MiB
+MOST_PROCESSES = 1024  # and threads: the operating system ends others without a word
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """A type of argparse: whole numbers of at least `minimum`."""
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """A type of argparse: whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {minimum}, got {text!r}"
-            )
+            value = least - 1
+        if not least <= value <= most:
+            between = f"of at least {least}" if value < least else f"of at most {most}"
+            raise argparse.ArgumentTypeError(f"expected a whole number {between}, got {text!r}")
         return value
 
     return parse
 
 
-def real(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """A type of argparse: finite numbers from `low`, or above it, to `high`."""
+def real(low: float, high: float = LARGEST, *, above: bool = False) -> Callable[[str], float]:
+    """A type of argparse: numbers from `low`, or above it, to `high`.
+
+    Those that float32 could not hold are refused, tiny ones too.
+    """
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if math.isfinite(value) and low <= value <= high and not (above and value == low):
+        held = value == 0 or abs(value) >= SMALLEST
+        if held and low <= value <= high and not (above and value == low):
             return value
         least = f"above {low:g}" if above else f"of at least {low:g}"
-        most = "" if high == math.inf else f" and at most {high:g}"
-        raise argparse.ArgumentTypeError(f"expected a number {least}{most}, got {text!r}")
+        smallest = "" if held or math.isnan(value) else f" (not below {SMALLEST:g} unless 0)"
+        raise argparse.ArgumentTypeError(
+            f"expected a number {least} and at most {high:g}{smallest}, got {text!r}"
+        )
 
     return parse
+
+
+def path(text: str) -> Path:
+    """A type of argparse: paths, of which an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
+
+
+PIXELS = whole(1, MOST_PIXELS)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,9 +122,17 @@ def _model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument("--model", choices=MODELS, help=f"default: {BC} for {DIGITS}, densenet121")
     group.add_argument(
-        "--depth", type=whole(1), metavar="L", help=f"layers of {BC}, 6n + 4 (default: 40)"
+        "--depth",
+        type=whole(1, MOST_LAYERS),
+        metavar="L",
+        help=f"layers of {BC}, 6n + 4 (default: 40)",
     )
-    group.add_argument("--growth-rate", type=whole(1), metavar="K", help=f"of {BC} (default: 12)")
+    group.add_argument(
+        "--growth-rate",
+        type=whole(1, MOST_GROWTH),
+        metavar="K",
+        help=f"of {BC} (default: 12)",
+    )
     group.add_argument("--drop-rate", type=real(0, 1), default=0.0, metavar="P")
     group.add_argument(
         "--weights",
@@ -127,7 +155,7 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint-mode", choices=CHECKPOINT_MODES, default="bottleneck")
     group.add_argument(
         "--memory-budget",
-        type=real(0, above=True),
+        type=real(BYTE),
         metavar="MIB",
         help="what a step may take beyond parameters and images, for --checkpoint-mode auto",
     )
@@ -135,7 +163,9 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compile", action="store_true", help="through torch.compile")
     group.add_argument("--amp", action="store_true", help="automatic mixed precision")
     group.add_argument("--amp-dtype", choices=AMP_TYPES, help="default: bfloat16")
-    group.add_argument("--threads", type=whole(1), metavar="N", help="default: PyTorch's choice")
+    group.add_argument(
+        "--threads", type=whole(1, MOST_PROCESSES), metavar="N", help="default: PyTorch's choice"
+    )
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -147,14 +177,18 @@ def _data(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--data-path",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="a folder with train/ and val/, each with one folder of images per class; or where "
         "the files of a named data set are",
     )
     group.add_argument("--download", action="store_true", help="fetch a named data set")
     group.add_argument(
-        "-j", "--workers", type=whole(0), metavar="N", help="processes that load images"
+        "-j",
+        "--workers",
+        type=whole(0, MOST_PROCESSES),
+        metavar="N",
+        help="processes that load images",
     )
     _on_corrupt(group)
     group.add_argument(
@@ -175,8 +209,8 @@ def _on_corrupt(group: argparse._ActionsContainer) -> None:
 
 
 def _sizes(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--val-resize-size", type=whole(1), metavar="PIXELS")
-    parser.add_argument("--val-crop-size", type=whole(1), metavar="PIXELS")
+    parser.add_argument("--val-resize-size", type=PIXELS, metavar="PIXELS")
+    parser.add_argument("--val-crop-size", type=PIXELS, metavar="PIXELS")
 
 
 def _augmentation(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +219,7 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--random-erase", type=real(0, 1), default=0.0, metavar="P")
     group.add_argument("--mixup-alpha", type=real(0), default=0.0, metavar="ALPHA")
     group.add_argument("--cutmix-alpha", type=real(0), default=0.0, metavar="ALPHA")
-    group.add_argument("--train-crop-size", type=whole(1), metavar="PIXELS")
+    group.add_argument("--train-crop-size", type=PIXELS, metavar="PIXELS")
     _sizes(group)
 
 
@@ -218,7 +252,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     _device(group)
     group.add_argument("--seed", type=whole(0), default=0, metavar="N")
     group.add_argument("--use-deterministic-algorithms", action="store_true")
-    group.add_argument("--output-dir", type=Path, default=Path("output"), metavar="FOLDER")
+    group.add_argument("--output-dir", type=path, default=Path("output"), metavar="FOLDER")
     group.add_argument("--overwrite", action="store_true", help="also where a training is saved")
     group.add_argument(
         "--resume",
@@ -239,7 +273,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-progress", action="store_true", help="lines instead of a bar")
     group.add_argument(
         "--rendezvous-timeout",
-        type=real(0, above=True),
+        type=real(0, 1e9, above=True),
         default=600.0,
         metavar="SECONDS",
         help="how long processes wait for each other (default: %(default)g)",
@@ -252,7 +286,7 @@ def _device(parser: argparse._ActionsContainer) -> None:
 
 def _trained(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("trained network")
-    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="of densenet-fast train")
+    group.add_argument("--checkpoint", type=path, metavar="FILE", help="of densenet-fast train")
     group.add_argument("--no-ema", action="store_true", help="the weights, not their average")
     group.add_argument(
         "--weights", metavar="NAME|FILE", help="ImageNet's instead, such as IMAGENET1K_V1"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from torchvision.transforms import v2
 
 from densenet_fast.train.distributed import Processes
-from densenet_fast.train.errors import DataError
+from densenet_fast.train.errors import DataError, lack_of_memory
 from densenet_fast.train.signals import leave_signals_to_parent
 from densenet_fast.train.sources import Samples
 from densenet_fast.train.transforms import Transform
@@ -88,6 +88,8 @@ def _read(samples: Samples, index: int) -> tuple[Any, int]:
     try:
         return samples[index]
     except Exception as error:
+        if lack_of_memory(error):
+            raise
         rows = getattr(samples, "samples", None)
         name = rows[index][0] if rows else f"image {index}"
         raise DataError(f"{name} cannot be read: {error}") from error

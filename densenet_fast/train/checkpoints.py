@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast.train.errors import UsageError
-from densenet_fast.train.networks import Architecture
-from densenet_fast.train.rules import flag
+from densenet_fast.train import entries
+from densenet_fast.train.architecture import BC, Architecture
+from densenet_fast.train.errors import UsageError, flag, lack_of_memory
 from densenet_fast.train.storage import link_atomically, write_atomically
 
 FORMAT = "densenet_fast training checkpoint, version 1"
 LAST, BEST = "last.pt", "best.pt"
 Content = dict[str, Any]
-# What torch.load raises for files that are damaged or something else.
-UNREADABLE = (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError)
-
 # Flags that may differ when training goes on: none of them changes what a step computes. The data
 # are compared themselves, and so is the network.
 HARMLESS = frozenset(
@@ -52,8 +48,6 @@ DATA = (
     ("digest", "digest of the list of images"),
     ("preprocessing", "preprocessing"),
 )
-_NEEDED = ("architecture", "arguments", "classes", "model", "preprocessing")
-_TRAINING = ("at", "by_process", "data", "epoch", "history", "optimizer", "processes", "threads")
 
 
 def plain(arguments: Namespace) -> Content:
@@ -91,41 +85,76 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a file is a checkpoint of `densenet-fast train`, not weights of another origin."""
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
-    except UNREADABLE:
+    except Exception as error:  # whatever torch.load meets first in a file of another kind
+        if lack_of_memory(error):
+            raise
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def read(path: Path) -> Content:
-    """A checkpoint of `densenet-fast train`, its tensors on the CPU.
+    """A checkpoint of `densenet-fast train`, its tensors on the CPU, every entry as it must be.
 
     Raises:
-        UsageError: there is none, or the file is damaged or something else.
+        UsageError: there is none, or the file is damaged, altered or something else.
     """
+    if not path.exists():
+        raise UsageError(f"no checkpoint {path}")
+    if not path.is_file():  # a pipe or a device might never end
+        raise UsageError(f"{path} is no checkpoint: expected a regular file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UsageError(f"no checkpoint {path}") from error
-    except UNREADABLE as error:
+    except Exception as error:  # whatever torch.load meets first in a damaged file
+        if lack_of_memory(error):
+            raise
         first = (str(error).splitlines() or ["nothing in it"])[0]
         raise UsageError(
             f"{path} is no whole checkpoint: {first} ({type(error).__name__})"
         ) from error
-    missing = (
-        [name for name in _NEEDED if name not in content] if isinstance(content, dict) else ["all"]
-    )
-    if missing or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(
             f"{path} is no checkpoint of densenet-fast train: expected format {FORMAT!r}; weights "
             "alone are for --weights"
         )
+    if missing := entries.NEEDED.keys() - content.keys():
+        raise UsageError(f"{path} is no whole checkpoint: it has no {', '.join(sorted(missing))}")
+    try:
+        for name, check in {**entries.NEEDED, **entries.TRAINING}.items():
+            if name in content:
+                check(content[name], name)
+        _check_whole(content)
+    except UsageError as error:
+        raise UsageError(f"{path} is no whole checkpoint: {error}") from error
     return content
+
+
+def _check_whole(content: Content) -> None:
+    """Refuse entries that do not fit each other."""
+    architecture = Architecture(**content["architecture"])
+    for name in ("depth", "growth_rate"):
+        if (getattr(architecture, name) is None) == (architecture.model == BC):
+            raise UsageError(f"architecture: {name} is of {BC} alone, got {architecture}")
+    classes, channels = architecture.num_classes, architecture.in_channels
+    if len(content["classes"]) != classes:
+        raise UsageError(
+            f"classes: expected {classes} names, as the network has {classes} classes, got "
+            f"{len(content['classes'])}"
+        )
+    for name in ("mean", "std"):
+        found = content["preprocessing"][name]
+        if len(found) != channels:
+            raise UsageError(
+                f"preprocessing[{name!r}]: expected {channels} values, one per channel, got {found}"
+            )
+    expected = architecture.skeleton().state_dict()
+    for name in ("model", "ema"):
+        if content[name] is not None:
+            entries.check_tensors(name, content[name], expected)
 
 
 def weights_of(content: Content, *, ema: bool = True) -> dict[str, Tensor]:
     """A checkpoint's weights, averaged ones where it has them."""
-    averaged = content.get("ema")
-    return averaged if ema and averaged is not None else content["model"]
+    return content["ema"] if ema and content["ema"] is not None else content["model"]
 
 
 def check_network(
@@ -154,9 +183,8 @@ def check_settings(
     Raises:
         UsageError: other data or other flags; all differences are named.
     """
-    missing = [name for name in _TRAINING if name not in content]
-    if missing:
-        raise UsageError(f"{path} has no {', '.join(missing)}: it cannot be gone on from")
+    if missing := entries.TRAINING.keys() - content.keys():
+        raise UsageError(f"{path} has no {', '.join(sorted(missing))}: it cannot be gone on from")
     before, now = content["arguments"], plain(arguments)
     different = [
         f"{flag(name)} was {before.get(name)} and is {now.get(name)}"
@@ -166,8 +194,12 @@ def check_settings(
     for name, text in DATA:
         if content["data"][name] != data[name]:
             different.append(f"{text}: {content['data'][name]} before, {data[name]} now")
-    if content["processes"] != processes:
-        different.append(f"processes: {content['processes']} before, {processes} now")
+    for name, count in (
+        ("processes", content["processes"]),
+        ("by_process", len(content["by_process"])),
+    ):
+        if count != processes:
+            different.append(f"{name}: {count} before, {processes} now")
     if different:
         raise UsageError(
             f"{path} cannot go on with other settings: {'; '.join(different)}. Other results "

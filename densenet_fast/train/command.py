@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from densenet_fast.train import errors, requirements, storage
 from densenet_fast.train.arguments import make_parser
 
-# Command → the module that runs it, and what that imports.
+# Command → the module that runs it, what that imports, and what lets it take less memory.
 COMMANDS = {
-    "train": ("training", requirements.TRAIN),
-    "evaluate": ("evaluate", requirements.EVALUATE),
-    "predict": ("predict", requirements.PREDICT),
+    "train": (
+        "training",
+        requirements.TRAIN,
+        "a smaller --batch-size, --amp, or --checkpoint-mode auto with --memory-budget",
+    ),
+    "evaluate": ("evaluate", requirements.EVALUATE, "a smaller --batch-size or fewer --workers"),
+    "predict": ("predict", requirements.PREDICT, "a smaller --batch-size"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status (see `densenet-fast --help`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be in no encoding
+            stream.reconfigure(errors="backslashreplace")
     arguments = make_parser().parse_args(argv)
-    module, needed = COMMANDS[arguments.command]
+    module, needed, less = COMMANDS[arguments.command]
     try:
         requirements.require(needed, f"densenet-fast {arguments.command}")
         return importlib.import_module(f"densenet_fast.train.{module}").run(arguments)
@@ -34,16 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error}", errors.FAILED)
     except errors.StoppedError as error:
         return _fail(str(error), error.status)
-    except torch.OutOfMemoryError as error:
-        how = "a smaller --batch-size, --amp, or --checkpoint-mode auto with --memory-budget"
-        return _fail(f"error: {str(error).splitlines()[0]} Try {how}", errors.FAILED)
     except BrokenPipeError:  # whoever reads our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:  # of logs; checkpoints have their own words
-        if error.errno not in storage.FULL:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if lack := errors.lack_of_memory(error):
+            return _fail(f"error: {lack.rstrip('.')}. Try {less}", errors.FAILED)
+        if not isinstance(error, OSError):
             raise
-        return _fail(f"error: the disk is full: {error}", errors.WRONG_INPUT)
+        full = "the disk is full: " if error.errno in storage.FULL else ""
+        return _fail(f"error: {full}{error}", errors.WRONG_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted; what was saved before is whole", 128 + signal.SIGINT)
 

@@ -100,16 +100,17 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Processes:
     count, rank = _number(environment, "WORLD_SIZE"), _number(environment, "RANK")
     if not 0 <= rank < count:
         raise UsageError(f"expected a RANK below WORLD_SIZE {count}, got {rank}")
+    local_rank = _number(environment, "LOCAL_RANK", rank)
+    local_count = _number(environment, "LOCAL_WORLD_SIZE", count)
+    if not 0 <= local_rank < local_count:
+        raise UsageError(
+            f"expected a LOCAL_RANK below LOCAL_WORLD_SIZE {local_count}, got {local_rank}"
+        )
     if count > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not environment.get(name):
                 raise UsageError(f"{count} processes need {name} in the environment: use torchrun")
-    return Processes(
-        rank,
-        count,
-        _number(environment, "LOCAL_RANK", rank),
-        _number(environment, "LOCAL_WORLD_SIZE", count),
-    )
+    return Processes(rank, count, local_rank, local_count)
 
 
 def _agree(store: Store, processes: Processes, timeout: float) -> str:

@@ -1,37 +1,47 @@
-"""Folders of images: their classes, and which files cannot be decoded."""
+"""Folders of images by class, and which files cannot be decoded."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from densenet_fast.train.distributed import Processes
-from densenet_fast.train.errors import DataError, UsageError
+from densenet_fast.train.errors import DataError
+from densenet_fast.train.images import decoding_error, find_images, is_hidden, read_image
 from densenet_fast.train.signals import leave_signals_to_parent
 from densenet_fast.train.sources import IMAGENET_MEAN, IMAGENET_STD, Source
 
 PARTS = ("train", "val")
 
 
-def decoding_error(path: str | Path) -> str | None:
-    """Why an image cannot be decoded to its end, or None.
+class FileSamples:
+    """Images in files, by path and label."""
 
-    JPEGs are decoded at an eighth of their size, which reads the whole file in less time.
-    """
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (1, 1))
-            image.load()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """One image and its label."""
+        path, label = self.samples[index]
+        return read_image(path, "RGB"), label
+
+
+class _Part(NamedTuple):
+    """train/ or val/ as it is found: classes, the images' paths and labels."""
+
+    classes: list[str]
+    samples: list[tuple[str, int]]
+    left_out: int
 
 
 class _Decoded:
@@ -98,9 +108,9 @@ def open_folder(
         DataError: no classes, other ones in val/ than in train/, or a corrupt file.
     """
     names = PARTS if train else PARTS[1:]
-    parts: dict[str, Any] = {name: _open(folder / name) for name in names}
-    val = parts["val"]
-    if train and parts["train"].classes != val.classes:
+    parts = {name: _find(folder / name) for name in names}
+    classes = parts["val"].classes
+    if train and parts["train"].classes != classes:
         only = [
             f"{', '.join(sorted(set(parts[a].classes) - set(parts[b].classes)))} in {a}/ alone"
             for a, b in (PARTS, PARTS[::-1])
@@ -109,8 +119,8 @@ def open_folder(
         raise DataError(
             f"{folder}: expected the same classes in train/ and val/: {'; '.join(only)}"
         )
-    if len(val.classes) < 2:
-        raise DataError(f"{folder}: expected two classes at least, found {val.classes[0]} alone")
+    if len(classes) < 2:
+        raise DataError(f"{folder}: expected two classes at least, found {classes[0]} alone")
     paths = [path for name in names for path, _ in parts[name].samples if on_corrupt is not None]
     corrupt = find_corrupt(paths, workers, processes, visible=visible)
     if corrupt and on_corrupt == "error":
@@ -120,50 +130,43 @@ def open_folder(
             f"corrupt image {path} ({reason}){more}: repair or remove it, or leave such files "
             "out with --on-corrupt skip"
         )
+    whole: dict[str, FileSamples] = {}
     for name in names:
-        part = parts[name]
-        part.samples = part.imgs = [row for row in part.samples if row[0] not in corrupt]
-        part.targets = [label for _, label in part.samples]
-        bare = sorted(set(range(len(val.classes))) - set(part.targets))
-        if bare and (not part.samples or name == "train"):
-            raise DataError(f"{folder / name}: no image of {val.classes[bare[0]]} can be decoded")
+        samples = [row for row in parts[name].samples if row[0] not in corrupt]
+        bare = sorted(set(range(len(classes))) - {label for _, label in samples})
+        if bare and (not samples or name == "train"):
+            raise DataError(f"{folder / name}: no image of {classes[bare[0]]} can be decoded")
+        whole[name] = FileSamples(samples)
     return Source(
         name=str(folder),
-        train=parts[names[0]],
-        val=val,
-        classes=tuple(val.classes),
+        train=whole[names[0]],
+        val=whole["val"],
+        classes=tuple(classes),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         size=None,
         flip=True,
         skipped=len(corrupt),
+        left_out=sum(part.left_out for part in parts.values()),
     )
 
 
-def _open(folder: Path) -> Any:
+def _find(folder: Path) -> _Part:
+    """The images of a folder with one folder per class."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected train/ and val/ with one per class")
     try:
-        return ImageFolder(folder)
-    except (FileNotFoundError, OSError) as error:
+        with os.scandir(folder) as entries:
+            names = {entry.name: entry.is_dir() for entry in entries}
+        classes = sorted(name for name in names if names[name] and not is_hidden(name))
+        found = [find_images(folder / name) for name in classes]
+    except OSError as error:
         raise DataError(f"{folder}: {error}") from error
-
-
-def image_files(path: Path) -> list[Path]:
-    """The images below a folder, in order, or the file itself.
-
-    Raises:
-        UsageError: nothing there.
-    """
-    if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()
-        )
-        if not files:
-            raise UsageError(f"{path}: no images in this folder ({', '.join(IMG_EXTENSIONS)})")
-        return files
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file or folder")
-    return [path]
+    if not classes:
+        raise DataError(f"{folder}: cannot find any class; expected one folder of images for each")
+    empty = [name for name, images in zip(classes, found, strict=True) if not images.files]
+    if empty:
+        raise DataError(f"{folder}: no images of {', '.join(empty)} ({', '.join(IMG_EXTENSIONS)})")
+    samples = [(path, label) for label, images in enumerate(found) for path in images.files]
+    hidden = sum(map(is_hidden, names))
+    return _Part(classes, samples, hidden + sum(images.left_out for images in found))

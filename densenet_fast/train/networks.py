@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +13,15 @@ import densenet_fast
 from densenet_fast import checks, geometry
 from densenet_fast.memory import DoesNotFitError, estimate
 from densenet_fast.model import EfficientDenseNet
-from densenet_fast.train.errors import UsageError
+from densenet_fast.train.architecture import BC, Architecture
+from densenet_fast.train.checkpoints import is_checkpoint, read
+from densenet_fast.train.errors import UsageError, lack_of_memory
 
-BC = "densenet-bc"  # for small images
-IMAGENET_MODELS = ("densenet121", "densenet161", "densenet169", "densenet201", "densenet264")
-MODELS = (*IMAGENET_MODELS, BC)
-IMAGENET_CLASSES = 1000
 SHOWN = 12  # lines of an error, which may name every tensor
 NEW = "classifier.*"  # what stays as it is where weights from a file do not fit
 # What making a network with weights raises for weights that are not there, or another network's.
 ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError)
 HEAD = ("features", "all-but-classifier")  # of --freeze: all but the classifier
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a network is built from; plain data, as checkpoints hold it."""
-
-    model: str
-    num_classes: int
-    in_channels: int
-    drop_rate: float = 0.0
-    depth: int | None = None  # of a DenseNet-BC
-    growth_rate: int | None = None
-
-    def build(self) -> EfficientDenseNet:
-        """The network, with parameters drawn from PyTorch's generator.
-
-        Raises:
-            UsageError: there is no DenseNet-BC of this depth.
-        """
-        common: dict[str, Any] = {
-            "num_classes": self.num_classes,
-            "in_channels": self.in_channels,
-            "drop_rate": self.drop_rate,
-        }
-        if self.model != BC:
-            builder: Callable[..., EfficientDenseNet] = getattr(densenet_fast, self.model)
-            return builder(**common)
-        assert self.depth is not None and self.growth_rate is not None
-        layers, rest = divmod(self.depth - 4, 6)
-        if rest or layers < 1:
-            raise UsageError(
-                f"--depth must be 6n + 4 (three blocks of n layers): 10, 16, 22, ..., 40, 100; "
-                f"got {self.depth}"
-            )
-        return EfficientDenseNet(
-            self.growth_rate, (layers,) * 3, 2 * self.growth_rate, small_inputs=True, **common
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        size = "" if self.depth is None else f" (depth {self.depth}, k = {self.growth_rate})"
-        return f"{self.model}{size}, {self.num_classes} classes, {self.in_channels} channels"
 
 
 def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> EfficientDenseNet:
@@ -91,6 +43,8 @@ def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> Effi
     try:
         model = builder(weights=weights, drop_rate=architecture.drop_rate)
     except ERRORS as error:
+        if lack_of_memory(error):
+            raise
         raise UsageError(f"--weights {weights} for {architecture.model}: {error}") from error
     stem = next(module for module in model.features if isinstance(module, nn.Conv2d))
     if stem.in_channels != architecture.in_channels:
@@ -109,8 +63,6 @@ def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> Effi
 
 
 def _from_file(architecture: Architecture, path: Path, *, exact: bool) -> EfficientDenseNet:
-    from densenet_fast.train.checkpoints import is_checkpoint, read
-
     choice: dict[str, Any] = {} if exact else {"ignore": NEW}
     if is_checkpoint(path):  # ours: averaged weights where it has them
         choice["entry"] = "model" if read(path)["ema"] is None else "ema"
@@ -118,6 +70,8 @@ def _from_file(architecture: Architecture, path: Path, *, exact: bool) -> Effici
     try:
         densenet_fast.load_weights(model, path, **choice)
     except ERRORS as error:
+        if lack_of_memory(error):
+            raise
         lines = str(error).splitlines()
         rest = [f"  ... and {len(lines) - SHOWN} lines more"] if len(lines) > SHOWN else []
         text = "\n".join([*lines[:SHOWN], *rest])

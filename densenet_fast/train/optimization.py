@@ -95,8 +95,14 @@ def amp_type(arguments: Namespace) -> torch.dtype | None:
     return torch.float16 if arguments.amp_dtype == "float16" else torch.bfloat16
 
 
-def slots(arguments: Namespace) -> int:
-    """Tensors of a parameter's size that the optimizer keeps for it."""
+def kept(arguments: Namespace) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter's size for it, by PyTorch's names."""
     if arguments.opt == "adamw":
-        return 2
-    return (arguments.opt == "rmsprop") + (arguments.momentum > 0)
+        return "exp_avg", "exp_avg_sq"
+    momentum = ("momentum_buffer",) if arguments.momentum > 0 else ()
+    return ("square_avg", *momentum) if arguments.opt == "rmsprop" else momentum
+
+
+def counts_steps(arguments: Namespace) -> bool:
+    """Whether the optimizer counts the steps of each parameter."""
+    return arguments.opt in ("adamw", "rmsprop")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from densenet_fast.train import trained
 from densenet_fast.train.errors import DataError, UsageError
-from densenet_fast.train.folders import decoding_error, image_files
+from densenet_fast.train.images import decoding_error, image_files, left_out, read_image
 from densenet_fast.train.networks import check_images
 from densenet_fast.train.rules import device, one_of_checkpoint_and_weights
 
@@ -28,7 +29,7 @@ class Item(NamedTuple):
     name: str
     content: bytes | None = None
 
-    def open(self) -> Any:
+    def open(self) -> str | BinaryIO:
         """The image, for PIL."""
         return self.name if self.content is None else io.BytesIO(self.content)
 
@@ -43,7 +44,7 @@ def run(arguments: Namespace) -> int:
     where = device(arguments.device)
     network = trained.load(arguments, where)
     check_images(network.model, 1, network.channels, network.plain.crop)
-    items = _decodable(list(_items(arguments.images)), arguments.on_corrupt)
+    items = _decodable(_items(arguments.images), arguments.on_corrupt)
     transform = network.plain.transform()
     kind = "L" if network.channels == 1 else "RGB"
     for start in range(0, len(items), arguments.batch_size):
@@ -67,17 +68,25 @@ def _line(name: str, rows: Sequence[tuple[str, int, float]], *, as_json: bool) -
     return f"{name}: " + ", ".join(f"{c} {100 * p:.2f} %" for c, _, p in rows)
 
 
-def _items(names: Sequence[str]) -> Iterator[Item]:
+def _items(names: Sequence[str]) -> list[Item]:
     if list(names).count(PIPE) > 1:
         raise UsageError(f"{PIPE} is standard input, which can be read once; it is given twice")
+    items: list[Item] = []
+    count = 0
     for name in names:
-        if name == PIPE:
-            yield from from_pipe(sys.stdin.buffer.read())
-        else:
-            yield from (Item(str(path)) for path in image_files(Path(name)))
+        given = from_pipe(sys.stdin.buffer.read()) if name == PIPE else [name]
+        if isinstance(given, Item):
+            items.append(given)
+            continue
+        for found in (image_files(Path(path)) for path in given):
+            items += map(Item, found.files)
+            count += found.left_out
+    if count:
+        print(left_out(count), file=sys.stderr)
+    return items
 
 
-def from_pipe(content: bytes) -> list[Item]:
+def from_pipe(content: bytes) -> Item | list[str]:
     """What came on standard input: an image where PIL knows its format, else paths line by line.
 
     Raises:
@@ -87,18 +96,16 @@ def from_pipe(content: bytes) -> list[Item]:
         raise UsageError(f"{PIPE}: nothing on standard input; expected an image or paths")
     try:
         with Image.open(io.BytesIO(content)):
-            return [Item(PIPE, content)]
+            return Item(PIPE, content)
     except UnidentifiedImageError:
         pass
     except Exception:
-        return [Item(PIPE, content)]
-    try:
-        lines = [line.strip() for line in content.decode().splitlines()]
-    except UnicodeDecodeError as error:
+        return Item(PIPE, content)
+    if b"\0" in content:  # no path has it
         raise UsageError(
             f"{PIPE}: standard input is neither an image of a known format nor a list of paths"
-        ) from error
-    return [Item(str(path)) for line in lines if line for path in image_files(Path(line))]
+        )
+    return [os.fsdecode(line) for line in map(bytes.strip, content.splitlines()) if line]
 
 
 def _decodable(items: Sequence[Item], on_corrupt: str) -> list[Item]:
@@ -118,5 +125,7 @@ def _decodable(items: Sequence[Item], on_corrupt: str) -> list[Item]:
 
 
 def _read(item: Item, kind: str) -> Image.Image:
-    with Image.open(item.open()) as image:
-        return image.convert(kind)
+    try:
+        return read_image(item.open(), kind)
+    except DataError as error:  # the file is not what it was when it was decoded first
+        raise DataError(f"{item.name} cannot be read: {error}") from error

@@ -14,24 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from densenet_fast.train.entries import EMA_ROW, MACHINE_ROW, ROW
 from densenet_fast.train.storage import write_atomically
 
 CSV, EVENTS = "log.csv", "tensorboard"
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_top1",
-    "val_loss",
-    "val_top1",
-    "val_top5",
-    "ema_val_loss",
-    "ema_val_top1",
-    "ema_val_top5",
-    "images_per_second",
-    "peak_memory_mib",
-    "seconds",
-)
+COLUMNS = (*ROW, *EMA_ROW, *MACHINE_ROW)
 Row = dict[str, Any]
 
 
@@ -43,13 +30,35 @@ def peak_memory(device: torch.device) -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def write_table(folder: Path, rows: Sequence[Row]) -> None:
-    """The table of all epochs, accuracies in percent."""
+def write_table(folder: Path, rows: Sequence[Row], machine: Row | None = None) -> None:
+    """The table of all epochs, accuracies in percent.
+
+    What depends on the machine is in the table alone, not in checkpoints: `machine` has it for the
+    last row, and earlier ones keep what the folder's table says of them, or nothing.
+    """
+    before = _lines(folder / CSV)
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
-    table.writerows(rows)
+    for at, row in enumerate(rows, 1):
+        line = before.get(str(row["epoch"]), {})
+        if machine is not None and at == len(rows):
+            line = machine
+        elif not {name: str(value) for name, value in row.items()}.items() <= line.items():
+            line = {}  # another run's
+        table.writerow({**{name: line.get(name) for name in MACHINE_ROW}, **row})
     write_atomically(folder / CSV, text.getvalue().encode())
+
+
+def _lines(path: Path) -> dict[str, dict[str, Any]]:
+    """A table's lines by epoch; none where it is not there, or no table."""
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(newline="", errors="replace") as file:
+            return {line.get("epoch", ""): line for line in csv.DictReader(file)}
+    except csv.Error:
+        return {}
 
 
 def summary(row: Row) -> str:

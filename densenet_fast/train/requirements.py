@@ -19,7 +19,7 @@ DISTRIBUTIONS = {
 }
 EVALUATE = ("numpy", "PIL", "torchmetrics", "torchvision", "tqdm")
 TRAIN = (*EVALUATE, "tensorboard")
-PREDICT = ("PIL", "torchvision")
+PREDICT = ("numpy", "PIL", "torchvision")
 
 
 def require(modules: Iterable[str], purpose: str) -> None:

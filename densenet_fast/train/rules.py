@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from densenet_fast.train.errors import UsageError
-from densenet_fast.train.networks import BC
+from densenet_fast.train.architecture import BC
+from densenet_fast.train.arguments import LARGEST
+from densenet_fast.train.errors import UsageError, flag
+from densenet_fast.train.optimization import lr_factor
 
 
 class Dependent(NamedTuple):
@@ -49,11 +52,6 @@ DEPENDENT = (
 )
 
 
-def flag(name: str) -> str:
-    """The flag of an attribute."""
-    return "--" + name.replace("_", "-")
-
-
 def complete(arguments: Namespace) -> None:
     """Fill in the defaults that depend on other flags of `train`.
 
@@ -80,8 +78,21 @@ def complete(arguments: Namespace) -> None:
             f"--lr-warmup-epochs {arguments.lr_warmup_epochs} must be below --epochs "
             f"{arguments.epochs}"
         )
+    if not _last_rate(arguments) <= LARGEST:
+        raise UsageError(
+            f"--lr-gamma {arguments.lr_gamma} makes --lr {arguments.lr} larger than {LARGEST:g} "
+            f"within --epochs {arguments.epochs}"
+        )
     if arguments.resume is not None and arguments.overwrite:
         raise UsageError("--resume goes on with what --overwrite would begin anew: give one")
+
+
+def _last_rate(arguments: Namespace) -> float:
+    """The last epoch's rate: the largest one where rates grow."""
+    try:
+        return arguments.lr * lr_factor(arguments)(arguments.epochs - 1)
+    except OverflowError:
+        return math.inf
 
 
 def one_of_checkpoint_and_weights(arguments: Namespace) -> None:
@@ -111,7 +122,7 @@ def device(text: str | None, local_rank: int = 0) -> torch.device:
         text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(text)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # of names that are no UTF-8
         raise UsageError(f"unknown --device {text!r}: expected cpu, cuda or cuda:N") from error
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {text!r} is not supported: expected cpu, cuda or cuda:N")

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from densenet_fast.model import EfficientDenseNet
 from densenet_fast.train import networks
+from densenet_fast.train.architecture import BC, Architecture
 from densenet_fast.train.batches import Plain, loader, mixed_seed
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.errors import DataError, UsageError
 from densenet_fast.train.folders import open_folder
+from densenet_fast.train.images import left_out
 from densenet_fast.train.loop import Placement
-from densenet_fast.train.networks import BC, Architecture
 from densenet_fast.train.optimization import amp_type
 from densenet_fast.train.sources import DIGITS, Samples, Source, open_source
 from densenet_fast.train.transforms import Preprocessing, preprocessing
@@ -77,8 +81,13 @@ def open_data(arguments: Namespace, processes: Processes, *, train: bool) -> Set
             visible=processes.main and not getattr(arguments, "no_progress", False),
             train=train,
         )
-    if found.skipped and processes.main:
-        print(f"{found.name}: {found.skipped} corrupt images left out")
+    if processes.main:
+        # --json has standard output for itself.
+        where = sys.stderr if getattr(arguments, "json", False) else sys.stdout
+        if found.left_out:
+            print(f"{found.name}: {left_out(found.left_out)}", file=where)
+        if found.skipped:
+            print(f"{found.name}: {found.skipped} corrupt images left out", file=where)
     plain = preprocessing(
         found.size,
         found.mean,
@@ -109,7 +118,8 @@ def described(setting: Setting) -> dict[str, Any]:
     parts: tuple[Samples, ...] = (source.train, source.val)
     for part in parts:
         for path, label in getattr(part, "samples", ()):
-            digest.update(f"{'/'.join(Path(path).parts[-2:])}\0{label}\n".encode())
+            row = f"{'/'.join(Path(path).parts[-2:])}\0{label}\n"
+            digest.update(row.encode(errors="surrogateescape"))
     return {
         "train": len(source.train),
         "val": len(source.val),
@@ -171,8 +181,14 @@ def place(arguments: Namespace, device: torch.device) -> Placement:
 
 
 def seed_noise(seed: int, rank: int) -> None:
-    """Other dropout on every process, the same in every run."""
-    torch.manual_seed(mixed_seed(seed, "noise", rank) % 2**32)
+    """Other dropout on every process, the same in every run; Python's and NumPy's generators too.
+
+    Nothing here draws from these two, but checkpoints have Python's, and other libraries may.
+    """
+    mixed = mixed_seed(seed, "noise", rank) % 2**32
+    torch.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002  (the generator that everybody shares)
 
 
 def note_threads(before: int) -> None:
@@ -207,11 +223,17 @@ def check_batches(
 
 
 def check_output(folder: Path, *, resuming: bool, overwrite: bool, names: tuple[str, ...]) -> None:
-    """Refuse to write over another training.
+    """Refuse to write over another training, and where TensorBoard cannot write.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is one, or the folder's name is no UTF-8.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--output-dir {str(folder)!r}: TensorBoard needs a name in UTF-8"
+        ) from error
     if resuming or overwrite:
         return
     for name in names:

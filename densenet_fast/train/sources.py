@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from densenet_fast.train.errors import DataError, UsageError
+from densenet_fast.train.errors import DataError, UsageError, lack_of_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,16 +46,12 @@ class Source:
     size: int | None
     flip: bool
     skipped: int = 0  # images left out because they are corrupt
+    left_out: int = 0  # entries of folders that are hidden or no regular files
 
     @property
     def channels(self) -> int:
         """Of the images."""
         return len(self.mean)
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether images are at hand without decoding files."""
-        return self.size is not None
 
 
 class ArraySamples:
@@ -159,6 +155,8 @@ def _torchvision(
         try:
             train, val = (make(root, train=part, download=download) for part in (True, False))
         except (OSError, RuntimeError) as error:
+            if lack_of_memory(error):
+                raise
             how = "" if download else "; --download fetches it"
             raise DataError(f"--data {name} in {root}: {error}{how}") from error
         return Source(name, train, val, tuple(train.classes), mean, std, size, flip)

@@ -11,13 +11,16 @@ import torch
 from densenet_fast.model import EfficientDenseNet
 from densenet_fast.train.checkpoints import Content
 from densenet_fast.train.distributed import Processes
+from densenet_fast.train.entries import check_tensors
+from densenet_fast.train.errors import UsageError
 from densenet_fast.train.loop import Meters
 from densenet_fast.train.optimization import (
+    counts_steps,
+    kept,
     lr_factor,
     make_average,
     make_optimizer,
     make_scaler,
-    slots,
 )
 
 _PADDING = 2**20  # bytes of a checkpoint beyond its tensors
@@ -26,8 +29,8 @@ _PADDING = 2**20  # bytes of a checkpoint beyond its tensors
 class State:
     """The state of a run.
 
-    `at` counts the steps done of the epoch `epoch`, `steps` those of all epochs; `seconds` is what
-    the epoch has taken so far, `history` has a row for every finished one.
+    `at` counts the steps done of the epoch `epoch`, `steps` those of all epochs; `history` has a
+    row for every finished one. None of it depends on the clock: runs of one seed have the same.
     """
 
     def __init__(
@@ -45,10 +48,9 @@ class State:
         self.scaler = make_scaler(arguments, device)
         self.meters = self._new_meters()
         self.epoch = self.at = self.steps = 0
-        self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self._set_rates()
-        self._slots = slots(arguments)
+        self._kept, self._counts = kept(arguments), counts_steps(arguments)
 
     def _new_meters(self) -> Meters:
         return Meters(self.classes, (1,), self.device)
@@ -56,7 +58,7 @@ class State:
     def next_epoch(self, row: dict[str, Any]) -> None:
         """Go on to the next epoch; `row` is what there is to say of the one that is over."""
         self.history.append(row)
-        self.epoch, self.at, self.seconds = self.epoch + 1, 0, 0.0
+        self.epoch, self.at = self.epoch + 1, 0
         self._set_rates()
         self.meters = self._new_meters()
 
@@ -64,8 +66,8 @@ class State:
         """About as much as a checkpoint takes."""
         weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        kept = weights * (2 if self.average is not None else 1)
-        return kept + trained * self._slots + _PADDING
+        held = weights * (2 if self.average is not None else 1)
+        return held + trained * len(self._kept) + _PADDING
 
     def own(self) -> Content:
         """What every process has of its own: counts of this epoch, random generators."""
@@ -84,7 +86,6 @@ class State:
             "epoch": self.epoch,
             "at": self.at,
             "steps": self.steps,
-            "seconds": self.seconds,
             "history": self.history,
             "model": self.model.state_dict(),
             "ema": None if average is None else average.module.state_dict(),
@@ -93,17 +94,77 @@ class State:
             "scaler": self.scaler.state_dict(),
         }
 
+    def check(self, content: Content, own: Content, epoch_steps: int) -> None:
+        """Refuse a checkpoint, right in itself, that this run could not have written.
+
+        Args:
+            content: the checkpoint, after `checkpoints.check_settings`.
+            own: what this process had of its own.
+            epoch_steps: steps of a whole epoch.
+
+        Raises:
+            UsageError: counts, or the state of the optimizer, the scaler or the meters, do not fit.
+        """
+        epoch, at, steps = content["epoch"], content["at"], content["steps"]
+        if at > epoch_steps or steps != epoch * epoch_steps + at:
+            raise UsageError(
+                f"epoch {epoch}, at {at} and steps {steps} do not go together where an epoch has "
+                f"{epoch_steps} steps"
+            )
+        if [row["epoch"] for row in content["history"]] != list(range(epoch)):
+            raise UsageError(f"history: expected a row for each of {epoch} epochs")
+        averaged = self.average is not None
+        if any((content[name] is not None) != averaged for name in ("ema", "ema_updates")):
+            raise UsageError(f"ema and ema_updates: expected {'both' if averaged else 'neither'}")
+        if any(averaged != ("ema_val_top1" in row) for row in content["history"]):
+            raise UsageError("history: ema_val_top1 is of runs with --model-ema alone")
+        if content["scaler"].keys() != self.scaler.state_dict().keys():
+            raise UsageError(f"scaler: expected {self.scaler.state_dict()}")
+        if (own["cuda_rng"] is not None) != (self.device.type == "cuda"):
+            raise UsageError(f"by_process: cuda_rng does not fit a run on {self.device.type}")
+        self._check_optimizer(content["optimizer"], steps)
+        if at:
+            expected = self.meters.state()
+            if own["meters"].keys() != expected.keys():
+                raise UsageError(f"meters: expected {', '.join(expected)}")
+            for name, values in expected.items():
+                check_tensors(f"meters[{name!r}]", own["meters"][name], values)
+
+    def _check_optimizer(self, found: Content, steps: int) -> None:
+        (group,) = self.optimizer.param_groups
+        parameters = dict(enumerate(group["params"]))
+        if [part.get("params") for part in found["param_groups"]] != [list(parameters)]:
+            raise UsageError(f"optimizer: expected one group of {len(parameters)} parameters")
+        if not found["state"]:  # no step has been done, or none that counts
+            return
+        if not found["state"].keys() <= parameters.keys():
+            raise UsageError(f"optimizer: there are states of other than {len(parameters)} tensors")
+        for number, parameter in parameters.items():
+            expected = dict.fromkeys(self._kept, parameter)
+            if self._counts:
+                expected["step"] = torch.tensor(0.0)
+            values = found["state"].get(number, {})
+            values = {name: value for name, value in values.items() if value is not None}
+            check_tensors(f"optimizer[{number}]", values, expected)
+            if self._counts and not 1 <= values["step"] <= steps:
+                raise UsageError(
+                    f"optimizer[{number}]: expected a step from 1 to {steps}, got "
+                    f"{values['step'].item()}"
+                )
+
     def restore(self, content: Content, own: Content) -> None:
-        """Go on from a checkpoint; `own` is what this process had of its own."""
+        """Go on from a checkpoint that `check` has seen; `own` is what this process had itself."""
         self.model.load_state_dict(content["model"])
         if self.average is not None:
             self.average.module.load_state_dict(content["ema"])
             self.average.n_averaged.fill_(content["ema_updates"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # of the same flags
+        state = content["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.epoch, self.at, self.steps = content["epoch"], content["at"], content["steps"]
-        self.seconds, self.history = content["seconds"], content["history"]
+        self.history = content["history"]
         self._set_rates()
         if self.at:
             self.meters.restore(own["meters"], self.device)

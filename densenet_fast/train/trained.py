@@ -9,8 +9,9 @@ import torch
 
 from densenet_fast.model import EfficientDenseNet
 from densenet_fast.train import checkpoints
+from densenet_fast.train.architecture import IMAGENET_CLASSES, Architecture
 from densenet_fast.train.errors import UsageError
-from densenet_fast.train.networks import IMAGENET_CLASSES, Architecture, pretrained
+from densenet_fast.train.networks import pretrained
 from densenet_fast.train.sources import IMAGENET_MEAN, IMAGENET_STD
 from densenet_fast.train.transforms import Preprocessing, preprocessing
 
@@ -53,13 +54,10 @@ def _imagenet(arguments: Namespace) -> Trained:
 
 def _from_checkpoint(arguments: Namespace) -> Trained:
     content = checkpoints.read(arguments.checkpoint)
-    model = Architecture(**content["architecture"]).build()
-    try:
-        model.load_state_dict(checkpoints.weights_of(content, ema=not arguments.no_ema))
-    except RuntimeError as error:
-        raise UsageError(f"{arguments.checkpoint}: {error}") from error
-    if arguments.no_ema and content.get("ema") is None:
+    if arguments.no_ema and content["ema"] is None:
         raise UsageError(f"--no-ema: {arguments.checkpoint} was trained without --model-ema")
+    model = Architecture(**content["architecture"]).build()
+    model.load_state_dict(checkpoints.weights_of(content, ema=not arguments.no_ema))
     plain = Preprocessing(**content["preprocessing"])
     return Trained(model, tuple(content["classes"]), plain, of_data=True)
 

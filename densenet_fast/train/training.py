@@ -15,7 +15,7 @@ from densenet_fast.train import checkpoints, records, setup
 from densenet_fast.train.arguments import AUTO
 from densenet_fast.train.batches import Augmented, Draws, Mixing, loader, read_batches
 from densenet_fast.train.distributed import Processes, from_environment, together
-from densenet_fast.train.errors import StoppedError
+from densenet_fast.train.errors import StoppedError, UsageError
 from densenet_fast.train.loop import Step, check_finite, hard_labels, validate
 from densenet_fast.train.rules import complete, device
 from densenet_fast.train.signals import StopRequest, stop_requests
@@ -66,8 +66,11 @@ class _Training:
         setup.check_batches(self.model, arguments, source, plain, crop, self.draws.last_batch)
         classes = len(source.classes)
         self.state = State(arguments, self.model, where, classes, processes)
+        self.seconds, self.first = 0.0, 0  # of this epoch's steps here, and the first of them
         if not arguments.test_only:
-            processes.on_main(lambda: self._check_output(resuming=resumed is not None))
+            if resumed is not None:
+                self._check_resumed(resumed)
+            processes.on_main(self._check_output)
 
         transform = training_transform(
             plain,
@@ -86,7 +89,10 @@ class _Training:
         self.mixing = Mixing(mixup, cutmix, classes, arguments.seed, processes.rank)
         setup.seed_noise(arguments.seed, processes.rank)
         if resumed is not None:
-            self.state.restore(resumed, resumed["by_process"][processes.rank])
+            if arguments.test_only:
+                self.model.load_state_dict(resumed["model"])
+            else:
+                self.state.restore(resumed, resumed["by_process"][processes.rank])
         self.step = Step(
             self._wrapped(),
             self.state.optimizer,
@@ -107,11 +113,18 @@ class _Training:
             wrapped = compiled
         return wrapped
 
-    def _check_output(self, *, resuming: bool) -> None:
+    def _check_resumed(self, content: checkpoints.Content) -> None:
+        try:
+            own = content["by_process"][self.processes.rank]
+            self.state.check(content, own, len(self.draws))
+        except UsageError as error:
+            raise UsageError(f"{self._resumed_path} cannot be gone on from: {error}") from error
+
+    def _check_output(self) -> None:
         names = (checkpoints.LAST, checkpoints.BEST)
         setup.check_output(
             self.folder,
-            resuming=resuming or self.arguments.resume == AUTO,
+            resuming=self.arguments.resume is not None,
             overwrite=self.arguments.overwrite,
             names=names,
         )
@@ -121,13 +134,12 @@ class _Training:
 
     def _find_resumed(self) -> checkpoints.Content | None:
         """The checkpoint to go on from, read by the main process for all."""
-        resume = self.arguments.resume
-        if resume is None:
+        path = self._resumed_path
+        if path is None:
             return None
-        path = self.folder / checkpoints.LAST if resume == AUTO else Path(resume)
 
         def read() -> checkpoints.Content | None:
-            if resume == AUTO and not path.exists():
+            if self.arguments.resume == AUTO and not path.exists():
                 return None
             content = checkpoints.read(path)
             classes = self.setting.source.classes
@@ -140,6 +152,13 @@ class _Training:
             return content
 
         return self.processes.on_main(read)
+
+    @property
+    def _resumed_path(self) -> Path | None:
+        resume = self.arguments.resume
+        if resume is None:
+            return None
+        return self.folder / checkpoints.LAST if resume == AUTO else Path(resume)
 
     def _save(self, *, best: bool = False) -> None:
         """Write the checkpoints; all processes come here."""
@@ -214,7 +233,8 @@ class _Training:
         arguments, state, total = self.arguments, self.state, len(self.draws)
         self.draws.epoch, self.draws.start = state.epoch, state.at
         self.model.train()
-        began = time.perf_counter() - state.seconds
+        self.first = state.at
+        began = time.perf_counter()
         main = self.processes.main
         with records.Progress(
             f"epoch {state.epoch}", total, state.at, shown=main, bar=not arguments.no_progress
@@ -228,7 +248,7 @@ class _Training:
                 self._average()
                 state.at += 1
                 state.steps += 1
-                state.seconds = time.perf_counter() - began
+                self.seconds = time.perf_counter() - began
                 progress.advance()
                 if state.at % arguments.print_freq == 0 or state.at == total:
                     value = loss.item()
@@ -253,9 +273,10 @@ class _Training:
                 average.n_averaged.fill_(0)  # it begins when the rates are reached
 
     def _speed(self) -> float:
-        """Images per second of all processes, in this epoch."""
-        images = min(self.state.at * self.arguments.batch_size, self.draws.images)
-        return images * self.processes.count / max(self.state.seconds, 1e-9)
+        """Images per second of all processes, in the steps of this epoch that were done here."""
+        size = self.arguments.batch_size
+        first, last = (min(at * size, self.draws.images) for at in (self.first, self.state.at))
+        return (last - first) * self.processes.count / max(self.seconds, 1e-9)
 
     def _leave_training(self) -> bool:
         """Save where a signal, --steps or --save-steps ask for it; True where --steps ends."""
@@ -293,20 +314,22 @@ class _Training:
             "lr": state.optimizer.param_groups[0]["lr"],
             "train_loss": trained["loss"],
             "train_top1": trained["top1"],
-            "images_per_second": self._speed(),
-            "seconds": state.seconds,
         }
         row.update({f"val_{k}": v for k, v in self._validate(self.model).items()})
         if state.average is not None:
             found = self._validate(state.average.module)
             row.update({f"ema_val_{k}": v for k, v in found.items()})
-        row["peak_memory_mib"] = max(self.processes.gather(records.peak_memory(self.device)))
+        machine: records.Row = {
+            "images_per_second": self._speed(),
+            "peak_memory_mib": max(self.processes.gather(records.peak_memory(self.device))),
+            "seconds": self.seconds,
+        }
         chosen = "val_top1" if state.average is None else "ema_val_top1"
         best = all(row[chosen] > earlier[chosen] for earlier in state.history)
         state.next_epoch(row)
         self._save(best=best)
         if self.processes.main:
-            records.write_table(self.folder, state.history)
-            print(records.summary(row), flush=True)
+            records.write_table(self.folder, state.history, machine)
+            print(records.summary({**row, **machine}), flush=True)
             if events is not None:
-                events.epoch(state.steps, row)
+                events.epoch(state.steps, {**row, **machine})

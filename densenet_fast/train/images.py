@@ -1,0 +1,156 @@
+"""Image files: which ones a folder has, and how each becomes 8 bits per channel, upright."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from densenet_fast.train.errors import DataError, UsageError, lack_of_memory
+
+# What file systems, network storages and archives keep beside a user's files.
+SYSTEM = frozenset(
+    ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+MOST = 2**16 - 1  # of 16 bits
+
+
+class Found(NamedTuple):
+    """Images of a folder, and how many of its entries are none: hidden, or no regular files."""
+
+    files: list[str]
+    left_out: int
+
+
+def left_out(count: int) -> str:
+    """What is said of entries that are none."""
+    return f"{count} hidden files and folders, or no regular files, left out"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether an entry of a folder is not the user's: neither a class nor an image."""
+    return name.startswith(".") or name in SYSTEM
+
+
+def find_images(folder: str | Path) -> Found:
+    """The images below a folder, through links, in the order of torchvision's ImageFolder.
+
+    Raises:
+        OSError: some folder cannot be read.
+    """
+    files: list[tuple[str, str]] = []
+    count = 0
+    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        hidden = [name for name in (*folders, *names) if is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        images = [
+            name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name)
+        ]
+        special = {name for name in images if _is_special(os.path.join(root, name))}
+        count += len(hidden) + len(special)
+        files.extend((root, name) for name in images if name not in special)
+    return Found([os.path.join(*pair) for pair in sorted(files)], count)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _is_special(path: str) -> bool:
+    """Whether it is a pipe, a socket or a device, which may never end.
+
+    A link that leads nowhere is not: it stands for an image, and is an error when it is read.
+    """
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def image_files(path: Path) -> Found:
+    """The images below a folder, or the file itself.
+
+    Raises:
+        UsageError: nothing there.
+    """
+    if path.is_dir():
+        found = find_images(path)
+        if not found.files:
+            raise UsageError(f"{path}: no images in this folder ({', '.join(IMG_EXTENSIONS)})")
+        return Found(sorted(found.files, key=Path), found.left_out)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    if not path.is_file():
+        raise UsageError(f"{path}: expected a regular file or a folder; - reads standard input")
+    return Found([str(path)], 0)
+
+
+def read_image(file: str | BinaryIO, mode: str, *, small: bool = False) -> Image.Image:
+    """An image as its EXIF orientation shows it, of 8 bits per channel.
+
+    Args:
+        file: its path or content.
+        mode: PIL's "RGB" or "L".
+        small: decode JPEGs at an eighth of their size, which reads the whole file in less time.
+
+    Raises:
+        DataError: it cannot be decoded, or has pixels that 8 bits cannot show.
+    """
+    try:
+        with Image.open(file) as image:
+            if small:
+                image.draft("RGB", (1, 1))
+            image.load()
+            _turn(image)
+            return _eight_bits(image).convert(mode)
+    except DataError:
+        raise
+    except Exception as error:
+        if lack_of_memory(error):
+            raise
+        raise DataError(f"{type(error).__name__}: {error}") from error
+
+
+def _turn(image: Image.Image) -> None:
+    """Damaged EXIF data have no orientation: the pixels are whole, and stay as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except Exception as error:
+            if lack_of_memory(error):
+                raise
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits per pixel scaled to 8; PIL's own conversion clips them to white.
+
+    Mode I (32 bits) is what PIL makes of 16 bits in PGM files and, before version 11, in PNG: it is
+    taken for 16 bits whatever its values are, or two images of one camera would differ in scale.
+    """
+    if image.mode == "F":
+        raise DataError("mode F: floating-point pixels have no known white; save 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.int32)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > MOST:
+        raise DataError(
+            f"mode {image.mode}: expected pixels from 0 to {MOST}, found {low} to {high}"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def decoding_error(file: str | BinaryIO) -> str | None:
+    """Why an image cannot be decoded to its end, or None."""
+    try:
+        read_image(file, "RGB", small=True)
+    except DataError as error:
+        return str(error)
+    return None
