@@ -112,9 +112,10 @@ class DenseLayer(nn.Module):
     def _compose(self, input: Tensor) -> Tensor:
         """The submodules called one by one."""
         # The input is emitted too: what stands for norm1 must not write to it.
-        features = input
-        if is_scripting() or not eligibility.leaves_input(self.norm1):
+        if is_scripting():
             features = input.clone()
+        else:
+            features = input if eligibility.leaves_input(self.norm1) else input.clone()
         bottleneck = self.conv1(self.relu1(self.norm1(features)))
         growth = self.conv2(self.relu2(self.norm2(bottleneck)))
         if self.drop_rate > 0:

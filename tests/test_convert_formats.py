@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from library_networks import LIBRARIES, NETWORKS, images, make
+from library_networks import LIBRARIES, images, make
 from torch import Tensor
 
 from densenet_fast import convert
@@ -28,7 +28,7 @@ def formatted(channels_last: bool) -> torch.memory_format:
 @pytest.mark.parametrize("weights_last", [False, True])
 @pytest.mark.parametrize("images_last", [False, True])
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*LIBRARIES, "torchvision-memory-efficient", "timm-deep"])
 def test_outputs(
     name: str, part: str, images_last: bool, weights_last: bool, gradients: bool
 ) -> None:

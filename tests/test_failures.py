@@ -66,8 +66,10 @@ def counted(network: EfficientDenseNet, before: EfficientDenseNet) -> list[set[b
     ]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
+@pytest.mark.parametrize(
+    ("checkpoint", "error"),
+    zip(CHECKPOINT_MODES, (RuntimeError, MemoryError, KeyboardInterrupt), strict=True),
+)
 def test_norms_of_a_node_count_together(
     checkpoint: Checkpoint, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,8 +40,10 @@ def _fused_forward(library: Callable[..., Any]) -> Callable[..., Any]:
             args = (kwargs[argument],)
         return route(self, args[0], self.plain)
 
-    # torch.jit.script looks names of the source up among the function's own global ones.
-    fused = FunctionType(forward.__code__, library.__globals__, closure=forward.__closure__)
+    # torch.jit.script looks names of the source up among the function's own global ones, and
+    # torch.compile counts for each code how often it had to compile it.
+    code = forward.__code__.replace()
+    fused = FunctionType(code, library.__globals__, closure=forward.__closure__)
     return functools.update_wrapper(fused, library)
 
 
