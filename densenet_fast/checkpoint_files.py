@@ -96,7 +96,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_torch(file: Path, zipped: bool) -> Any:
     try:
-        return _unpickled(str(file), mmap=zipped and _mappable(file))
+        return _unpickled(str(file), mmap=zipped and mappable(file))
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if needed is None:
@@ -119,7 +119,7 @@ def _read_torch(file: Path, zipped: bool) -> Any:
         ) from error
 
 
-def _mappable(file: Path) -> bool:
+def mappable(file: Path) -> bool:
     """Whether the tensors stand in the file as they are; torch itself looks at nothing of this.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -89,20 +89,20 @@ def record(found: Sequence[Update], counters: Sequence[Tensor]) -> None:
     """
     written = {id(buffer): buffer for update in found for buffer in update[-2:]}
     counted = {id(counter): counter for counter in counters}
-    kinds = [list(buffers.values()) for buffers in (written, counted) if buffers]
-    made = [torch._foreach_mul(buffers, 1) for buffers in kinds]
-    fresh = {
-        id(old): new
-        for buffers, values in zip(kinds, made, strict=True)
-        for old, new in zip(buffers, values, strict=True)
-    }
-    for mean, var, values, momentum, *running in found:
-        ops.update_running_statistics(
-            mean, var, values, momentum, *(fresh[id(buffer)] for buffer in running)
-        )
-    for counter in counters:
-        fresh[id(counter)].add_(1)
-    deque(map(torch._foreach_copy_, kinds, made), maxlen=0)  # a loop without Python's own code
+    old, new = [], []
+    if written:
+        old.append(list(written.values()))
+        new.append(torch._foreach_mul(old[-1], 1))
+        fresh = dict(zip(written, new[-1], strict=True))
+        for mean, var, values, momentum, *running in found:
+            ops.update_running_statistics(
+                mean, var, values, momentum, *(fresh[id(buffer)] for buffer in running)
+            )
+    if counted:
+        times = Counter(map(id, counters))  # in the same order
+        old.append(list(counted.values()))
+        new.append(torch._foreach_add(old[-1], list(times.values())))
+    deque(map(torch._foreach_copy_, old, new), maxlen=0)  # a loop without Python's own code
 
 
 def gradient_coefficients(

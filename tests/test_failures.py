@@ -68,7 +68,7 @@ def counted(network: EfficientDenseNet, before: EfficientDenseNet) -> list[set[b
 
 @pytest.mark.parametrize(
     ("checkpoint", "error"),
-    zip(CHECKPOINT_MODES, (RuntimeError, MemoryError, KeyboardInterrupt), strict=True),
+    list(zip(CHECKPOINT_MODES, (RuntimeError, MemoryError, KeyboardInterrupt), strict=True)),
 )
 def test_norms_of_a_node_count_together(
     checkpoint: Checkpoint, error: type[BaseException], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,19 @@ def test_entries_that_are_wrong(
         assert f"{file} is no whole checkpoint: " in error and said in error, name
         assert len(error.splitlines()) == 1, error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_bit_of_a_weight(
+    folder: Path, trained: Path, image: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    file = tmp_path / "damaged.pt"
+    write(trained, file, ("epoch",), 1)
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.index(content(trained)["model"][WEIGHT].numpy().tobytes())] ^= 1
+    file.write_bytes(damaged)
+    for name, act in commands(folder, file, image).items():
+        assert act() == 2, name
+        assert re.search(r"the checksum of \S+ is wrong", capsys.readouterr().err), name
 
 
 def test_every_entry_has_its_check(trained: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densenet_fast import checkpoint_files
 from densenet_fast.train import entries
 from densenet_fast.train.architecture import BC, Architecture
 from densenet_fast.train.errors import UsageError, flag, lack_of_memory
@@ -103,6 +104,7 @@ def read(path: Path) -> Content:
     if not path.is_file():  # a pipe or a device might never end
         raise UsageError(f"{path} is no checkpoint: expected a regular file")
     try:
+        checkpoint_files.mappable(path)  # compares checksums, as torch.load does not
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch.load meets first in a damaged file
         if lack_of_memory(error):
