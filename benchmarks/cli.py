@@ -77,7 +77,7 @@ def _depths(text: str) -> tuple[int, ...]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    named = {**SUITES, ALL: "all of them but step and gate, and one page of their pages"}
+    named = {**SUITES, ALL: "all of them but step, latency and gate, and one page of their pages"}
     suites = "\n".join(f"  {name:10} {text}" for name, text in named.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",

@@ -10,7 +10,8 @@ from benchmarks import ranking
 from densenet_fast.train.storage import write_atomically
 
 ALL = "all"
-# The gate repeats in small what others measure, and `growth` and `depth` contain `step`'s figures.
+# The gate repeats in small what others measure, `growth` and `depth` contain `step`'s figures, and
+# `latency` is of small work alone.
 SUITES_OF_ALL = (
     "training",
     "growth",

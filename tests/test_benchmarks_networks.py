@@ -21,7 +21,7 @@ from benchmarks.environment import describe
 from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS
-from benchmarks.suites import Options, networks, step
+from benchmarks.suites import Options, latency, networks, step
 
 CPU = torch.device("cpu")
 SMALL = replace(NETWORKS["densenet121"], batch_size=2, image_size=64, num_classes=7)
@@ -49,6 +49,28 @@ def test_peers_are_compared_where_they_can_build_the_network() -> None:
     assert step.peers_of(settings, NETWORKS["densenet121"]) == list(peers.PEERS)
     wide = step.peers_of(settings, NETWORKS["densenet161"])
     assert set(peers.PEERS) - set(wide) == {"timm", "resnet50", "resnet101"}
+
+
+def test_small_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = replace(latency.HOST, block_config=(1, 1), image_size=32)
+    monkeypatch.setattr(latency, "SMALL", [])
+    monkeypatch.setattr(latency, "HOST", tiny)
+    arguments = ["latency", "--no-progress", "--device", "cpu", "--rounds", "2"]
+    arguments += ["--peers", "naive,ours-bottleneck", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    text = (tmp_path / "latency.md").read_text()
+    assert "computes next to nothing" in text
+    assert "Memory:" not in text
+    record = json.loads((tmp_path / "latency.json").read_text())
+    for part in latency.PARTS:
+        assert {entry["peer"] for entry in record[part]} == {"naive", "ours-bottleneck"}
+        assert all(len(entry["seconds"]) == 2 for entry in record[part])
+
+
+def test_the_host_has_all_layers_and_hardly_a_parameter() -> None:
+    states = [peers.initial_state(spec, 0) for spec in (latency.HOST, NETWORKS["densenet121"])]
+    assert states[0].keys() == states[1].keys()
+    assert sum(tensor.numel() for tensor in states[0].values()) < 20_000
 
 
 def test_full_form_has_all_networks(monkeypatch: pytest.MonkeyPatch) -> None:

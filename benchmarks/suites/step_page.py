@@ -72,16 +72,10 @@ def _label(name: str) -> str:
     return PEERS[name].label
 
 
-def page(record: Record) -> Page:
-    """Memory, time and inference tables of every network."""
-    result = Page("One training step: memory and speed")
-    settings = record["settings"]
+def _memory_text() -> str:
+    """How memory is measured, and what the columns are."""
     environment = " ".join(f"{key}={value}" for key, value in CHILD_ENVIRONMENT.items())
-    result.add(*intro(record))
-    result.add(
-        f"{_numbers(settings['amp'])}; a step is forward, cross entropy and backward, without an "
-        "optimizer. All implementations start from the same weights. densenet_fast gets "
-        "channels_last input, as the peers in that layout do.",
+    return (
         "Memory: each case in a child process of its own, after one whole warm-up step. Peak is "
         "the most that was resident during the step (VmHWM, reset before it) minus what was "
         f"resident before it (VmRSS), with `{environment}` so that freed buffers leave the "
@@ -91,7 +85,20 @@ def page(record: Record) -> Page:
         "once, without parameters, buffers and input. Parameters and their gradients take four "
         "bytes each besides. *Resident after forward*: what the process holds between forward and "
         "backward beyond what it held before, whoever keeps it. On a CUDA device all of them are "
-        "the caching allocator's bytes.",
+        "the caching allocator's bytes."
+    )
+
+
+def page(record: Record) -> Page:
+    """Memory, time and inference tables of every network."""
+    result = Page("One training step: memory and speed")
+    settings = record["settings"]
+    result.add(*intro(record))
+    result.add(
+        f"{_numbers(settings['amp'])}; a step is forward, cross entropy and backward, without an "
+        "optimizer. All implementations start from the same weights. densenet_fast gets "
+        "channels_last input, as the peers in that layout do.",
+        *([_memory_text()] if "memory" in settings["parts"] else []),
         f"Time: all implementations in one process, in turn, {settings['rounds']} rounds after an "
         "untimed one, malloc as it is; on a CUDA device between two of its own events, with "
         "cuDNN's benchmark mode and PyTorch's settings for tf32. Ratios are against the naive "
