@@ -91,7 +91,9 @@ def record(found: Sequence[Update], counters: Sequence[Tensor]) -> None:
     counted = {id(counter): counter for counter in counters}
     old, new = [], []
     if written:
-        old.append(list(written.values()))
+        # As PyTorch's norms: a norm that was called before, and keeps its buffers for its backward,
+        # does not take them for altered.
+        old.append([buffer.data for buffer in written.values()])
         new.append(torch._foreach_mul(old[-1], 1))
         fresh = dict(zip(written, new[-1], strict=True))
         for mean, var, values, momentum, *running in found:

@@ -98,6 +98,19 @@ def test_norms_of_a_node_count_together(
     assert [{True}, {True}, {False}] in seen
 
 
+def test_a_norm_that_was_called_alone_before_a_fused_step_has_its_backward() -> None:
+    network, reference = tiny().double(), tiny().double()
+    images = torch.randn(IMAGES, dtype=torch.float64)
+    for model in (network, reference):
+        stem = model.features
+        first = stem.norm0(stem.conv0(images))
+        if model is network:
+            model(images)  # moves norm0's running statistics once more
+        first.square().sum().backward()
+    gradients = [model.features.conv0.weight.grad for model in (network, reference)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_a_norm_that_is_used_twice_counts_twice() -> None:
     network, reference = tiny().double(), tiny().double()
     for model in (network, reference):
