@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from densenet_fast.graph_library import define
-from densenet_fast.norms import Update, record
+from densenet_fast.norms import Update, record, running
 from densenet_fast.specs import NormSpec
 
 Part = tuple[NormSpec, int, int, int]  # where its mean and its variance begin, and how many
@@ -15,7 +15,7 @@ Part = tuple[NormSpec, int, int, int]  # where its mean and its variance begin, 
 
 def _count_step(
     statistics: Tensor,
-    running: list[Tensor],
+    buffers: list[Tensor],
     counters: list[Tensor],
     parts: list[int],
     momenta: list[float],
@@ -31,7 +31,7 @@ def _count_step(
                 vector[var : var + length],
                 count,
                 momentum,
-                *running[2 * index : 2 * index + 2],
+                *buffers[2 * index : 2 * index + 2],
             )
         )
     record(updates, counters)
@@ -53,16 +53,14 @@ _operator = define(
 def count_step(statistics: Tensor, parts: Sequence[Part], count: int) -> None:
     """What a step over `count` values per channel changes: the norms' own, and their counters."""
     counters = [norm.counter for norm, *_ in parts if norm.counter is not None]
-    running: list[Tensor] = []
+    buffers: list[Tensor] = []
     flat: list[int] = []
     momenta: list[float] = []
     for norm, mean, var, length in parts:
-        mean_buffer, var_buffer = norm.running_mean, norm.running_var
-        if not norm.batch_statistics or norm.momentum is None:
-            continue
-        if mean_buffer is not None and var_buffer is not None:
-            running += [mean_buffer, var_buffer]
+        updated = running(norm)
+        if updated is not None:
+            momenta.append(updated[0])
+            buffers += updated[1:]
             flat += [mean, var, length]
-            momenta.append(norm.momentum)
-    if running or counters:
-        _operator(statistics, running, counters, flat, momenta, count)
+    if buffers or counters:
+        _operator(statistics, buffers, counters, flat, momenta, count)

@@ -59,6 +59,14 @@ class Update(NamedTuple):
     running_var: Tensor
 
 
+def running(norm: NormSpec) -> tuple[float, Tensor, Tensor] | None:
+    """The momentum, running mean and variance of an update by this step; None: there is none."""
+    momentum, mean, var = norm.momentum, norm.running_mean, norm.running_var
+    if not norm.batch_statistics or momentum is None or mean is None or var is None:
+        return None
+    return momentum, mean, var
+
+
 def updates(seen: Iterable[Seen], count: int) -> tuple[list[Update], list[Tensor]]:
     """What a step over `count` values a channel in this process changes: statistics and counters.
 
@@ -69,15 +77,13 @@ def updates(seen: Iterable[Seen], count: int) -> tuple[list[Update], list[Tensor
     for norm, mean, var, total in seen:
         if norm.counter is not None:
             counters.append(norm.counter)
-        running_mean, running_var = norm.running_mean, norm.running_var
-        if not norm.batch_statistics or norm.momentum is None:
-            continue
-        if running_mean is None or running_var is None:
+        updated = running(norm)
+        if updated is None:
             continue
         values = count
         if total is not None:
             var, values = synchronized.unbiased(var, total), _CORRECTED
-        found.append(Update(mean, var, values, norm.momentum, running_mean, running_var))
+        found.append(Update(mean, var, values, *updated))
     return found, counters
 
 
@@ -96,9 +102,9 @@ def record(found: Sequence[Update], counters: Sequence[Tensor]) -> None:
         old.append([buffer.data for buffer in written.values()])
         new.append(torch._foreach_mul(old[-1], 1))
         fresh = dict(zip(written, new[-1], strict=True))
-        for mean, var, values, momentum, *running in found:
+        for mean, var, values, momentum, *buffers in found:
             ops.update_running_statistics(
-                mean, var, values, momentum, *(fresh[id(buffer)] for buffer in running)
+                mean, var, values, momentum, *(fresh[id(buffer)] for buffer in buffers)
             )
     if counted:
         times = Counter(map(id, counters))  # in the same order

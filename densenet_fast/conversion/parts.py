@@ -33,7 +33,7 @@ def _fused_forward(library: Callable[..., Any]) -> Callable[..., Any]:
     """
     route, argument = routed, list(inspect.signature(library).parameters)[1]
 
-    def forward(self: Converted, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:
             if args or list(kwargs) != [argument]:
                 return library(self, *args, **kwargs)  # whose error it is
@@ -66,10 +66,6 @@ class Converted(nn.Module):
     def plain(self, input: Any) -> Any:
         """The library's own forward."""
         return self.converted_from.forward(self, input)
-
-    def run(self, input: Tensor) -> Tensor:
-        """The forward outside any graph, fused where nothing is in the way."""
-        raise NotImplementedError
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`: channels last only if that is."""
@@ -105,7 +101,7 @@ class ConvertedBlock(Converted, FusedBlock):
 
     def run(self, input: Tensor) -> Tensor:
         """The forward outside any graph, checked and fused where nothing is in the way."""
-        return _run(self, super(Converted, self).run, input)
+        return _run(self, super().run, input)
 
 
 class ConvertedTransition(Converted, FusedTransition):
@@ -113,7 +109,7 @@ class ConvertedTransition(Converted, FusedTransition):
 
     def run(self, input: Tensor) -> Tensor:
         """The forward outside any graph, checked and fused if nothing is in the way."""
-        return _run(self, super(Converted, self).run, input)
+        return _run(self, super().run, input)
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`."""
