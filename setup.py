@@ -104,6 +104,8 @@ def flags_by_source() -> dict[str, list[str]]:
     return {
         "module": module,
         "cuda_module": cuda_module,
+        # Vectors of statistics get the bits that PyTorch's operators would give them.
+        "dispatch": ["-ffp-contract=off"],
         **{f"isa_{isa}": flags for isa, flags in isa_flags().items()},
     }
 

@@ -12,28 +12,25 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
       "norm_coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
       "Tensor(a!) scale, Tensor(b!) shift, Tensor(c!) rstd) -> ()");
   m.def(
-      "update_running_statistics(Tensor mean, Tensor var, int count, float momentum, "
-      "Tensor(a!) running_mean, Tensor(b!) running_var) -> ()");
-  m.def(
-      "norm_grad_coefficients(Tensor scale, Tensor mean, Tensor rstd, Tensor grad_gamma, "
-      "Tensor grad_beta, int count, Tensor(a!) coefficients) -> ()");
+      "update_running_statistics_(Tensor statistics, Tensor(a!)[] running, Tensor(b!)[] counters, "
+      "int[] places, float[] momenta, int count) -> ()");
 
   m.def(
       "conv1x1_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, "
-      "Tensor(a!) bottleneck, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
+      "Tensor(a!) bottleneck, Tensor(b!)? mean, Tensor(c!)? var, bool allow_tf32=False) -> ()");
   m.def(
       "conv1x1_backward(Tensor grad_norm, Tensor bottleneck, Tensor coefficients, Tensor features, "
       "Tensor scale, Tensor shift, Tensor mean, Tensor rstd, Tensor weight, "
       "Tensor(a!)? grad_features, Tensor(b!)? grad_gamma, Tensor(c!)? grad_beta, "
-      "Tensor(d!)? grad_weight) -> ()");
+      "Tensor(d!)? grad_weight, bool allow_tf32=False) -> ()");
 
   m.def(
       "conv3x3_forward(Tensor bottleneck, Tensor scale, Tensor shift, Tensor weight, "
-      "Tensor(a!) growth, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
+      "Tensor(a!) growth, Tensor(b!)? mean, Tensor(c!)? var, bool allow_tf32=False) -> ()");
   m.def(
       "conv3x3_backward(Tensor grad_growth, Tensor bottleneck, Tensor scale, Tensor shift, "
       "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!)? grad_norm, Tensor(b!)? grad_gamma, "
-      "Tensor(c!)? grad_beta, Tensor(d!)? grad_weight) -> ()");
+      "Tensor(c!)? grad_beta, Tensor(d!)? grad_weight, bool allow_tf32=False) -> ()");
   m.def("dropout_(Tensor(a!) growth, int seed, float p) -> ()");
   m.def(
       "finish_gradient(Tensor features, Tensor grad_features, Tensor mean, Tensor sum_grad, "
@@ -41,11 +38,11 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
 
   m.def(
       "transition_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, "
-      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, bool allow_tf32=False) -> ()");
   m.def(
       "transition_backward(Tensor grad_out, Tensor features, Tensor scale, Tensor shift, "
       "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!) grad_features, Tensor(b!) grad_gamma, "
-      "Tensor(c!) grad_beta, Tensor(d!)? grad_weight) -> ()");
+      "Tensor(c!) grad_beta, Tensor(d!)? grad_weight, bool allow_tf32=False) -> ()");
 
   m.def(
       "norm_relu_avgpool_forward(Tensor features, Tensor scale, Tensor shift, Tensor(a!) out) -> "
@@ -61,4 +58,17 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
       "norm_relu_maxpool_backward(Tensor grad_out, Tensor argmax, Tensor input, Tensor scale, "
       "Tensor shift, Tensor mean, Tensor rstd, bool batch_statistics, Tensor(a!) grad_input, "
       "Tensor(b!) grad_gamma, Tensor(c!) grad_beta) -> ()");
+
+  // A whole dense block: half-layers [first, last) of it, as csrc/block.h has them. The lists are
+  // described in csrc/block_arguments.h.
+  m.def(
+      "dense_block_forward_(Tensor(a!) features, Tensor(b!) statistics, Tensor(c!)[] bottlenecks, "
+      "Tensor(d!) vectors, Tensor[] parameters, Tensor[] frozen, float[] numbers, int[] seeds, "
+      "int reduced, bool recompute, int first, int last, bool allow_tf32=False) -> ()");
+  m.def(
+      "dense_block_backward_(Tensor features, Tensor(a!) grad_features, Tensor statistics, "
+      "Tensor(b!) sums, Tensor(c!)[] bottlenecks, Tensor(d!) grad_growth, Tensor(e!) grad_norm, "
+      "Tensor(f!) vectors, Tensor[] parameters, Tensor[] frozen, Tensor(g!)[] gradients, "
+      "float[] numbers, int[] seeds, int reduced, int held, int lowest, int first, int last, "
+      "bool allow_tf32=False) -> ()");
 }

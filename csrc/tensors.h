@@ -52,10 +52,12 @@ inline void check_vector(const Tensor& t, ScalarType type, int64_t size, const c
                   " elements, got ", t.numel());
 }
 
-// A weight [out, in] (dims 2) or [out, in, 3, 3] (dims 4).
-inline void check_weight(const Tensor& t, int64_t dims, int64_t in) {
-  STD_TORCH_CHECK(t.dim() == dims && t.size(1) == in, "weight does not fit ", in, " channels");
-  STD_TORCH_CHECK(dims == 2 || (t.size(2) == 3 && t.size(3) == 3), "weight must be [k, B, 3, 3]");
+inline void check_weight(const Tensor& t, int64_t kernel, int64_t in) {
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK((dims == 4 || (dims == 2 && kernel == 1)) && t.size(1) == in,
+                  "weight does not fit ", in, " channels");
+  STD_TORCH_CHECK(dims == 2 || (t.size(2) == kernel && t.size(3) == kernel),
+                  "weight must be [out, in, ", kernel, ", ", kernel, "]");
 }
 
 inline void check_statistics(const OptionalTensor& mean, const OptionalTensor& var) {

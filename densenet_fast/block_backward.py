@@ -7,20 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from densenet_fast import norms, ops, synchronized
+from densenet_fast import ops, synchronized
 from densenet_fast.block_forward import (
     Geometry,
     Statistics,
+    block_arguments,
+    bottleneck_rooms,
+    coefficient_scratch,
     matrix,
-    norm1_coefficients,
-    norm2_coefficients,
-    recompute_bottleneck,
     recompute_features,
     tail_coefficients,
 )
-from densenet_fast.layout import Scratch, as_rows, empty_channels_last, row_pitch
-from densenet_fast.norms import Coefficients, parameter_gradient
-from densenet_fast.specs import Checkpoint, LayerSpec, NormSpec, Tail, TransitionTail
+from densenet_fast.layout import as_rows, empty_channels_last, empty_rows, row_pitch
+from densenet_fast.norms import parameter_gradient
+from densenet_fast.specs import (
+    Checkpoint,
+    LayerSpec,
+    NormSpec,
+    Tail,
+    TransitionTail,
+    layer_parameters,
+)
 
 Gradients = list[Tensor | None]
 # Which of (norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2) want a gradient.
@@ -87,17 +94,20 @@ class BlockBackward:
         self.features = features
         self.statistics = statistics
         self.bottlenecks = bottlenecks  # of the last layers
-        self.first_held = len(layers) - len(bottlenecks)
         self.seeds = seeds
         self.input_needed = input_needed
         self.needs = needs
         wanting = [index for index, need in enumerate(needs) if any(need)]
         # Below this layer nothing needs a gradient.
-        self.lowest = 0 if input_needed else min(wanting, default=len(layers))
+        self.lowest = -1 if input_needed else min(wanting, default=len(layers))
         self.grad_features = self._gradient_buffer()
-        # Sums over the norms done so far, of scale * grad_beta and of scale * rstd * grad_gamma.
-        self.sums = statistics.mean.new_zeros(2, geometry.channels)
-        self.sum_grad, self.sum_grad_x = self.sums.unbind()
+        # Sums over the norms done so far, of scale * grad_beta and of scale * rstd * grad_gamma;
+        # behind them those of the norm2 at work, where ranks exchange them.
+        channels = geometry.channels
+        self.exchanging = any(group is not None for group in geometry.bottleneck_groups)
+        behind = 2 * max(geometry.widths) if self.exchanging else 0
+        self.sums = statistics.vector.new_zeros(2 * channels + behind)
+        self.sum_grad, self.sum_grad_x = self.sums[: 2 * channels].view(2, -1).unbind()
 
     def _gradient_buffer(self) -> Tensor:
         channels = self.geometry.channels
@@ -123,36 +133,30 @@ class BlockBackward:
         mean = self.statistics.mean
         return mean.new_empty(channels), mean.new_empty(channels)
 
-    def _defer(
-        self, norm: NormSpec, forward: Coefficients, grad_gamma: Tensor, grad_beta: Tensor
-    ) -> None:
-        """Leave this norm's correction of its channels to `_finish`."""
-        if norm.batch_statistics:
-            scale, _, _, rstd = forward
-            channels = len(scale)
-            self.sum_grad[:channels].addcmul_(scale, grad_beta)
-            self.sum_grad_x[:channels].addcmul_(scale * rstd, grad_gamma)
+    def _exchange_features(self, segment: int) -> None:
+        """Complete the deferred sums of a segment, all of whose readers are done, over the ranks.
 
-    def _finish(self, start: int, end: int, out: Tensor) -> None:
-        """The complete gradient of channels all of whose readers are done."""
-        sum_grad, sum_grad_x = self._sums(start, end)
-        ops.finish_gradient(
-            self.features[..., start:end],
-            self.grad_features[..., start:end],
-            self.statistics.mean[start:end],
-            sum_grad,
-            sum_grad_x,
-            out,
-        )
+        They will be divided by the rows of this process.
+        """
+        geometry, total = self.geometry, self.statistics.features_total()
+        if geometry.group is None or total is None or segment >= geometry.reduced:
+            return
+        start, end = geometry.segment(segment)
+        mine = self.sums[: 2 * geometry.channels].view(2, -1)[:, start:end]
+        sums = mine.clone(memory_format=torch.contiguous_format)
+        mine.copy_(synchronized.mean_over_ranks(geometry.group, sums, total).mul_(geometry.rows))
 
-    def _sums(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """The deferred sums, as `ops.finish_gradient` divides them by the rows of this process."""
-        group, total = self.geometry.group, self.statistics.features_total()
-        if group is None or total is None:
-            return self.sum_grad[start:end], self.sum_grad_x[start:end]
-        sums = self.sums[:, start:end].clone(memory_format=torch.contiguous_format)
-        sums = synchronized.mean_over_ranks(group, sums, total).mul_(self.geometry.rows)
-        return sums[0], sums[1]
+    def _exchange_norm2(self, layer: int, gradients: Sequence[Tensor]) -> None:
+        """Hand a norm2's sums to its half-layer, over the ranks where it is synchronised."""
+        gamma, beta = gradients[6 * layer + 3 : 6 * layer + 5]
+        if not self.exchanging or not gamma.numel():
+            return
+        sums, group = torch.stack((gamma, beta)), self.geometry.bottleneck_groups[layer]
+        if group is not None:
+            total = self.statistics.total(layer)
+            sums = synchronized.mean_over_ranks(group, sums, total).mul_(self.geometry.rows)
+        start = 2 * self.geometry.channels
+        self.sums[start : start + sums.numel()].copy_(sums.view(-1))
 
     def _tail(self, tail: Tail, needs: Sequence[bool], grad_output: Tensor) -> Gradients:
         forward = tail_coefficients(tail.norm, self.statistics)
@@ -181,116 +185,88 @@ class BlockBackward:
                 grad_gamma,
                 grad_beta,
             )
-        self._defer(tail.norm, forward, grad_gamma, grad_beta)
+        if tail.norm.batch_statistics:
+            self.sum_grad.addcmul_(forward.scale, grad_beta)
+            self.sum_grad_x.addcmul_(forward.scale * forward.rstd, grad_gamma)
         affine = _affine_gradients(tail.norm, grad_gamma, grad_beta)
         return affine + gradients
 
     def _layers(self) -> Gradients:
-        geometry = self.geometry
-        widest, thickest = max(geometry.widths, default=0), max(geometry.growths, default=0)
-        first_held = self.first_held
-        grad_bottleneck = Scratch(geometry.pixels, widest, self.features)
-        grad_growth = Scratch(geometry.pixels, thickest, self.features)
-        recomputed = max(geometry.widths[:first_held], default=0)
-        bottleneck = Scratch(geometry.pixels, recomputed, self.features)
-        gradients: list[Gradients] = [[None] * 6 for _ in self.layers]
-        for index in reversed(range(self.lowest, len(self.layers))):
-            width, growth = geometry.widths[index], geometry.growths[index]
-            held = index >= first_held
-            gradients[index] = self._layer(
-                index,
-                self.bottlenecks[index - first_held] if held else bottleneck.take(width),
-                grad_growth.take(growth),
-                grad_bottleneck.take(width),
+        geometry, layers, first = self.geometry, self.layers, 2 * max(self.lowest, 0)
+        if first == 2 * len(layers):
+            return [None] * (6 * len(layers))
+        room = [self._room(index) for index in range(len(layers))]
+        gradients = [tensor for layer in room for tensor in layer]
+        like = self.features
+        grad_growth = empty_rows((*geometry.pixels, max(geometry.growths)), like)
+        grad_norm = empty_rows((*geometry.pixels, max(geometry.widths)), like)
+        exchanges = geometry.synchronised
+        arguments = (
+            self.features,
+            self.grad_features,
+            self.statistics.vector,
+            self.sums,
+            bottleneck_rooms(geometry, like, self.bottlenecks),
+            grad_growth.view(-1),
+            grad_norm.view(-1),
+            coefficient_scratch(geometry, self.statistics),
+        )
+        block = block_arguments(layers, geometry, self.seeds, self.statistics.vector)
+        for half in reversed(range(first, 2 * len(layers)) if exchanges else (first,)):
+            if exchanges and half % 2 == 1:
+                self._exchange_features(half // 2 + 1)
+            ops.dense_block_backward_(
+                *arguments,
+                block.parameters,
+                block.frozen,
+                gradients,
+                *block[2:],
+                len(self.bottlenecks),
+                self.lowest,
+                half,
+                half + 1 if exchanges else 2 * len(layers),
             )
-        return [gradient for layer in gradients for gradient in layer]
-
-    def _layer(
-        self, index: int, bottleneck: Tensor, grad_growth: Tensor, grad_norm2: Tensor
-    ) -> Gradients:
-        layer, needs = self.layers[index], self.needs[index]
-        start = self.geometry.starts[index]
-        prefix = self.features[..., :start]
-        features_needed = self.input_needed or self.lowest < index
-        conv1_needed = features_needed or any(needs[:3])
-
-        norm1 = norm1_coefficients(layer, index, self.geometry, self.statistics)
-        norm2 = norm2_coefficients(layer, index, self.statistics)
-        if index < self.first_held:
-            recompute_bottleneck(layer, norm1, prefix, bottleneck)
-        grad_growth = self._growth_gradient(index, grad_growth)
-
-        norm2_needed = conv1_needed or needs[3] or needs[4]
-        grad_gamma2, grad_beta2 = self._vectors(len(norm2.scale)) if norm2_needed else (None, None)
-        grad_conv2 = _like(layer.conv2_weight) if needs[5] else None
-        ops.conv3x3_backward(
-            grad_growth,
-            bottleneck,
-            *norm2,
-            layer.conv2_weight,
-            grad_norm2 if conv1_needed else None,
-            grad_gamma2,
-            grad_beta2,
-            grad_conv2,
-        )
-        affine2 = _affine_gradients(layer.norm2, grad_gamma2, grad_beta2)
-        if not conv1_needed:
-            return [None, None, None, *affine2, grad_conv2]
-        assert grad_gamma2 is not None
-        assert grad_beta2 is not None
-
-        rows = norms.gradient_coefficients(
-            layer.norm2,
-            norm2,
-            grad_gamma2,
-            grad_beta2,
-            self.geometry.rows,
-            self.statistics.bottleneck_total(index),
-        )
-        weight = matrix(layer.conv1_weight)
-        norm1_needed = features_needed or needs[0] or needs[1]
-        grad_gamma1, grad_beta1 = self._vectors(start) if norm1_needed else (None, None)
-        grad_conv1 = _like(weight) if needs[2] else None
-        ops.conv1x1_backward(
-            grad_norm2,
-            bottleneck,
-            rows,
-            prefix,
-            *norm1,
-            weight,
-            self.grad_features[..., :start] if features_needed else None,
-            grad_gamma1,
-            grad_beta1,
-            grad_conv1,
-        )
-        if features_needed and grad_gamma1 is not None and grad_beta1 is not None:
-            self._defer(layer.norm1, norm1, grad_gamma1, grad_beta1)
+            if exchanges and half % 2 == 1:
+                self._exchange_norm2(half // 2, gradients)
         return [
-            *_affine_gradients(layer.norm1, grad_gamma1, grad_beta1),
-            None if grad_conv1 is None else grad_conv1[..., None, None],
-            *affine2,
-            grad_conv2,
+            gradient
+            for index, layer in enumerate(layers)
+            for gradient in _layer_gradients(layer, room[index], self.needs[index])
         ]
 
-    def _growth_gradient(self, index: int, out: Tensor) -> Tensor:
-        """The gradient of the 3x3 convolution's output: corrected, and through the dropout."""
-        start, end = self.geometry.starts[index : index + 2]
-        if self.geometry.reduced(index + 1):
-            self._finish(start, end, out)
-        else:
-            # No readers are left, so the buffer's own channels can be worked on in place.
-            out = self.grad_features[..., start:end]
-        if self.layers[index].dropout:
-            ops.dropout_(out, self.seeds[index], self.layers[index].dropout)
-        return out
+    def _room(self, index: int) -> list[Tensor]:
+        """Room for a layer's gradients, in the order of its parameters; some without elements."""
+        needs, layer, start = self.needs[index], self.layers[index], self.geometry.starts[index]
+        none = self.sums[:0]
+        if index < self.lowest:
+            return [none] * 6
+        features_needed = self.lowest < index
+        conv1_needed = features_needed or any(needs[:3])
+        norm1_needed = features_needed or needs[0] or needs[1]
+        norm2_needed = conv1_needed or needs[3] or needs[4]
+        width = self.geometry.widths[index]
+        return [
+            *(self._vectors(start) if norm1_needed else (none, none)),
+            _like(layer.conv1_weight) if needs[2] else none,
+            *(self._vectors(width) if norm2_needed else (none, none)),
+            _like(layer.conv2_weight) if needs[5] else none,
+        ]
 
     def _input(self) -> Tensor:
         images, height, width = self.geometry.pixels
         channels = self.geometry.starts[0]
         gradient = empty_channels_last((images, channels, height, width), self.features)
         rows = gradient.permute(0, 2, 3, 1)
-        if self.geometry.reduced(0):
-            self._finish(0, channels, rows)
+        if self.geometry.reduced:
+            self._exchange_features(0)
+            ops.finish_gradient(
+                self.features[..., :channels],
+                self.grad_features[..., :channels],
+                self.statistics.mean[:channels],
+                self.sum_grad[:channels],
+                self.sum_grad_x[:channels],
+                rows,
+            )
         else:
             rows.copy_(self.grad_features[..., :channels])
         return gradient
@@ -300,6 +276,15 @@ def _affine_gradients(
     norm: NormSpec, grad_gamma: Tensor | None, grad_beta: Tensor | None
 ) -> Gradients:
     return [parameter_gradient(norm.weight, grad_gamma), parameter_gradient(norm.bias, grad_beta)]
+
+
+def _layer_gradients(layer: LayerSpec, room: Sequence[Tensor], needs: LayerNeeds) -> Gradients:
+    """What of a layer's gradients somebody wants."""
+    parameters = layer_parameters(layer)
+    return [
+        parameter_gradient(parameter, gradient) if gradient.numel() and need else None
+        for parameter, gradient, need in zip(parameters, room, needs, strict=True)
+    ]
 
 
 def _like(weight: Tensor) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from densenet_fast import norms, ops, synchronized
 from densenet_fast.layout import Scratch, empty_channels_last, empty_rows, row_pitch
-from densenet_fast.norms import Coefficients, Seen
 from densenet_fast.reference import statistics_dtype
+from densenet_fast.reference_block import Coefficients
 from densenet_fast.specs import AvgPoolTail, LayerSpec, NormSpec, Tail, TransitionTail
 
 
@@ -43,9 +44,20 @@ class Geometry:
         self.group = reading[readers[0]].group if readers else None
         self.bottleneck_groups = [layer.norm2.group for layer in layers]
 
-    def reduced(self, segment: int) -> bool:
-        """Whether some norm takes the batch's statistics of this segment."""
-        return segment <= self._last_reader
+        # Where numbers of values begin in the vector of `Statistics`.
+        self.totals = 2 * (self.channels + sum(self.widths))
+        self.synchronised = self.group is not None or any(
+            group is not None for group in self.bottleneck_groups
+        )
+
+    def segment(self, index: int) -> tuple[int, int]:
+        """The channels of a segment."""
+        return (0 if index == 0 else self.starts[index - 1]), self.starts[index]
+
+    @property
+    def reduced(self) -> int:
+        """How many of the segments somebody normalises with statistics of the batch."""
+        return self._last_reader + 1
 
 
 class Statistics:
@@ -57,53 +69,46 @@ class Statistics:
     def __init__(self, geometry: Geometry, vector: Tensor) -> None:
         """Name the parts of `vector`, which has `Statistics.size(geometry)` elements."""
         self._geometry = geometry
-        sizes = [geometry.channels] * 2
-        for width in geometry.widths:
-            sizes += [width] * 2
-        parts = vector.split([*sizes, *[1] * _totals(geometry)])
-        self.mean, self.var = parts[:2]
-        self._bottleneck = parts[2 : len(sizes)]
-        self._totals = parts[len(sizes) :]
+        self.vector = vector
+        channels = geometry.channels
+        self.mean, self.var = vector[:channels], vector[channels : 2 * channels]
 
     @staticmethod
     def size(geometry: Geometry) -> int:
         """Elements needed."""
-        return 2 * (geometry.channels + sum(geometry.widths)) + _totals(geometry)
-
-    def features(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of some channels of the features."""
-        return self.mean[start:end], self.var[start:end]
-
-    def bottleneck(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance of a layer's bottleneck."""
-        return self._bottleneck[2 * layer], self._bottleneck[2 * layer + 1]
+        totals = 1 + len(geometry.widths) if geometry.synchronised else 0
+        return geometry.totals + totals
 
     def features_total(self) -> Tensor | None:
         """Values [1] of a feature's channel on all ranks; None: not synchronised."""
-        return None if self._geometry.group is None else self._totals[0]
+        at = self._geometry.totals
+        return None if self._geometry.group is None else self.vector[at : at + 1]
 
-    def bottleneck_total(self, layer: int) -> Tensor | None:
-        """Values [1] of a bottleneck's channel on all ranks; None: not synchronised."""
-        group = self._geometry.bottleneck_groups[layer]
-        return None if group is None else self._totals[1 + layer]
+    def synchronise_features(self, segment: int) -> None:
+        """Combine the ranks' statistics of a segment, if its readers are synchronised."""
+        geometry, total = self._geometry, self.features_total()
+        if geometry.group is not None and total is not None and segment < geometry.reduced:
+            start, end = geometry.segment(segment)
+            mean, var = self.mean[start:end], self.var[start:end]
+            synchronized.combine(geometry.group, geometry.rows, mean, var, total)
 
-    def synchronise_features(self, start: int, end: int) -> None:
-        """Combine the ranks' statistics of some channels, if their readers are synchronised."""
-        group, total = self._geometry.group, self.features_total()
-        if group is not None and total is not None:
-            synchronized.combine(group, self._geometry.rows, *self.features(start, end), total)
+    def synchronise(self, half: int) -> None:
+        """Combine the ranks' statistics of what a half-layer has written, where wanted."""
+        layer = half // 2
+        if half % 2 == 1:
+            return self.synchronise_features(layer + 1)
+        geometry = self._geometry
+        group, width = geometry.bottleneck_groups[layer], geometry.widths[layer]
+        if group is not None:
+            at, total = 2 * (geometry.channels + sum(geometry.widths[:layer])), self.total(layer)
+            mean, var = self.vector[at : at + 2 * width].split(width)
+            synchronized.combine(group, geometry.rows, mean, var, total)
+        return None
 
-    def synchronise_bottleneck(self, layer: int) -> None:
-        """Combine the ranks' statistics of a layer's bottleneck, if its norm2 is synchronised."""
-        group, total = self._geometry.bottleneck_groups[layer], self.bottleneck_total(layer)
-        if group is not None and total is not None:
-            synchronized.combine(group, self._geometry.rows, *self.bottleneck(layer), total)
-
-
-def _totals(geometry: Geometry) -> int:
-    """Numbers of values to keep: that of the features and of each layer's bottleneck, or none."""
-    groups = [geometry.group, *geometry.bottleneck_groups]
-    return 0 if all(group is None for group in groups) else len(groups)
+    def total(self, layer: int) -> Tensor:
+        """Values [1] on all ranks of a channel of a synchronised bottleneck."""
+        at = self._geometry.totals + 1 + layer
+        return self.vector[at : at + 1]
 
 
 @dataclass
@@ -115,16 +120,53 @@ class Forward:
     bottlenecks: list[Tensor]  # those of the last layers, as many as were to be kept
 
 
-def norm1_coefficients(
-    layer: LayerSpec, index: int, geometry: Geometry, statistics: Statistics
-) -> Coefficients:
-    """Norm1 of a layer over all features before it."""
-    return norms.coefficients(layer.norm1, *statistics.features(0, geometry.starts[index]))
+class BlockArguments(NamedTuple):
+    """What the block operators of both directions take: see `densenet_fast.reference_block`."""
+
+    parameters: list[Tensor]
+    frozen: list[Tensor]
+    numbers: list[float]
+    seeds: Sequence[int]
+    reduced: int
 
 
-def norm2_coefficients(layer: LayerSpec, index: int, statistics: Statistics) -> Coefficients:
-    """Norm2 of a layer over its bottleneck."""
-    return norms.coefficients(layer.norm2, *statistics.bottleneck(index))
+def block_arguments(
+    layers: Sequence[LayerSpec], geometry: Geometry, seeds: Sequence[int], vector: Tensor
+) -> BlockArguments:
+    """The layers as lists of tensors and numbers; vectors in the type and on the device given."""
+    dtype, none = vector.dtype, vector.new_empty(0)
+
+    def plain(tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            return none
+        if tensor.dtype is dtype and tensor.is_contiguous():
+            return tensor
+        return tensor.to(dtype).contiguous()
+
+    parameters: list[Tensor] = []
+    frozen: list[Tensor] = []
+    numbers: list[float] = []
+    some_frozen = not all(
+        layer.norm1.batch_statistics and layer.norm2.batch_statistics for layer in layers
+    )
+    for layer in layers:
+        for norm, weight in (
+            (layer.norm1, layer.conv1_weight),
+            (layer.norm2, layer.conv2_weight),
+        ):
+            parameters += (plain(norm.weight), plain(norm.bias), weight)
+            numbers.append(norm.eps)
+            if some_frozen and norm.batch_statistics:
+                frozen += (none, none)
+            elif some_frozen:
+                frozen += (plain(norm.running_mean), plain(norm.running_var))
+        numbers.append(layer.dropout)
+    return BlockArguments(parameters, frozen, numbers, seeds, geometry.reduced)
+
+
+def coefficient_scratch(geometry: Geometry, statistics: Statistics) -> Tensor:
+    """Room for a layer's coefficients: `vectors_needed` of csrc/block.h."""
+    return statistics.vector.new_empty(3 * geometry.channels + 6 * max(geometry.widths, default=0))
 
 
 def matrix(weight: Tensor) -> Tensor:
@@ -150,65 +192,76 @@ def forward(
     )
     statistics = Statistics(geometry, vector)
     buffer, features = _feature_buffer(input, geometry, padded=tail is not None)
-    if geometry.reduced(0):
+    if geometry.reduced:
         start = geometry.starts[0]
-        ops.channel_statistics(features[..., :start], *statistics.features(0, start))
-        statistics.synchronise_features(0, start)
-    bottlenecks = _run_layers(layers, geometry, statistics, features, seeds, keep)
-    result = Forward(buffer, vector, bottlenecks)
+        ops.channel_statistics(
+            features[..., :start], statistics.mean[:start], statistics.var[:start]
+        )
+        statistics.synchronise_features(0)
+    kept = _kept(geometry, features, keep)
+    _run(layers, geometry, statistics, features, kept, seeds)
+    result = Forward(buffer, vector, kept)
     output = buffer if tail is None else _tail(tail, features, geometry, statistics)
-    norms.record(*norms.updates(_seen(layers, tail, geometry, statistics), geometry.rows))
+    norms.record(vector, norm_places(geometry, layers, tail), geometry.rows)
     return output, result
 
 
-def _seen(
-    layers: Sequence[LayerSpec], tail: Tail | None, geometry: Geometry, statistics: Statistics
-) -> Iterator[Seen]:
-    """Every norm of the block with the statistics of what it normalises, in order."""
-    total = statistics.features_total()
+def norm_places(
+    geometry: Geometry, layers: Sequence[LayerSpec], tail: Tail | None
+) -> Iterator[norms.Place]:
+    """Every norm of the block, and where the statistics of what it normalises are, in order."""
+    channels = geometry.channels
+    at, totals = 2 * channels, geometry.totals
+    features = -1 if geometry.group is None else totals
     for index, layer in enumerate(layers):
-        yield Seen(layer.norm1, *statistics.features(0, geometry.starts[index]), total)
-        yield Seen(layer.norm2, *statistics.bottleneck(index), statistics.bottleneck_total(index))
+        width = geometry.widths[index]
+        yield norms.Place(layer.norm1, 0, channels, features, geometry.starts[index])
+        total = -1 if geometry.bottleneck_groups[index] is None else totals + 1 + index
+        yield norms.Place(layer.norm2, at, at + width, total, width)
+        at += 2 * width
     if tail is not None:
-        yield Seen(tail.norm, statistics.mean, statistics.var, total)
+        yield norms.Place(tail.norm, 0, channels, features, channels)
 
 
-def _run_layers(
+def _run(
     layers: Sequence[LayerSpec],
     geometry: Geometry,
     statistics: Statistics,
     features: Tensor,
+    kept: Sequence[Tensor],
     seeds: Sequence[int],
-    keep: int,
-) -> list[Tensor]:
-    """All layers for the first time; the bottlenecks of the last `keep`."""
-    bottlenecks = Bottlenecks(geometry, features, keep)
-    for index, layer in enumerate(layers):
-        bottleneck = bottlenecks.take(index)
-        _first_layer_run(layer, index, geometry, statistics, features, bottleneck, seeds[index])
-    return bottlenecks.kept
-
-
-class Bottlenecks:
-    """Room for each layer's bottleneck [N, H, W, B]: its own where kept, else one scratch."""
-
-    def __init__(self, geometry: Geometry, like: Tensor, keep: int) -> None:
-        """Reserve the scratch that all layers but the last `keep` share."""
-        self._geometry = geometry
-        self._like = like
-        self._first_kept = len(geometry.widths) - keep
-        self._scratch = Scratch(
-            geometry.pixels, max(geometry.widths[: self._first_kept], default=0), like
+    *,
+    recompute: bool = False,
+    last: int | None = None,
+) -> None:
+    """All half-layers, or those before `last`; the last layers' bottlenecks into `kept`."""
+    if not layers:
+        return
+    bottlenecks = bottleneck_rooms(geometry, features, kept)
+    vectors = coefficient_scratch(geometry, statistics)
+    arguments = block_arguments(layers, geometry, seeds, statistics.vector)
+    halves = 2 * len(layers) if last is None else last
+    exchanges = geometry.synchronised and not recompute
+    for first in range(halves if exchanges else 1):
+        end = first + 1 if exchanges else halves
+        ops.dense_block_forward_(
+            features, statistics.vector, bottlenecks, vectors, *arguments, recompute, first, end
         )
-        self.kept: list[Tensor] = []
+        if exchanges:
+            statistics.synchronise(first)
 
-    def take(self, layer: int) -> Tensor:
-        """Room for the next layer's bottleneck; layers must come in order."""
-        width = self._geometry.widths[layer]
-        if layer < self._first_kept:
-            return self._scratch.take(width)
-        self.kept.append(empty_rows((*self._geometry.pixels, width), self._like))
-        return self.kept[-1]
+
+def bottleneck_rooms(geometry: Geometry, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+    """Room for each layer's bottleneck [N, H, W, B]: those `kept`, the last ones, and a scratch."""
+    shared = geometry.widths[: len(geometry.widths) - len(kept)]
+    scratch = Scratch(geometry.pixels, max(shared, default=0), like)
+    return [*map(scratch.take, shared), *kept]
+
+
+def _kept(geometry: Geometry, like: Tensor, keep: int) -> list[Tensor]:
+    """Bottlenecks of their own for the last `keep` layers."""
+    widths = geometry.widths[len(geometry.widths) - keep :]
+    return [empty_rows((*geometry.pixels, width), like) for width in widths]
 
 
 def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple[Tensor, Tensor]:
@@ -227,46 +280,6 @@ def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple
     return buffer, features
 
 
-def _first_layer_run(
-    layer: LayerSpec,
-    index: int,
-    geometry: Geometry,
-    statistics: Statistics,
-    features: Tensor,
-    bottleneck: Tensor,
-    seed: int,
-) -> None:
-    """One layer, its output's statistics reduced."""
-    start, end = geometry.starts[index : index + 2]
-    prefix = features[..., :start]
-    scale, shift, _, _ = norm1_coefficients(layer, index, geometry, statistics)
-    mean, var = statistics.bottleneck(index)
-    wanted = (mean, var) if layer.norm2.batch_statistics else (None, None)
-    ops.conv1x1_forward(prefix, scale, shift, matrix(layer.conv1_weight), bottleneck, *wanted)
-    statistics.synchronise_bottleneck(index)
-
-    scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
-    growth = features[..., start:end]
-    wanted = statistics.features(start, end) if geometry.reduced(index + 1) else (None, None)
-    if not layer.dropout:
-        ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, *wanted)
-    else:
-        ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
-        ops.dropout_(growth, seed, layer.dropout)
-        if wanted[0] is not None and wanted[1] is not None:
-            ops.channel_statistics(growth, *wanted)
-    if geometry.reduced(index + 1):
-        statistics.synchronise_features(start, end)
-
-
-def recompute_bottleneck(
-    layer: LayerSpec, norm1: Coefficients, prefix: Tensor, bottleneck: Tensor
-) -> None:
-    """The bottleneck once more, from the statistics of the first run."""
-    weight = matrix(layer.conv1_weight)
-    ops.conv1x1_forward(prefix, norm1.scale, norm1.shift, weight, bottleneck, None, None)
-
-
 def recompute_features(
     input: Tensor,
     layers: Sequence[LayerSpec],
@@ -281,22 +294,14 @@ def recompute_features(
     And the bottlenecks of the last `keep` layers.
     """
     _, features = _feature_buffer(input, geometry, padded=True)
-    bottlenecks = Bottlenecks(geometry, features, keep)
-    # Without a tail nothing reads the last layer's growth: its gradient needs no correction.
-    read = len(layers) - (tail is None)
-    for index, layer in enumerate(layers if keep else layers[:read]):
-        start, end = geometry.starts[index : index + 2]
-        bottleneck = bottlenecks.take(index)
-        norm1 = norm1_coefficients(layer, index, geometry, statistics)
-        recompute_bottleneck(layer, norm1, features[..., :start], bottleneck)
-        if index == read:
-            break
-        scale, shift, _, _ = norm2_coefficients(layer, index, statistics)
-        growth = features[..., start:end]
-        ops.conv3x3_forward(bottleneck, scale, shift, layer.conv2_weight, growth, None, None)
-        if layer.dropout:
-            ops.dropout_(growth, seeds[index], layer.dropout)
-    return features, bottlenecks.kept
+    kept = _kept(geometry, features, keep)
+    # Without a tail nothing reads the last layer's growth (its gradient needs no correction), and
+    # without `keep` nothing its bottleneck.
+    last = 2 * len(layers)
+    if tail is None:
+        last -= 1 if keep else 2
+    _run(layers, geometry, statistics, features, kept, seeds, recompute=True, last=last)
+    return features, kept
 
 
 def tail_coefficients(norm: NormSpec, statistics: Statistics) -> Coefficients:

@@ -57,18 +57,17 @@ def obstacle(index: int | None = None) -> str | None:
     )
 
 
+def allow_tf32() -> bool:
+    """Whether PyTorch's own convolutions of float32 may use tf32 tensor cores now."""
+    return bool(_cudnn.conv.fp32_precision == "tf32")
+
+
 def run_on_cuda(
-    kernel: Callable[..., None],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    tf32_matters: bool,
+    kernel: Callable[..., None], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Call an operator's kernel with PyTorch's settings, and its error for lack of memory."""
+    """Call an operator's kernel; its lack of memory is PyTorch's error."""
     module = _extension.CUDA
     assert module is not None
-    if tf32_matters:
-        module.set_allow_tf32(_cudnn.conv.fp32_precision == "tf32")
     try:
         kernel(*args, **kwargs)
     except RuntimeError as error:

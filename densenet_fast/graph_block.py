@@ -12,7 +12,7 @@ from densenet_fast import autocast
 from densenet_fast.backend import select
 from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
-from densenet_fast.block_forward import Geometry, Statistics, forward
+from densenet_fast.block_forward import Geometry, Statistics, forward, norm_places
 from densenet_fast.graph_library import (
     define,
     differentiable,
@@ -22,7 +22,7 @@ from densenet_fast.graph_library import (
     wanted_like,
 )
 from densenet_fast.graph_specs import BlockArguments, block_arguments, block_specs, spread
-from densenet_fast.graph_statistics import Part, count_step
+from densenet_fast.graph_statistics import count_step
 from densenet_fast.layout import empty_channels_last, row_pitch
 from densenet_fast.philox import draw_seeds
 from densenet_fast.reference import statistics_dtype
@@ -242,23 +242,6 @@ def dense_block(
         checkpoint,
         hold,
     )
-    parts = _parts(input.shape[1], layers, tail)
-    images, _, height, width = input.shape
-    count_step(statistics, parts, images * height * width)
+    geometry = Geometry(input.shape, layers, tail)
+    count_step(statistics, norm_places(geometry, layers, tail), geometry.rows)
     return output
-
-
-def _parts(channels: int, layers: Sequence[LayerSpec], tail: Tail | None) -> list[Part]:
-    """Where each norm's mean and variance are in the vector of `Statistics`."""
-    end = channels + sum(layer.conv2_weight.shape[0] for layer in layers)
-    parts: list[Part] = []
-    bottleneck = 2 * end
-    for layer in layers:
-        width = layer.conv1_weight.shape[0]
-        parts.append((layer.norm1, 0, end, channels))
-        parts.append((layer.norm2, bottleneck, bottleneck + width, width))
-        bottleneck += 2 * width
-        channels += layer.conv2_weight.shape[0]
-    if tail is not None:
-        parts.append((tail.norm, 0, end, end))
-    return parts

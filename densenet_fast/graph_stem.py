@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_fast import autocast, geometry, norms, stem_convolution
+from densenet_fast import autocast, geometry, stem_convolution
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.graph_library import (
     define,
@@ -23,7 +23,7 @@ from densenet_fast.graph_statistics import count_step
 from densenet_fast.layout import empty_channels_last
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import ConvGeometry, NormSpec, norm_buffers
-from densenet_fast.stem import norm_gradients, pooled
+from densenet_fast.stem import norm_gradients, norm_place, pooled
 
 _STEM = (
     "Tensor[] parameters, Tensor[] buffers, bool[] present, int[] conv, ScalarType stored, "
@@ -68,7 +68,7 @@ def _forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_input(features)
     images, channels, height, width = features.shape
     check_norm(stem.norm, "norm", channels, features, (images, height, width))
-    return pooled(features, stem.norm)[:3]
+    return pooled(features, stem.norm)
 
 
 def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     height, width = (height + 1) // 2, (width + 1) // 2
     output = empty_channels_last((images, channels, height, width), features)
     argmax = features.new_empty(images, height, width, channels, dtype=torch.uint8)
-    statistics = features.new_empty(2, channels, dtype=statistics_dtype(features.dtype))
+    statistics = features.new_empty(2 * channels, dtype=statistics_dtype(features.dtype))
     return output, argmax, statistics
 
 
@@ -99,7 +99,7 @@ def _backward(
         stem.features(input),
         argmax,
         norm,
-        norms.coefficients(norm, *statistics.unbind()),
+        statistics,
     )
     before: list[Tensor | None] = [grad_features, None, None]
     if stem.conv is not None and any(needs[:3]):
@@ -210,5 +210,5 @@ def stem(
             (height, width), (kernel[0], kernel[1]), conv.stride, conv.padding, conv.dilation
         )
     count = images * height * width
-    count_step(statistics, [(norm, 0, channels, channels)], count)
+    count_step(statistics, [norm_place(norm, channels)], count)
     return output

@@ -1,21 +1,23 @@
 """The operators as the rest of the package calls them: typed, checked, on the right backend.
 
-The definitions are in `densenet_fast.reference`. All operators write into tensors of their caller
-and check every argument before they write anything. They are not differentiable by themselves.
+The definitions are in `densenet_fast.reference` and `reference_block`. All operators write into
+tensors of their caller and check every argument before they write anything. They are not
+differentiable by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from densenet_fast import _extension, op_checks, reference
+from densenet_fast import _extension, op_checks, reference, reference_block
 from densenet_fast.backend import select
-from densenet_fast.cuda_device import run_on_cuda
+from densenet_fast.cuda_device import allow_tf32, run_on_cuda
 
 Arguments = ParamSpec("Arguments")
 
@@ -24,31 +26,70 @@ def _fake(*arguments: Any) -> None:
     """Operators only write into their arguments: there are no outputs to describe."""
 
 
+class _Compiled:
+    """An operator of this name on the backend of its first argument; `twin` is its reference."""
+
+    def __init__(self, name: str, twin: Callable[..., None]) -> None:
+        """Find the compiled operator, if there is one."""
+        self._twin = twin
+        self._multiplies = name.startswith(("conv", "transition", "dense_block"))
+        if _extension.LOADED:
+            self._kernel = getattr(torch.ops.densenet_fast, name).default
+            torch.library.register_fake(f"densenet_fast::{name}", _fake)
+
+    def __call__(self, first: Tensor, *args: Any, supported: bool = True, **kwargs: Any) -> None:
+        """Run it; in plain PyTorch where its types are not `supported` by kernels."""
+        backend = select(first)
+        if backend == "reference" or not supported:
+            self._twin(first, *args, **kwargs)
+        elif backend == "cuda":
+            if self._multiplies and first.dtype == torch.float32:
+                kwargs["allow_tf32"] = allow_tf32()
+            run_on_cuda(self._kernel, (first, *args), kwargs)
+        else:
+            self._kernel(first, *args, **kwargs)
+
+
 def _operator(check: Callable[Arguments, bool | None]) -> Callable[Arguments, None]:
     """The operator of this name, behind its check of the arguments.
 
     A check that returns False has found types that only the reference twin handles.
     """
-    twin = kernel = getattr(reference, check.__name__)
-    multiplies = check.__name__.startswith(("conv", "transition"))
-    if _extension.LOADED:
-        kernel = getattr(torch.ops.densenet_fast, check.__name__).default
-        torch.library.register_fake(f"densenet_fast::{check.__name__}", _fake)
+    run = _Compiled(check.__name__, getattr(reference, check.__name__))
+    names = tuple(inspect.signature(check).parameters)
 
     @wraps(check)
     def operator(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         supported = check(*args, **kwargs)
-        first: Any = args[0] if args else next(iter(kwargs.values()))
-        backend = select(first)
-        if backend == "reference" or supported is False:
-            twin(*args, **kwargs)
-        elif backend == "cuda":
-            tf32_matters = multiplies and first.dtype == torch.float32
-            run_on_cuda(kernel, args, kwargs, tf32_matters=tf32_matters)
-        else:
-            kernel(*args, **kwargs)
+        given: Any = (*args, *(kwargs[name] for name in names[len(args) :]))
+        run(*given, supported=supported is not False)
 
     return operator
+
+
+# A whole block, and the running statistics of all its norms. Only the fused nodes call these, with
+# tensors of their own making: what users have passed has been checked when a node began.
+dense_block_forward_ = _Compiled("dense_block_forward_", reference_block.dense_block_forward_)
+dense_block_backward_ = _Compiled("dense_block_backward_", reference_block.dense_block_backward_)
+_update_running_statistics_ = _Compiled(
+    "update_running_statistics_", reference_block.update_running_statistics_
+)
+
+
+def update_running_statistics_(
+    statistics: Tensor,
+    running: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    places: Sequence[int],
+    momenta: Sequence[float],
+    count: int,
+) -> None:
+    """Move the running statistics of norms towards those of a step, and count it."""
+    dtype = statistics.dtype
+    plain = all(buffer.dtype == dtype and buffer.is_contiguous() for buffer in running)
+    _update_running_statistics_(
+        statistics, running, counters, places, momenta, count, supported=plain
+    )
 
 
 _MEAN_VAR = ("mean", "var")
@@ -85,47 +126,6 @@ def norm_coefficients(
     op_checks.vectors(op, names, (mean, var, scale, shift, rstd), mean.numel(), mean)
     plain = weight is None or op_checks.affine(op, "weight", weight, mean)
     return (bias is None or op_checks.affine(op, "bias", bias, mean)) and plain
-
-
-@_operator
-def update_running_statistics(
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
-    running_mean: Tensor,
-    running_var: Tensor,
-) -> bool:
-    """Move the running statistics towards those of this batch of `count` values per channel."""
-    op = "update_running_statistics"
-    op_checks.vectors(op, _MEAN_VAR, (mean, var), mean.numel(), mean)
-    plain = op_checks.affine(op, "running_mean", running_mean, mean)
-    plain = op_checks.affine(op, "running_var", running_var, mean) and plain
-    if count < 2:
-        raise ValueError(
-            f"{op}: `count` should be at least 2, as one value has no variance, got {count}"
-        )
-    return plain
-
-
-@_operator
-def norm_grad_coefficients(
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    grad_gamma: Tensor,
-    grad_beta: Tensor,
-    count: int,
-    coefficients: Tensor,
-) -> None:
-    """BatchNorm's backward as one affine map, rows p, q, s: grad_x = p * grad_norm + q * x + s."""
-    op = "norm_grad_coefficients"
-    names = ("scale", "mean", "rstd", "grad_gamma", "grad_beta")
-    channels = scale.numel()
-    op_checks.vectors(op, names, (scale, mean, rstd, grad_gamma, grad_beta), channels, scale)
-    op_checks.dense(op, "coefficients", coefficients, (3, channels), scale.dtype, scale)
-    if count < 1:
-        raise ValueError(f"{op}: `count` should be at least 1, got {count}")
 
 
 # Convolutions

@@ -100,35 +100,6 @@ def norm_coefficients(
     shift.copy_(-mean * scale if bias is None else bias - mean * scale)
 
 
-def update_running_statistics(
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float,
-    running_mean: Tensor,
-    running_var: Tensor,
-) -> None:
-    """Both: running = (1 - momentum) * running + momentum * new, with the unbiased variance."""
-    for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-        running.copy_((1 - momentum) * running.to(new.dtype) + momentum * new)
-
-
-def norm_grad_coefficients(
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    grad_gamma: Tensor,
-    grad_beta: Tensor,
-    count: int,
-    coefficients: Tensor,
-) -> None:
-    """BatchNorm's backward as one affine map: grad_x = p * grad_norm + q * x + s; rows p, q, s."""
-    p, q, s = coefficients.unbind()
-    p.copy_(scale)
-    q.copy_(-scale * rstd * grad_gamma / count)
-    s.copy_(-scale * grad_beta / count - q * mean)
-
-
 # 1x1 convolution
 
 

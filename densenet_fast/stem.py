@@ -16,7 +16,7 @@ from densenet_fast import autocast, norms, ops, stem_convolution, synchronized
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.first_order import first_order_only
 from densenet_fast.layout import as_rows, empty_channels_last
-from densenet_fast.norms import Coefficients, parameter_gradient
+from densenet_fast.norms import parameter_gradient
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import ConvGeometry, NormSpec, norm_buffers, with_norm_tensors
 
@@ -39,29 +39,41 @@ def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
         return pooled(input, norm)[0]
 
 
-def pooled(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def pooled(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the position of each maximum, the batch's mean and variance.
 
-    And the number [1] of values of a synchronised norm.
+    Behind these two the number of values of a synchronised norm.
     """
     rows = as_rows(input)
     images, height, width, channels = rows.shape
-    statistics = torch.empty(2, channels, dtype=statistics_dtype(input.dtype), device=input.device)
-    mean, var = statistics.unbind()
+    statistics = torch.empty(
+        2 * channels + (norm.group is not None),
+        dtype=statistics_dtype(input.dtype),
+        device=input.device,
+    )
+    mean, var, total = _parts(statistics, channels)
     if norm.batch_statistics:
         ops.channel_statistics(rows, mean, var)
-    total = None
     if norm.group is not None:
-        total = mean.new_empty(1)
         synchronized.combine(norm.group, images * height * width, mean, var, total)
     scale, shift, _, _ = norms.coefficients(norm, mean, var)
     out = empty_channels_last((images, channels, (height + 1) // 2, (width + 1) // 2), input)
     out_rows = out.permute(0, 2, 3, 1)
     argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=input.device)
     ops.norm_relu_maxpool_forward(rows, scale, shift, out_rows, argmax)
-    seen = norms.Seen(norm, mean, var, total)
-    norms.record(*norms.updates([seen], images * height * width))
-    return out, argmax, statistics, total
+    norms.record(statistics, [norm_place(norm, channels)], images * height * width)
+    return out, argmax, statistics
+
+
+def norm_place(norm: NormSpec, channels: int) -> norms.Place:
+    """Where the norm's statistics are in the vector of `pooled`."""
+    total = -1 if norm.group is None else 2 * channels
+    return norms.Place(norm, 0, channels, total, channels)
+
+
+def _parts(statistics: Tensor, channels: int) -> list[Tensor]:
+    """Mean, variance and, if the norm is synchronised, the number of values they are of."""
+    return list(statistics.split((channels, channels, len(statistics) - 2 * channels)))
 
 
 class _Stem(torch.autograd.Function):
@@ -85,12 +97,11 @@ class _Stem(torch.autograd.Function):
 
 
 def _backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, total, weight, bias, *buffers = saved
+    input, argmax, statistics, weight, bias, *buffers = saved
     norm = with_norm_tensors(ctx.norm, (weight, bias), buffers)
-    forward = norms.coefficients(norm, *statistics.unbind())
     needed = ctx.needs_input_grad[0]
     grad_input, grad_gamma, grad_beta = norm_gradients(
-        grad_output, input, argmax, norm, forward, total, needed
+        grad_output, input, argmax, norm, statistics, needed
     )
     return [
         grad_input if needed else None,
@@ -104,12 +115,13 @@ def norm_gradients(
     input: Tensor,
     argmax: Tensor,
     norm: NormSpec,
-    forward: Coefficients,
-    total: Tensor | None = None,
+    statistics: Tensor,
     input_needed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the norm's input, and of its weight and bias."""
     images, channels, height, width = input.shape
+    mean, var, total = _parts(statistics, channels)
+    forward = norms.coefficients(norm, mean, var)
     grad_input = empty_channels_last((images, channels, height, width), input)
     grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
     features, grad_features = as_rows(input), grad_input.permute(0, 2, 3, 1)
@@ -123,7 +135,7 @@ def norm_gradients(
         grad_gamma,
         grad_beta,
     )
-    if norm.group is not None and total is not None and input_needed:
+    if norm.group is not None and input_needed:
         # The correction for the batch's statistics, with the sums of all ranks.
         sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
         sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(images * height * width)
@@ -186,7 +198,7 @@ class _ConvStem(torch.autograd.Function):
 
 
 def _conv_stem_backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, total, weight, bias, gamma, beta, *buffers = saved
+    input, argmax, statistics, weight, bias, gamma, beta, *buffers = saved
     conv: ConvGeometry = ctx.conv
     norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
     wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
@@ -195,8 +207,7 @@ def _conv_stem_backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> 
         stem_convolution.forward(input, conv, weight, bias, ctx.stored),
         argmax,
         norm,
-        norms.coefficients(norm, *statistics.unbind()),
-        total,
+        statistics,
         any(wanted),
     )
     gradients: list[Tensor | None] = [None, None, None]

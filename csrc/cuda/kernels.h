@@ -4,12 +4,11 @@
 
 #include <cuda_runtime.h>
 
-#include <cstddef>
-#include <cstdint>
+#include "operators.h"
 
 namespace densenet_fast::cuda {
 
-enum class Dtype { kFloat16, kBfloat16, kFloat32, kFloat64 };
+using namespace densenet_fast;  // the arguments
 
 // Memory for one operator call, given back behind it in stream order.
 class Workspace {
@@ -23,44 +22,6 @@ struct Context {
   bool allow_tf32;  // float32 products may use tf32 tensor cores
   cudaStream_t stream;
   Workspace* workspace;
-};
-
-// An NHWC image batch; data null: not given.
-struct ImageArgument {
-  void* data = nullptr;
-  int64_t n = 0, h = 0, w = 0, c = 0, pitch = 0;
-};
-
-// Vectors of statistics and coefficients are float32, float64 for float64 images.
-struct NormArgument {
-  const void* scale = nullptr;
-  const void* shift = nullptr;
-  const void* mean = nullptr;
-  const void* rstd = nullptr;
-};
-
-struct StatisticsResult {
-  void* mean = nullptr;  // null: not wanted
-  void* var = nullptr;
-};
-
-struct NormGradientResult {
-  void* gamma = nullptr;  // null: no data gradient is wanted
-  void* beta = nullptr;
-};
-
-// Strides in elements. The type is the images' or float32.
-struct WeightArgument {
-  const void* data = nullptr;
-  bool is_float32 = false;
-  int64_t out = 0, in = 0;
-  int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
-};
-
-// A weight gradient, contiguous, of the weight's type; null: not wanted.
-struct WeightGradient {
-  void* data = nullptr;
-  bool is_float32 = false;
 };
 
 void channel_statistics(const Context&, const ImageArgument& features, const StatisticsResult&);

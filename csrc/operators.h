@@ -1,0 +1,70 @@
+// What crosses from the operators to the kernels of either backend: plain pointers and sizes, no
+// torch types. The torch dispatch and the emulator's tests call the same functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace densenet_fast {
+
+enum class Dtype { kFloat16, kBfloat16, kFloat32, kFloat64 };
+
+// Bytes of an image's element, and of one of its vectors of statistics and coefficients: these are
+// float32, float64 for float64 images.
+constexpr int64_t element_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+constexpr int64_t vector_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
+// An NHWC image batch, or a channel slice of one: rows of pixels `pitch` elements apart; data null:
+// not given.
+struct ImageArgument {
+  void* data = nullptr;
+  int64_t n = 0, h = 0, w = 0, c = 0, pitch = 0;
+};
+
+// relu(scale * x + shift), and what its backward needs for x-hat = (x - mean) * rstd.
+struct NormArgument {
+  const void* scale = nullptr;
+  const void* shift = nullptr;
+  const void* mean = nullptr;
+  const void* rstd = nullptr;
+};
+
+struct StatisticsResult {
+  void* mean = nullptr;  // null: not wanted
+  void* var = nullptr;
+};
+
+struct NormGradientResult {
+  void* gamma = nullptr;  // null: no data gradient is wanted
+  void* beta = nullptr;
+};
+
+// Strides in elements. The type is the images' or float32.
+struct WeightArgument {
+  const void* data = nullptr;
+  bool is_float32 = false;
+  int64_t out = 0, in = 0;
+  int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
+};
+
+// A weight gradient, contiguous, of the weight's type; null: not wanted.
+struct WeightGradient {
+  void* data = nullptr;
+  bool is_float32 = false;
+};
+
+// One norm's share in `update_running_statistics_`.
+struct RunningUpdate {
+  int64_t channels;
+  const void* mean;
+  const void* var;
+  const void* total;  // [1]: values of a synchronised norm on all ranks; null: `count`
+  int64_t count;
+  double momentum;
+  void* running_mean;
+  void* running_var;
+};
+
+}  // namespace densenet_fast
