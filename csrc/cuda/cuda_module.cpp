@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "call.h"
+#include "device.h"
 
 namespace {
 
@@ -36,8 +36,6 @@ PYBIND11_MODULE(_cuda, m) {
         "The CUDA runtime linked in: 1000 * major + 10 * minor");
   m.def("driver_version", &driver_version,
         "The newest CUDA the driver knows, in the same form; 0 without a driver");
-  m.def("set_allow_tf32", &cuda::set_allow_tf32, pybind11::arg("allow"),
-        "Whether this thread's next float32 products may use tf32 tensor cores");
   m.def("take_failed_allocation", &cuda::take_failed_allocation,
         "What this thread's last call had no memory for, once; otherwise empty");
 }

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <vector>
+
 #include "operators.h"
 
 namespace densenet_fast::cuda {
@@ -28,11 +30,13 @@ void channel_statistics(const Context&, const ImageArgument& features, const Sta
 void norm_coefficients(const Context&, int64_t channels, const void* mean, const void* var,
                        const void* gamma, const void* beta, double eps, void* scale, void* shift,
                        void* rstd);
-void update_running_statistics(const Context&, int64_t channels, const void* mean, const void* var,
-                               int64_t count, double momentum, void* running_mean,
-                               void* running_var);
+void update_running_statistics(const Context&, const std::vector<RunningUpdate>& updates,
+                               const std::vector<int64_t*>& counters);
+// Sums null: a frozen norm's.
 void norm_grad_coefficients(const Context&, int64_t channels, const NormArgument&,
-                            const NormGradientResult&, int64_t count, void* coefficients);
+                            const NormGradientResult& sums, int64_t count, void* coefficients);
+void defer_correction(const Context&, int64_t channels, const NormArgument&,
+                      const NormGradientResult& sums, void* sum_grad, void* sum_grad_x);
 
 void conv1x1_forward(const Context&, const ImageArgument& features, const NormArgument& act,
                      const WeightArgument& weight, const ImageArgument& bottleneck,

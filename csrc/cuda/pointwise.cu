@@ -57,14 +57,41 @@ __global__ void __launch_bounds__(kThreads)
   shift[c] = (beta ? beta[c] : A(0)) - mean[c] * a;
 }
 
+// A launch's parameters hold so many norms, or counters.
+constexpr int kUpdatesAtOnce = 32;
+
 template <class A>
-__global__ void __launch_bounds__(kThreads)
-    running_statistics_kernel(int channels, const A* mean, const A* var, A unbiased, A keep, A take,
-                              A* running_mean, A* running_var) {
+struct RunningUpdates {
+  struct One {
+    const A* mean;
+    const A* var;
+    const A* total;
+    A unbiased, keep, take;
+    A* running_mean;
+    A* running_var;
+    int channels;
+  } one[kUpdatesAtOnce];
+};
+
+// Block y is the y-th norm.
+template <class A>
+__global__ void __launch_bounds__(kThreads) running_statistics_kernel(RunningUpdates<A> updates) {
+  const auto& u = updates.one[blockIdx.y];
   const int64_t c = flat_index();
-  if (c >= channels) return;
-  running_mean[c] = keep * running_mean[c] + take * mean[c];
-  running_var[c] = keep * running_var[c] + take * (var[c] * unbiased);
+  if (c >= u.channels) return;
+  const A unbiased = u.total ? *u.total / (*u.total - A(1)) : u.unbiased;
+  u.running_mean[c] = u.keep * u.running_mean[c] + u.take * u.mean[c];
+  u.running_var[c] = u.keep * u.running_var[c] + u.take * (u.var[c] * unbiased);
+}
+
+struct Counters {
+  int64_t* one[kUpdatesAtOnce];
+  int count;
+};
+
+__global__ void count_kernel(Counters counters) {
+  // One thread: a counter that norms share may be there twice.
+  for (int i = 0; i < counters.count; ++i) ++*counters.one[i];
 }
 
 template <class A>
@@ -73,10 +100,20 @@ __global__ void __launch_bounds__(kThreads)
                              A* out) {
   const int64_t c = flat_index();
   if (c >= channels) return;
-  const A q = -norm.scale[c] * norm.rstd[c] * gamma[c] * inverse;
+  const A q = gamma ? -norm.scale[c] * norm.rstd[c] * gamma[c] * inverse : A(0);
   out[c] = norm.scale[c];
   out[channels + c] = q;
-  out[2 * channels + c] = -norm.scale[c] * beta[c] * inverse - q * norm.mean[c];
+  out[2 * channels + c] = beta ? -norm.scale[c] * beta[c] * inverse - q * norm.mean[c] : A(0);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    defer_kernel(int channels, Norm<A> norm, const A* gamma, const A* beta, A* sum_grad,
+                 A* sum_grad_x) {
+  const int64_t c = flat_index();
+  if (c >= channels) return;
+  sum_grad[c] += norm.scale[c] * beta[c];
+  sum_grad_x[c] += norm.scale[c] * norm.rstd[c] * gamma[c];
 }
 
 template <class E>
@@ -157,17 +194,44 @@ void norm_coefficients(const Context& context, int64_t channels, const void* mea
   });
 }
 
-void update_running_statistics(const Context& context, int64_t channels, const void* mean,
-                               const void* var, int64_t count, double momentum, void* running_mean,
-                               void* running_var) {
+void update_running_statistics(const Context& context, const std::vector<RunningUpdate>& updates,
+                               const std::vector<int64_t*>& counters) {
   with_element(context, [&](auto policy) {
     using A = Accumulator<typename decltype(policy)::Element>;
-    launch(&running_statistics_kernel<A>, flat(context, "update_running_statistics", channels),
-           static_cast<int>(channels), static_cast<const A*>(mean), static_cast<const A*>(var),
-           static_cast<A>(static_cast<double>(count) / static_cast<double>(count - 1)),
-           static_cast<A>(1.0 - momentum), static_cast<A>(momentum), static_cast<A*>(running_mean),
-           static_cast<A*>(running_var));
+    for (size_t next = 0; next < updates.size();) {
+      RunningUpdates<A> some{};
+      int64_t most = 0;
+      unsigned count = 0;
+      // Buffers that norms share take one step after the other.
+      const auto shared = [&](const RunningUpdate& u) {
+        for (unsigned i = 0; i < count; ++i) {
+          if (some.one[i].running_mean == u.running_mean) return true;
+        }
+        return false;
+      };
+      for (; count < kUpdatesAtOnce && next < updates.size() && !shared(updates[next]); ++next) {
+        const RunningUpdate& u = updates[next];
+        const double values = static_cast<double>(u.count);
+        some.one[count++] = {
+            static_cast<const A*>(u.mean),    static_cast<const A*>(u.var),
+            static_cast<const A*>(u.total),   static_cast<A>(values / (values - 1)),
+            static_cast<A>(1.0 - u.momentum), static_cast<A>(u.momentum),
+            static_cast<A*>(u.running_mean),  static_cast<A*>(u.running_var),
+            static_cast<int>(u.channels)};
+        most = most < u.channels ? u.channels : most;
+      }
+      LaunchConfig config = flat(context, "update_running_statistics", most);
+      config.grid.y = count;
+      launch(&running_statistics_kernel<A>, config, some);
+    }
   });
+  for (size_t first = 0; first < counters.size(); first += kUpdatesAtOnce) {
+    Counters some{};
+    for (size_t i = first; i < counters.size() && some.count < kUpdatesAtOnce; ++i) {
+      some.one[some.count++] = counters[i];
+    }
+    launch(&count_kernel, LaunchConfig{"count", dim3(1), dim3(1), 0, context.stream}, some);
+  }
 }
 
 void norm_grad_coefficients(const Context& context, int64_t channels, const NormArgument& argument,
@@ -178,6 +242,17 @@ void norm_grad_coefficients(const Context& context, int64_t channels, const Norm
            static_cast<int>(channels), norm<A>(argument), static_cast<const A*>(sums.gamma),
            static_cast<const A*>(sums.beta), static_cast<A>(1.0 / static_cast<double>(count)),
            static_cast<A*>(coefficients));
+  });
+}
+
+void defer_correction(const Context& context, int64_t channels, const NormArgument& argument,
+                      const NormGradientResult& sums, void* sum_grad, void* sum_grad_x) {
+  with_element(context, [&](auto policy) {
+    using A = Accumulator<typename decltype(policy)::Element>;
+    launch(&defer_kernel<A>, flat(context, "defer_correction", channels),
+           static_cast<int>(channels), norm<A>(argument), static_cast<const A*>(sums.gamma),
+           static_cast<const A*>(sums.beta), static_cast<A*>(sum_grad),
+           static_cast<A*>(sum_grad_x));
   });
 }
 

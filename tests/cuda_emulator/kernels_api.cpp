@@ -75,7 +75,7 @@ const char* df_update_running_statistics(int dtype, int tf32, int64_t n, const v
                                          const void* var, int64_t count, double momentum, void* rm,
                                          void* rv) {
   return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::update_running_statistics(c, n, mean, var, count, momentum, rm, rv);
+    cuda::update_running_statistics(c, {{n, mean, var, nullptr, count, momentum, rm, rv}}, {});
   });
 }
 const char* df_norm_grad_coefficients(int dtype, int tf32, int64_t n, N norm, G sums, int64_t count,

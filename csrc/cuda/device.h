@@ -1,0 +1,133 @@
+// What the operators need of CUDA: the device and its current stream, memory in stream order, and
+// the kernels' limits.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "tensors.h"
+
+namespace densenet_fast::cuda {
+
+// What ops.py asks behind a call that failed; each thread its own.
+void set_failed_allocation(std::string what);
+std::string take_failed_allocation();
+
+// Grids have at most 65535 blocks across channels, of 16 at least.
+constexpr int64_t kMaxChannels = 65535 * 16;
+// The kernels count single dimensions, pixels and tiles with int; all offsets have 64 bits.
+constexpr int64_t kMaxPixels = std::numeric_limits<int>::max();
+// One thread an element, 256 to a block, 2^31 - 1 blocks.
+constexpr int64_t kMaxElements = kMaxPixels * 256;
+
+// Tensors of PyTorch's caching allocator, on the current stream: given back at the end of the call,
+// they go to whoever comes next on that stream.
+class TensorWorkspace : public Workspace {
+ public:
+  explicit TensorWorkspace(torch::stable::Device device) : device_(device) {}
+
+  void* allocate(size_t bytes) override {
+    const int64_t size[] = {static_cast<int64_t>(bytes)};
+    try {
+      blocks_.push_back(torch::stable::empty({size, 1}, ScalarType::Byte, std::nullopt, device_));
+    } catch (const std::exception& error) {
+      // An earlier kernel's failure arrives here too, under its own name; lack of memory may come
+      // without text.
+      const std::string reason = error.what();
+      if (reason.find("CUDA error") != std::string::npos &&
+          reason.find("out of memory") == std::string::npos) {
+        throw;
+      }
+      std::string what = "CUDA out of memory: no room for a workspace of " + std::to_string(bytes) +
+                         " bytes on device " + std::to_string(device_.index());
+      set_failed_allocation(what);
+      throw std::runtime_error("densenet_fast: " + what);
+    }
+    return blocks_.back().mutable_data_ptr();
+  }
+
+ private:
+  torch::stable::Device device_;
+  std::vector<Tensor> blocks_;
+};
+
+class Device {
+ public:
+  using Context = cuda::Context;
+
+  Device(const torch::stable::Device& place, Dtype dtype, bool allow_tf32)
+      :
+#ifndef DENSENET_FAST_EMULATOR
+        guard_(place.index()),
+#endif
+        workspace_(place),
+        context_{dtype, allow_tf32, current_stream(place.index()), &workspace_} {
+  }
+
+  const Context& context() const { return context_; }
+
+  static void check_image(const Rows& r, const char* name) {
+    STD_TORCH_CHECK(r.n <= kMaxPixels && r.h <= kMaxPixels && r.w <= kMaxPixels &&
+                        r.n * r.h <= kMaxPixels && r.n * r.h * r.w <= kMaxPixels,
+                    name, " must have at most 2^31 - 1 pixels for the CUDA kernels, got ", r.n,
+                    " x ", r.h, " x ", r.w, ": use smaller batches");
+    STD_TORCH_CHECK(r.c <= kMaxChannels, name, " must have at most ", kMaxChannels,
+                    " channels for the CUDA kernels, got ", r.c);
+    STD_TORCH_CHECK(r.n * r.h * r.w * r.c <= kMaxElements, name, " must have at most ",
+                    kMaxElements, " elements for the CUDA kernels: use smaller batches");
+  }
+  static void check_weight(int64_t out, int64_t in) {
+    STD_TORCH_CHECK(out <= kMaxChannels && out * in <= kMaxElements,
+                    "the CUDA kernels take weights of at most ", kMaxChannels, " channels, got ",
+                    out, " x ", in);
+  }
+
+#define DF_KERNEL(name)                                                     \
+  template <class... Arguments>                                             \
+  static void name(const Context& context, const Arguments&... arguments) { \
+    cuda::name(context, arguments...);                                      \
+  }
+  DF_KERNEL(channel_statistics)
+  DF_KERNEL(norm_coefficients)
+  DF_KERNEL(norm_grad_coefficients)
+  DF_KERNEL(defer_correction)
+  DF_KERNEL(update_running_statistics)
+  DF_KERNEL(conv1x1_forward)
+  DF_KERNEL(conv1x1_backward)
+  DF_KERNEL(conv3x3_forward)
+  DF_KERNEL(conv3x3_backward)
+  DF_KERNEL(dropout)
+  DF_KERNEL(finish_gradient)
+  DF_KERNEL(transition_forward)
+  DF_KERNEL(transition_backward)
+  DF_KERNEL(norm_relu_avgpool_forward)
+  DF_KERNEL(norm_relu_avgpool_backward)
+  DF_KERNEL(norm_relu_maxpool_forward)
+  DF_KERNEL(norm_relu_maxpool_backward)
+#undef DF_KERNEL
+
+ private:
+  static cudaStream_t current_stream([[maybe_unused]] int32_t index) {
+#ifdef DENSENET_FAST_EMULATOR
+    return nullptr;
+#else
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    return static_cast<cudaStream_t>(stream);
+#endif
+  }
+
+#ifndef DENSENET_FAST_EMULATOR
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  TensorWorkspace workspace_;
+  Context context_;
+};
+
+}  // namespace densenet_fast::cuda
