@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
-
-from densenet_fast.backend import select
-from densenet_fast.specs import LayerSpec, Tail, TransitionTail
 
 CAST_TYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64 is left alone
 
@@ -33,27 +28,3 @@ def computed_type(dtype: torch.dtype, kind: str) -> torch.dtype:
 def cast(tensor: Tensor) -> Tensor:
     """The tensor in the type that convolutions are computed in."""
     return tensor.to(computed_type(tensor.dtype, tensor.device.type))
-
-
-def lowered(
-    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None
-) -> tuple[Tensor, Sequence[LayerSpec], Tail | None]:
-    """Input and convolutions in autocast's type; norms stay, their parameters may be wider."""
-    if not enabled(input.device.type):
-        return input, layers, tail
-    input = cast(input)
-    # The kernels round float32 weights in passing and return float32 gradients: no copies.
-    as_they_are = select(input) != "reference"
-
-    def weight(tensor: Tensor) -> Tensor:
-        return tensor if as_they_are and tensor.dtype == torch.float32 else cast(tensor)
-
-    layers = [
-        replace(
-            layer, conv1_weight=weight(layer.conv1_weight), conv2_weight=weight(layer.conv2_weight)
-        )
-        for layer in layers
-    ]
-    if isinstance(tail, TransitionTail):
-        tail = replace(tail, conv_weight=weight(tail.conv_weight))
-    return input, layers, tail

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from densenet_fast import ops, synchronized
-from densenet_fast.block_forward import (
-    Geometry,
-    Statistics,
-    block_arguments,
-    bottleneck_rooms,
-    coefficient_scratch,
-    matrix,
-    recompute_features,
-    tail_coefficients,
-)
+from densenet_fast.block_forward import Block, Statistics, matrix, recompute_features
 from densenet_fast.layout import as_rows, empty_channels_last, empty_rows, row_pitch
 from densenet_fast.norms import parameter_gradient
-from densenet_fast.specs import (
-    Checkpoint,
-    LayerSpec,
-    NormSpec,
-    Tail,
-    TransitionTail,
-    layer_parameters,
-)
 
 Gradients = list[Tensor | None]
-# Which of (norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2) want a gradient.
-LayerNeeds = Sequence[bool]
 
 
 def gradients(
-    geometry: Geometry,
-    layers: Sequence[LayerSpec],
-    tail: Tail | None,
+    block: Block,
     anchor: Tensor,
-    statistics: Statistics,
+    vector: Tensor,
     bottlenecks: Sequence[Tensor],
-    seeds: Sequence[int],
-    checkpoint: Checkpoint,
-    hold: int,
     needs: Sequence[bool],
     grad_output: Tensor,
 ) -> Gradients:
@@ -52,25 +29,13 @@ def gradients(
     `anchor` is the block's input where checkpoint="block", else the feature buffer. `needs` says
     which of these gradients are wanted.
     """
-    if checkpoint == "block":
-        features, bottlenecks = recompute_features(
-            anchor, layers, tail, geometry, statistics, seeds, hold
-        )
+    statistics = Statistics(block.geometry, vector)
+    if block.settings.checkpoint == "block":
+        features, bottlenecks = recompute_features(anchor, block, statistics)
     else:
         features = as_rows(anchor)
-    ends = 1 + 6 * len(layers)
-    backward = BlockBackward(
-        geometry,
-        layers,
-        features,
-        statistics,
-        [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in bottlenecks],
-        seeds,
-        input_needed=needs[0],
-        needs=[needs[start : start + 6] for start in range(1, ends, 6)],
-    )
-    grad_input, others = backward.run(tail, needs[ends:], grad_output)
-    return [grad_input, *others]
+        bottlenecks = [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in bottlenecks]
+    return BlockBackward(block, features, statistics, bottlenecks, needs).run(grad_output)
 
 
 class BlockBackward:
@@ -78,33 +43,27 @@ class BlockBackward:
 
     def __init__(
         self,
-        geometry: Geometry,
-        layers: Sequence[LayerSpec],
+        block: Block,
         features: Tensor,
         statistics: Statistics,
         bottlenecks: Sequence[Tensor],
-        seeds: Sequence[int],
-        *,
-        input_needed: bool,
-        needs: Sequence[LayerNeeds],
+        needs: Sequence[bool],
     ) -> None:
-        """Prepare for `layers`, whose parameters want gradients as `needs` says."""
-        self.geometry = geometry
-        self.layers = layers
+        """Prepare for the gradients that `needs` says."""
+        self.block = block
+        self.geometry = geometry = block.geometry
         self.features = features
         self.statistics = statistics
         self.bottlenecks = bottlenecks  # of the last layers
-        self.seeds = seeds
-        self.input_needed = input_needed
-        self.needs = needs
-        wanting = [index for index, need in enumerate(needs) if any(need)]
+        self.input_needed, *self.needs = needs
+        wanting = [at // 6 for at, need in enumerate(self.needs[: 6 * geometry.layers]) if need]
         # Below this layer nothing needs a gradient.
-        self.lowest = -1 if input_needed else min(wanting, default=len(layers))
+        self.lowest = -1 if self.input_needed else min(wanting, default=geometry.layers)
         self.grad_features = self._gradient_buffer()
         # Sums over the norms done so far, of scale * grad_beta and of scale * rstd * grad_gamma;
         # behind them those of the norm2 at work, where ranks exchange them.
         channels = geometry.channels
-        self.exchanging = any(group is not None for group in geometry.bottleneck_groups)
+        self.exchanging = any(geometry.bottleneck_groups)
         behind = 2 * max(geometry.widths) if self.exchanging else 0
         self.sums = statistics.vector.new_zeros(2 * channels + behind)
         self.sum_grad, self.sum_grad_x = self.sums[: 2 * channels].view(2, -1).unbind()
@@ -116,17 +75,15 @@ class BlockBackward:
         shape = (images, channels, height, width)
         return empty_channels_last(shape, self.features, pitch).permute(0, 2, 3, 1)
 
-    def run(
-        self, tail: Tail | None, tail_needs: Sequence[bool], grad_output: Tensor
-    ) -> tuple[Tensor | None, Gradients]:
-        """The input's gradient and the parameters', layer by layer and the tail's last."""
+    def run(self, grad_output: Tensor) -> Gradients:
+        """The input's gradient and the parameters', the tail's last."""
         tail_gradients: Gradients = []
-        if tail is None:
+        if self.block.settings.tail == "none":
             self.grad_features.copy_(grad_output.permute(0, 2, 3, 1))
         else:
-            tail_gradients = self._tail(tail, tail_needs, grad_output)
+            tail_gradients = self._tail(grad_output)
         gradients = self._layers()
-        return self._input() if self.input_needed else None, gradients + tail_gradients
+        return [self._input() if self.input_needed else None, *gradients, *tail_gradients]
 
     def _vectors(self, channels: int) -> tuple[Tensor, Tensor]:
         """Room for grad_gamma and grad_beta: each its own storage, as parameters may keep them."""
@@ -138,13 +95,14 @@ class BlockBackward:
 
         They will be divided by the rows of this process.
         """
-        geometry, total = self.geometry, self.statistics.features_total()
-        if geometry.group is None or total is None or segment >= geometry.reduced:
-            return
-        start, end = geometry.segment(segment)
-        mine = self.sums[: 2 * geometry.channels].view(2, -1)[:, start:end]
-        sums = mine.clone(memory_format=torch.contiguous_format)
-        mine.copy_(synchronized.mean_over_ranks(geometry.group, sums, total).mul_(geometry.rows))
+        geometry = self.geometry
+        if geometry.group and segment < geometry.reduced:
+            start, end = geometry.segment(segment)
+            mine = self.sums[: 2 * geometry.channels].view(2, -1)[:, start:end]
+            sums = mine.clone(memory_format=torch.contiguous_format)
+            total = self.statistics.features_total()
+            sums = synchronized.mean_over_ranks(geometry.group, sums, total)
+            mine.copy_(sums.mul_(geometry.rows))
 
     def _exchange_norm2(self, layer: int, gradients: Sequence[Tensor]) -> None:
         """Hand a norm2's sums to its half-layer, over the ranks where it is synchronised."""
@@ -152,19 +110,20 @@ class BlockBackward:
         if not self.exchanging or not gamma.numel():
             return
         sums, group = torch.stack((gamma, beta)), self.geometry.bottleneck_groups[layer]
-        if group is not None:
-            total = self.statistics.total(layer)
+        if group:
+            total = self.statistics.bottleneck_total(layer)
             sums = synchronized.mean_over_ranks(group, sums, total).mul_(self.geometry.rows)
         start = 2 * self.geometry.channels
         self.sums[start : start + sums.numel()].copy_(sums.view(-1))
 
-    def _tail(self, tail: Tail, needs: Sequence[bool], grad_output: Tensor) -> Gradients:
-        forward = tail_coefficients(tail.norm, self.statistics)
+    def _tail(self, grad_output: Tensor) -> Gradients:
+        block, at = self.block, 6 * self.geometry.layers
+        forward = block.tail_coefficients(self.statistics)
         grad_gamma, grad_beta = self._vectors(self.geometry.channels)
-        gradients: Gradients = []
-        if isinstance(tail, TransitionTail):
-            weight = matrix(tail.conv_weight)
-            grad_weight = _like(weight) if needs[2] else None
+        found = [grad_gamma, grad_beta]
+        if block.settings.tail == "transition":
+            weight = matrix(block.parameters[-1])
+            grad_weight = _like(weight) if self.needs[-1] else None
             ops.transition_backward(
                 as_rows(grad_output),
                 self.features,
@@ -175,7 +134,7 @@ class BlockBackward:
                 grad_beta,
                 grad_weight,
             )
-            gradients = [None if grad_weight is None else grad_weight[..., None, None]]
+            found.append(self.sums[:0] if grad_weight is None else grad_weight[..., None, None])
         else:
             ops.norm_relu_avgpool_backward(
                 grad_output.contiguous(),
@@ -185,72 +144,71 @@ class BlockBackward:
                 grad_gamma,
                 grad_beta,
             )
-        if tail.norm.batch_statistics:
+        if block.settings.batch_statistics[-1]:
             self.sum_grad.addcmul_(forward.scale, grad_beta)
             self.sum_grad_x.addcmul_(forward.scale * forward.rstd, grad_gamma)
-        affine = _affine_gradients(tail.norm, grad_gamma, grad_beta)
-        return affine + gradients
+        return self._wanted(found, at)
 
-    def _layers(self) -> Gradients:
-        geometry, layers, first = self.geometry, self.layers, 2 * max(self.lowest, 0)
-        if first == 2 * len(layers):
-            return [None] * (6 * len(layers))
-        room = [self._room(index) for index in range(len(layers))]
-        gradients = [tensor for layer in room for tensor in layer]
-        like = self.features
-        grad_growth = empty_rows((*geometry.pixels, max(geometry.growths)), like)
-        grad_norm = empty_rows((*geometry.pixels, max(geometry.widths)), like)
-        exchanges = geometry.synchronised
-        arguments = (
-            self.features,
-            self.grad_features,
-            self.statistics.vector,
-            self.sums,
-            bottleneck_rooms(geometry, like, self.bottlenecks),
-            grad_growth.view(-1),
-            grad_norm.view(-1),
-            coefficient_scratch(geometry, self.statistics),
-        )
-        block = block_arguments(layers, geometry, self.seeds, self.statistics.vector)
-        for half in reversed(range(first, 2 * len(layers)) if exchanges else (first,)):
-            if exchanges and half % 2 == 1:
-                self._exchange_features(half // 2 + 1)
-            ops.dense_block_backward_(
-                *arguments,
-                block.parameters,
-                block.frozen,
-                gradients,
-                *block[2:],
-                len(self.bottlenecks),
-                self.lowest,
-                half,
-                half + 1 if exchanges else 2 * len(layers),
-            )
-            if exchanges and half % 2 == 1:
-                self._exchange_norm2(half // 2, gradients)
+    def _wanted(self, found: Sequence[Tensor], at: int = 0) -> Gradients:
+        """Those of the parameters' gradients that are needed, from parameter `at` on."""
         return [
-            gradient
-            for index, layer in enumerate(layers)
-            for gradient in _layer_gradients(layer, room[index], self.needs[index])
+            parameter_gradient(parameter, gradient) if need else None
+            for parameter, gradient, need in zip(
+                self.block.parameters[at:], found, self.needs[at:], strict=False
+            )
         ]
 
-    def _room(self, index: int) -> list[Tensor]:
+    def _layers(self) -> Gradients:
+        geometry, layers, first = self.geometry, self.geometry.layers, 2 * max(self.lowest, 0)
+        if first == 2 * layers:
+            return [None] * (6 * layers)
+        gradients = [tensor for layer in range(layers) for tensor in self._room(layer)]
+        like, vector = self.features, self.statistics.vector
+        grad_growth = empty_rows((*geometry.pixels, max(geometry.growths)), like)
+        grad_norm = empty_rows((*geometry.pixels, max(geometry.widths)), like)
+        parameters, frozen, *numbers = self.block.arguments(vector)
+        arguments: tuple[Any, ...] = (
+            self.features,
+            self.grad_features,
+            vector,
+            self.sums,
+            self.block.rooms(like, self.bottlenecks),
+            grad_growth.view(-1),
+            grad_norm.view(-1),
+            self.block.scratch(vector),
+            parameters,
+            frozen,
+            gradients,
+            *numbers,
+            len(self.bottlenecks),
+            self.lowest,
+        )
+        exchanges = geometry.synchronised
+        for half in reversed(range(first, 2 * layers) if exchanges else (first,)):
+            if exchanges and half % 2 == 1:
+                self._exchange_features(half // 2 + 1)
+            ops.dense_block_backward_(*arguments, half, half + 1 if exchanges else 2 * layers)
+            if exchanges and half % 2 == 1:
+                self._exchange_norm2(half // 2, gradients)
+        return self._wanted(gradients)
+
+    def _room(self, layer: int) -> Sequence[Tensor]:
         """Room for a layer's gradients, in the order of its parameters; some without elements."""
-        needs, layer, start = self.needs[index], self.layers[index], self.geometry.starts[index]
+        needs, weights = self.needs[6 * layer : 6 * layer + 6], self.block.parameters
         none = self.sums[:0]
-        if index < self.lowest:
-            return [none] * 6
-        features_needed = self.lowest < index
+        if layer < self.lowest:
+            return (none,) * 6
+        features_needed = self.lowest < layer
         conv1_needed = features_needed or any(needs[:3])
         norm1_needed = features_needed or needs[0] or needs[1]
         norm2_needed = conv1_needed or needs[3] or needs[4]
-        width = self.geometry.widths[index]
-        return [
+        start, width = self.geometry.starts[layer], self.geometry.widths[layer]
+        return (
             *(self._vectors(start) if norm1_needed else (none, none)),
-            _like(layer.conv1_weight) if needs[2] else none,
+            _like(weights[6 * layer + 2]) if needs[2] else none,
             *(self._vectors(width) if norm2_needed else (none, none)),
-            _like(layer.conv2_weight) if needs[5] else none,
-        ]
+            _like(weights[6 * layer + 5]) if needs[5] else none,
+        )
 
     def _input(self) -> Tensor:
         images, height, width = self.geometry.pixels
@@ -272,21 +230,7 @@ class BlockBackward:
         return gradient
 
 
-def _affine_gradients(
-    norm: NormSpec, grad_gamma: Tensor | None, grad_beta: Tensor | None
-) -> Gradients:
-    return [parameter_gradient(norm.weight, grad_gamma), parameter_gradient(norm.bias, grad_beta)]
-
-
-def _layer_gradients(layer: LayerSpec, room: Sequence[Tensor], needs: LayerNeeds) -> Gradients:
-    """What of a layer's gradients somebody wants."""
-    parameters = layer_parameters(layer)
-    return [
-        parameter_gradient(parameter, gradient) if gradient.numel() and need else None
-        for parameter, gradient, need in zip(parameters, room, needs, strict=True)
-    ]
-
-
-def _like(weight: Tensor) -> Tensor:
+def _like(weight: Tensor | None) -> Tensor:
     """Room for a weight's gradient: contiguous, whatever the weight's memory format."""
+    assert weight is not None
     return torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -88,7 +88,7 @@ def _check_groups(layers: Sequence[LayerSpec], tail: Tail | None) -> None:
             f"same process group, or all without one, got {len(groups)} different ones"
         )
     for norm in (*reading, *(layer.norm2 for layer in layers)):
-        if norm.group is not None and not norm.batch_statistics:
+        if norm.group and not norm.batch_statistics:
             raise ValueError("a norm with a process group should use the batch's statistics")
 
 
@@ -97,7 +97,7 @@ def check_norm(
 ) -> None:
     """Parameters and statistics of a norm over `channels`, and enough values to take them from."""
     images, height, width = pixels
-    if norm.group is not None:
+    if norm.group:
         synchronized.check(norm.group, input.device, name)
     elif norm.batch_statistics and images * height * width == 1:
         size = torch.Size((images, channels, height, width))

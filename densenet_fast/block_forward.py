@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from densenet_fast import norms, ops, synchronized
 from densenet_fast.layout import Scratch, empty_channels_last, empty_rows, row_pitch
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.reference_block import Coefficients
-from densenet_fast.specs import AvgPoolTail, LayerSpec, NormSpec, Tail, TransitionTail
+from densenet_fast.specs import NormSpec, Settings, Tensors
 
 
 class Geometry:
@@ -23,41 +22,35 @@ class Geometry:
     channels are the input of layer l; `starts[-1]` are all.
     """
 
-    def __init__(
-        self, shape: Sequence[int], layers: Sequence[LayerSpec], tail: Tail | None
-    ) -> None:
-        """Describe the block of `layers` and `tail` on an input [N, C0, H, W]."""
+    def __init__(self, shape: Sequence[int], parameters: Tensors, settings: Settings) -> None:
+        """Describe the block of these parameters on an input [N, C0, H, W]."""
         images, channels, height, width = shape
+        self.layers = len(settings.dropout)
+        weights = [w.shape[0] for w in parameters[2 : 6 * self.layers : 3] if w is not None]
         self.pixels = (images, height, width)
         self.rows = images * height * width
-        self.growths = [layer.conv2_weight.shape[0] for layer in layers]
-        self.widths = [layer.conv1_weight.shape[0] for layer in layers]
+        self.widths, self.growths = weights[::2], weights[1::2]
         self.starts = [channels]
         for growth in self.growths:
             self.starts.append(self.starts[-1] + growth)
         self.channels = self.starts[-1]
-        reading = [layer.norm1 for layer in layers] + ([] if tail is None else [tail.norm])
-        readers = [index for index, norm in enumerate(reading) if norm.batch_statistics]
-        # Layer l reads segments 0 to l, so all segments up to the last reader need statistics.
-        self._last_reader = readers[-1] if readers else -1
-        # Whose statistics: those of the features are one group's, as `check_block` has seen to.
-        self.group = reading[readers[0]].group if readers else None
-        self.bottleneck_groups = [layer.norm2.group for layer in layers]
-
         # Where numbers of values begin in the vector of `Statistics`.
         self.totals = 2 * (self.channels + sum(self.widths))
-        self.synchronised = self.group is not None or any(
-            group is not None for group in self.bottleneck_groups
-        )
+        # Norm1 of layer l reads segments 0 to l, a tail's norm all of them.
+        batch, end = settings.batch_statistics, 2 * self.layers
+        reading = [*batch[:end:2], *batch[end:]]
+        readers = [index for index, of_batch in enumerate(reading) if of_batch]
+        # How many of the segments somebody normalises with statistics of the batch.
+        self.reduced = readers[-1] + 1 if readers else 0
+        # Whose statistics: those of the features are one group's, as `check_block` has seen to.
+        groups = settings.groups
+        self.synchronised = bool(groups)
+        self.group = [*groups[:end:2], *groups[end:]][readers[0]] if groups and readers else ""
+        self.bottleneck_groups = groups[1:end:2] if groups else [""] * self.layers
 
     def segment(self, index: int) -> tuple[int, int]:
         """The channels of a segment."""
         return (0 if index == 0 else self.starts[index - 1]), self.starts[index]
-
-    @property
-    def reduced(self) -> int:
-        """How many of the segments somebody normalises with statistics of the batch."""
-        return self._last_reader + 1
 
 
 class Statistics:
@@ -76,48 +69,39 @@ class Statistics:
     @staticmethod
     def size(geometry: Geometry) -> int:
         """Elements needed."""
-        totals = 1 + len(geometry.widths) if geometry.synchronised else 0
-        return geometry.totals + totals
+        return geometry.totals + (1 + geometry.layers if geometry.synchronised else 0)
 
-    def features_total(self) -> Tensor | None:
-        """Values [1] of a feature's channel on all ranks; None: not synchronised."""
-        at = self._geometry.totals
-        return None if self._geometry.group is None else self.vector[at : at + 1]
+    def features_total(self) -> Tensor:
+        """Values [1] of a feature's channel on all ranks, where features are synchronised."""
+        return self.vector[self._geometry.totals :][:1]
+
+    def bottleneck_total(self, layer: int) -> Tensor:
+        """Values [1] of a channel of a synchronised bottleneck on all ranks."""
+        return self.vector[self._geometry.totals + 1 + layer :][:1]
 
     def synchronise_features(self, segment: int) -> None:
         """Combine the ranks' statistics of a segment, if its readers are synchronised."""
-        geometry, total = self._geometry, self.features_total()
-        if geometry.group is not None and total is not None and segment < geometry.reduced:
+        geometry = self._geometry
+        if geometry.group and segment < geometry.reduced:
             start, end = geometry.segment(segment)
             mean, var = self.mean[start:end], self.var[start:end]
+            total = self.features_total()
             synchronized.combine(geometry.group, geometry.rows, mean, var, total)
 
     def synchronise(self, half: int) -> None:
         """Combine the ranks' statistics of what a half-layer has written, where wanted."""
-        layer = half // 2
+        geometry, layer = self._geometry, half // 2
+        group = geometry.bottleneck_groups[layer]
         if half % 2 == 1:
-            return self.synchronise_features(layer + 1)
-        geometry = self._geometry
-        group, width = geometry.bottleneck_groups[layer], geometry.widths[layer]
-        if group is not None:
-            at, total = 2 * (geometry.channels + sum(geometry.widths[:layer])), self.total(layer)
+            self.synchronise_features(layer + 1)
+        elif group:
+            at, width = (
+                2 * (geometry.channels + sum(geometry.widths[:layer])),
+                geometry.widths[layer],
+            )
             mean, var = self.vector[at : at + 2 * width].split(width)
+            total = self.bottleneck_total(layer)
             synchronized.combine(group, geometry.rows, mean, var, total)
-        return None
-
-    def total(self, layer: int) -> Tensor:
-        """Values [1] on all ranks of a channel of a synchronised bottleneck."""
-        at = self._geometry.totals + 1 + layer
-        return self.vector[at : at + 1]
-
-
-@dataclass
-class Forward:
-    """What a forward leaves behind."""
-
-    buffer: Tensor  # the features [N, C, H, W], channels last
-    statistics: Tensor  # the vector of `Statistics`
-    bottlenecks: list[Tensor]  # those of the last layers, as many as were to be kept
 
 
 class BlockArguments(NamedTuple):
@@ -130,137 +114,133 @@ class BlockArguments(NamedTuple):
     reduced: int
 
 
-def block_arguments(
-    layers: Sequence[LayerSpec], geometry: Geometry, seeds: Sequence[int], vector: Tensor
-) -> BlockArguments:
-    """The layers as lists of tensors and numbers; vectors in the type and on the device given."""
-    dtype, none = vector.dtype, vector.new_empty(0)
+class Block:
+    """One call of a block: its tensors and numbers, for features of one type on one device."""
 
-    def plain(tensor: Tensor | None) -> Tensor:
-        if tensor is None:
-            return none
-        if tensor.dtype is dtype and tensor.is_contiguous():
-            return tensor
-        return tensor.to(dtype).contiguous()
+    def __init__(
+        self,
+        shape: Sequence[int],
+        parameters: Tensors,
+        buffers: Tensors,
+        seeds: Tensor | None,
+        settings: Settings,
+    ) -> None:
+        """Describe a block on an input [N, C0, H, W]; `seeds` are those of layers with dropout."""
+        self.parameters, self.buffers, self.settings = parameters, buffers, settings
+        self.geometry = Geometry(shape, parameters, settings)
+        drawn = iter([] if seeds is None else seeds.tolist())
+        self.seeds = [next(drawn) if dropout > 0 else 0 for dropout in settings.dropout]
 
-    parameters: list[Tensor] = []
-    frozen: list[Tensor] = []
-    numbers: list[float] = []
-    some_frozen = not all(
-        layer.norm1.batch_statistics and layer.norm2.batch_statistics for layer in layers
-    )
-    for layer in layers:
-        for norm, weight in (
-            (layer.norm1, layer.conv1_weight),
-            (layer.norm2, layer.conv2_weight),
-        ):
-            parameters += (plain(norm.weight), plain(norm.bias), weight)
-            numbers.append(norm.eps)
-            if some_frozen and norm.batch_statistics:
-                frozen += (none, none)
-            elif some_frozen:
-                frozen += (plain(norm.running_mean), plain(norm.running_var))
-        numbers.append(layer.dropout)
-    return BlockArguments(parameters, frozen, numbers, seeds, geometry.reduced)
+    def arguments(self, vector: Tensor) -> BlockArguments:
+        """Lists for the operators, their vectors in the type and on the device of `vector`."""
+        dtype, none, layers = vector.dtype, vector.new_empty(0), self.geometry.layers
+
+        def plain(tensor: Tensor | None) -> Tensor:
+            if tensor is None:
+                return none
+            if tensor.dtype is dtype and tensor.is_contiguous():
+                return tensor
+            return tensor.to(dtype).contiguous()
+
+        parameters: list[Tensor] = [
+            tensor if index % 3 == 2 and tensor is not None else plain(tensor)
+            for index, tensor in enumerate(self.parameters[: 6 * layers])
+        ]
+        frozen: list[Tensor] = []
+        if not all(self.settings.batch_statistics[: 2 * layers]):
+            frozen = [plain(tensor) for tensor in self.buffers[: 4 * layers]]
+        numbers: list[float] = []
+        for layer, dropout in enumerate(self.settings.dropout):
+            numbers += (*self.settings.eps[2 * layer : 2 * layer + 2], dropout)
+        return BlockArguments(parameters, frozen, numbers, self.seeds, self.geometry.reduced)
+
+    def scratch(self, vector: Tensor) -> Tensor:
+        """Room for a layer's coefficients: `vectors_needed` of csrc/block.h."""
+        geometry = self.geometry
+        return vector.new_empty(3 * geometry.channels + 6 * max(geometry.widths, default=0))
+
+    def rooms(self, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Room for each layer's bottleneck [N, H, W, B]: `kept`, the last ones, and a scratch."""
+        geometry = self.geometry
+        shared = geometry.widths[: geometry.layers - len(kept)]
+        scratch = Scratch(geometry.pixels, max(shared, default=0), like)
+        return [*map(scratch.take, shared), *kept]
+
+    def tail_coefficients(self, statistics: Statistics) -> Coefficients:
+        """The norm behind the block, over all its features."""
+        weight, bias = self.parameters[6 * self.geometry.layers :][:2]
+        mean, var = self.buffers[-2:]
+        if mean is None or var is None:
+            mean, var = statistics.mean, statistics.var
+        return norms.coefficients(weight, bias, self.settings.eps[-1], mean, var, statistics.vector)
+
+    def run(
+        self,
+        statistics: Statistics,
+        features: Tensor,
+        kept: Sequence[Tensor],
+        *,
+        recompute: bool = False,
+        last: int | None = None,
+    ) -> None:
+        """All half-layers, or those before `last`; the last layers' bottlenecks into `kept`."""
+        halves = 2 * self.geometry.layers if last is None else last
+        if not halves:
+            return
+        vector = statistics.vector
+        given = (self.rooms(features, kept), self.scratch(vector), *self.arguments(vector))
+        exchanges = self.geometry.synchronised and not recompute
+        for first in range(halves if exchanges else 1):
+            end = first + 1 if exchanges else halves
+            ops.dense_block_forward_(features, vector, *given, recompute, first, end)
+            if exchanges:
+                statistics.synchronise(first)
 
 
-def coefficient_scratch(geometry: Geometry, statistics: Statistics) -> Tensor:
-    """Room for a layer's coefficients: `vectors_needed` of csrc/block.h."""
-    return statistics.vector.new_empty(3 * geometry.channels + 6 * max(geometry.widths, default=0))
+def forward(input: Tensor, block: Block) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The block's output, the vector of `Statistics`, and what a backward reads besides.
 
-
-def matrix(weight: Tensor) -> Tensor:
-    """A 1x1 convolution's weight [B, C, 1, 1] as [B, C]."""
-    return weight.flatten(1)
-
-
-def forward(
-    input: Tensor,
-    layers: Sequence[LayerSpec],
-    tail: Tail | None,
-    geometry: Geometry,
-    seeds: Sequence[int],
-    *,
-    keep: int,
-) -> tuple[Tensor, Forward]:
-    """The block's output, and what a backward may want. At last updates running statistics.
-
-    Of the last `keep` layers the bottlenecks are kept.
+    That is the feature buffer [N, C, H, W], where there is a tail and the block is not made again,
+    and the bottlenecks that are held.
     """
+    geometry, settings = block.geometry, block.settings
     vector = torch.empty(
         Statistics.size(geometry), dtype=statistics_dtype(input.dtype), device=input.device
     )
     statistics = Statistics(geometry, vector)
-    buffer, features = _feature_buffer(input, geometry, padded=tail is not None)
+    has_tail = settings.tail != "none"
+    buffer, features = _feature_buffer(input, geometry, padded=has_tail)
     if geometry.reduced:
         start = geometry.starts[0]
-        ops.channel_statistics(
-            features[..., :start], statistics.mean[:start], statistics.var[:start]
-        )
+        given = features[..., :start]
+        ops.channel_statistics(given, statistics.mean[:start], statistics.var[:start])
         statistics.synchronise_features(0)
-    kept = _kept(geometry, features, keep)
-    _run(layers, geometry, statistics, features, kept, seeds)
-    result = Forward(buffer, vector, kept)
-    output = buffer if tail is None else _tail(tail, features, geometry, statistics)
-    norms.record(vector, norm_places(geometry, layers, tail), geometry.rows)
-    return output, result
+    kept = _held(geometry, features, 0 if settings.checkpoint == "block" else settings.hold)
+    block.run(statistics, features, kept)
+    if not has_tail:
+        return buffer, vector, kept
+    output = _tail(block, features, statistics)
+    return output, vector, kept if settings.checkpoint == "block" else [buffer, *kept]
 
 
-def norm_places(
-    geometry: Geometry, layers: Sequence[LayerSpec], tail: Tail | None
-) -> Iterator[norms.Place]:
+def norm_places(geometry: Geometry, norm_specs: Sequence[NormSpec]) -> Iterator[norms.Place]:
     """Every norm of the block, and where the statistics of what it normalises are, in order."""
-    channels = geometry.channels
-    at, totals = 2 * channels, geometry.totals
-    features = -1 if geometry.group is None else totals
-    for index, layer in enumerate(layers):
-        width = geometry.widths[index]
-        yield norms.Place(layer.norm1, 0, channels, features, geometry.starts[index])
-        total = -1 if geometry.bottleneck_groups[index] is None else totals + 1 + index
-        yield norms.Place(layer.norm2, at, at + width, total, width)
+    channels, totals = geometry.channels, geometry.totals
+    features = totals if geometry.group else -1
+    at = 2 * channels
+    for layer, width in enumerate(geometry.widths):
+        norm1, norm2 = norm_specs[2 * layer : 2 * layer + 2]
+        yield norms.Place(norm1, 0, channels, features, geometry.starts[layer])
+        total = totals + 1 + layer if geometry.bottleneck_groups[layer] else -1
+        yield norms.Place(norm2, at, at + width, total, width)
         at += 2 * width
-    if tail is not None:
-        yield norms.Place(tail.norm, 0, channels, features, channels)
+    for norm in norm_specs[2 * geometry.layers :]:
+        yield norms.Place(norm, 0, channels, features, channels)
 
 
-def _run(
-    layers: Sequence[LayerSpec],
-    geometry: Geometry,
-    statistics: Statistics,
-    features: Tensor,
-    kept: Sequence[Tensor],
-    seeds: Sequence[int],
-    *,
-    recompute: bool = False,
-    last: int | None = None,
-) -> None:
-    """All half-layers, or those before `last`; the last layers' bottlenecks into `kept`."""
-    if not layers:
-        return
-    bottlenecks = bottleneck_rooms(geometry, features, kept)
-    vectors = coefficient_scratch(geometry, statistics)
-    arguments = block_arguments(layers, geometry, seeds, statistics.vector)
-    halves = 2 * len(layers) if last is None else last
-    exchanges = geometry.synchronised and not recompute
-    for first in range(halves if exchanges else 1):
-        end = first + 1 if exchanges else halves
-        ops.dense_block_forward_(
-            features, statistics.vector, bottlenecks, vectors, *arguments, recompute, first, end
-        )
-        if exchanges:
-            statistics.synchronise(first)
-
-
-def bottleneck_rooms(geometry: Geometry, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
-    """Room for each layer's bottleneck [N, H, W, B]: those `kept`, the last ones, and a scratch."""
-    shared = geometry.widths[: len(geometry.widths) - len(kept)]
-    scratch = Scratch(geometry.pixels, max(shared, default=0), like)
-    return [*map(scratch.take, shared), *kept]
-
-
-def _kept(geometry: Geometry, like: Tensor, keep: int) -> list[Tensor]:
-    """Bottlenecks of their own for the last `keep` layers."""
-    widths = geometry.widths[len(geometry.widths) - keep :]
+def _held(geometry: Geometry, like: Tensor, hold: int) -> list[Tensor]:
+    """Bottlenecks of their own for the last `hold` layers."""
+    widths = geometry.widths[geometry.layers - hold :]
     return [empty_rows((*geometry.pixels, width), like) for width in widths]
 
 
@@ -281,43 +261,38 @@ def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple
 
 
 def recompute_features(
-    input: Tensor,
-    layers: Sequence[LayerSpec],
-    tail: Tail | None,
-    geometry: Geometry,
-    statistics: Statistics,
-    seeds: Sequence[int],
-    keep: int,
+    input: Tensor, block: Block, statistics: Statistics
 ) -> tuple[Tensor, list[Tensor]]:
     """The rows of the features once more, [N, H, W, C]: nothing is reduced, nothing updated.
 
-    And the bottlenecks of the last `keep` layers.
+    And the bottlenecks that are held.
     """
+    geometry, hold = block.geometry, block.settings.hold
     _, features = _feature_buffer(input, geometry, padded=True)
-    kept = _kept(geometry, features, keep)
+    kept = _held(geometry, features, hold)
     # Without a tail nothing reads the last layer's growth (its gradient needs no correction), and
-    # without `keep` nothing its bottleneck.
-    last = 2 * len(layers)
-    if tail is None:
-        last -= 1 if keep else 2
-    _run(layers, geometry, statistics, features, kept, seeds, recompute=True, last=last)
+    # if it is not held nothing its bottleneck.
+    last = 2 * geometry.layers
+    if block.settings.tail == "none":
+        last = max(0, last - (1 if hold else 2))
+    block.run(statistics, features, kept, recompute=True, last=last)
     return features, kept
 
 
-def tail_coefficients(norm: NormSpec, statistics: Statistics) -> Coefficients:
-    """The norm behind the block, over all its features."""
-    return norms.coefficients(norm, statistics.mean, statistics.var)
-
-
-def _tail(tail: Tail, features: Tensor, geometry: Geometry, statistics: Statistics) -> Tensor:
-    scale, shift, _, _ = tail_coefficients(tail.norm, statistics)
-    images, height, width = geometry.pixels
-    if isinstance(tail, AvgPoolTail):
-        out = torch.empty(images, geometry.channels, dtype=features.dtype, device=features.device)
+def _tail(block: Block, features: Tensor, statistics: Statistics) -> Tensor:
+    scale, shift, _, _ = block.tail_coefficients(statistics)
+    images, height, width = block.geometry.pixels
+    if block.settings.tail == "average":
+        out = features.new_empty(images, block.geometry.channels)
         ops.norm_relu_avgpool_forward(features, scale, shift, out)
         return out
-    assert isinstance(tail, TransitionTail)
-    weight = matrix(tail.conv_weight)
+    weight = matrix(block.parameters[-1])
     out = empty_channels_last((images, len(weight), height // 2, width // 2), features)
     ops.transition_forward(features, scale, shift, weight, out.permute(0, 2, 3, 1), None, None)
     return out
+
+
+def matrix(weight: Tensor | None) -> Tensor:
+    """A 1x1 convolution's weight [B, C, 1, 1] as [B, C]."""
+    assert weight is not None
+    return weight.flatten(1)

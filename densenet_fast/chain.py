@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from densenet_fast import eligibility, synchronized
 from densenet_fast.autocast import computed_type
-from densenet_fast.graph_library import planned_shape
 from densenet_fast.layers import DenseBlock, FusedBlock, Transition
 from densenet_fast.memory_plan import (
     BlockSize,
@@ -20,6 +19,7 @@ from densenet_fast.memory_plan import (
     StemSize,
     held_below_peak,
 )
+from densenet_fast.nodes import planned_shape
 from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 
 if TYPE_CHECKING:

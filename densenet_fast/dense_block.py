@@ -20,28 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast import autocast
+from densenet_fast import autocast, nodes
+from densenet_fast.backend import select
 from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
-from densenet_fast.block_forward import Geometry, Statistics, forward
-from densenet_fast.first_order import first_order_only
+from densenet_fast.block_forward import Block, Geometry, Statistics, forward, norm_places
+from densenet_fast.layout import empty_channels_last, row_pitch
 from densenet_fast.philox import draw_seeds
+from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
     AvgPoolTail,
     Checkpoint,
     LayerSpec,
     NormSpec,
+    Settings,
     Tail,
+    Tensors,
     TransitionTail,
-    layer_buffers,
-    layer_parameters,
-    tail_buffers,
-    tail_parameters,
-    with_layer_tensors,
-    with_tail_tensors,
-    without_layer_tensors,
-    without_tail_tensors,
+    block_norms,
+    flattened,
 )
 from densenet_fast.stem import conv_stem, stem_norm_relu_maxpool
 
@@ -58,7 +56,10 @@ __all__ = [
     "stem_norm_relu_maxpool",
 ]
 
-_FIRST_PARAMETER = 8  # its position among the arguments of `_DenseBlock.apply`
+_BLOCK = (
+    "Tensor?[] parameters, Tensor?[] buffers, Tensor? seeds, float[] eps, bool[] batch_statistics, "
+    "str[] groups, float[] dropout, str tail, str checkpoint, int hold"
+)
 
 
 def dense_block(
@@ -76,34 +77,180 @@ def dense_block(
     number of last layers whose bottleneck is held for the backward; with `checkpoint="none"` all
     are.
     """
-    input, layers, tail = autocast.lowered(input, layers, tail)
-    with autocast.disabled(input.device.type):
-        return _dense_block(input, layers, tail, checkpoint, hold)
+    check_block(autocast.cast(input), layers, tail, checkpoint, hold)
+    return fused(input, layers, tail, checkpoint, hold)
 
 
-def _dense_block(
+def fused(
     input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: Checkpoint, hold: int
 ) -> Tensor:
-    check_block(input, layers, tail, checkpoint, hold)
-    hold = len(layers) if checkpoint == "none" else hold
-    geometry = Geometry(input.shape, layers, tail)
-    seeds = _draw_seeds(layers)
-    parameters = [tensor for layer in layers for tensor in layer_parameters(layer)]
-    parameters += tail_parameters(tail)
-    differentiable = torch.is_grad_enabled() and (
-        input.requires_grad
-        or any(tensor is not None and tensor.requires_grad for tensor in parameters)
-    )
-    if differentiable:
-        # A way back to the input that keeps none of it alive: second derivatives must be found
-        # out also where the backward does not need the input.
-        link = input[:0].sum() if input.requires_grad else None
-        output: Tensor = _DenseBlock.apply(
-            input, link, layers, tail, geometry, seeds, checkpoint, hold, *parameters
+    """`dense_block` of what modules have found to fit.
+
+    Kernels look at every size again before they run; where one does not fit after all, the error is
+    that of `check_block`.
+    """
+    input = autocast.cast(input)
+    parameters, buffers, settings = flattened(layers, tail, checkpoint, hold)
+    geometry = Geometry(input.shape, parameters, settings)
+    dropping = sum(dropout > 0 for dropout in settings.dropout)
+    seeds = draw_seeds(dropping) if dropping else None
+    try:
+        if torch.is_grad_enabled() and (
+            input.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+        ):
+            # A way back to the input that keeps none of it alive: second derivatives must be found
+            # out also where the backward does not need the input.
+            link = None
+            if input.requires_grad and not nodes.recorded(input):
+                link = input[:0].sum()
+            output, statistics = _DenseBlock.apply(
+                input, link, seeds, settings, len(parameters), *parameters, *buffers
+            )
+        else:
+            settings = settings._replace(hold=0)
+            output, statistics, _ = block_forward(input, parameters, buffers, seeds, *settings)
+        norms = block_norms(layers, tail)
+        nodes.record(statistics, norm_places(geometry, norms), geometry.rows)
+    except RuntimeError:
+        if not torch.compiler.is_compiling():
+            check_block(input, layers, tail, checkpoint, hold)
+        raise
+    return output
+
+
+def _block(shape: Sequence[int], like: Tensor, args: Sequence[Any]) -> Block:
+    """The block with weights of a type that goes with features as those of `like`."""
+    parameters, buffers, seeds, *rest = args
+    settings = Settings(*rest)
+    # The kernels round float32 weights in passing and return float32 gradients: no copies.
+    as_they_are = select(like) != "reference"
+
+    def weight(tensor: Tensor) -> Tensor:
+        if tensor.dtype is like.dtype or (as_they_are and tensor.dtype == torch.float32):
+            return tensor
+        return tensor.to(like.dtype)
+
+    lowered = [p if p is None or p.dim() == 1 else weight(p) for p in parameters]
+    return Block(shape, lowered, buffers, seeds, settings)
+
+
+def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    parameters, _, _, *rest = args
+    settings = Settings(*rest)
+    geometry = Geometry(input.shape, parameters, settings)
+    images, height, width = geometry.pixels
+    pitch = geometry.channels
+    if settings.tail != "none":
+        pitch = row_pitch(pitch, input.itemsize, cuda=input.is_cuda)
+    buffer = empty_channels_last((images, geometry.channels, height, width), input, pitch)
+    block = settings.checkpoint == "block"
+    widths = geometry.widths[geometry.layers - (0 if block else settings.hold) :]
+    kept = [input.new_empty(images, height, width, bottleneck) for bottleneck in widths]
+    statistics = input.new_empty(Statistics.size(geometry), dtype=statistics_dtype(input.dtype))
+    if settings.tail == "none":
+        return buffer, statistics, kept
+    if not block:
+        kept.insert(0, buffer)
+    if settings.tail == "transition":
+        shape = (images, parameters[-1].shape[0], height // 2, width // 2)
+        return empty_channels_last(shape, input), statistics, kept
+    return input.new_empty(images, geometry.channels), statistics, kept
+
+
+@nodes.node(f"(Tensor input, {_BLOCK}) -> (Tensor, Tensor, Tensor[])", _forward_fake)
+def block_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See `densenet_fast.block_forward.forward`."""
+    return forward(input, _block(input.shape, input, args))
+
+
+def _input_shape(anchor: Tensor, parameters: Tensors, settings: Settings) -> list[int]:
+    shape = list(anchor.shape)
+    if settings.checkpoint != "block":
+        weights = parameters[5 : 6 * len(settings.dropout) : 6]
+        shape[1] -= sum(weight.shape[0] for weight in weights if weight is not None)
+    return shape
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    anchor: Tensor,
+    statistics: Tensor,
+    bottlenecks: list[Tensor],
+    parameters: Tensors,
+    *args: Any,
+) -> list[Tensor]:
+    _, _, *rest, (input_needed, *needs) = args
+    images, channels, height, width = _input_shape(anchor, parameters, Settings(*rest))
+    shape = (images, channels, height, width)
+    found = [empty_channels_last(shape, anchor)] if input_needed else []
+    return found + nodes.wanted_like(parameters, needs)
+
+
+@nodes.node(
+    "(Tensor grad_output, Tensor anchor, Tensor statistics, Tensor[] bottlenecks, "
+    f"{_BLOCK}, bool[] needs) -> Tensor[]",
+    _backward_fake,
+)
+def block_backward(
+    grad_output: Tensor, anchor: Tensor, statistics: Tensor, bottlenecks: list[Tensor], *args: Any
+) -> list[Tensor]:
+    """The gradients of the input and the parameters that `needs` asks for."""
+    parameters, _, _, *rest, needs = args
+    shape = _input_shape(anchor, parameters, Settings(*rest))
+    block = _block(shape, anchor, args[:-1])
+    found = gradients(block, anchor, statistics, bottlenecks, needs, grad_output)
+    return nodes.wanted(found, [anchor, *parameters], needs)
+
+
+class _DenseBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        link: Tensor | None,
+        seeds: Tensor | None,
+        settings: Settings,
+        count: int,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        parameters, buffers = tensors[:count], tensors[count:]
+        output, statistics, kept = block_forward(input, parameters, buffers, seeds, *settings)
+        # The buffer is either the output itself or never leaves: in both cases the version counter
+        # notices whoever writes into it before the backward has read it.
+        if settings.checkpoint == "block":
+            anchor = input
+        elif settings.tail == "none":
+            anchor = output
+        else:
+            anchor, *kept = kept
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(link, anchor, statistics, seeds, *kept, *tensors)
+        ctx.kept, ctx.count, ctx.settings = len(kept), count, settings
+        return output, statistics
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+        _, anchor, statistics, seeds, *rest = saved
+        kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
+        parameters, buffers = tensors[: ctx.count], tensors[ctx.count :]
+        needed = ctx.needs_input_grad
+        needs = [needed[0], *needed[5 : 5 + ctx.count]]
+        found = block_backward(
+            grad_outputs[0],
+            anchor,
+            statistics,
+            kept,
+            parameters,
+            buffers,
+            seeds,
+            *ctx.settings,
+            needs,
         )
-        return output
-    with torch.no_grad():
-        return forward(input, layers, tail, geometry, seeds, keep=0)[0]
+        found = nodes.spread(found, needs)
+        behind = [grad_outputs[0], *saved]
+        input, *others = nodes.first_order_only("a fused dense block", found, behind)
+        return (input, None, None, None, None, *others, *[None] * len(buffers))
 
 
 def backward_reads(output: Tensor) -> bool:
@@ -115,7 +262,7 @@ def backward_reads(output: Tensor) -> bool:
         return True
     node: Any = output.grad_fn
     fused = type(node) is _DenseBlock._backward_cls
-    return fused and node.tail is None and node.checkpoint != "block"
+    return fused and node.settings.tail == "none" and node.settings.checkpoint != "block"
 
 
 def released(output: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
@@ -130,93 +277,3 @@ def released(output: Tensor, memory_format: torch.memory_format = torch.preserve
     if memory_format is torch.preserve_format:
         return output
     return output.contiguous(memory_format=memory_format)
-
-
-def _draw_seeds(layers: Sequence[LayerSpec]) -> list[int]:
-    """One seed for each layer with dropout (0 for the others), from torch's default generator."""
-    dropping = [layer.dropout > 0 for layer in layers]
-    if not any(dropping):
-        return [0] * len(dropping)
-    drawn = iter(draw_seeds(sum(dropping)).tolist())
-    return [next(drawn) if drops else 0 for drops in dropping]
-
-
-class _DenseBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        link: Tensor | None,
-        layers: Sequence[LayerSpec],
-        tail: Tail | None,
-        geometry: Geometry,
-        seeds: Sequence[int],
-        checkpoint: Checkpoint,
-        hold: int,
-        *parameters: Tensor | None,
-    ) -> Tensor:
-        keep = 0 if checkpoint == "block" else hold
-        output, result = forward(input, layers, tail, geometry, seeds, keep=keep)
-        # The buffer is either the output itself or never leaves: in both cases the version counter
-        # notices whoever writes into it before the backward has read it.
-        anchor = input if checkpoint == "block" else result.buffer
-        tensors = [tensor for layer in layers for tensor in layer_buffers(layer)]
-        tensors += tail_buffers(tail)
-        ctx.save_for_backward(
-            link, anchor, result.statistics, *result.bottlenecks, *parameters, *tensors
-        )
-        ctx.kept_bottlenecks, ctx.hold = len(result.bottlenecks), hold
-        ctx.layers = [without_layer_tensors(layer) for layer in layers]
-        ctx.tail = without_tail_tensors(tail)
-        ctx.geometry, ctx.seeds, ctx.checkpoint = geometry, seeds, checkpoint
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
-            saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
-            found = _backward(ctx, saved, grad_outputs[0])
-        behind = [*grad_outputs, *saved]
-        input, *others = first_order_only("a fused dense block", found, behind)
-        return (input, *[None] * (_FIRST_PARAMETER - 1), *others)
-
-
-def _backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
-    """The gradients of the input and of every parameter, from what the forward has kept."""
-    _, anchor, vector, *tensors = saved
-    bottlenecks, tensors = tensors[: ctx.kept_bottlenecks], tensors[ctx.kept_bottlenecks :]
-    layers, tail = _restore(ctx.layers, ctx.tail, tensors)
-    geometry: Geometry = ctx.geometry
-    needed = ctx.needs_input_grad
-    return gradients(
-        geometry,
-        layers,
-        tail,
-        anchor,
-        Statistics(geometry, vector),
-        bottlenecks,
-        ctx.seeds,
-        ctx.checkpoint,
-        ctx.hold,
-        [needed[0], *needed[_FIRST_PARAMETER:]],
-        grad_output,
-    )
-
-
-def _restore(
-    layers: Sequence[LayerSpec], tail: Tail | None, tensors: Sequence[Tensor | None]
-) -> tuple[list[LayerSpec], Tail | None]:
-    """The specs with their tensors again: first all parameters, then all buffers."""
-    parameters = 6 * len(layers)
-    buffers = parameters + len(tail_parameters(tail))
-    restored = [
-        with_layer_tensors(
-            layer,
-            tensors[6 * index : 6 * index + 6],
-            tensors[buffers + 4 * index : buffers + 4 * index + 4],
-        )
-        for index, layer in enumerate(layers)
-    ]
-    return restored, with_tail_tensors(
-        tail, tensors[parameters:buffers], tensors[buffers + 4 * len(layers) :]
-    )

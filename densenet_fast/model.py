@@ -15,12 +15,12 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from densenet_fast import chain, checks, eligibility, geometry, pretrained, synchronized
 from densenet_fast.autocast import computed_type
-from densenet_fast.graph_library import planned_shape
 from densenet_fast.graphs import routed
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
 from densenet_fast.network_size import network_size
+from densenet_fast.nodes import planned_shape
 from densenet_fast.specs import Checkpoint, NetworkMode
 from densenet_fast.steps import Step
 

@@ -38,6 +38,6 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
         eps=state["eps"],
         batch_statistics=state["training"] or mean is None,
         momentum=momentum,
-        group=None if type(norm) is nn.BatchNorm2d else synchronized.group_of(norm),
+        group="" if type(norm) is nn.BatchNorm2d else synchronized.group_of(norm),
         counter=counter,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from densenet_fast import ops
@@ -13,15 +12,18 @@ from densenet_fast.reference_block import Coefficients
 from densenet_fast.specs import NormSpec
 
 
-def coefficients(norm: NormSpec, mean: Tensor, var: Tensor) -> Coefficients:
-    """Coefficients from the batch's statistics `mean` and `var`, or a frozen norm's own."""
-    if not norm.batch_statistics:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        mean = norm.running_mean.to(mean.dtype).contiguous()
-        var = norm.running_var.to(var.dtype).contiguous()
-    scale, shift, rstd = torch.empty(3, len(mean), dtype=mean.dtype, device=mean.device).unbind()
-    ops.norm_coefficients(mean, var, norm.weight, norm.bias, norm.eps, scale, shift, rstd)
+def coefficients(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor,
+    var: Tensor,
+    like: Tensor,
+) -> Coefficients:
+    """Coefficients from mean and biased variance, in the type of `like`."""
+    mean, var = mean.to(like.dtype).contiguous(), var.to(like.dtype).contiguous()
+    scale, shift, rstd = like.new_empty(3, len(mean)).unbind()
+    ops.norm_coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
     return Coefficients(scale, shift, mean, rstd)
 
 
@@ -43,7 +45,7 @@ def record(
     statistics: Tensor,
     places: Iterable[Place],
     count: int,
-    update: Callable[..., None] = ops.update_running_statistics_,
+    update: Callable[..., None],
 ) -> None:
     """Update running statistics by a step over `count` values a channel, and count the step.
 

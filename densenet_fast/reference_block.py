@@ -240,6 +240,8 @@ def dense_block_backward_(
             None if grad_conv1 is None else grad_conv1.flatten(1),
         )
         if features_needed and not block.is_frozen(layer, 1):
+            assert gamma1 is not None
+            assert beta1 is not None
             sum_grad[:start] += norm1.scale * beta1
             sum_grad_x[:start] += norm1.scale * norm1.rstd * gamma1
 
@@ -292,10 +294,10 @@ def update_running_statistics_(
                 buffer.dtype
             )
     times = Counter(map(id, counters))
-    old = {id(tensor): tensor for tensor in (*running, *counters)}
+    replaced = {id(tensor): tensor for tensor in (*running, *counters)}
     for key, total in times.items():
-        fresh[key] = old[key] + total
+        fresh[key] = replaced[key] + total
     # As PyTorch's norms: one that was called before, and keeps its buffers for its backward, does
     # not take them for altered.
-    into = [tensor.data for tensor in old.values()]
-    deque(map(Tensor.copy_, into, [fresh[key] for key in old]), maxlen=0)
+    into = [tensor.data for tensor in replaced.values()]
+    deque(map(Tensor.copy_, into, [fresh[key] for key in replaced]), maxlen=0)

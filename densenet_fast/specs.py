@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, NamedTuple
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Checkpoint = Literal["none", "bottleneck", "block"]
 CHECKPOINT_MODES: tuple[Checkpoint, ...] = ("none", "bottleneck", "block")
@@ -18,15 +14,15 @@ NetworkMode = Checkpoint | Literal["auto"]
 NETWORK_MODES: tuple[NetworkMode, ...] = (*CHECKPOINT_MODES, "auto")
 
 
-@dataclass(frozen=True)
-class NormSpec:
+class NormSpec(NamedTuple):
     """One batch normalisation, as this step applies it.
 
     `batch_statistics=False` is a frozen norm: it normalises with `running_mean` and `running_var`,
     which must then be given. `momentum` is the weight of this step in the running statistics;
     None leaves them alone. BatchNorm's own `momentum=None` (a cumulative average) must be turned
     into a number by the caller. `counter` is `num_batches_tracked`, where the step counts there.
-    The batch's statistics are those of all ranks of `group`; None: of this process's batch alone.
+    The batch's statistics are those of all ranks of the process group of the name `group`; "": of
+    this process's batch alone.
     """
 
     weight: Tensor | None
@@ -36,12 +32,11 @@ class NormSpec:
     eps: float
     batch_statistics: bool
     momentum: float | None
-    group: ProcessGroup | None = None
+    group: str = ""
     counter: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class ConvGeometry:
+class ConvGeometry(NamedTuple):
     """What a convolution with zero padding is besides its weight and bias."""
 
     stride: tuple[int, int]
@@ -50,8 +45,7 @@ class ConvGeometry:
     groups: int
 
 
-@dataclass(frozen=True)
-class LayerSpec:
+class LayerSpec(NamedTuple):
     """norm1, ReLU, 1x1 convolution `[B, C_l, 1, 1]`, norm2, ReLU, 3x3 convolution `[k, B, 3, 3]`.
 
     `dropout` is the probability of zeroing an element of the layer's output; 0 in evaluation.
@@ -64,111 +58,79 @@ class LayerSpec:
     dropout: float = 0.0
 
 
-@dataclass(frozen=True)
-class TransitionTail:
+class TransitionTail(NamedTuple):
     """norm, ReLU, 1x1 convolution `[Cout, C, 1, 1]`, 2x2 average pooling behind the block."""
 
     norm: NormSpec
     conv_weight: Tensor
 
 
-@dataclass(frozen=True)
-class AvgPoolTail:
+class AvgPoolTail(NamedTuple):
     """norm, ReLU and the average over all pixels behind the block."""
 
     norm: NormSpec
 
 
 Tail = TransitionTail | AvgPoolTail
-
-
-# The tensors of a spec, in a fixed order, and the spec without them. Autograd must be handed the
-# tensors to save; what an autograd node remembers besides should hold none.
-
 Tensors = Sequence[Tensor | None]
 
 
-def layer_parameters(layer: LayerSpec) -> list[Tensor | None]:
-    """Norm1's weight and bias, conv1's weight, norm2's weight and bias, conv2's weight."""
-    norm1, norm2 = layer.norm1, layer.norm2
-    return [
-        norm1.weight,
-        norm1.bias,
-        layer.conv1_weight,
-        norm2.weight,
-        norm2.bias,
-        layer.conv2_weight,
-    ]
+class Settings(NamedTuple):
+    """A block without its tensors: what a graph holds of it, and an autograd node remembers.
+
+    Of every norm (norm1 and norm2 of each layer, then the tail's) eps, whether it takes the batch's
+    statistics, and the name of its process group (no names at all if none is synchronised).
+    """
+
+    eps: Sequence[float]
+    batch_statistics: Sequence[bool]
+    groups: Sequence[str]
+    dropout: Sequence[float]
+    tail: str  # "none", "transition" or "average"
+    checkpoint: Checkpoint
+    hold: int  # last layers whose bottleneck is held for the backward
 
 
-def norm_buffers(norm: NormSpec) -> list[Tensor | None]:
-    """The running statistics, where the norm computes with them."""
-    return [None, None] if norm.batch_statistics else [norm.running_mean, norm.running_var]
+def block_norms(layers: Sequence[LayerSpec], tail: Tail | None) -> list[NormSpec]:
+    """Norm1 and norm2 of every layer, and the tail's."""
+    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)]
+    return norms if tail is None else [*norms, tail.norm]
 
 
-def layer_buffers(layer: LayerSpec) -> list[Tensor | None]:
-    """The running statistics that the layer computes with."""
-    return norm_buffers(layer.norm1) + norm_buffers(layer.norm2)
+def flattened(
+    layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: Checkpoint, hold: int
+) -> tuple[list[Tensor | None], list[Tensor | None], Settings]:
+    """A block's parameters, the running statistics that it computes with, and the rest.
 
-
-def tail_parameters(tail: Tail | None) -> list[Tensor | None]:
-    """The tail's norm's weight and bias, and a transition's weight."""
-    if tail is None:
-        return []
-    affine = [tail.norm.weight, tail.norm.bias]
-    return [*affine, tail.conv_weight] if isinstance(tail, TransitionTail) else affine
-
-
-def tail_buffers(tail: Tail | None) -> list[Tensor | None]:
-    """The running statistics that the tail computes with."""
-    return [] if tail is None else norm_buffers(tail.norm)
-
-
-def with_norm_tensors(norm: NormSpec, affine: Tensors, buffers: Tensors) -> NormSpec:
-    """The norm with these tensors. It updates no running statistics."""
-    weight, bias = affine
-    running_mean, running_var = buffers
-    return NormSpec(
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        norm.eps,
-        norm.batch_statistics,
-        momentum=None,
-        group=norm.group,
-    )
-
-
-def with_layer_tensors(layer: LayerSpec, parameters: Tensors, buffers: Tensors) -> LayerSpec:
-    """The layer with these tensors, in the order of `layer_parameters` and `layer_buffers`."""
-    return LayerSpec(
-        with_norm_tensors(layer.norm1, parameters[:2], buffers[:2]),
-        cast(Tensor, parameters[2]),
-        with_norm_tensors(layer.norm2, parameters[3:5], buffers[2:]),
-        cast(Tensor, parameters[5]),
-        layer.dropout,
-    )
-
-
-def with_tail_tensors(tail: Tail | None, parameters: Tensors, buffers: Tensors) -> Tail | None:
-    """The tail with these tensors."""
-    if tail is None:
-        return None
-    norm = with_norm_tensors(tail.norm, parameters[:2], buffers)
+    The parameters are six for each layer (norm1's weight and bias, conv1's weight, norm2's weight
+    and bias, conv2's weight) and the tail's norm's weight and bias and a transition's weight. Of
+    the statistics there are two for each norm, None where it takes the batch's.
+    """
+    parameters: list[Tensor | None] = []
+    for norm1, conv1, norm2, conv2, _ in layers:
+        parameters += (norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2)
+    kind = "none"
+    if tail is not None:
+        parameters += (tail.norm.weight, tail.norm.bias)
+        kind = "average"
     if isinstance(tail, TransitionTail):
-        return TransitionTail(norm, cast(Tensor, parameters[2]))
-    return AvgPoolTail(norm)
-
-
-_NOTHING: Tensors = (None,) * 6
-
-
-def without_layer_tensors(layer: LayerSpec) -> LayerSpec:
-    """The layer's numbers alone."""
-    return with_layer_tensors(layer, _NOTHING, _NOTHING[:4])
-
-
-def without_tail_tensors(tail: Tail | None) -> Tail | None:
-    """The tail's numbers alone."""
-    return with_tail_tensors(tail, _NOTHING[:3], _NOTHING[:2])
+        parameters.append(tail.conv_weight)
+        kind = "transition"
+    norms = block_norms(layers, tail)
+    buffers: list[Tensor | None] = []
+    for norm in norms:
+        buffers += (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
+    groups = [norm.group for norm in norms]
+    return (
+        parameters,
+        buffers,
+        Settings(
+            [norm.eps for norm in norms],
+            [norm.batch_statistics for norm in norms],
+            groups if any(groups) else [],
+            [layer.dropout for layer in layers],
+            kind,
+            checkpoint,
+            len(layers) if checkpoint == "none" else hold,
+        ),
+    )

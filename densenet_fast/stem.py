@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast import autocast, norms, ops, stem_convolution, synchronized
+from densenet_fast import autocast, geometry, nodes, norms, ops, stem_convolution, synchronized
 from densenet_fast.block_checks import check_input, check_norm
-from densenet_fast.first_order import first_order_only
 from densenet_fast.layout import as_rows, empty_channels_last
-from densenet_fast.norms import parameter_gradient
 from densenet_fast.reference import statistics_dtype
-from densenet_fast.specs import ConvGeometry, NormSpec, norm_buffers, with_norm_tensors
+from densenet_fast.reference_block import Coefficients
+from densenet_fast.specs import ConvGeometry, NormSpec, Tensors
+
+_STEM = (
+    "Tensor?[] parameters, Tensor?[] buffers, int[] conv, ScalarType stored, float eps, "
+    "bool batch_statistics, str group"
+)
 
 
 def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
@@ -26,121 +30,7 @@ def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
 
     Keeps `input` and one byte per output element for the backward.
     """
-    check_input(input)
-    images, channels, height, width = input.shape
-    check_norm(norm, "norm", channels, input, (images, height, width))
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or any(tensor is not None and tensor.requires_grad for tensor in (norm.weight, norm.bias))
-    ):
-        output: Tensor = _Stem.apply(input, norm, norm.weight, norm.bias)
-        return output
-    with torch.no_grad():
-        return pooled(input, norm)[0]
-
-
-def pooled(input: Tensor, norm: NormSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the position of each maximum, the batch's mean and variance.
-
-    Behind these two the number of values of a synchronised norm.
-    """
-    rows = as_rows(input)
-    images, height, width, channels = rows.shape
-    statistics = torch.empty(
-        2 * channels + (norm.group is not None),
-        dtype=statistics_dtype(input.dtype),
-        device=input.device,
-    )
-    mean, var, total = _parts(statistics, channels)
-    if norm.batch_statistics:
-        ops.channel_statistics(rows, mean, var)
-    if norm.group is not None:
-        synchronized.combine(norm.group, images * height * width, mean, var, total)
-    scale, shift, _, _ = norms.coefficients(norm, mean, var)
-    out = empty_channels_last((images, channels, (height + 1) // 2, (width + 1) // 2), input)
-    out_rows = out.permute(0, 2, 3, 1)
-    argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=input.device)
-    ops.norm_relu_maxpool_forward(rows, scale, shift, out_rows, argmax)
-    norms.record(statistics, [norm_place(norm, channels)], images * height * width)
-    return out, argmax, statistics
-
-
-def norm_place(norm: NormSpec, channels: int) -> norms.Place:
-    """Where the norm's statistics are in the vector of `pooled`."""
-    total = -1 if norm.group is None else 2 * channels
-    return norms.Place(norm, 0, channels, total, channels)
-
-
-def _parts(statistics: Tensor, channels: int) -> list[Tensor]:
-    """Mean, variance and, if the norm is synchronised, the number of values they are of."""
-    return list(statistics.split((channels, channels, len(statistics) - 2 * channels)))
-
-
-class _Stem(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, norm: NormSpec, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        output, *kept = pooled(input, norm)
-        ctx.save_for_backward(input, *kept, weight, bias, *norm_buffers(norm))
-        ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        with torch.no_grad():
-            saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
-            gradients = _backward(ctx, saved, grad_outputs[0])
-        behind = [*grad_outputs, *saved]
-        input, weight, bias = first_order_only("the fused stem", gradients, behind)
-        return input, None, weight, bias
-
-
-def _backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, weight, bias, *buffers = saved
-    norm = with_norm_tensors(ctx.norm, (weight, bias), buffers)
-    needed = ctx.needs_input_grad[0]
-    grad_input, grad_gamma, grad_beta = norm_gradients(
-        grad_output, input, argmax, norm, statistics, needed
-    )
-    return [
-        grad_input if needed else None,
-        parameter_gradient(weight, grad_gamma),
-        parameter_gradient(bias, grad_beta),
-    ]
-
-
-def norm_gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    argmax: Tensor,
-    norm: NormSpec,
-    statistics: Tensor,
-    input_needed: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the norm's input, and of its weight and bias."""
-    images, channels, height, width = input.shape
-    mean, var, total = _parts(statistics, channels)
-    forward = norms.coefficients(norm, mean, var)
-    grad_input = empty_channels_last((images, channels, height, width), input)
-    grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
-    features, grad_features = as_rows(input), grad_input.permute(0, 2, 3, 1)
-    ops.norm_relu_maxpool_backward(
-        as_rows(grad_output),
-        argmax.contiguous(),
-        features,
-        *forward,
-        norm.batch_statistics and norm.group is None,
-        grad_features,
-        grad_gamma,
-        grad_beta,
-    )
-    if norm.group is not None and input_needed:
-        # The correction for the batch's statistics, with the sums of all ranks.
-        sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
-        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(images * height * width)
-        ops.finish_gradient(features, grad_features, forward.mean, sums[0], sums[1], grad_features)
-    return grad_input, grad_gamma, grad_beta
+    return _stem(input, None, None, None, input.dtype, norm)
 
 
 def conv_stem(
@@ -151,70 +41,220 @@ def conv_stem(
     Keeps `input` as it came and one byte per output element; the backward makes the convolution
     again.
     """
-    tensors = (weight, bias, norm.weight, norm.bias)
     stored = autocast.computed_type(input.dtype, input.device.type)
-    with autocast.disabled(input.device.type):
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in (input, *tensors)
-        ):
-            output: Tensor = _ConvStem.apply(input, stored, conv, norm, *tensors)
-            return output
-        with torch.no_grad():
-            features = stem_convolution.forward(input, conv, weight, bias, stored)
-            return stem_norm_relu_maxpool(features, norm)
+    return _stem(input, weight, bias, conv, stored, norm)
 
 
-class _ConvStem(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
+def _stem(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv: ConvGeometry | None,
+    stored: torch.dtype,
+    norm: NormSpec,
+) -> Tensor:
+    numbers = [] if conv is None else [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
+    rest = (numbers, stored, norm.eps, norm.batch_statistics, norm.group)
+    parameters = (weight, bias, norm.weight, norm.bias)
+    buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
+    ):
+        output, statistics = _Stem.apply(input, rest, *parameters, *buffers)
+    else:
+        output, _, statistics = stem_forward(input, parameters, buffers, *rest)
+    images, channels, height, width = input.shape
+    if conv is not None and weight is not None:
+        channels, _, *kernel = weight.shape
+        size = (kernel[0], kernel[1])
+        height, width = geometry.windows(
+            (height, width), size, conv.stride, conv.padding, conv.dilation
+        )
+    total = 2 * channels if norm.group else -1
+    place = norms.Place(norm, 0, channels, total, channels)
+    nodes.record(statistics, [place], images * height * width)
+    return output
+
+
+class _Call:
+    """The arguments behind the first ones of a stem's forward and backward."""
+
+    def __init__(
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        conv: Sequence[int],
         stored: torch.dtype,
-        conv: ConvGeometry,
-        norm: NormSpec,
-        *parameters: Tensor | None,
-    ) -> Tensor:
-        weight, bias = parameters[:2]
-        assert weight is not None
-        features = stem_convolution.forward(input, conv, weight, bias, stored)
+        eps: float,
+        batch_statistics: bool,
+        group: str,
+    ) -> None:
+        """Make a norm and a convolution of them."""
+        self.weight, self.bias, gamma, beta = parameters
+        mean, var = buffers
+        self.norm = NormSpec(gamma, beta, mean, var, eps, batch_statistics, None, group)
+        self.stored = stored
+        self.conv: ConvGeometry | None = None
+        if conv:
+            pairs = [(conv[at], conv[at + 1]) for at in (0, 2, 4)]
+            self.conv = ConvGeometry(pairs[0], pairs[1], pairs[2], conv[6])
+
+    def features(self, input: Tensor) -> Tensor:
+        """What the norm reads."""
+        if self.conv is None or self.weight is None:
+            return input
+        return stem_convolution.forward(input, self.conv, self.weight, self.bias, self.stored)
+
+    def check(self, features: Tensor) -> None:
+        """Refuse what the norm cannot take."""
         check_input(features)
         images, channels, height, width = features.shape
-        check_norm(norm, "norm", channels, features, (images, height, width))
-        output, *kept = pooled(features, norm)
-        ctx.save_for_backward(input, *kept, *parameters, *norm_buffers(norm))
-        ctx.norm = with_norm_tensors(norm, (None, None), (None, None))
-        ctx.conv = conv
-        ctx.stored = stored
-        return output
+        check_norm(self.norm, "norm", channels, features, (images, height, width))
+
+    def coefficients(self, statistics: Tensor, channels: int) -> Coefficients:
+        """The norm by the batch's statistics, or its own where it is frozen."""
+        norm, (mean, var, _) = self.norm, _parts(statistics, channels)
+        if norm.running_mean is not None and norm.running_var is not None:
+            mean, var = norm.running_mean, norm.running_var
+        return norms.coefficients(norm.weight, norm.bias, norm.eps, mean, var, statistics)
+
+
+def _parts(statistics: Tensor, channels: int) -> Sequence[Tensor]:
+    """Mean, variance and, if the norm is synchronised, the number of values they are of."""
+    return statistics.split((channels, channels, len(statistics) - 2 * channels))
+
+
+def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stem = _Call(*args)
+    features, conv = input, stem.conv
+    if conv is not None and stem.weight is not None:
+        features = torch.nn.functional.conv2d(input, stem.weight.to(input.dtype), None, *conv).to(
+            stem.stored
+        )
+    stem.check(features)
+    images, channels, height, width = features.shape
+    height, width = (height + 1) // 2, (width + 1) // 2
+    output = empty_channels_last((images, channels, height, width), features)
+    argmax = features.new_empty(images, height, width, channels, dtype=torch.uint8)
+    size = 2 * channels + bool(stem.norm.group)
+    return output, argmax, features.new_empty(size, dtype=statistics_dtype(features.dtype))
+
+
+@nodes.node(f"(Tensor input, {_STEM}) -> (Tensor, Tensor, Tensor)", _forward_fake)
+def stem_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the position of each maximum, the batch's mean and variance.
+
+    Behind these two the number of values of a synchronised norm.
+    """
+    stem = _Call(*args)
+    norm, features = stem.norm, stem.features(input)
+    stem.check(features)
+    rows = as_rows(features)
+    images, height, width, channels = rows.shape
+    statistics = torch.empty(
+        2 * channels + bool(norm.group),
+        dtype=statistics_dtype(features.dtype),
+        device=features.device,
+    )
+    mean, var, total = _parts(statistics, channels)
+    if norm.batch_statistics:
+        ops.channel_statistics(rows, mean, var)
+    if norm.group:
+        synchronized.combine(norm.group, images * height * width, mean, var, total)
+    scale, shift, _, _ = stem.coefficients(statistics, channels)
+    out = empty_channels_last((images, channels, (height + 1) // 2, (width + 1) // 2), features)
+    out_rows = out.permute(0, 2, 3, 1)
+    argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=features.device)
+    ops.norm_relu_maxpool_forward(rows, scale, shift, out_rows, argmax)
+    return out, argmax, statistics
+
+
+_LAYOUTS = (torch.channels_last, torch.contiguous_format, torch.contiguous_format)
+
+
+def _backward_fake(
+    grad_output: Tensor, input: Tensor, argmax: Tensor, statistics: Tensor, *args: Any
+) -> list[Tensor]:
+    parameters, *_, (input_needed, *needs) = args
+    images, channels, height, width = input.shape
+    shape = (images, channels, height, width)
+    found = [empty_channels_last(shape, input)] if input_needed else []
+    return found + nodes.wanted_like(parameters, needs)
+
+
+@nodes.node(
+    f"(Tensor grad_output, Tensor input, Tensor argmax, Tensor statistics, {_STEM}, "
+    "bool[] needs) -> Tensor[]",
+    _backward_fake,
+)
+def stem_backward(
+    grad_output: Tensor, input: Tensor, argmax: Tensor, statistics: Tensor, *args: Any
+) -> list[Tensor]:
+    """The gradients of the input and the parameters that `needs` asks for."""
+    *args, needs = args  # type: ignore[assignment]
+    stem = _Call(*args)
+    features, norm = stem.features(input), stem.norm
+    images, channels, height, width = features.shape
+    forward = stem.coefficients(statistics, channels)
+    grad_features = empty_channels_last((images, channels, height, width), features)
+    grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
+    rows, grad_rows = as_rows(features), grad_features.permute(0, 2, 3, 1)
+    ops.norm_relu_maxpool_backward(
+        as_rows(grad_output),
+        argmax.contiguous(),
+        rows,
+        *forward,
+        norm.batch_statistics and not norm.group,
+        grad_rows,
+        grad_gamma,
+        grad_beta,
+    )
+    if norm.group and any(needs[:3]):
+        # The correction for the batch's statistics, with the sums of all ranks.
+        sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
+        total = _parts(statistics, channels)[2]
+        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(images * height * width)
+        ops.finish_gradient(rows, grad_rows, forward.mean, sums[0], sums[1], grad_rows)
+    before: list[Tensor | None] = [grad_features, None, None]
+    if stem.conv is not None and stem.weight is not None and any(needs[:3]):
+        before = stem_convolution.backward(
+            grad_features, input, stem.conv, stem.weight, stem.bias, list(needs[:3])
+        )
+        # In the layouts that a graph was promised, whichever the convolution has chosen.
+        before = [
+            None if gradient is None else gradient.contiguous(memory_format=layout)
+            for gradient, layout in zip(before, _LAYOUTS, strict=True)
+        ]
+    return nodes.wanted([*before, grad_gamma, grad_beta], [input, *args[0]], needs)
+
+
+class _Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, rest: tuple[Any, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output, argmax, statistics = stem_forward(input, tensors[:4], tensors[4:], *rest)
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(input, argmax, statistics, *tensors)
+        ctx.rest = rest
+        return output, statistics
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        with torch.no_grad(), autocast.disabled(grad_outputs[0].device.type):
-            saved = ctx.saved_tensors  # once, as above
-            gradients = _conv_stem_backward(ctx, saved, grad_outputs[0])
-        behind = [*grad_outputs, *saved]
-        input, *parameters = first_order_only("the fused stem", gradients, behind)
-        return input, None, None, None, *parameters
-
-
-def _conv_stem_backward(ctx: Any, saved: Sequence[Any], grad_output: Tensor) -> list[Tensor | None]:
-    input, argmax, statistics, weight, bias, gamma, beta, *buffers = saved
-    conv: ConvGeometry = ctx.conv
-    norm = with_norm_tensors(ctx.norm, (gamma, beta), buffers)
-    wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
-    grad_features, grad_gamma, grad_beta = norm_gradients(
-        grad_output,
-        stem_convolution.forward(input, conv, weight, bias, ctx.stored),
-        argmax,
-        norm,
-        statistics,
-        any(wanted),
-    )
-    gradients: list[Tensor | None] = [None, None, None]
-    if any(wanted):
-        gradients = stem_convolution.backward(grad_features, input, conv, weight, bias, wanted)
-    return [
-        *gradients,
-        parameter_gradient(gamma, grad_gamma),
-        parameter_gradient(beta, grad_beta),
-    ]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+        input, argmax, statistics, *tensors = saved
+        needs = [ctx.needs_input_grad[index] for index in (0, 2, 3, 4, 5)]
+        found = stem_backward(
+            grad_outputs[0],
+            input,
+            argmax,
+            statistics,
+            tensors[:4],
+            tensors[4:],
+            *ctx.rest,
+            needs,
+        )
+        behind = [grad_outputs[0], *saved]
+        given = nodes.spread(found, needs)
+        input, *others = nodes.first_order_only("the fused stem", given, behind)
+        return (input, None, *others, None, None)

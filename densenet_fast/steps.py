@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from densenet_fast import graph_block, graph_stem, stem_convolution
+from densenet_fast import stem_convolution
 from densenet_fast.dense_block import (
     conv_stem,
-    dense_block,
+    fused,
     released,
     stem_norm_relu_maxpool,
 )
 from densenet_fast.eligibility import NORMS, Norm, leaves_input, parameter, weight_shape
-from densenet_fast.graph_library import recorded
 from densenet_fast.norm_modules import norm_spec
 from densenet_fast.specs import (
     AvgPoolTail,
@@ -94,8 +93,6 @@ class StemStep:
                 conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
             )
             weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
-        if recorded(input):
-            return graph_stem.stem(input, weight, bias, geometry, norm)
         if weight is None or geometry is None:
             return stem_norm_relu_maxpool(input, norm)
         return conv_stem(input, weight, bias, geometry, norm)
@@ -165,9 +162,7 @@ class DenseStep:
             behind = AvgPoolTail(norm_spec(tail, counted))
         elif tail is not None:
             behind = TransitionTail(norm_spec(tail.norm, counted), tail.conv.weight)
-        if recorded(input):
-            return graph_block.dense_block(input, layers, behind, self.checkpoint, self.hold)
-        return dense_block(input, layers, tail=behind, checkpoint=self.checkpoint, hold=self.hold)
+        return fused(input, layers, behind, self.checkpoint, self.hold)
 
 
 def _joined(features: list[Tensor]) -> Tensor:

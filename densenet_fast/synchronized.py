@@ -9,7 +9,7 @@ gradient for the batch's statistics; gradients of parameters stay each rank's ow
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,17 +24,29 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def group_of(norm: nn.Module) -> ProcessGroup | None:
-    """Whose values the statistics of a step made now are taken from; None: this process's alone."""
+def group_of(norm: nn.Module) -> str:
+    """The group whose values the statistics of a step made now are taken from, by name.
+
+    "": this process's alone. Names fit into a graph, and are the same on all ranks.
+    """
     if type(norm) is not nn.SyncBatchNorm or not norm.training or not active():
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
+        return ""
+    group: Any = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def resolved(name: str) -> ProcessGroup:
+    """The process group of this name."""
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d.__dict__["_resolve_process_group"]
+    group: ProcessGroup = resolve(name)
+    return group
 
 
 def exchanges(modules: Iterable[nn.Module]) -> bool:
     """Whether one of the modules is a norm that would take statistics over several ranks now."""
-    return active() and any(group_of(module) is not None for module in modules)
+    return active() and any(group_of(module) for module in modules)
 
 
 class OneGroup:
@@ -44,7 +56,7 @@ class OneGroup:
         """Admit `norms`, which are of one group."""
         self._active = active()
         self._decided = False
-        self._group: ProcessGroup | None = None
+        self._group = ""
         for norm in norms:
             self.admits(norm)
 
@@ -55,24 +67,25 @@ class OneGroup:
         group = group_of(norm)
         if not self._decided:
             self._decided, self._group = True, group
-        return group is self._group
+        return group == self._group
 
 
-def check(group: ProcessGroup, device: torch.device, name: str) -> None:
-    """Refuse a group that cannot reduce the statistics of the norm `name` on `device`.
+def check(group: str, device: torch.device, name: str) -> None:
+    """Refuse a group (its name) that cannot reduce the statistics of the norm `name` on `device`.
 
     Raises:
         RuntimeError: the group has been destroyed.
         ValueError: its backend has nothing for that type of device.
     """
     try:
-        dist.get_process_group_ranks(group)
-    except KeyError:
+        ranks = resolved(group)
+        dist.get_process_group_ranks(ranks)
+    except (KeyError, LookupError, RuntimeError, ValueError):
         raise RuntimeError(
             f"{name} should synchronise its statistics over a process group that exists, but its "
             "process group has been destroyed"
         ) from None
-    backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(group).split(","))
+    backends = dict(pair.split(":", 1) for pair in dist.get_backend_config(ranks).split(","))
     if device.type not in backends:
         able = ", ".join(f"{kind} (by {backend})" for kind, backend in backends.items())
         raise ValueError(
@@ -85,21 +98,21 @@ def check_modules(owner: nn.Module, device: torch.device) -> None:
     """`check` of every norm below `owner` that would synchronise now."""
     if not active():
         return
-    checked: set[ProcessGroup] = set()
+    checked = {""}
     for module in owner.modules():
         group = group_of(module)
-        if group is not None and group not in checked:
+        if group not in checked:
             name = next(name for name, part in owner.named_modules() if part is module)
             check(group, device, f"{type(owner).__name__}: {name}")
             checked.add(group)
 
 
-def combine(group: ProcessGroup, rows: int, mean: Tensor, var: Tensor, total: Tensor) -> None:
+def combine(name: str, rows: int, mean: Tensor, var: Tensor, total: Tensor) -> None:
     """Turn mean and biased variance of this rank's `rows` values into those of all ranks' values.
 
     `total` [1] becomes their number. It stays on the device: nobody waits for it.
     """
-    channels = len(mean)
+    group, channels = resolved(name), len(mean)
     mine = torch.cat((mean, var, total.fill_(rows)))
     all_ranks = mine.new_empty(dist.get_world_size(group), len(mine))
     dist.all_gather(list(all_ranks.unbind()), mine, group=group)
@@ -111,15 +124,10 @@ def combine(group: ProcessGroup, rows: int, mean: Tensor, var: Tensor, total: Te
     var.copy_((shares * (variances + (means - mean).square_())).sum(0))
 
 
-def unbiased(var: Tensor, total: Tensor) -> Tensor:
-    """The unbiased variance of `total` values."""
-    return var * (total / (total - 1))
-
-
-def mean_over_ranks(group: ProcessGroup, sums: Tensor, total: Tensor) -> Tensor:
+def mean_over_ranks(name: str, sums: Tensor, total: Tensor) -> Tensor:
     """`sums` over this rank's values, added up over the ranks, divided by all `total` values.
 
     Overwrites `sums`.
     """
-    dist.all_reduce(sums, group=group)
+    dist.all_reduce(sums, group=resolved(name))
     return sums.div_(total)

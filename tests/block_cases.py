@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from devices import device
@@ -15,8 +15,7 @@ from densenet_fast.specs import (
     NormSpec,
     Tail,
     TransitionTail,
-    layer_parameters,
-    tail_parameters,
+    flattened,
 )
 
 TAILS = (None, "transition", "avgpool")
@@ -31,8 +30,8 @@ class Block:
     tail: Tail | None
 
     def parameters(self) -> list[Tensor]:
-        every = [tensor for layer in self.layers for tensor in layer_parameters(layer)]
-        return [tensor for tensor in every + tail_parameters(self.tail) if tensor is not None]
+        every, _, _ = flattened(self.layers, self.tail, "none", 0)
+        return [tensor for tensor in every if tensor is not None]
 
     def norms(self) -> list[NormSpec]:
         norms = [norm for layer in self.layers for norm in (layer.norm1, layer.norm2)]
@@ -57,8 +56,7 @@ class Block:
             return copied.requires_grad_(value.requires_grad)
 
         def norm(value: NormSpec) -> NormSpec:
-            return replace(
-                value,
+            return value._replace(
                 weight=tensor(value.weight),
                 bias=tensor(value.bias),
                 running_mean=tensor(value.running_mean),
@@ -66,8 +64,7 @@ class Block:
             )
 
         layers = [
-            replace(
-                layer,
+            layer._replace(
                 norm1=norm(layer.norm1),
                 norm2=norm(layer.norm2),
                 conv1_weight=tensor(layer.conv1_weight),
@@ -75,9 +72,9 @@ class Block:
             )
             for layer in self.layers
         ]
-        tail = None if self.tail is None else replace(self.tail, norm=norm(self.tail.norm))
+        tail = None if self.tail is None else self.tail._replace(norm=norm(self.tail.norm))
         if isinstance(tail, TransitionTail):
-            tail = replace(tail, conv_weight=tensor(tail.conv_weight))
+            tail = tail._replace(conv_weight=tensor(tail.conv_weight))
         return Block(tensor(self.input), layers, tail)
 
 

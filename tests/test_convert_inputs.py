@@ -29,13 +29,13 @@ from densenet_fast.conversion import subclasses
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[type[Tensor]]:
     """The types that fused nodes have been given, in order."""
     seen: list[type[Tensor]] = []
-    run = fused_steps.dense_block
+    run = fused_steps.fused
 
     def watched(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(type(input))
         return run(input, *args, **kwargs)
 
-    monkeypatch.setattr(fused_steps, "dense_block", watched)
+    monkeypatch.setattr(fused_steps, "fused", watched)
     return seen
 
 

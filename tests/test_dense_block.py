@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,7 +145,7 @@ def test_one_value_per_channel_is_batch_norms_own_error(backend: str) -> None:
 def test_momentum(backend: str, momentum: float | None) -> None:
     block = make_block(tail="transition")
     block.layers = [
-        replace(layer, norm1=replace(layer.norm1, momentum=momentum)) for layer in block.layers
+        layer._replace(norm1=layer.norm1._replace(momentum=momentum)) for layer in block.layers
     ]
     check(block, "bottleneck")
 
@@ -155,8 +154,8 @@ def test_norms_without_running_statistics(backend: str) -> None:
     block = make_block(tail="avgpool")
 
     def bare(layer: LayerSpec) -> LayerSpec:
-        norm2 = replace(layer.norm2, running_mean=None, running_var=None)
-        return replace(layer, norm2=norm2)
+        norm2 = layer.norm2._replace(running_mean=None, running_var=None)
+        return layer._replace(norm2=norm2)
 
     block.layers = [bare(layer) for layer in block.layers]
     check(block, "block")
@@ -273,12 +272,12 @@ WRONG = {
     "small": (lambda b: {"input": b.input[:, :, :1]}, ValueError, "at least 2x2 pixels"),
     "mode": (lambda b: {"checkpoint": "all"}, ValueError, "'none', 'bottleneck', 'block', got"),
     "dropout": (
-        lambda b: {"layers": [*b.layers[:2], replace(b.layers[2], dropout=1.5)]},
+        lambda b: {"layers": [*b.layers[:2], b.layers[2]._replace(dropout=1.5)]},
         ValueError,
         "layer 3: dropout",
     ),
     "conv": (
-        lambda b: {"layers": [b.layers[0], replace(b.layers[1], conv2_weight=b.input)]},
+        lambda b: {"layers": [b.layers[0], b.layers[1]._replace(conv2_weight=b.input)]},
         ValueError,
         "layer 2: conv2.weight",
     ),
@@ -287,9 +286,8 @@ WRONG = {
         lambda b: {
             "layers": [
                 b.layers[0],
-                replace(
-                    b.layers[1],
-                    norm1=replace(b.layers[1].norm1, batch_statistics=False, running_mean=None),
+                b.layers[1]._replace(
+                    norm1=b.layers[1].norm1._replace(batch_statistics=False, running_mean=None)
                 ),
             ]
         },

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from block_cases import gradients, make_norm
@@ -29,8 +27,8 @@ def own_statistics(norm: NormSpec) -> NormSpec:
     """The same parameters, and running statistics of its own."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    return replace(
-        norm, running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone()
+    return norm._replace(
+        running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone()
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -377,11 +376,11 @@ def test_groups_within_a_block() -> None:
     before = block.buffers()
     with group_of_one():
         group = dist.group.WORLD
-        first = replace(block.layers[0], norm1=replace(block.layers[0].norm1, group=group))
+        first = block.layers[0]._replace(norm1=block.layers[0].norm1._replace(group=group))
         with pytest.raises(ValueError, match=r"the same process group, .* got 2 different ones"):
             dense_block(block.input, [first, block.layers[1]])
-        frozen = replace(first.norm1, batch_statistics=False)
+        frozen = first.norm1._replace(batch_statistics=False)
         with pytest.raises(ValueError, match="should use the batch's statistics"):
-            dense_block(block.input, [replace(first, norm1=frozen)])
+            dense_block(block.input, [first._replace(norm1=frozen)])
     for actual, wanted in zip(block.buffers(), before, strict=True):
         assert torch.equal(actual, wanted)
