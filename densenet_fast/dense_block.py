@@ -26,6 +26,7 @@ from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
 from densenet_fast.block_forward import Block, Geometry, Statistics, forward, norm_places
 from densenet_fast.layout import empty_channels_last, row_pitch
+from densenet_fast.nodes import Finish
 from densenet_fast.philox import draw_seeds
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import (
@@ -94,23 +95,21 @@ def fused(
     geometry = Geometry(input.shape, parameters, settings)
     dropping = sum(dropout > 0 for dropout in settings.dropout)
     seeds = draw_seeds(dropping) if dropping else None
+
+    def finish(statistics: Tensor) -> None:
+        norms = block_norms(layers, tail)
+        nodes.record(statistics, norm_places(geometry, norms), geometry.rows)
+
     try:
         if torch.is_grad_enabled() and (
             input.requires_grad or any(p is not None and p.requires_grad for p in parameters)
         ):
-            # A way back to the input that keeps none of it alive: second derivatives must be found
-            # out also where the backward does not need the input.
-            link = None
-            if input.requires_grad and not nodes.recorded(input):
-                link = input[:0].sum()
-            output, statistics = _DenseBlock.apply(
-                input, link, seeds, settings, len(parameters), *parameters, *buffers
+            return nodes.applied(
+                _DenseBlock, input, finish, (seeds, settings, len(parameters)), parameters, buffers
             )
-        else:
-            settings = settings._replace(hold=0)
-            output, statistics, _ = block_forward(input, parameters, buffers, seeds, *settings)
-        norms = block_norms(layers, tail)
-        nodes.record(statistics, norm_places(geometry, norms), geometry.rows)
+        settings = settings._replace(hold=0)
+        output, statistics, _ = block_forward(input, parameters, buffers, seeds, *settings)
+        finish(statistics)
     except RuntimeError:
         if not torch.compiler.is_compiling():
             check_block(input, layers, tail, checkpoint, hold)
@@ -208,6 +207,7 @@ class _DenseBlock(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         link: Tensor | None,
+        finish: Finish | None,
         seeds: Tensor | None,
         settings: Settings,
         count: int,
@@ -223,6 +223,8 @@ class _DenseBlock(torch.autograd.Function):
             anchor = output
         else:
             anchor, *kept = kept
+        if finish is not None:
+            finish(statistics)
         ctx.mark_non_differentiable(statistics)
         ctx.save_for_backward(link, anchor, statistics, seeds, *kept, *tensors)
         ctx.kept, ctx.count, ctx.settings = len(kept), count, settings
@@ -235,7 +237,7 @@ class _DenseBlock(torch.autograd.Function):
         kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
         parameters, buffers = tensors[: ctx.count], tensors[ctx.count :]
         needed = ctx.needs_input_grad
-        needs = [needed[0], *needed[5 : 5 + ctx.count]]
+        needs = [needed[0], *needed[6 : 6 + ctx.count]]
         found = block_backward(
             grad_outputs[0],
             anchor,
@@ -250,7 +252,7 @@ class _DenseBlock(torch.autograd.Function):
         found = nodes.spread(found, needs)
         behind = [grad_outputs[0], *saved]
         input, *others = nodes.first_order_only("a fused dense block", found, behind)
-        return (input, None, None, None, None, *others, *[None] * len(buffers))
+        return (input, None, None, None, None, None, *others, *[None] * len(buffers))
 
 
 def backward_reads(output: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from densenet_fast import autocast, norms, ops
+from densenet_fast.specs import Tensors
 
 NAMESPACE = "densenet_fast_nodes"
 
@@ -66,6 +67,42 @@ def count_step(statistics: Tensor, *args: Any) -> None:
 def record(statistics: Tensor, places: Iterable[norms.Place], count: int) -> None:
     """Update running statistics and counters by what a node has just found."""
     norms.record(statistics, places, count, update=count_step)
+
+
+Finish = Callable[[Tensor], None]
+
+
+def applied(
+    function: Any,
+    input: Tensor,
+    finish: Finish,
+    rest: Sequence[Any],
+    parameters: Tensors,
+    buffers: Tensors,
+) -> Tensor:
+    """The output of a node's Function, whose second output are statistics for `finish`.
+
+    It is called within the node, so that a checkpoint which runs the forward again does not stop
+    between the two; in a graph behind it.
+    """
+    if not recorded(input):
+        # A way back to the input that keeps none of it alive: second derivatives must be found out
+        # also where the backward does not need the input.
+        link = input[:0].sum() if input.requires_grad else None
+        output: Tensor = function.apply(input, link, finish, *rest, *parameters, *buffers)[0]
+        return output
+    # Dynamo takes no tensor twice.
+    seen: set[int] = set()
+    distinct = []
+    for tensor in parameters:
+        if tensor is not None and id(tensor) in seen:
+            tensor = tensor.view_as(tensor)
+        elif tensor is not None:
+            seen.add(id(tensor))
+        distinct.append(tensor)
+    output, statistics = function.apply(input, None, None, *rest, *distinct, *buffers)
+    finish(statistics)
+    return output
 
 
 class FirstOrderOnly(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor
 from densenet_fast import autocast, geometry, nodes, norms, ops, stem_convolution, synchronized
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.layout import as_rows, empty_channels_last
+from densenet_fast.nodes import Finish
 from densenet_fast.reference import statistics_dtype
 from densenet_fast.reference_block import Coefficients
 from densenet_fast.specs import ConvGeometry, NormSpec, Tensors
@@ -57,12 +58,6 @@ def _stem(
     rest = (numbers, stored, norm.eps, norm.batch_statistics, norm.group)
     parameters = (weight, bias, norm.weight, norm.bias)
     buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
-    ):
-        output, statistics = _Stem.apply(input, rest, *parameters, *buffers)
-    else:
-        output, _, statistics = stem_forward(input, parameters, buffers, *rest)
     images, channels, height, width = input.shape
     if conv is not None and weight is not None:
         channels, _, *kernel = weight.shape
@@ -72,7 +67,16 @@ def _stem(
         )
     total = 2 * channels if norm.group else -1
     place = norms.Place(norm, 0, channels, total, channels)
-    nodes.record(statistics, [place], images * height * width)
+
+    def finish(statistics: Tensor) -> None:
+        nodes.record(statistics, [place], images * height * width)
+
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
+    ):
+        return nodes.applied(_Stem, input, finish, (rest,), parameters, buffers)
+    output, _, statistics = stem_forward(input, parameters, buffers, *rest)
+    finish(statistics)
     return output
 
 
@@ -231,19 +235,26 @@ def stem_backward(
 class _Stem(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, rest: tuple[Any, ...], *tensors: Tensor | None
+        ctx: Any,
+        input: Tensor,
+        link: Tensor | None,
+        finish: Finish | None,
+        rest: tuple[Any, ...],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         output, argmax, statistics = stem_forward(input, tensors[:4], tensors[4:], *rest)
+        if finish is not None:
+            finish(statistics)
         ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(input, argmax, statistics, *tensors)
+        ctx.save_for_backward(link, input, argmax, statistics, *tensors)
         ctx.rest = rest
         return output, statistics
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
-        input, argmax, statistics, *tensors = saved
-        needs = [ctx.needs_input_grad[index] for index in (0, 2, 3, 4, 5)]
+        _, input, argmax, statistics, *tensors = saved
+        needs = [ctx.needs_input_grad[index] for index in (0, 4, 5, 6, 7)]
         found = stem_backward(
             grad_outputs[0],
             input,
@@ -257,4 +268,4 @@ class _Stem(torch.autograd.Function):
         behind = [grad_outputs[0], *saved]
         given = nodes.spread(found, needs)
         input, *others = nodes.first_order_only("the fused stem", given, behind)
-        return (input, None, *others, None, None)
+        return (input, None, None, None, *others, None, None)

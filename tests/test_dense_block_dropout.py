@@ -9,10 +9,9 @@ from devices import device
 from plain_block import plain_block
 from torch import Tensor
 
-from densenet_fast import dense_block as module
 from densenet_fast import nodes
 from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
-from densenet_fast.philox import philox
+from densenet_fast.philox import draw_seeds, philox
 from densenet_fast.specs import Checkpoint
 
 P = 0.3
@@ -42,7 +41,7 @@ def test_the_block_is_the_plain_one_with_its_masks(
     torch.manual_seed(5)
     output = run(block, checkpoint)
     torch.manual_seed(5)
-    seeds = module._draw_seeds(block.layers)
+    seeds = draw_seeds(len(block.layers)).tolist()
     masks = [mask(block, index, seed) for index, seed in enumerate(seeds)]
     exact = plain_block(other.input, other.layers, other.tail, masks)
     actual = [output.detach(), *block.buffers(), *gradients(output, block.leaves())]

@@ -74,8 +74,8 @@ def test_norms_of_a_node_count_together(
     checkpoint: Checkpoint, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused: list[int] = []
-    run = steps.dense_block
-    monkeypatch.setattr(steps, "dense_block", lambda *a, **k: fused.append(1) or run(*a, **k))
+    run = steps.fused
+    monkeypatch.setattr(steps, "fused", lambda *a, **k: fused.append(1) or run(*a, **k))
     start = tiny(checkpoint=checkpoint)
     images = torch.randn(IMAGES)
     seen: list[list[set[bool]]] = []
@@ -88,7 +88,7 @@ def test_norms_of_a_node_count_together(
             seen.append(counted(network, start))
         else:
             break
-    assert sum(fused) > 100  # fused nodes have failed at many places
+    assert sum(fused) > 60  # fused nodes have failed at many places
     for answers in seen:
         assert all(len(changed) == 1 for changed in answers), answers
         done = [changed == {True} for changed in answers]
