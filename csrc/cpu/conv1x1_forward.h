@@ -11,6 +11,23 @@ constexpr int kForwardVectors = 2;
 // Rows of a tile, at most: an operand that leaves room in a first-level cache of 32 KiB.
 constexpr int64_t kForwardTile = 28;
 
+// Of up to so many rows, every task packs the columns that it makes while it makes them.
+constexpr int64_t kFewRows = 64;
+
+template <class S>
+int64_t packed_conv1x1_size(Weight<S> weight) {
+  return padded<Compute<S>>(weight.out) * weight.in;
+}
+
+template <class S>
+void pack_conv1x1(Weight<S> weight, Compute<S>* packed) {
+  const WeightMatrix<S> matrix = forward_matrix(weight);
+  pack_blocks(weight.in, weight.out, kForwardVectors, packed,
+              [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* to) {
+                pack_block(matrix, i, count, v, nv, to);
+              });
+}
+
 // Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
 // prefetch(row, rows, stream) names what the tile at `row` will read.
 template <class S, class Build, class Prefetch>
@@ -18,43 +35,63 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
                      Statistics<Compute<S>> statistics, const Build& build,
                      const Prefetch& prefetch) {
   using T = Compute<S>;
-  const int64_t columns = weight.out, width = padded<T>(columns);
-  CallMemory<T> packed(width * k);
-  pack_matrix<S>(packed.get(), k, columns, kForwardVectors, weight, 0, weight.stride_in,
-                 weight.stride_out);
-  const EqualParts tasks(rows, kMostTasks, 24);
-  const int64_t tile = equal_tile(tasks.size, kForwardTile);
-  TaskStatistics<T> partial(tasks.count, columns);
-  const int64_t steps = product_steps<T>(tile, k, columns, kForwardVectors);
-  for_each_task(tasks.count, [&](int64_t task) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t columns = weight.out, width = padded<T>(columns), vecs = vectors<T>(columns);
+  const bool few = rows <= kFewRows;
+  const CallMemory<T> memory(few || weight.packed ? 0 : packed_conv1x1_size(weight));
+  const T* packed = weight.packed;
+  if (!packed && !few) {
+    pack_conv1x1(weight, memory.get());
+    packed = memory.get();
+  }
+  const WeightMatrix<S> matrix = forward_matrix(weight);
+
+  const EqualParts chunks(rows, few ? 1 : kMostTasks, 24);
+  const int64_t tile = few ? rows : equal_tile(chunks.size, kForwardTile);
+  // Columns are independent: how many groups of them share the rows changes no result.
+  const int64_t groups =
+      smaller(ceil_div(vecs, kForwardVectors), ceil_div(thread_count(), chunks.count));
+  TaskStatistics<T> partial(chunks.count, columns, groups);
+  for_each_task(chunks.count * groups, [&](int64_t task) {
+    const int64_t chunk = task / groups;
+    const BlockGroup group(vecs, kForwardVectors, task % groups, groups);
+    const int64_t c_begin = group.begin * L, c_end = smaller(columns, group.end * L);
     T* panel = scratch<T>(Scratch::kOperand, tile * kPanelPitch);
+    T* block = scratch<T>(Scratch::kActivated, packed ? 0 : kPanel * kMaxVectors * L);
     [[maybe_unused]] T* sums = kNarrow<S> ? scratch<T>(Scratch::kResult, tile * width) : nullptr;
-    const int64_t end = tasks.end(task);
-    for (int64_t r = tasks.begin(task); r < end; r += tile) {
+    const int64_t end = chunks.end(chunk);
+    const int64_t steps = product_steps<T>(tile, k, c_end - c_begin, kForwardVectors);
+    for (int64_t r = chunks.begin(chunk); r < end; r += tile) {
       const int64_t count = smaller(tile, end - r);
       PrefetchStream stream;
       const int64_t next = r + tile;
       if (next < rows) {
         const int64_t next_count = smaller(tile, rows - next);
         prefetch(next, next_count, stream);
-        stream.add(out.data + next * out.pitch, columns * sizeof(S), out.pitch * sizeof(S),
-                   next_count, true);
+        stream.add(out.data + next * out.pitch + c_begin, (c_end - c_begin) * sizeof(S),
+                   out.pitch * sizeof(S), next_count, true);
       }
       stream.start(steps);
       S* to = out.data + r * out.pitch;
       const auto multiply = [&](T* sums, int64_t ld) {
         product_tile<T>(
-            count, k, columns, kForwardVectors, packed.get(), sums, ld, panel, stream,
-            [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); });
+            count, k, columns, group, sums, ld, panel, stream,
+            [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); },
+            [&](int64_t c0, int64_t width, int64_t v, int nv) -> const T* {
+              if (packed) return packed + (v * k + c0 * nv) * L;
+              pack_block(matrix, c0, width, v, nv, block);
+              return block;
+            });
       };
       if constexpr (kNarrow<S>) {
         multiply(sums, width);
-        store_rows<T>(sums, width, count, columns, to, out.pitch);
+        store_rows<T>(sums + c_begin, width, count, c_end - c_begin, to + c_begin, out.pitch);
       } else {
         multiply(to, out.pitch);
       }
       if (statistics.mean) {
-        accumulate_statistics<T>(to, out.pitch, count, 1, 0, columns, partial.of(task));
+        accumulate_statistics<T>(to + c_begin, out.pitch, count, 1, 0, c_end - c_begin,
+                                 partial.of(chunk, task % groups, c_begin));
       }
     }
   });

@@ -71,17 +71,23 @@ void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottlene
   const int64_t panel_width = k <= kPanel ? kPanel / k * k : kPanel;
   const BackwardShape shape{bottleneck.rows(), 9 * k, channels, smaller(panel_width, 9 * k)};
   const PaddedNorm<T> padded_norm(norm, channels);
+  // Rows (tap, output channel) of a block of input channels.
+  const auto pack = [&](int64_t i, int64_t count, int64_t v, int nv, T* to) {
+    constexpr int64_t L = kLanes<T>;
+    for (int64_t o = 0; o < k; ++o) {
+      for (int u = 0; u < nv; ++u) {
+        Vec<T> taps[9];
+        load_kernels<true>(weight, o, (v + u) * L, taps);
+        for (int t = 0; t < 9; ++t) {
+          const int64_t row = t * k + o - i;
+          if (row >= 0 && row < count) store<T>(to + (row * nv + u) * L, taps[t]);
+        }
+      }
+    }
+  };
   product_backward<T>(
-      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
-      [&](int64_t e0, int64_t count, T* to) {
-        pack_columns<T>(to, count, channels, kBackwardVectors, [&](int64_t i, int64_t n) {
-          const int64_t tap = (e0 + i) / k, o = (e0 + i) % k;
-          return weight_at<S>(weight, o * weight.stride_out + n * weight.stride_in +
-                                          tap / 3 * weight.stride_h + tap % 3 * weight.stride_w);
-        });
-      },
-      norm, grad_affine, GatheredTapsSource<S>{grad_growth},
-      PixelSink<S, false>{bottleneck, padded_norm, grad_norm},
+      shape, grad_affine.beta != nullptr, grad_weight.wanted(), pack, norm, grad_affine,
+      GatheredTapsSource<S>{grad_growth}, PixelSink<S, false>{bottleneck, padded_norm, grad_norm},
       [&](int64_t e, const T* row) { store_tap_gradient<S>(e, row, k, channels, grad_weight); });
 }
 

@@ -117,10 +117,8 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   CallMemory<T> packed(want_data ? kPoints * k * width : 1);
   if (want_data) {
     for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-      pack_transformed_weight<S>(packed.get() + kPoints * k * c0, k, smaller(kPanel, channels - c0),
-                                 kBackwardVectors, weight, true, [&](int64_t o, int64_t c) {
-                                   return o * weight.stride_out + (c0 + c) * weight.stride_in;
-                                 });
+      pack_transformed_weight<true>(weight, c0, smaller(kPanel, channels - c0), kBackwardVectors,
+                                    packed.get() + kPoints * k * c0);
     }
   }
 

@@ -89,7 +89,7 @@ void finish_weight(T* parts_of_weight, int64_t parts, int64_t k, int64_t width,
   });
 }
 
-// pack(k0, count, to) packs rows [k0, k0 + count) of B^T, [K, N], by kBackwardVectors;
+// pack(i, count, v, nv, to) packs rows [i, i + count) of a block of B^T, [K, N];
 // source.build(row, rows, panel, first, width, to) fills columns [first, first + width) of G;
 // sink.block(block) applies the epilogue. store_weight(k, row) receives the finished row k of dB,
 // [n]. `prefetch_tile` names what source.build will read.
@@ -102,14 +102,8 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
   const int64_t width = padded<T>(shape.n), vecs = vectors<T>(shape.n);
   const int64_t panels = panel_count(shape.k, shape.panel_width);
 
-  CallMemory<T> packed(want_data ? panels * shape.panel_width * width : 1);
-  if (want_data) {
-    // Packed panel by panel: every panel is a product of its own.
-    for (int64_t q = 0; q < panels; ++q) {
-      const int64_t k0 = q * shape.panel_width;
-      pack(k0, smaller(shape.panel_width, shape.k - k0), packed.get() + k0 * width);
-    }
-  }
+  const CallMemory<T> packed(want_data ? shape.k * width : 0);
+  if (want_data) pack_blocks(shape.k, shape.n, kBackwardVectors, packed.get(), pack);
 
   // Tasks: runs of rows, each cut into groups of column blocks where threads would be idle.
   const int64_t blocks = ceil_div(vecs, kBackwardVectors);
@@ -122,21 +116,14 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
   CallMemory<T> partial_weight(want_weight ? chunks.count * shape.k * width : 1);
 
   for_each_task(chunks.count * groups, [&](int64_t task) {
-    const int64_t chunk = task / groups, group = task % groups;
+    const int64_t chunk = task / groups;
     T* sums = partial_sums.get() + 2 * chunk * width;
     T* grad_weight = want_weight ? partial_weight.get() + chunk * shape.k * width : nullptr;
     const int64_t row_begin = chunks.begin(chunk), row_end = chunks.end(chunk);
 
-    // Column blocks follow block_vectors(); find this group's.
-    int64_t v_begin = 0, v_end = 0;
-    for (int64_t v = 0, index = 0; v < vecs; ++index) {
-      if (index == group * blocks / groups) v_begin = v;
-      v += block_vectors(vecs - v, kBackwardVectors);
-      if (index < (group + 1) * blocks / groups) v_end = v;
-    }
-    if (v_begin >= v_end) return;
-    const int64_t c_begin = v_begin * L, c_end = smaller(shape.n, v_end * L);
-    for (int64_t c = c_begin; c < v_end * L; ++c) sums[c] = sums[width + c] = T(0);
+    const BlockGroup group(vecs, kBackwardVectors, task % groups, groups);
+    const int64_t c_begin = group.begin * L, c_end = smaller(shape.n, group.end * L);
+    for (int64_t c = c_begin; c < group.end * L; ++c) sums[c] = sums[width + c] = T(0);
 
     const int64_t panel_size = kBackwardTile * kPanelPitch;
     T* operand = scratch<T>(Scratch::kOperand, panels * panel_size);
@@ -151,15 +138,14 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         source.build(r, rows, k0, smaller(shape.panel_width, shape.k - k0),
                      operand + q * panel_size);
       }
-      for (int64_t v = v_begin; v < v_end;) {
-        const int nv = block_vectors(vecs - v, kBackwardVectors);
+      group.for_each([&](int64_t v, int nv) {
         const int64_t c = v * L;
         const int64_t columns = smaller(nv * L, shape.n - c);
         const int64_t next_v = v + nv;
 
         // While this block computes, fetch what the next one will touch.
         stream.clear();
-        if (next_v < v_end) {
+        if (next_v < group.end) {
           sink.prefetch(r, rows, next_v * L, smaller(kBlock, c_end - next_v * L), stream);
         } else if (r + tile < row_end) {
           const int64_t next = r + tile;
@@ -176,7 +162,7 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
           for (int64_t q = 0; q < panels; ++q) {
             const int64_t k0 = q * shape.panel_width;
             const int64_t panel_k = smaller(shape.panel_width, shape.k - k0);
-            const T* b = packed.get() + k0 * width + v * L * panel_k;
+            const T* b = packed.get() + (v * shape.k + k0 * nv) * L;
             for_each_row_tile(rows, nv, [&](int64_t first, int count) {
               RowsProduct<T> p{operand + q * panel_size + first * kPanelPitch,
                                nullptr,
@@ -206,8 +192,7 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
                 });
           }
         }
-        v = next_v;
-      }
+      });
     }
   });
 
