@@ -49,17 +49,10 @@ void conv1x1_backward(Image<const S> grad_norm, Image<const S> bottleneck,
   using T = Compute<S>;
   const BackwardShape shape{features.rows(), weight.out, weight.in, kPanel};
   const PaddedNorm<T> padded_norm(norm, features.c);
-  const WeightMatrix<S> matrix = backward_matrix(weight);
-  product_backward<T>(
-      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
-      [&](int64_t i, int64_t count, int64_t v, int nv, T* to) {
-        pack_block(matrix, i, count, v, nv, to);
-      },
-      norm, grad_affine, BottleneckGradientSource<S>{grad_norm, bottleneck, coefficients},
-      PixelSink<S, true>{features, padded_norm, grad_features},
-      [&](int64_t k, const T* row) {
-        store_weight_gradient<S>(grad_weight, k * weight.in, 1, row, weight.in);
-      });
+  product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
+                      MatrixWeight<S>{weight, grad_weight}, norm, grad_affine,
+                      BottleneckGradientSource<S>{grad_norm, bottleneck, coefficients},
+                      PixelSink<S, true>{features, padded_norm, grad_features});
 }
 
 }  // namespace

@@ -22,9 +22,9 @@ int64_t packed_conv1x1_size(Weight<S> weight) {
 template <class S>
 void pack_conv1x1(Weight<S> weight, Compute<S>* packed) {
   const WeightMatrix<S> matrix = forward_matrix(weight);
-  pack_blocks(weight.in, weight.out, kForwardVectors, packed,
-              [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* to) {
-                pack_block(matrix, i, count, v, nv, to);
+  pack_blocks(weight.in, weight.in, weight.out, kForwardVectors, packed,
+              [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
+                pack_block(matrix, i, count, v, nv, block + i * nv * kLanes<Compute<S>>);
               });
 }
 

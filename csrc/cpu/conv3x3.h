@@ -33,7 +33,7 @@ template <class S>
 void pack_conv3x3(int64_t h, int64_t w, Weight<S> weight, Compute<S>* packed) {
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return pack_transformed_weight<false>(weight, 0, weight.out, kWinogradForwardVectors, packed);
+      return pack_winograd(weight, packed);
     case Conv3x3::kTaps:
       return pack_taps(weight, packed);
     default:

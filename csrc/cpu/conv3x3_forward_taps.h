@@ -21,7 +21,8 @@ void pack_taps(const Weight<S>& weight, Compute<S>* packed) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t k = weight.out, columns = 9 * k;
-  const auto pack = [&](int64_t c, int64_t count, int64_t v, int nv, T* to) {
+  const auto pack = [&](int64_t c, int64_t count, int64_t v, int nv, T* block) {
+    T* to = block + c * nv * L;
     T* row = scratch<T>(Scratch::kOperand, padded<T>(columns) + L);
     for (int64_t end = c + count; c < end; ++c, to += nv * L) {
       for (int64_t o = 0; o < k; o += L) {
@@ -33,7 +34,7 @@ void pack_taps(const Weight<S>& weight, Compute<S>* packed) {
       for (int u = 0; u < nv; ++u) store<T>(to + u * L, load<T>(row + (v + u) * L));
     }
   };
-  pack_blocks(weight.in, columns, kForwardVectors, packed, pack);
+  pack_blocks(weight.in, weight.in, columns, kForwardVectors, packed, pack);
 }
 
 template <class S>

@@ -143,18 +143,19 @@ DF_INLINE WeightMatrix<S> backward_matrix(const Weight<S>& w) {
   return {w, w.in, 0, w.stride_out, w.stride_in};
 }
 
-// Packs [k, columns] with all threads: pack_block(i, count, v, nv, to) makes some rows of a block.
+// Packs [k, columns] with all threads: pack(i, count, v, nv, block) makes what the block of vectors
+// [v, v + nv) holds of `units` parts of the weight, rows or kernels.
 template <class T, class Pack>
-void pack_blocks(int64_t k, int64_t columns, int prefer, T* packed, const Pack& pack_block) {
-  constexpr int64_t L = kLanes<T>;
-  constexpr int64_t kRun = 64;  // rows of one task
-  const int64_t vecs = vectors<T>(columns), runs = ceil_div(k, kRun);
+void pack_blocks(int64_t units, int64_t k, int64_t columns, int prefer, T* packed,
+                 const Pack& pack) {
+  constexpr int64_t kRun = 64;  // units of one task
+  const int64_t vecs = vectors<T>(columns), runs = ceil_div(units, kRun);
   for_each_task(runs * ceil_div(vecs, prefer), [&](int64_t task) {
     int64_t index = 0;
     for_each_block(vecs, prefer, [&](int64_t v, int nv) {
       if (index++ != task / runs) return;
       const int64_t i = task % runs * kRun;
-      pack_block(i, smaller(kRun, k - i), v, nv, packed + (v * k + i * nv) * L);
+      pack(i, smaller(kRun, units - i), v, nv, packed + v * k * kLanes<T>);
     });
   });
 }
@@ -180,6 +181,37 @@ DF_INLINE void load_kernels(const Weight<S>& w, int64_t out, int64_t in,
     load_run(at, 0, 9);  // kernel rows lie one after the other
   } else {
     for (int i = 0; i < 3; ++i) load_run(at + i * w.stride_h, 3 * i, 3);
+  }
+}
+
+// Elements i, i + 1, ... of a weight's gradient, at most `n`.
+template <class S>
+DF_INLINE void store_gradient(const WeightGradient<S>& out, int64_t i, Vec<Compute<S>> value,
+                              int64_t n) {
+  using T = Compute<S>;
+  if (out.wide) {
+    store_upto<T>(out.wide + i, value, n);
+  } else {
+    store_upto<T>(out.data + i, value, n);
+  }
+}
+
+// The gradients of at most `n` of L kernels that follow each other, from element i on.
+template <class S>
+DF_INLINE void store_kernel_gradients(const WeightGradient<S>& out, int64_t i,
+                                      const Vec<Compute<S>> (&taps)[9], int64_t n) {
+  using T = Compute<S>;
+  constexpr int L = kLanes<T>;
+#pragma GCC unroll 9
+  for (int t0 = 0; t0 < 9; t0 += L) {
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int t = 0; t < L; ++t) square[t] = t0 + t < 9 ? taps[t0 + t < 9 ? t0 + t : 0] : zero<T>();
+    transpose<T>(square);
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j) {
+      if (j < n) store_gradient(out, i + 9 * j + t0, square[j], 9 - t0);
+    }
   }
 }
 

@@ -172,53 +172,51 @@ DF_INLINE void store_transformed_weight(const Vec<T> (&taps)[9], T* to, int64_t 
   }
 }
 
-// Transformed weights in 16 packed operands, k * padded(columns) elements apart: of the forward,
-// [in, out], or with flipped kernels of the data gradient, [out, columns] from channel `in` on.
+// Transforms rows [i, i + count) of a column block: of the forward's operands [in, out], or with
+// flipped kernels of the data gradient's, [out, in] from channel `in` on. Points are `stride`
+// apart.
 template <bool kBackward, class S>
-void pack_transformed_weight(const Weight<S>& weight, int64_t in, int64_t columns, int prefer,
-                             Compute<S>* packed) {
+void pack_points(const Weight<S>& weight, int64_t in, int64_t i, int64_t count, int64_t v, int nv,
+                 Compute<S>* block, int64_t stride) {
   using T = Compute<S>;
-  const int64_t k = kBackward ? weight.out : weight.in, stride = k * padded<T>(columns);
-  const auto pack = [&](int64_t i, int64_t count, int64_t v, int nv, T* to) {
-    for (int64_t r = i; r < i + count; ++r) {
-      for (int u = 0; u < nv; ++u, to += kLanes<T>) {
-        const int64_t column = (v + u) * kLanes<T>;
-        Vec<T> taps[9];
-        load_kernels<kBackward>(weight, kBackward ? r : column, kBackward ? in + column : r, taps);
-        store_transformed_weight<kBackward>(taps, to, stride);
-      }
+  constexpr int L = kLanes<T>;
+  for (int64_t r = i; r < i + count; ++r) {
+    for (int u = 0; u < nv; ++u) {
+      const int64_t column = (v + u) * L;
+      Vec<T> taps[9];
+      load_kernels<kBackward>(weight, kBackward ? r : column, kBackward ? in + column : r, taps);
+      store_transformed_weight<kBackward, T>(taps, block + (r * nv + u) * L, stride);
     }
-  };
-  pack_blocks(k, columns, prefer, packed, pack);
+  }
 }
 
 // For every point: result[point] (+)= operand[point] * packed[point], [k0, k0 + width) of the
-// reduction's k. The result is [16, tiles, whole vectors], points result_pitch() apart.
+// reduction's k, for a group of column blocks. The result is [16, tiles, vectors of the group],
+// points result_pitch() apart; those of `packed` are `stride` apart, from the group's first on.
 template <class T>
 DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int64_t width,
-                               int64_t k, const T* packed, int64_t vecs, int prefer, T* result,
-                               bool accumulate, PrefetchStream& stream) {
+                               int64_t k, const T* packed, int64_t stride, const BlockGroup& group,
+                               T* result, bool accumulate, PrefetchStream& stream) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t ldr = vecs * L;
+  const int64_t ldr = (group.end - group.begin) * L;
   for (int64_t point = 0; point < kPoints; ++point) {
-    for (int64_t v = 0; v < vecs;) {
-      const int nv = block_vectors(vecs - v, prefer);
-      const T* b = packed + point * k * vecs * L + v * L * k + k0 * nv * L;
+    group.for_each([&](int64_t v, int nv) {
+      const int64_t column = (v - group.begin) * L;
+      const T* b = packed + point * stride + column * k + k0 * nv * L;
       for_each_row_tile(tiles, nv, [&](int64_t first, int count) {
         RowsProduct<T> product{operand + point * kPointPitch + first * kPanelPitch,
                                nullptr,
                                1,
                                width,
                                b,
-                               result + point * result_pitch(ldr) + first * ldr + v * L,
+                               result + point * result_pitch(ldr) + first * ldr + column,
                                ldr,
                                nv * L,
                                accumulate,
                                &stream};
         kMicrokernels<T>.rows[nv][count](product);
       });
-      v += nv;
-    }
+    });
   }
 }
 
