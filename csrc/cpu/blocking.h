@@ -94,6 +94,12 @@ DF_INLINE void activate_panel(const S* x, int64_t pitch, int64_t rows, int64_t c
   }
 }
 
+// Panels of about the same width: a narrow last one would mostly load and store its results.
+template <class T>
+DF_INLINE int64_t panel_width(int64_t k) {
+  return padded<T>(ceil_div(k, ceil_div(k, kPanel)));
+}
+
 // out[rows, columns] = A * B for a group of column blocks, where build(first, width, panel)
 // fills channels [first, first + width) of A into a scratch panel and block(first, width, v, nv)
 // gives those rows of a packed block of B.
@@ -102,10 +108,9 @@ DF_INLINE void product_tile(int64_t rows, int64_t k, int64_t columns, const Bloc
                             T* out, int64_t ldo, T* panel, PrefetchStream& stream,
                             const Build& build, const Block& block) {
   constexpr int64_t L = kLanes<T>;
-  // Panels of about the same width: a narrow last one would mostly load and store its results.
-  const int64_t panel_width = ceil_div(ceil_div(k, ceil_div(k, kPanel)), L) * L;
-  for (int64_t k0 = 0; k0 < k; k0 += panel_width) {
-    const int64_t width = smaller(panel_width, k - k0);
+  const int64_t step = panel_width<T>(k);
+  for (int64_t k0 = 0; k0 < k; k0 += step) {
+    const int64_t width = smaller(step, k - k0);
     build(k0, width, panel);
     group.for_each([&](int64_t v, int nv) {
       const T* b = block(k0, width, v, nv);

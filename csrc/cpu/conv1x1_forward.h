@@ -19,13 +19,18 @@ int64_t packed_conv1x1_size(Weight<S> weight) {
   return padded<Compute<S>>(weight.out) * weight.in;
 }
 
+// Panel by panel, as product_tile reads them.
 template <class S>
 void pack_conv1x1(Weight<S> weight, Compute<S>* packed) {
-  const WeightMatrix<S> matrix = forward_matrix(weight);
-  pack_blocks(weight.in, weight.in, weight.out, kForwardVectors, packed,
-              [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
-                pack_block(matrix, i, count, v, nv, block + i * nv * kLanes<Compute<S>>);
-              });
+  using T = Compute<S>;
+  const int64_t k = weight.in, vecs = vectors<T>(weight.out), panel = panel_width<T>(k);
+  for_each_task(ceil_div(k, panel), [&](int64_t task) {
+    const int64_t k0 = task * panel, width = smaller(panel, k - k0);
+    for_each_block(vecs, kForwardVectors, [&](int64_t v, int nv) {
+      pack_block(forward_matrix(weight), k0, width, v, nv,
+                 packed + (k0 * vecs + v * width) * kLanes<T>);
+    });
+  });
 }
 
 // Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
@@ -44,7 +49,6 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
     pack_conv1x1(weight, memory.get());
     packed = memory.get();
   }
-  const WeightMatrix<S> matrix = forward_matrix(weight);
 
   const EqualParts chunks(rows, few ? 1 : kMostTasks, 24);
   const int64_t tile = few ? rows : equal_tile(chunks.size, kForwardTile);
@@ -59,6 +63,23 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
     T* panel = scratch<T>(Scratch::kOperand, tile * kPanelPitch);
     T* block = scratch<T>(Scratch::kActivated, packed ? 0 : kPanel * kMaxVectors * L);
     [[maybe_unused]] T* sums = kNarrow<S> ? scratch<T>(Scratch::kResult, tile * width) : nullptr;
+    // Few rows wait for the weights: while a block is multiplied, the next one is fetched.
+    const auto prefetch_next_block = [&](int64_t c0, int64_t width, int64_t v, int nv,
+                                         PrefetchStream& stream) {
+      const int64_t next_c0 = v + nv < group.end ? c0 : c0 + width;
+      const int64_t next_v = v + nv < group.end ? v + nv : group.begin;
+      if (next_c0 >= k) return stream.clear();
+      const int64_t next_width = smaller(width, k - next_c0), count = kForwardVectors * L;
+      stream.clear();
+      if (packed) {
+        stream.add(packed + (next_c0 * vecs + next_v * next_width) * L,
+                   next_width * count * sizeof(T), 0, 1, false);
+      } else if (weight.stride_in == 1 && weight.data) {
+        stream.add(weight.data + next_v * L * weight.stride_out + next_c0, next_width * sizeof(S),
+                   weight.stride_out * sizeof(S), smaller(count, columns - next_v * L), false);
+      }
+      stream.start(product_steps<T>(rows, width, nv * L, nv));
+    };
     const int64_t end = chunks.end(chunk);
     const int64_t steps = product_steps<T>(tile, k, c_end - c_begin, kForwardVectors);
     for (int64_t r = chunks.begin(chunk); r < end; r += tile) {
@@ -78,8 +99,9 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
             count, k, columns, group, sums, ld, panel, stream,
             [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); },
             [&](int64_t c0, int64_t width, int64_t v, int nv) -> const T* {
-              if (packed) return packed + (v * k + c0 * nv) * L;
-              pack_block(matrix, c0, width, v, nv, block);
+              if (few) prefetch_next_block(c0, width, v, nv, stream);
+              if (packed) return packed + (c0 * vecs + v * width) * L;
+              pack_block(forward_matrix(weight), c0, width, v, nv, block);
               return block;
             });
       };

@@ -87,6 +87,14 @@ struct MatrixWeight {
   Weight<S> weight;
   WeightGradient<S> gradient;
 
+  // What pack() of a block of channels [c, c + columns) will read, and store() will write.
+  void prefetch(int64_t c, int64_t columns, PrefetchStream& stream) const {
+    if (weight.stride_in != 1 || !weight.data) return;
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
+    stream.add(weight.data + c, bytes, weight.stride_out * sizeof(S), weight.out, false);
+    if (!gradient.data) return;
+    stream.add(gradient.data + c, bytes, weight.in * sizeof(S), weight.out, true);
+  }
   // Outputs [out, out + count) of the block of vectors [v, v + nv).
   void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
     pack_block(backward_matrix(weight), out, count, v, nv, block + out * nv * kLanes<T>);
@@ -181,7 +189,9 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         // While this block computes, fetch what the next one will touch.
         stream.clear();
         if (next_v < group.end) {
-          sink.prefetch(r, rows, next_v * L, smaller(kBlock, c_end - next_v * L), stream);
+          const int64_t next_columns = smaller(kBlock, c_end - next_v * L);
+          if (single) weight.prefetch(next_v * L, next_columns, stream);
+          sink.prefetch(r, rows, next_v * L, next_columns, stream);
         } else if (r + tile < row_end) {
           const int64_t next = r + tile;
           const int64_t next_rows = smaller(tile, row_end - next);
