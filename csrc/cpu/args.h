@@ -47,10 +47,13 @@ struct NormGradient {
 
 // A weight by its strides (elements): 1x1 `[out, in]`, 3x3 `[out, in, 3, 3]`. Where S is narrower
 // than what it is computed with, `wide` may stand for `data`: it is rounded to S in passing.
+// `packed` is what the pack_ function of a forward kernel made of it, or null: the forward then
+// packs. The results are the same bits.
 template <class S>
 struct Weight {
   const S* data = nullptr;
   const Compute<S>* wide = nullptr;
+  const Compute<S>* packed = nullptr;
   int64_t out = 0, in = 0;
   int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
 };
@@ -95,6 +98,13 @@ struct Kernels {
   void (*norm_relu_maxpool_backward)(Image<const S> grad_out, const uint8_t* argmax,
                                      Image<const S> input, Norm<T> norm, bool batch_statistics,
                                      Image<S> grad_input, NormGradient<T> grad_affine);
+  // Weights packed once for many forwards, into so many elements, 64-byte aligned: 1x1 for
+  // conv1x1_forward and transition_forward, 3x3 for conv3x3_forward on images of h x w. What they
+  // hold depends on the instruction set and on winograd_allowed().
+  int64_t (*packed_conv1x1_size)(Weight<S> weight);
+  void (*pack_conv1x1)(Weight<S> weight, T* packed);
+  int64_t (*packed_conv3x3_size)(int64_t h, int64_t w, Weight<S> weight);
+  void (*pack_conv3x3)(int64_t h, int64_t w, Weight<S> weight, T* packed);
 };
 
 // Whether 3x3 convolutions may use Winograd's minimal filtering; true unless the user says no.

@@ -163,30 +163,5 @@ DF_INLINE Compute<S> weight_at(const Weight<S>& weight, int64_t i) {
   }
 }
 
-// body(element), where element(i) is weight_at(weight, first + i).
-template <class S, class F>
-DF_INLINE void with_elements(const Weight<S>& weight, int64_t first, const F& body) {
-  if constexpr (kNarrow<S>) {
-    if (weight.wide) {
-      const Compute<S>* data = weight.wide + first;
-      body([data](int64_t i) { return widen<S>(narrow<S>(data[i])); });
-      return;
-    }
-  }
-  const S* data = weight.data + first;
-  body([data](int64_t i) { return widen<S>(data[i]); });
-}
-
-// Elements first, first + step, ... of a weight's gradient.
-template <class S>
-DF_INLINE void store_weight_gradient(const WeightGradient<S>& out, int64_t first, int64_t step,
-                                     const Compute<S>* row, int64_t n) {
-  if (out.wide) {
-    for (int64_t i = 0; i < n; ++i) out.wide[first + i * step] = row[i];
-  } else {
-    for (int64_t i = 0; i < n; ++i) out.data[first + i * step] = narrow<S>(row[i]);
-  }
-}
-
 }  // namespace
 }  // namespace densenet_fast::cpu

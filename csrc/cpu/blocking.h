@@ -1,28 +1,11 @@
-// How products are cut: columns into blocks of whole vectors, rows into register tiles, weights
-// packed to match.
+// How products are cut: columns into blocks of whole vectors, rows into register tiles.
 #pragma once
 
-#include "args.h"
-#include "bfloat16.h"
 #include "microkernel.h"
-#include "parallel.h"
+#include "packing.h"
 
 namespace densenet_fast::cpu {
 namespace {
-
-DF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-DF_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-DF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class T>
-DF_INLINE int64_t vectors(int64_t columns) {
-  return ceil_div(columns, kLanes<T>);
-}
-
-template <class T>
-DF_INLINE int64_t padded(int64_t columns) {
-  return vectors<T>(columns) * kLanes<T>;
-}
 
 // `total` cut into about equal parts: `most` of them, or fewer so that each has `least` or more.
 // A multiple of 8 parts where there are as many, so that threads finish together.
@@ -44,13 +27,29 @@ DF_INLINE int64_t equal_tile(int64_t rows, int64_t most) {
   return larger(4, ceil_div(ceil_div(rows, larger(1, ceil_div(rows, most))), 4) * 4);
 }
 
-// Vectors in the next column block: `prefer` of them, avoiding a lone last vector, whose tile
-// would be bound by loads.
-DF_INLINE int block_vectors(int64_t left, int prefer) {
-  if (left <= 3) return static_cast<int>(left);
-  if (left == 4) return 2;
-  return prefer;
-}
+// One of several groups of the column blocks of `vecs` vectors: vectors [begin, end).
+struct BlockGroup {
+  int64_t vecs, begin = 0, end = 0;
+  int prefer;
+
+  BlockGroup(int64_t vecs_, int prefer_, int64_t group = 0, int64_t groups = 1)
+      : vecs(vecs_), prefer(prefer_) {
+    const int64_t blocks = ceil_div(vecs, prefer);
+    int64_t index = 0;
+    for_each_block(vecs, prefer, [&](int64_t v, int nv) {
+      if (index == group * blocks / groups) begin = end = v;
+      if (index++ < (group + 1) * blocks / groups) end = v + nv;
+    });
+  }
+  template <class F>
+  void for_each(const F& body) const {
+    for (int64_t v = begin; v < end;) {
+      const int nv = block_vectors(vecs - v, prefer);
+      body(v, nv);
+      v += nv;
+    }
+  }
+};
 
 // Calls body(first, count) for `rows` cut into equal register tiles.
 template <class F>
@@ -62,58 +61,6 @@ DF_INLINE void for_each_row_tile(int64_t rows, int nv, const F& body) {
     body(first, static_cast<int>(count));
     first += count;
   }
-}
-
-// Packs a [k, columns] operand, element (i, j) given by `at`, into column blocks: the block that
-// starts at vector v begins at element v * lanes * k and holds [k, block width], zero padded.
-// kAlongK: elements of one column lie together, so that reading goes down the columns.
-template <class T, bool kAlongK = false, class At>
-void pack_columns(T* packed, int64_t k, int64_t columns, int prefer, const At& at) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t vecs = vectors<T>(columns);
-  // One task packs a run of k of all blocks; short runs keep the strided side in cache.
-  constexpr int64_t kRun = 64;
-  for_each_task(ceil_div(k, kRun), [&](int64_t task) {
-    const int64_t begin = task * kRun;
-    const int64_t end = smaller(k, begin + kRun);
-    for (int64_t v = 0; v < vecs;) {
-      const int nv = block_vectors(vecs - v, prefer);
-      const int64_t width = nv * L;
-      T* block = packed + v * L * k;
-      const int64_t valid = smaller(width, columns - v * L);
-      if constexpr (kAlongK) {
-        for (int64_t j = 0; j < valid; ++j) {
-          for (int64_t i = begin; i < end; ++i) block[i * width + j] = at(i, v * L + j);
-        }
-      }
-      for (int64_t i = begin; i < end; ++i) {
-        T* row = block + i * width;
-        for (int64_t j = 0; j < valid && !kAlongK; ++j) row[j] = at(i, v * L + j);
-        for (int64_t j = valid; j < width; ++j) row[j] = T(0);
-      }
-      v += nv;
-    }
-  });
-}
-
-// The same of a weight as a matrix: element (i, j) at first + i * stride_k + j * stride_column.
-template <class S>
-void pack_matrix(Compute<S>* packed, int64_t k, int64_t columns, int prefer,
-                 const Weight<S>& weight, int64_t first, int64_t stride_k, int64_t stride_column) {
-  using T = Compute<S>;
-  with_elements(weight, first, [&](const auto& element) {
-    if (stride_column == 1) {
-      pack_columns<T>(packed, k, columns, prefer,
-                      [=](int64_t i, int64_t j) { return element(i * stride_k + j); });
-    } else if (stride_k == 1) {
-      pack_columns<T, true>(packed, k, columns, prefer,
-                            [=](int64_t i, int64_t j) { return element(i + j * stride_column); });
-    } else {
-      pack_columns<T>(packed, k, columns, prefer, [=](int64_t i, int64_t j) {
-        return element(i * stride_k + j * stride_column);
-      });
-    }
-  });
 }
 
 // A vector of C coefficients copied to whole vectors, zero padded.
@@ -147,22 +94,26 @@ DF_INLINE void activate_panel(const S* x, int64_t pitch, int64_t rows, int64_t c
   }
 }
 
-// out[rows, columns] = A * packed, where build(first, width, panel) fills channels
-// [first, first + width) of A into a scratch panel.
-template <class T, class Build>
-DF_INLINE void product_tile(int64_t rows, int64_t k, int64_t columns, int prefer, const T* packed,
+// Panels of about the same width: a narrow last one would mostly load and store its results.
+template <class T>
+DF_INLINE int64_t panel_width(int64_t k) {
+  return padded<T>(ceil_div(k, ceil_div(k, kPanel)));
+}
+
+// out[rows, columns] = A * B for a group of column blocks, where build(first, width, panel)
+// fills channels [first, first + width) of A into a scratch panel and block(first, width, v, nv)
+// gives those rows of a packed block of B.
+template <class T, class Build, class Block>
+DF_INLINE void product_tile(int64_t rows, int64_t k, int64_t columns, const BlockGroup& group,
                             T* out, int64_t ldo, T* panel, PrefetchStream& stream,
-                            const Build& build) {
+                            const Build& build, const Block& block) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t vecs = vectors<T>(columns);
-  // Panels of about the same width: a narrow last one would mostly load and store its results.
-  const int64_t panel_width = ceil_div(ceil_div(k, ceil_div(k, kPanel)), L) * L;
-  for (int64_t k0 = 0; k0 < k; k0 += panel_width) {
-    const int64_t width = smaller(panel_width, k - k0);
+  const int64_t step = panel_width<T>(k);
+  for (int64_t k0 = 0; k0 < k; k0 += step) {
+    const int64_t width = smaller(step, k - k0);
     build(k0, width, panel);
-    for (int64_t v = 0; v < vecs;) {
-      const int nv = block_vectors(vecs - v, prefer);
-      const T* b = packed + v * L * k + k0 * nv * L;
+    group.for_each([&](int64_t v, int nv) {
+      const T* b = block(k0, width, v, nv);
       for_each_row_tile(rows, nv, [&](int64_t first, int count) {
         RowsProduct<T> product{panel + first * kPanelPitch,
                                nullptr,
@@ -176,8 +127,7 @@ DF_INLINE void product_tile(int64_t rows, int64_t k, int64_t columns, int prefer
                                &stream};
         kMicrokernels<T>.rows[nv][count](product);
       });
-      v += nv;
-    }
+    });
   }
 }
 

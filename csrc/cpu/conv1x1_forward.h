@@ -11,6 +11,28 @@ constexpr int kForwardVectors = 2;
 // Rows of a tile, at most: an operand that leaves room in a first-level cache of 32 KiB.
 constexpr int64_t kForwardTile = 28;
 
+// Of up to so many rows, every task packs the columns that it makes while it makes them.
+constexpr int64_t kFewRows = 64;
+
+template <class S>
+int64_t packed_conv1x1_size(Weight<S> weight) {
+  return padded<Compute<S>>(weight.out) * weight.in;
+}
+
+// Panel by panel, as product_tile reads them.
+template <class S>
+void pack_conv1x1(Weight<S> weight, Compute<S>* packed) {
+  using T = Compute<S>;
+  const int64_t k = weight.in, vecs = vectors<T>(weight.out), panel = panel_width<T>(k);
+  for_each_task(ceil_div(k, panel), [&](int64_t task) {
+    const int64_t k0 = task * panel, width = smaller(panel, k - k0);
+    for_each_block(vecs, kForwardVectors, [&](int64_t v, int nv) {
+      pack_block(forward_matrix(weight), k0, width, v, nv,
+                 packed + (k0 * vecs + v * width) * kLanes<T>);
+    });
+  });
+}
+
 // Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
 // prefetch(row, rows, stream) names what the tile at `row` will read.
 template <class S, class Build, class Prefetch>
@@ -18,43 +40,80 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
                      Statistics<Compute<S>> statistics, const Build& build,
                      const Prefetch& prefetch) {
   using T = Compute<S>;
-  const int64_t columns = weight.out, width = padded<T>(columns);
-  CallMemory<T> packed(width * k);
-  pack_matrix<S>(packed.get(), k, columns, kForwardVectors, weight, 0, weight.stride_in,
-                 weight.stride_out);
-  const EqualParts tasks(rows, kMostTasks, 24);
-  const int64_t tile = equal_tile(tasks.size, kForwardTile);
-  TaskStatistics<T> partial(tasks.count, columns);
-  const int64_t steps = product_steps<T>(tile, k, columns, kForwardVectors);
-  for_each_task(tasks.count, [&](int64_t task) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t columns = weight.out, width = padded<T>(columns), vecs = vectors<T>(columns);
+  const bool few = rows <= kFewRows;
+  const CallMemory<T> memory(few || weight.packed ? 0 : packed_conv1x1_size(weight));
+  const T* packed = weight.packed;
+  if (!packed && !few) {
+    pack_conv1x1(weight, memory.get());
+    packed = memory.get();
+  }
+
+  const EqualParts chunks(rows, few ? 1 : kMostTasks, 24);
+  const int64_t tile = few ? rows : equal_tile(chunks.size, kForwardTile);
+  // Columns are independent: how many groups of them share the rows changes no result.
+  const int64_t groups =
+      smaller(ceil_div(vecs, kForwardVectors), ceil_div(thread_count(), chunks.count));
+  TaskStatistics<T> partial(chunks.count, columns, groups);
+  for_each_task(chunks.count * groups, [&](int64_t task) {
+    const int64_t chunk = task / groups;
+    const BlockGroup group(vecs, kForwardVectors, task % groups, groups);
+    const int64_t c_begin = group.begin * L, c_end = smaller(columns, group.end * L);
     T* panel = scratch<T>(Scratch::kOperand, tile * kPanelPitch);
+    T* block = scratch<T>(Scratch::kActivated, packed ? 0 : kPanel * kMaxVectors * L);
     [[maybe_unused]] T* sums = kNarrow<S> ? scratch<T>(Scratch::kResult, tile * width) : nullptr;
-    const int64_t end = tasks.end(task);
-    for (int64_t r = tasks.begin(task); r < end; r += tile) {
+    // Few rows wait for the weights: while a block is multiplied, the next one is fetched.
+    const auto prefetch_next_block = [&](int64_t c0, int64_t width, int64_t v, int nv,
+                                         PrefetchStream& stream) {
+      const int64_t next_c0 = v + nv < group.end ? c0 : c0 + width;
+      const int64_t next_v = v + nv < group.end ? v + nv : group.begin;
+      if (next_c0 >= k) return stream.clear();
+      const int64_t next_width = smaller(width, k - next_c0), count = kForwardVectors * L;
+      stream.clear();
+      if (packed) {
+        stream.add(packed + (next_c0 * vecs + next_v * next_width) * L,
+                   next_width * count * sizeof(T), 0, 1, false);
+      } else if (weight.stride_in == 1 && weight.data) {
+        stream.add(weight.data + next_v * L * weight.stride_out + next_c0, next_width * sizeof(S),
+                   weight.stride_out * sizeof(S), smaller(count, columns - next_v * L), false);
+      }
+      stream.start(product_steps<T>(rows, width, nv * L, nv));
+    };
+    const int64_t end = chunks.end(chunk);
+    const int64_t steps = product_steps<T>(tile, k, c_end - c_begin, kForwardVectors);
+    for (int64_t r = chunks.begin(chunk); r < end; r += tile) {
       const int64_t count = smaller(tile, end - r);
       PrefetchStream stream;
       const int64_t next = r + tile;
       if (next < rows) {
         const int64_t next_count = smaller(tile, rows - next);
         prefetch(next, next_count, stream);
-        stream.add(out.data + next * out.pitch, columns * sizeof(S), out.pitch * sizeof(S),
-                   next_count, true);
+        stream.add(out.data + next * out.pitch + c_begin, (c_end - c_begin) * sizeof(S),
+                   out.pitch * sizeof(S), next_count, true);
       }
       stream.start(steps);
       S* to = out.data + r * out.pitch;
       const auto multiply = [&](T* sums, int64_t ld) {
         product_tile<T>(
-            count, k, columns, kForwardVectors, packed.get(), sums, ld, panel, stream,
-            [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); });
+            count, k, columns, group, sums, ld, panel, stream,
+            [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); },
+            [&](int64_t c0, int64_t width, int64_t v, int nv) -> const T* {
+              if (few) prefetch_next_block(c0, width, v, nv, stream);
+              if (packed) return packed + (c0 * vecs + v * width) * L;
+              pack_block(forward_matrix(weight), c0, width, v, nv, block);
+              return block;
+            });
       };
       if constexpr (kNarrow<S>) {
         multiply(sums, width);
-        store_rows<T>(sums, width, count, columns, to, out.pitch);
+        store_rows<T>(sums + c_begin, width, count, c_end - c_begin, to + c_begin, out.pitch);
       } else {
         multiply(to, out.pitch);
       }
       if (statistics.mean) {
-        accumulate_statistics<T>(to, out.pitch, count, 1, 0, columns, partial.of(task));
+        accumulate_statistics<T>(to + c_begin, out.pitch, count, 1, 0, c_end - c_begin,
+                                 partial.of(chunk, task % groups, c_begin));
       }
     }
   });

@@ -8,15 +8,56 @@
 namespace densenet_fast::cpu {
 namespace {
 
+enum class Conv3x3 { kWinograd, kTaps, kDirect };
+
+template <class S>
+Conv3x3 forward_way(int64_t h, int64_t w, const Weight<S>& weight) {
+  if (use_winograd(h, w, weight.out)) return Conv3x3::kWinograd;
+  return taps_product_is_faster<Compute<S>>(weight.out) ? Conv3x3::kTaps : Conv3x3::kDirect;
+}
+
+template <class S>
+int64_t packed_conv3x3_size(int64_t h, int64_t w, Weight<S> weight) {
+  using T = Compute<S>;
+  switch (forward_way(h, w, weight)) {
+    case Conv3x3::kWinograd:
+      return kPoints * weight.in * padded<T>(weight.out);
+    case Conv3x3::kTaps:
+      return weight.in * padded<T>(9 * weight.out);
+    default:
+      return 9 * weight.in * padded<T>(weight.out);
+  }
+}
+
+template <class S>
+void pack_conv3x3(int64_t h, int64_t w, Weight<S> weight, Compute<S>* packed) {
+  switch (forward_way(h, w, weight)) {
+    case Conv3x3::kWinograd:
+      return pack_winograd(weight, packed);
+    case Conv3x3::kTaps:
+      return pack_taps(weight, packed);
+    default:
+      return pack_direct(weight, packed);
+  }
+}
+
 template <class S>
 void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weight<S> weight,
                      Image<S> growth, Statistics<Compute<S>> statistics) {
-  if (use_winograd(bottleneck.h, bottleneck.w, weight.out)) {
-    conv3x3_forward_winograd<S>(bottleneck, act, weight, growth, statistics);
-  } else if (taps_product_is_faster<Compute<S>>(weight.out)) {
-    conv3x3_forward_taps<S>(bottleneck, act, weight, growth, statistics);
-  } else {
-    conv3x3_forward_direct<S>(bottleneck, act, weight, growth, statistics);
+  const int64_t h = bottleneck.h, w = bottleneck.w;
+  const CallMemory<Compute<S>> memory(weight.packed ? 0 : packed_conv3x3_size(h, w, weight));
+  const Compute<S>* packed = weight.packed;
+  if (!packed) {
+    pack_conv3x3(h, w, weight, memory.get());
+    packed = memory.get();
+  }
+  switch (forward_way(h, w, weight)) {
+    case Conv3x3::kWinograd:
+      return conv3x3_forward_winograd<S>(bottleneck, act, packed, growth, statistics);
+    case Conv3x3::kTaps:
+      return conv3x3_forward_taps<S>(bottleneck, act, packed, growth, statistics);
+    default:
+      return conv3x3_forward_direct<S>(bottleneck, act, packed, growth, statistics);
   }
 }
 

@@ -53,13 +53,35 @@ struct GatheredTapsSource {
   }
 };
 
-// Row e = (tap, output channel) of the weight's gradient, [channels], to its place in [k, channels,
-// 3, 3].
+// A 3x3 weight as the operand of rows (tap, output), and its gradient.
 template <class S>
-DF_INLINE void store_tap_gradient(int64_t e, const Compute<S>* row, int64_t k, int64_t channels,
-                                  const WeightGradient<S>& out) {
-  store_weight_gradient<S>(out, e % k * channels * 9 + e / k, 9, row, channels);
-}
+struct TapsWeight {
+  using T = Compute<S>;
+  Weight<S> weight;
+  WeightGradient<S> gradient;
+
+  // Consecutive memory, that the processor fetches ahead.
+  void prefetch(int64_t, int64_t, PrefetchStream&) const {}
+  void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
+    constexpr int64_t L = kLanes<T>;
+    for (int64_t o = out; o < out + count; ++o) {
+      for (int u = 0; u < nv; ++u) {
+        Vec<T> taps[9];
+        load_kernels<true>(weight, o, (v + u) * L, taps);
+        for (int t = 0; t < 9; ++t) {
+          cpu::store<T>(block + ((t * weight.out + o) * nv + u) * L, taps[t]);
+        }
+      }
+    }
+  }
+  void store(int64_t out, int64_t c, int64_t columns, const T* from, int64_t ld) const {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      Vec<T> taps[9];
+      for (int t = 0; t < 9; ++t) taps[t] = load<T>(from + (t * weight.out + out) * ld + j);
+      store_kernel_gradients(gradient, (out * weight.in + c + j) * 9, taps, columns - j);
+    }
+  }
+};
 
 template <class S>
 void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottleneck,
@@ -71,18 +93,10 @@ void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottlene
   const int64_t panel_width = k <= kPanel ? kPanel / k * k : kPanel;
   const BackwardShape shape{bottleneck.rows(), 9 * k, channels, smaller(panel_width, 9 * k)};
   const PaddedNorm<T> padded_norm(norm, channels);
-  product_backward<T>(
-      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
-      [&](int64_t e0, int64_t count, T* to) {
-        pack_columns<T>(to, count, channels, kBackwardVectors, [&](int64_t i, int64_t n) {
-          const int64_t tap = (e0 + i) / k, o = (e0 + i) % k;
-          return weight_at<S>(weight, o * weight.stride_out + n * weight.stride_in +
-                                          tap / 3 * weight.stride_h + tap % 3 * weight.stride_w);
-        });
-      },
-      norm, grad_affine, GatheredTapsSource<S>{grad_growth},
-      PixelSink<S, false>{bottleneck, padded_norm, grad_norm},
-      [&](int64_t e, const T* row) { store_tap_gradient<S>(e, row, k, channels, grad_weight); });
+  product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
+                      TapsWeight<S>{weight, grad_weight}, norm, grad_affine,
+                      GatheredTapsSource<S>{grad_growth},
+                      PixelSink<S, false>{bottleneck, padded_norm, grad_norm});
 }
 
 }  // namespace

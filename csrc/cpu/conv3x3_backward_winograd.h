@@ -114,28 +114,45 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const int64_t panels = ceil_div(channels, kPanel);
   const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight.wanted();
   const PaddedNorm<T> padded_norm(norm, channels);
-  CallMemory<T> packed(want_data ? kPoints * k * width : 1);
-  if (want_data) {
-    for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-      pack_transformed_weight<S>(packed.get() + kPoints * k * c0, k, smaller(kPanel, channels - c0),
-                                 kBackwardVectors, weight, true, [&](int64_t o, int64_t c) {
-                                   return o * weight.stride_out + (c0 + c) * weight.stride_in;
-                                 });
-    }
-  }
 
   // Tasks: equal parts of the tiles, 16 at most as each has its own sums and weight gradient, each
-  // for one panel of channels.
+  // for one panel of channels, in groups of column blocks where threads would be idle.
   const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
   const EqualParts parts(tiles.count(), 16, 64);
   const int64_t run = equal_tile(parts.size, kWinogradTiles);
+  const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
+  const int64_t groups = smaller(ceil_div(panel_vectors(0), kBackwardVectors),
+                                 ceil_div(2 * thread_count(), parts.count * panels));
+  // Of a single part every task packs what it reads and stores what it makes.
+  const bool single = parts.count == 1;
+  const CallMemory<T> packed(want_data && !single ? kPoints * k * width : 0);
+  for (int64_t c0 = 0; want_data && !single && c0 < channels; c0 += kPanel) {
+    pack_blocks(k, k, smaller(kPanel, channels - c0), kBackwardVectors,
+                packed.get() + kPoints * k * c0,
+                [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
+                  pack_points<true>(weight, c0, i, count, v, nv, block, k * panel_vectors(c0) * L);
+                });
+  }
   CallMemory<T> partial_sums(2 * parts.count * width);
-  CallMemory<T> partial_weight(want_weight ? parts.count * 9 * k * width : 1);
+  CallMemory<T> partial_weight(want_weight && !single ? parts.count * 9 * k * width : 0);
 
-  for_each_task(parts.count * panels, [&](int64_t task) {
-    const int64_t part = task / panels, c0 = task % panels * kPanel;
-    const int64_t columns = smaller(kPanel, channels - c0);
-    const int64_t vecs = vectors<T>(columns), panel = vecs * L;
+  for_each_task(parts.count * panels * groups, [&](int64_t task) {
+    const int64_t part = task / groups / panels, panel_begin = task / groups % panels * kPanel;
+    const BlockGroup group(panel_vectors(panel_begin), kBackwardVectors, task % groups, groups);
+    const int64_t c0 = panel_begin + group.begin * L, panel = (group.end - group.begin) * L;
+    if (panel == 0) return;
+    const int64_t columns = smaller(panel, channels - c0);
+    const T* b = packed.get() + kPoints * k * panel_begin + group.begin * L * k;
+    int64_t stride = k * group.vecs * L;
+    if (single && want_data) {
+      stride = k * panel;
+      T* own = scratch<T>(Scratch::kWeight, kPoints * stride);
+      group.for_each([&](int64_t v, int nv) {
+        T* block = own + (v - group.begin) * L * k;
+        pack_points<true>(weight, panel_begin, 0, k, v, nv, block, stride);
+      });
+      b = own;
+    }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
     T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
@@ -157,7 +174,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                      grad_norm.pitch * sizeof(S), pixels, true);
         }
       }
-      const int64_t blocks = ceil_div(vecs, kBackwardVectors);
+      const int64_t blocks = ceil_div(panel / L, kBackwardVectors);
       stream.start(
           kPoints * blocks *
           ((want_weight ? ceil_div(k, kMaxRows[kBackwardVectors]) * ceil_div(count, kPrefetchEvery)
@@ -169,27 +186,25 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
         transform_inputs<true, T>(bottleneck, tiles, begin, end, {norm.scale, norm.shift}, c0,
                                   columns, points);
         for (int64_t point = 0; point < kPoints; ++point) {
-          for (int64_t v = 0; v < vecs;) {
-            const int nv = block_vectors(vecs - v, kBackwardVectors);
+          group.for_each([&](int64_t v, int nv) {
+            const int64_t column = (v - group.begin) * L;
             for_each_row_tile(k, nv, [&](int64_t first, int rows) {
               TransposedProduct<T> p{gradients + point * kPointPitch + first,
-                                     points + point * kPointPitch + v * L,
+                                     points + point * kPointPitch + column,
                                      kPanelPitch,
                                      count,
-                                     products + (point * k + first) * kPanelPitch + v * L,
+                                     products + (point * k + first) * kPanelPitch + column,
                                      kPanelPitch,
                                      begin > part_begin,
                                      &stream};
               kMicrokernels<T>.transposed[nv][rows](p);
             });
-            v += nv;
-          }
+          });
         }
       }
       if (want_data) {
         transform_inputs<false, T>(grad_growth, tiles, begin, end, {}, 0, k, gradients);
-        multiply_points<T>(gradients, count, 0, k, k, packed.get() + kPoints * k * c0, vecs,
-                           kBackwardVectors, points, false, stream);
+        multiply_points<T>(gradients, count, 0, k, k, b, stride, group, points, false, stream);
         finish_data_gradient<T>(points, panel, tiles, begin, end, bottleneck, padded_norm,
                                 grad_norm, c0, columns, sums + c0, sums + width + c0);
       }
@@ -200,7 +215,11 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
         for (int64_t c = 0; c < panel; c += L) {
           Vec<T> taps[9];
           transform_weight_gradient<T>(products + o * kPanelPitch + c, k * kPanelPitch, taps);
-          for (int t = 0; t < 9; ++t) store<T>(to + (t * k + o) * width + c, taps[t]);
+          if (single) {
+            store_kernel_gradients(grad_weight, (o * channels + c0 + c) * 9, taps, columns - c);
+          } else {
+            for (int t = 0; t < 9; ++t) store<T>(to + (t * k + o) * width + c, taps[t]);
+          }
         }
       }
     }
@@ -209,10 +228,9 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   if (want_data) {
     finish_sums<T>(partial_sums.get(), parts.count, width, norm, channels, grad_affine);
   }
-  if (want_weight) {
-    finish_weight<T>(partial_weight.get(), parts.count, 9 * k, width, [&](int64_t e, const T* row) {
-      store_tap_gradient<S>(e, row, k, channels, grad_weight);
-    });
+  if (want_weight && !single) {
+    finish_weight(partial_weight.get(), parts.count, 9 * k, width,
+                  TapsWeight<S>{weight, grad_weight});
   }
 }
 

@@ -73,24 +73,35 @@ void activate_band(const Image<const S>& image, const Band& band, Activation<T> 
   }
 }
 
+// Panel by panel of input channels, all nine taps of one panel together.
 template <class S>
-void conv3x3_forward_direct(Image<const S> bottleneck, Activation<Compute<S>> act, Weight<S> weight,
-                            Image<S> growth, Statistics<Compute<S>> statistics) {
+void pack_direct(const Weight<S>& weight, Compute<S>* packed) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t channels = weight.in, k = weight.out, vecs = vectors<T>(k), width = padded<T>(k);
+  const int64_t vecs = vectors<T>(weight.out);
+  for_each_task(ceil_div(weight.in, kPanel), [&](int64_t task) {
+    const int64_t c0 = task * kPanel, panel = smaller(kPanel, weight.in - c0);
+    for_each_block(vecs, kConv3x3Vectors, [&](int64_t v, int nv) {
+      T* block = packed + 9 * L * (c0 * vecs + v * panel);
+      for (int64_t c = 0; c < panel; ++c) {
+        for (int u = 0; u < nv; ++u) {
+          Vec<T> taps[9];
+          load_kernels<false>(weight, (v + u) * L, c0 + c, taps);
+          for (int t = 0; t < 9; ++t) store<T>(block + ((t * panel + c) * nv + u) * L, taps[t]);
+        }
+      }
+    });
+  });
+}
+
+template <class S>
+void conv3x3_forward_direct(Image<const S> bottleneck, Activation<Compute<S>> act,
+                            const Compute<S>* packed, Image<S> growth,
+                            Statistics<Compute<S>> statistics) {
+  using T = Compute<S>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t channels = bottleneck.c, k = growth.c, vecs = vectors<T>(k), width = padded<T>(k);
   const int64_t h = bottleneck.h, w = bottleneck.w;
-  CallMemory<T> packed(9 * channels * width);
-  // Panel by panel, all nine taps of one panel together.
-  for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-    const int64_t panel = smaller(kPanel, channels - c0);
-    pack_columns<T>(
-        packed.get() + 9 * c0 * width, 9 * panel, k, kConv3x3Vectors, [&](int64_t i, int64_t o) {
-          const int64_t tap = i / panel, c = c0 + i % panel;
-          return weight_at<S>(weight, o * weight.stride_out + c * weight.stride_in +
-                                          tap / 3 * weight.stride_h + tap % 3 * weight.stride_w);
-        });
-  }
 
   const Bands bands(bottleneck.n, h, w);
   const int64_t tasks = bands.count(bottleneck.n);
@@ -132,7 +143,7 @@ void conv3x3_forward_direct(Image<const S> bottleneck, Activation<Compute<S>> ac
       activate_band<T>(bottleneck, band, act, c0, panel, activated);
       for (int64_t v = 0; v < vecs;) {
         const int nv = block_vectors(vecs - v, kConv3x3Vectors);
-        const T* b = packed.get() + 9 * c0 * width + v * L * 9 * panel;
+        const T* b = packed + 9 * c0 * width + v * L * 9 * panel;
         for (int64_t y = 0; y < band.rows; ++y) {
           for_each_row_tile(band.columns, nv, [&](int64_t x, int count) {
             RowsProduct<T> product{activated + (y * columns + x) * kPanelPitch,

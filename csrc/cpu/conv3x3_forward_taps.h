@@ -15,21 +15,38 @@ DF_INLINE bool taps_product_is_faster(int64_t k) {
   return vectors<T>(k) == 1 || 5 * k < 4 * padded<T>(k);
 }
 
+// Column (tap, output channel) of row c: [channels, 9k].
 template <class S>
-void conv3x3_forward_taps(Image<const S> bottleneck, Activation<Compute<S>> act, Weight<S> weight,
-                          Image<S> growth, Statistics<Compute<S>> statistics) {
+void pack_taps(const Weight<S>& weight, Compute<S>* packed) {
+  using T = Compute<S>;
+  constexpr int L = kLanes<T>;
+  const int64_t k = weight.out, columns = 9 * k;
+  const auto pack = [&](int64_t c, int64_t count, int64_t v, int nv, T* block) {
+    T* to = block + c * nv * L;
+    T* row = scratch<T>(Scratch::kOperand, padded<T>(columns) + L);
+    for (int64_t end = c + count; c < end; ++c, to += nv * L) {
+      for (int64_t o = 0; o < k; o += L) {
+        Vec<T> taps[9];
+        load_kernels<false>(weight, o, c, taps);
+        for (int t = 0; t < 9; ++t) store_upto<T>(row + t * k + o, taps[t], k - o);
+      }
+      store<T>(row + columns, zero<T>());
+      for (int u = 0; u < nv; ++u) store<T>(to + u * L, load<T>(row + (v + u) * L));
+    }
+  };
+  pack_blocks(weight.in, weight.in, columns, kForwardVectors, packed, pack);
+}
+
+template <class S>
+void conv3x3_forward_taps(Image<const S> bottleneck, Activation<Compute<S>> act,
+                          const Compute<S>* packed, Image<S> growth,
+                          Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   constexpr int64_t kMinBandRows = 16;  // two more rows are computed than a band has
-  const int64_t channels = weight.in, k = weight.out, columns = 9 * k;
+  const int64_t channels = bottleneck.c, k = growth.c, columns = 9 * k;
   const int64_t h = bottleneck.h, w = bottleneck.w;
   const int64_t pitch = padded<T>(columns) + L;  // slack: the last tap is read as whole vectors
-  CallMemory<T> packed(padded<T>(columns) * channels);
-  pack_columns<T>(packed.get(), channels, columns, kForwardVectors, [&](int64_t c, int64_t e) {
-    const int64_t tap = e / k, o = e % k;
-    return weight_at<S>(weight, o * weight.stride_out + c * weight.stride_in +
-                                    tap / 3 * weight.stride_h + tap % 3 * weight.stride_w);
-  });
 
   const int64_t wanted = ceil_div(16, bottleneck.n);
   const int64_t down = larger(1, smaller(wanted, h / kMinBandRows));
@@ -56,11 +73,16 @@ void conv3x3_forward_taps(Image<const S> bottleneck, Activation<Compute<S>> act,
                    bottleneck.pitch * sizeof(S), smaller(kForwardTile, bottleneck.rows() - next),
                    false);
         stream.start(tile_steps);
-        product_tile<T>(rows, channels, columns, kForwardVectors, packed.get(), to + x * pitch,
-                        pitch, panel, stream, [&](int64_t c0, int64_t width, T* into) {
-                          activate_panel<T>(from + x * bottleneck.pitch, bottleneck.pitch, rows, c0,
-                                            width, act.scale, act.shift, into);
-                        });
+        product_tile<T>(
+            rows, channels, columns, BlockGroup(vectors<T>(columns), kForwardVectors),
+            to + x * pitch, pitch, panel, stream,
+            [&](int64_t c0, int64_t width, T* into) {
+              activate_panel<T>(from + x * bottleneck.pitch, bottleneck.pitch, rows, c0, width,
+                                act.scale, act.shift, into);
+            },
+            [&](int64_t c0, int64_t, int64_t v, int nv) {
+              return packed + (v * channels + c0 * nv) * L;
+            });
       }
     };
 

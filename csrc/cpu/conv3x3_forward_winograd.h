@@ -36,18 +36,24 @@ DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int
   return rows * columns;
 }
 
+// 16 operands [in, out], one after the other.
+template <class S>
+void pack_winograd(const Weight<S>& weight, Compute<S>* packed) {
+  const int64_t stride = weight.in * padded<Compute<S>>(weight.out);
+  pack_blocks(weight.in, weight.in, weight.out, kWinogradForwardVectors, packed,
+              [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
+                pack_points<false>(weight, 0, i, count, v, nv, block, stride);
+              });
+}
+
 template <class S>
 void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> act,
-                              Weight<S> weight, Image<S> growth,
+                              const Compute<S>* packed, Image<S> growth,
                               Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  const int64_t channels = weight.in, k = weight.out, width = padded<T>(k);
-  CallMemory<T> packed(kPoints * channels * width);
-  pack_transformed_weight<S>(
-      packed.get(), channels, k, kWinogradForwardVectors, weight, false,
-      [&](int64_t c, int64_t o) { return o * weight.stride_out + c * weight.stride_in; });
-
+  const int64_t channels = bottleneck.c, k = growth.c, width = padded<T>(k);
+  const BlockGroup group(width / L, kWinogradForwardVectors);
   const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
   const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
   const int64_t run = equal_tile(tasks.size, kWinogradTiles);
@@ -72,8 +78,8 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
       for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
         const int64_t panel = smaller(kPanel, channels - c0);
         transform_inputs<true, T>(bottleneck, tiles, begin, end, act, c0, panel, operand);
-        multiply_points<T>(operand, end - begin, c0, panel, channels, packed.get(), width / L,
-                           kWinogradForwardVectors, result, c0 > 0, stream);
+        multiply_points<T>(operand, end - begin, c0, panel, channels, packed, channels * width,
+                           group, result, c0 > 0, stream);
       }
 
       int64_t made = 0;  // pixels of this run, side by side for the statistics

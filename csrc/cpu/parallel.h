@@ -19,7 +19,7 @@ int64_t thread_count();
 
 // Scratch of the calling thread, 64-byte aligned, kept for the next call; bounded by the tile
 // sizes. Every slot is one buffer: asking again for the same slot may move it.
-enum class Scratch { kOperand, kResult, kActivated, kSums, kCount };
+enum class Scratch { kOperand, kResult, kActivated, kWeight, kCount };
 void* thread_scratch(Scratch slot, size_t bytes);
 
 // Memory that lives for one operator call: packed weights, partial results of tasks.

@@ -15,7 +15,7 @@
 namespace densenet_fast::cpu {
 namespace {
 
-constexpr int64_t kBackwardTile = 56;  // rows, at most
+constexpr int64_t kBackwardTile = 64;  // rows, at most
 constexpr int kBackwardVectors = 3;
 
 // Panels of G: a Source may use fewer than kPanel columns a panel.
@@ -62,54 +62,81 @@ class PaddedNorm {
 template <class T>
 void finish_sums(const T* sums, int64_t parts, int64_t width, const Norm<T>& norm, int64_t columns,
                  NormGradient<T> out) {
-  for (int64_t c = 0; c < columns; ++c) {
-    double beta = 0, gamma = 0;
+  constexpr int64_t kRun = 64;  // columns that are added side by side
+  for (int64_t first = 0; first < columns; first += kRun) {
+    const int64_t count = smaller(kRun, columns - first);
+    double beta[kRun] = {}, gamma[kRun] = {};
     for (int64_t i = 0; i < parts; ++i) {
-      beta += static_cast<double>(sums[2 * i * width + c]);
-      gamma += static_cast<double>(sums[(2 * i + 1) * width + c]);
+      const T* part = sums + 2 * i * width + first;
+      for (int64_t c = 0; c < count; ++c) {
+        beta[c] += static_cast<double>(part[c]);
+        gamma[c] += static_cast<double>(part[width + c]);
+      }
     }
-    out.beta[c] = static_cast<T>(beta);
-    out.gamma[c] = static_cast<T>(gamma) * norm.rstd[c];
+    for (int64_t c = 0; c < count; ++c) {
+      out.beta[first + c] = static_cast<T>(beta[c]);
+      out.gamma[first + c] = static_cast<T>(gamma[c]) * norm.rstd[first + c];
+    }
   }
 }
 
-// Adds the parts' weight gradients, [parts, k, width], in order; store_row(i, row) takes each row.
-template <class T, class Store>
+// A 1x1 weight as the operand B^T, [out, in], and its gradient.
+template <class S>
+struct MatrixWeight {
+  using T = Compute<S>;
+  Weight<S> weight;
+  WeightGradient<S> gradient;
+
+  // What pack() of a block of channels [c, c + columns) will read, and store() will write.
+  void prefetch(int64_t c, int64_t columns, PrefetchStream& stream) const {
+    if (weight.stride_in != 1 || !weight.data) return;
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
+    stream.add(weight.data + c, bytes, weight.stride_out * sizeof(S), weight.out, false);
+    if (!gradient.data) return;
+    stream.add(gradient.data + c, bytes, weight.in * sizeof(S), weight.out, true);
+  }
+  // Outputs [out, out + count) of the block of vectors [v, v + nv).
+  void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
+    pack_block(backward_matrix(weight), out, count, v, nv, block + out * nv * kLanes<T>);
+  }
+  // Channels [c, c + columns) of an output's gradient, which `from`, [K, ld], begins with.
+  void store(int64_t out, int64_t c, int64_t columns, const T* from, int64_t ld) const {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      store_gradient(gradient, out * weight.in + c + j, load<T>(from + out * ld + j), columns - j);
+    }
+  }
+};
+
+// Adds the parts' weight gradients, [parts, k, width], in order, and stores them.
+template <class T, class AnyWeight>
 void finish_weight(T* parts_of_weight, int64_t parts, int64_t k, int64_t width,
-                   const Store& store_row) {
-  for_each_task(k, [&](int64_t i) {
-    T* row = parts_of_weight + i * width;
-    for (int64_t part = 1; part < parts; ++part) {
-      const T* more = row + part * k * width;
-      for (int64_t c = 0; c < width; c += kLanes<T>) {
-        store<T>(row + c, load<T>(row + c) + load<T>(more + c));
+                   const AnyWeight& weight) {
+  const int64_t outputs = weight.weight.out;
+  for_each_task(outputs, [&](int64_t out) {
+    for (int64_t i = out; i < k; i += outputs) {
+      T* row = parts_of_weight + i * width;
+      for (int64_t part = 1; part < parts; ++part) {
+        const T* more = row + part * k * width;
+        for (int64_t c = 0; c < width; c += kLanes<T>) {
+          store<T>(row + c, load<T>(row + c) + load<T>(more + c));
+        }
       }
     }
-    store_row(i, row);
+    weight.store(out, 0, weight.weight.in, parts_of_weight, width);
   });
 }
 
-// pack(k0, count, to) packs rows [k0, k0 + count) of B^T, [K, N], by kBackwardVectors;
+// weight.pack and weight.store read B and take dB, see MatrixWeight;
 // source.build(row, rows, panel, first, width, to) fills columns [first, first + width) of G;
-// sink.block(block) applies the epilogue. store_weight(k, row) receives the finished row k of dB,
-// [n]. `prefetch_tile` names what source.build will read.
-template <class T, class Pack, class Source, class Sink, class StoreWeight>
+// sink.block(block) applies the epilogue; their prefetch() names what that will read.
+template <class T, class AnyWeight, class Source, class Sink>
 void product_backward(const BackwardShape& shape, bool want_data, bool want_weight,
-                      const Pack& pack, const Norm<T>& norm, NormGradient<T> grad_affine,
-                      const Source& source, const Sink& sink, const StoreWeight& store_weight) {
+                      const AnyWeight& weight, const Norm<T>& norm, NormGradient<T> grad_affine,
+                      const Source& source, const Sink& sink) {
   constexpr int64_t L = kLanes<T>;
   constexpr int64_t kBlock = kBackwardVectors * L;
   const int64_t width = padded<T>(shape.n), vecs = vectors<T>(shape.n);
   const int64_t panels = panel_count(shape.k, shape.panel_width);
-
-  CallMemory<T> packed(want_data ? panels * shape.panel_width * width : 1);
-  if (want_data) {
-    // Packed panel by panel: every panel is a product of its own.
-    for (int64_t q = 0; q < panels; ++q) {
-      const int64_t k0 = q * shape.panel_width;
-      pack(k0, smaller(shape.panel_width, shape.k - k0), packed.get() + k0 * width);
-    }
-  }
 
   // Tasks: runs of rows, each cut into groups of column blocks where threads would be idle.
   const int64_t blocks = ceil_div(vecs, kBackwardVectors);
@@ -118,25 +145,28 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
   // Column blocks are independent: how many share the source's rows changes no result.
   const int64_t groups = smaller(blocks, ceil_div(4 * thread_count(), chunks.count));
 
+  // Of a single tile every task packs what it reads and stores what it makes, block by block.
+  const bool single = shape.rows <= tile;
+  const int64_t outputs = weight.weight.out;
+  const CallMemory<T> packed(want_data && !single ? shape.k * width : 0);
+  if (want_data && !single) {
+    pack_blocks(outputs, shape.k, shape.n, kBackwardVectors, packed.get(),
+                [&](auto... block) { weight.pack(block...); });
+  }
   CallMemory<T> partial_sums(2 * chunks.count * width);
-  CallMemory<T> partial_weight(want_weight ? chunks.count * shape.k * width : 1);
+  CallMemory<T> partial_weight(want_weight && !single ? chunks.count * shape.k * width : 0);
 
   for_each_task(chunks.count * groups, [&](int64_t task) {
-    const int64_t chunk = task / groups, group = task % groups;
+    const int64_t chunk = task / groups;
     T* sums = partial_sums.get() + 2 * chunk * width;
-    T* grad_weight = want_weight ? partial_weight.get() + chunk * shape.k * width : nullptr;
+    T* grad_weight = single ? scratch<T>(Scratch::kWeight, shape.k * kBlock)
+                            : partial_weight.get() + chunk * shape.k * width;
+    const int64_t ldw = single ? kBlock : width;
     const int64_t row_begin = chunks.begin(chunk), row_end = chunks.end(chunk);
 
-    // Column blocks follow block_vectors(); find this group's.
-    int64_t v_begin = 0, v_end = 0;
-    for (int64_t v = 0, index = 0; v < vecs; ++index) {
-      if (index == group * blocks / groups) v_begin = v;
-      v += block_vectors(vecs - v, kBackwardVectors);
-      if (index < (group + 1) * blocks / groups) v_end = v;
-    }
-    if (v_begin >= v_end) return;
-    const int64_t c_begin = v_begin * L, c_end = smaller(shape.n, v_end * L);
-    for (int64_t c = c_begin; c < v_end * L; ++c) sums[c] = sums[width + c] = T(0);
+    const BlockGroup group(vecs, kBackwardVectors, task % groups, groups);
+    const int64_t c_begin = group.begin * L, c_end = smaller(shape.n, group.end * L);
+    for (int64_t c = c_begin; c < group.end * L; ++c) sums[c] = sums[width + c] = T(0);
 
     const int64_t panel_size = kBackwardTile * kPanelPitch;
     T* operand = scratch<T>(Scratch::kOperand, panels * panel_size);
@@ -151,16 +181,17 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         source.build(r, rows, k0, smaller(shape.panel_width, shape.k - k0),
                      operand + q * panel_size);
       }
-      for (int64_t v = v_begin; v < v_end;) {
-        const int nv = block_vectors(vecs - v, kBackwardVectors);
+      group.for_each([&](int64_t v, int nv) {
         const int64_t c = v * L;
         const int64_t columns = smaller(nv * L, shape.n - c);
         const int64_t next_v = v + nv;
 
         // While this block computes, fetch what the next one will touch.
         stream.clear();
-        if (next_v < v_end) {
-          sink.prefetch(r, rows, next_v * L, smaller(kBlock, c_end - next_v * L), stream);
+        if (next_v < group.end) {
+          const int64_t next_columns = smaller(kBlock, c_end - next_v * L);
+          if (single) weight.prefetch(next_v * L, next_columns, stream);
+          sink.prefetch(r, rows, next_v * L, next_columns, stream);
         } else if (r + tile < row_end) {
           const int64_t next = r + tile;
           const int64_t next_rows = smaller(tile, row_end - next);
@@ -172,11 +203,14 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         stream.start((want_data ? row_tiles * ceil_div(shape.k, kPrefetchEvery) : 0) +
                      (want_weight ? k_tiles * ceil_div(rows, kPrefetchEvery) : 0));
 
+        T* grad_block = single ? grad_weight : grad_weight + c;
         if (want_data) {
+          if (single) weight.pack(0, outputs, v, nv, grad_weight);
+          const T* block = single ? grad_weight : packed.get() + c * shape.k;
           for (int64_t q = 0; q < panels; ++q) {
             const int64_t k0 = q * shape.panel_width;
             const int64_t panel_k = smaller(shape.panel_width, shape.k - k0);
-            const T* b = packed.get() + k0 * width + v * L * panel_k;
+            const T* b = block + k0 * nv * L;
             for_each_row_tile(rows, nv, [&](int64_t first, int count) {
               RowsProduct<T> p{operand + q * panel_size + first * kPanelPitch,
                                nullptr,
@@ -200,21 +234,23 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
             for_each_row_tile(
                 smaller(shape.panel_width, shape.k - k0), nv, [&](int64_t first, int count) {
                   TransposedProduct<T> p{
-                      operand + q * panel_size + first,       activated, kBlock,        rows,
-                      grad_weight + (k0 + first) * width + c, width,     r > row_begin, &stream};
+                      operand + q * panel_size + first, activated, kBlock,        rows,
+                      grad_block + (k0 + first) * ldw,  ldw,       r > row_begin, &stream};
                   kMicrokernels<T>.transposed[nv][count](p);
                 });
           }
+          for (int64_t out = 0; single && out < outputs; ++out) {
+            weight.store(out, c, columns, grad_block, ldw);
+          }
         }
-        v = next_v;
-      }
+      });
     }
   });
 
   if (want_data)
     finish_sums<T>(partial_sums.get(), chunks.count, width, norm, shape.n, grad_affine);
-  if (want_weight) {
-    finish_weight<T>(partial_weight.get(), chunks.count, shape.k, width, store_weight);
+  if (want_weight && !single) {
+    finish_weight(partial_weight.get(), chunks.count, shape.k, width, weight);
   }
 }
 

@@ -62,18 +62,21 @@ void accumulate_statistics(const S* data, int64_t pitch, int64_t rows, int64_t s
 template <class T>
 class TaskStatistics {
  public:
-  TaskStatistics(int64_t tasks, int64_t columns)
+  // `groups`: tasks that share rows, each with columns of its own.
+  TaskStatistics(int64_t tasks, int64_t columns, int64_t groups = 1)
       : tasks_(tasks),
         columns_(columns),
+        groups_(groups),
         width_(padded<T>(columns)),
-        counts_(tasks),
+        counts_(tasks * groups),
         values_(2 * tasks * width_) {
-    for (int64_t i = 0; i < tasks; ++i) counts_.get()[i] = 0;
+    for (int64_t i = 0; i < tasks * groups; ++i) counts_.get()[i] = 0;
   }
 
-  PartialStatistics<T> of(int64_t task) const {
-    T* mean = values_.get() + 2 * task * width_;
-    return {counts_.get() + task, mean, mean + width_};
+  // From a group's first column on.
+  PartialStatistics<T> of(int64_t task, int64_t group = 0, int64_t column = 0) const {
+    T* mean = values_.get() + 2 * task * width_ + column;
+    return {counts_.get() + task * groups_ + group, mean, mean + width_};
   }
 
   // Merges in task order, in double whatever T is.
@@ -84,7 +87,7 @@ class TaskStatistics {
     for (int64_t c = 0; c < columns_; ++c) mean[c] = m2[c] = 0;
     double count = 0;
     for (int64_t i = 0; i < tasks_; ++i) {
-      const double added = static_cast<double>(counts_.get()[i]);
+      const double added = static_cast<double>(counts_.get()[i * groups_]);
       if (added == 0) continue;
       const PartialStatistics<T> part = of(i);
       const double share = added / (count + added);
@@ -103,7 +106,7 @@ class TaskStatistics {
   }
 
  private:
-  int64_t tasks_, columns_, width_;
+  int64_t tasks_, columns_, groups_, width_;
   CallMemory<int64_t> counts_;
   CallMemory<T> values_;
 };

@@ -108,17 +108,10 @@ void transition_backward(Image<const S> grad_out, Image<const S> features, Norm<
   const BackwardShape shape{grad_out.rows(), weight.out, weight.in, kPanel};
   const PaddedNorm<T> padded_norm(norm, features.c);
   if (grad_features.data) clear_cut_pixels(grad_features);
-  product_backward<T>(
-      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
-      [&](int64_t k0, int64_t count, T* to) {
-        pack_matrix<S>(to, count, weight.in, kBackwardVectors, weight, k0 * weight.stride_out,
-                       weight.stride_out, weight.stride_in);
-      },
-      norm, grad_affine, PlainSource<S>{grad_out},
-      UnpoolSink<S>{features, padded_norm, grad_features},
-      [&](int64_t k, const T* row) {
-        store_weight_gradient<S>(grad_weight, k * weight.in, 1, row, weight.in);
-      });
+  product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
+                      MatrixWeight<S>{weight, grad_weight}, norm, grad_affine,
+                      PlainSource<S>{grad_out},
+                      UnpoolSink<S>{features, padded_norm, grad_features});
 }
 
 }  // namespace

@@ -149,13 +149,14 @@ DF_INLINE void transform_output(const T* m, int64_t stride, Vec<T> (&y)[2][2]) {
   }
 }
 
-// G g G' of L kernels at once: taps [9][L] to points, `stride` apart.
-template <class T>
-DF_INLINE void store_transformed_weight(const T (*taps)[kLanes<T>], T* to, int64_t stride) {
+// G g G' of L kernels at once, turned around where kFlipped, to points `stride` apart.
+template <bool kFlipped, class T>
+DF_INLINE void store_transformed_weight(const Vec<T> (&taps)[9], T* to, int64_t stride) {
   Vec<T> e[4][3];
   const Vec<T> half = splat<T>(T(0.5));
   for (int j = 0; j < 3; ++j) {
-    const Vec<T> g0 = load<T>(taps[j]), g1 = load<T>(taps[3 + j]), g2 = load<T>(taps[6 + j]);
+    const auto tap = [&](int i) { return taps[kFlipped ? 8 - 3 * i - j : 3 * i + j]; };
+    const Vec<T> g0 = tap(0), g1 = tap(1), g2 = tap(2);
     const Vec<T> outer = half * (g0 + g2), inner = half * g1;
     e[0][j] = g0;
     e[1][j] = outer + inner;
@@ -171,68 +172,51 @@ DF_INLINE void store_transformed_weight(const T (*taps)[kLanes<T>], T* to, int64
   }
 }
 
-// Transformed weights in 16 packed operands of pack_columns' layout, [k, columns] each and
-// k * padded(columns) elements apart: kernel_at(i, j) is the element that kernel (i, j) begins at,
-// its taps stride_h and stride_w apart. `flipped` for the data gradient.
-template <class S, class KernelAt>
-void pack_transformed_weight(Compute<S>* packed, int64_t k, int64_t columns, int prefer,
-                             const Weight<S>& weight, bool flipped, const KernelAt& kernel_at) {
+// Transforms rows [i, i + count) of a column block: of the forward's operands [in, out], or with
+// flipped kernels of the data gradient's, [out, in] from channel `in` on. Points are `stride`
+// apart.
+template <bool kBackward, class S>
+void pack_points(const Weight<S>& weight, int64_t in, int64_t i, int64_t count, int64_t v, int nv,
+                 Compute<S>* block, int64_t stride) {
   using T = Compute<S>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t vecs = vectors<T>(columns), stride = k * vecs * L;
-  int64_t taps[9];
-  for (int64_t t = 0; t < 9; ++t) {
-    const int64_t tap = flipped ? 8 - t : t;
-    taps[t] = tap / 3 * weight.stride_h + tap % 3 * weight.stride_w;
-  }
-  constexpr int64_t kRun = 8;
-  for_each_task(ceil_div(k, kRun), [&](int64_t task) {
-    const int64_t end = smaller(k, (task + 1) * kRun);
-    for (int64_t i = task * kRun; i < end; ++i) {
-      for (int64_t v = 0; v < vecs;) {
-        const int nv = block_vectors(vecs - v, prefer);
-        for (int64_t u = 0; u < nv; ++u) {
-          alignas(64) T lanes[9][L] = {};
-          const int64_t first = (v + u) * L, valid = smaller(L, columns - first);
-          for (int64_t j = 0; j < valid; ++j) {
-            const int64_t kernel = kernel_at(i, first + j);
-            for (int t = 0; t < 9; ++t) lanes[t][j] = weight_at<S>(weight, kernel + taps[t]);
-          }
-          store_transformed_weight<T>(lanes, packed + v * L * k + (i * nv + u) * L, stride);
-        }
-        v += nv;
-      }
+  constexpr int L = kLanes<T>;
+  for (int64_t r = i; r < i + count; ++r) {
+    for (int u = 0; u < nv; ++u) {
+      const int64_t column = (v + u) * L;
+      Vec<T> taps[9];
+      load_kernels<kBackward>(weight, kBackward ? r : column, kBackward ? in + column : r, taps);
+      store_transformed_weight<kBackward, T>(taps, block + (r * nv + u) * L, stride);
     }
-  });
+  }
 }
 
 // For every point: result[point] (+)= operand[point] * packed[point], [k0, k0 + width) of the
-// reduction's k. The result is [16, tiles, whole vectors], points result_pitch() apart.
+// reduction's k, for a group of column blocks. The result is [16, tiles, vectors of the group],
+// points result_pitch() apart; those of `packed` are `stride` apart, from the group's first on.
 template <class T>
 DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int64_t width,
-                               int64_t k, const T* packed, int64_t vecs, int prefer, T* result,
-                               bool accumulate, PrefetchStream& stream) {
+                               int64_t k, const T* packed, int64_t stride, const BlockGroup& group,
+                               T* result, bool accumulate, PrefetchStream& stream) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t ldr = vecs * L;
+  const int64_t ldr = (group.end - group.begin) * L;
   for (int64_t point = 0; point < kPoints; ++point) {
-    for (int64_t v = 0; v < vecs;) {
-      const int nv = block_vectors(vecs - v, prefer);
-      const T* b = packed + point * k * vecs * L + v * L * k + k0 * nv * L;
+    group.for_each([&](int64_t v, int nv) {
+      const int64_t column = (v - group.begin) * L;
+      const T* b = packed + point * stride + column * k + k0 * nv * L;
       for_each_row_tile(tiles, nv, [&](int64_t first, int count) {
         RowsProduct<T> product{operand + point * kPointPitch + first * kPanelPitch,
                                nullptr,
                                1,
                                width,
                                b,
-                               result + point * result_pitch(ldr) + first * ldr + v * L,
+                               result + point * result_pitch(ldr) + first * ldr + column,
                                ldr,
                                nv * L,
                                accumulate,
                                &stream};
         kMicrokernels<T>.rows[nv][count](product);
       });
-      v += nv;
-    }
+    });
   }
 }
 
