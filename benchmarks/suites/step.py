@@ -16,6 +16,7 @@ from benchmarks.measure import (
     OutOfMemoryError,
     available_bytes,
     interleave,
+    out_of_memory,
     release_cached,
     tuned_libraries,
 )
@@ -24,7 +25,6 @@ from benchmarks.memory import (
     autocast,
     figures_in_child,
     make_batch,
-    out_of_memory,
     training_step,
 )
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
