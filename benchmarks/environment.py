@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "monai", "timm", "scikit-learn", "numpy")
+PACKAGES = (
+    *("torch", "torchvision", "monai", "timm", "onnxruntime", "openvino"),
+    *("scikit-learn", "numpy"),
+)
 
 
 def cpu_model() -> str:

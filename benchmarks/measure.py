@@ -23,6 +23,8 @@ from torch import Tensor, nn
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
+# What Python's, PyTorch's CPU and its CUDA allocator say when there is no more.
+OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "CUDA out of memory")
 
 
 class MeasurementError(RuntimeError):
@@ -31,6 +33,12 @@ class MeasurementError(RuntimeError):
 
 class OutOfMemoryError(MeasurementError):
     """There was not the memory that the case needs."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, OutOfMemoryError) or any(part in text for part in OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)

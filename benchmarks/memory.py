@@ -15,19 +15,15 @@ the peak is that of live memory. This slows the child: times are measured elsewh
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.children import call_in_child
 from benchmarks.measure import (
     MeasurementError,
-    OutOfMemoryError,
     release_cached,
     sample_memory,
     saved_for_backward,
@@ -40,21 +36,6 @@ CHILD_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(MALLOC_THRESHOLD),
     "MALLOC_TRIM_THRESHOLD_": str(MALLOC_THRESHOLD),
 }
-# What Python's, PyTorch's CPU and its CUDA allocator say when there is no more.
-OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "CUDA out of memory")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory."""
-    text = f"{type(error).__name__}: {error}"
-    return isinstance(error, OutOfMemoryError) or any(part in text for part in OUT_OF_MEMORY)
-
-
-# The child sees exactly the modules that its parent sees.
-BOOTSTRAP = (
-    "import json, sys; request = json.loads(sys.argv[1]); sys.path[:] = request['path']; "
-    "from benchmarks.memory import child_main; child_main(request)"
-)
 
 
 @dataclass(frozen=True)
@@ -159,35 +140,22 @@ def measure_case(case: MemoryCase) -> StepMemory:
     )
 
 
-def child_main(request: dict[str, Any]) -> None:
-    """Measure the case of a request and print its figures as the last line of output."""
-    spec = NetworkSpec.from_json(request["case"].pop("spec"))
-    print(json.dumps(asdict(measure_case(MemoryCase(spec, **request["case"])))), flush=True)
+def child(case: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a case, both as plain data."""
+    spec = NetworkSpec.from_json(case.pop("spec"))
+    return asdict(measure_case(MemoryCase(spec, **case)))
 
 
 def measure_in_child(case: MemoryCase, timeout: float = 1800.0) -> StepMemory:
     """Measure one case in a process of its own, at most `timeout` seconds long."""
-    path = [entry or os.getcwd() for entry in sys.path]
-    request = json.dumps({"path": path, "case": asdict(case)})
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", BOOTSTRAP, request],
-            env={**os.environ, **CHILD_ENVIRONMENT, "OMP_NUM_THREADS": str(case.threads)},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MeasurementError(f"no result within {timeout:.0f} s") from error
-    if child.returncode == -9:
-        raise OutOfMemoryError("does not fit: the process was killed, most likely for its memory")
-    if child.returncode:
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        if any(text in child.stderr for text in OUT_OF_MEMORY):
-            raise OutOfMemoryError(f"does not fit: {last}")
-        raise MeasurementError(f"exit status {child.returncode}: {last}")
-    return StepMemory(**json.loads(child.stdout.strip().splitlines()[-1]))
+    figures = call_in_child(
+        "benchmarks.memory:child",
+        {"case": asdict(case)},
+        threads=case.threads,
+        environment=CHILD_ENVIRONMENT,
+        timeout=timeout,
+    )
+    return StepMemory(**figures)
 
 
 def figures_in_child(case: MemoryCase) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import densenet as torchvision_densenet
 
+from benchmarks import engines
 from benchmarks import other_peers as others
 from benchmarks.networks import NetworkSpec
 from benchmarks.other_peers import State
@@ -123,6 +124,8 @@ class Peer:
     # torchvision's state dict as this network calls it; None for another family's own weights.
     state: Callable[[State], State] | None = dict
     compiled: bool = False
+    # For inference alone: what runs the network in evaluation mode, made of it and of its images.
+    deploy: engines.Deploy | None = None
 
     @property
     def ours(self) -> bool:
@@ -220,6 +223,24 @@ PEERS: dict[str, Peer] = {
             applies=others.beside_resnets,
             state=None,
         ),
+        Peer(
+            "onnxruntime",
+            "ONNX Runtime of naive",
+            "#c7a76c",
+            _naive,
+            torch.contiguous_format,
+            requires="onnxruntime",
+            deploy=engines.onnxruntime,
+        ),
+        Peer(
+            "openvino",
+            "OpenVINO of naive",
+            "#8c6d31",
+            _naive,
+            torch.contiguous_format,
+            requires="openvino",
+            deploy=engines.openvino,
+        ),
     )
 }
 # What every suite compares unless told otherwise: torchvision's network, and ours in each mode.
@@ -255,5 +276,7 @@ def build(
         model.load_state_dict(peer.state(state), strict=True)
     model = model.to(device, dtype).to(memory_format=peer.memory_format)
     if peer.compiled:
-        model.compile()
+        model.compile(
+            dynamic=False
+        )  # for these images, as every other size has a network of its own
     return model

@@ -102,7 +102,7 @@ def summary(records: Iterable[Record]) -> str:
     if not behind:
         closest = min(found, key=lambda place: place.ratio)
         return (
-            f"**densenet_fast is first everywhere**, in {against}. Closest: {closest.where}, "
+            f"**densenet_fast is first in all {against}.** Closest: {closest.where}, "
             f"{closest.ours}, {closest.ratio:.3f}×."
         )
     lines = "\n".join(f"- {place.text}" for place in behind)

@@ -16,7 +16,7 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
-from benchmarks import measure, memory
+from benchmarks import children, measure, memory
 from benchmarks.networks import densenet_bc
 
 CPU = torch.device("cpu")
@@ -188,6 +188,6 @@ def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
     ],
 )
 def test_failing_child_says_why(end: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "BOOTSTRAP", end)
+    monkeypatch.setattr(children, "BOOTSTRAP", end)
     with pytest.raises(measure.MeasurementError, match=f"^{message}"):
         memory.measure_in_child(memory.MemoryCase(TINY, "naive", threads=1), timeout=2.0)

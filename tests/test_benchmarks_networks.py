@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -21,7 +21,7 @@ from benchmarks.environment import describe
 from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS
-from benchmarks.suites import Options, latency, networks, step
+from benchmarks.suites import Options, networks, step, step_page
 
 CPU = torch.device("cpu")
 SMALL = replace(NETWORKS["densenet121"], batch_size=2, image_size=64, num_classes=7)
@@ -44,33 +44,40 @@ def test_other_libraries_compute_the_same_function(name: str) -> None:
 
 def test_peers_are_compared_where_they_can_build_the_network() -> None:
     settings = {"peers": list(peers.PEERS)}
-    small = set(step.peers_of(settings, densenet_bc(22, 12, batch_size=2)))
-    assert small == {*peers.BASIC_PEERS, "ours-converted", "compiled-naive", "compiled-ours"}
-    assert step.peers_of(settings, NETWORKS["densenet121"]) == list(peers.PEERS)
-    wide = step.peers_of(settings, NETWORKS["densenet161"])
+    small = set(step_page.peers_of(settings, densenet_bc(22, 12, batch_size=2)))
+    anywhere = {"ours-converted", "compiled-naive", "compiled-ours", "onnxruntime", "openvino"}
+    assert small == {*peers.BASIC_PEERS, *anywhere}
+    assert step_page.peers_of(settings, NETWORKS["densenet121"]) == list(peers.PEERS)
+    wide = step_page.peers_of(settings, NETWORKS["densenet161"])
     assert set(peers.PEERS) - set(wide) == {"timm", "resnet50", "resnet101"}
 
 
-def test_small_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tiny = replace(latency.HOST, block_config=(1, 1), image_size=32)
-    monkeypatch.setattr(latency, "SMALL", [])
-    monkeypatch.setattr(latency, "HOST", tiny)
-    arguments = ["latency", "--no-progress", "--device", "cpu", "--rounds", "2"]
-    arguments += ["--peers", "naive,ours-bottleneck", "--output", str(tmp_path)]
-    assert cli.main(arguments) == 0
-    text = (tmp_path / "latency.md").read_text()
-    assert "computes next to nothing" in text
-    assert "Memory:" not in text
-    record = json.loads((tmp_path / "latency.json").read_text())
-    for part in latency.PARTS:
-        assert {entry["peer"] for entry in record[part]} == {"naive", "ours-bottleneck"}
-        assert all(len(entry["seconds"]) == 2 for entry in record[part])
+def test_an_engine_is_compared_in_inference_alone() -> None:
+    settings = {"peers": ["naive", "onnxruntime"], "parts": ["time", "inference"]}
+    (time, inference, memory) = (
+        step_page.compared(settings, SMALL, part) for part in ("time", "inference", "memory")
+    )
+    assert (time, inference, memory) == (["naive"], ["naive", "onnxruntime"], [])
+    assert "onnxruntime" not in networks.plan(Options(full=True))["settings"]["peers"]
+    settings["parts_of"] = {SMALL.title: ["time"]}
+    assert step_page.compared(settings, SMALL, "inference") == []
 
 
-def test_the_host_has_all_layers_and_hardly_a_parameter() -> None:
-    states = [peers.initial_state(spec, 0) for spec in (latency.HOST, NETWORKS["densenet121"])]
-    assert states[0].keys() == states[1].keys()
-    assert sum(tensor.numel() for tensor in states[0].values()) < 20_000
+def test_logits_that_disagree_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deploy(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda images: model(images) * 1.0001
+
+    wrong = replace(peers.PEERS["onnxruntime"], requires="torch", deploy=deploy)
+    monkeypatch.setitem(peers.PEERS, "onnxruntime", wrong)
+    monkeypatch.setitem(NETWORKS, "small", replace(SMALL, block_config=(1, 1)))
+    arguments = ["step", "--no-progress", "--device", "cpu", "--networks", "small"]
+    arguments += ["--peers", "naive,onnxruntime,ours-none", "--parts", "inference"]
+    assert cli.main([*arguments, "--rounds", "1", "--output", str(tmp_path)]) == 1
+    entries = json.loads((tmp_path / "step.json").read_text())["inference"]
+    assert [len(entry["seconds"]) for entry in entries] == [1, 0, 1]
+    assert "e-04 away from those of naive" in entries[1]["error"]
 
 
 def test_full_form_has_all_networks(monkeypatch: pytest.MonkeyPatch) -> None:

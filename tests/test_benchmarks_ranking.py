@@ -32,7 +32,7 @@ def test_each_figure_is_compared_with_the_best_of_the_others() -> None:
         (2.0, "naive, contiguous"),
         (2.0, "timm, channels_last"),
     ]
-    assert "first everywhere**, in 2 comparisons" in ranking.summary([record(3.0, 6.0)])
+    assert "first in all 2 comparisons" in ranking.summary([record(3.0, 6.0)])
 
 
 def test_every_loss_is_listed_and_equal_is_none() -> None:

@@ -237,7 +237,7 @@ def filled(own: Callable[[int, str], float]) -> dict[str, Any]:
 def test_verdict_of_a_sweep_without_a_slower_case() -> None:
     record = filled(lambda rate, part: 0.8 if (rate, part) == (48, "inference") else 0.5)
     text = sweep_page.page(record).markdown()
-    assert "**densenet_fast is slower nowhere**, in 8 comparisons" in text
+    assert "**densenet_fast is slower in none of 8** comparisons" in text
     assert "Closest: inference of DenseNet-BC-40 (k=48), 32×3×32×32, ours-none: 1.250×." in text
     assert not growth.failures(record)
 

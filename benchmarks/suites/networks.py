@@ -20,12 +20,13 @@ PARTS = step.PARTS
 
 # The compiler takes minutes for each network: unless named, its networks are the main ones.
 QUICK_PEERS = (*BASIC_PEERS, "monai", "timm", "resnet50", "resnet101")
+FULL_PEERS = tuple(name for name, peer in PEERS.items() if peer.deploy is None)
 ROUNDS = 3  # the form says how many networks
 
 
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
-    wanted = options.peers or (tuple(PEERS) if options.full else QUICK_PEERS)
+    wanted = options.peers or (FULL_PEERS if options.full else QUICK_PEERS)
     record = step.plan(options)
     settings = record["settings"]
     settings["peers"] = [name for name in wanted if PEERS[name].installed]

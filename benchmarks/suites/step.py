@@ -11,11 +11,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks import ranking
 from benchmarks.measure import (
+    MeasurementError,
     OutOfMemoryError,
     available_bytes,
     interleave,
+    out_of_memory,
     release_cached,
     tuned_libraries,
 )
@@ -24,7 +28,6 @@ from benchmarks.memory import (
     autocast,
     figures_in_child,
     make_batch,
-    out_of_memory,
     training_step,
 )
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
@@ -34,7 +37,7 @@ from benchmarks.prediction.shapes import FORMATS
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.predict import IMPLEMENTATIONS
-from benchmarks.suites.step_page import figure, page, peers_of
+from benchmarks.suites.step_page import compared, figure, page
 from densenet_fast.train.errors import UsageError
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
@@ -44,9 +47,11 @@ PARTS = ("memory", "time", "inference")
 
 QUICK_ROUNDS = 5
 FULL_ROUNDS = 25
-# Work of the progress bar, in training steps.
-CHILD_WORK = 8.0
-INFERENCE_WORK = 0.3
+# Work of the progress bar for a child process or a call, in training steps.
+WORK = {"memory": 8.0, "time": 1.0, "inference": 0.3}
+# How far apart the logits of one network may be, relative to the largest: ten times what float32
+# rounds in a DenseNet-121.
+AGREEMENT = 1e-5
 
 
 def plan(options: Options) -> Record:
@@ -89,33 +94,24 @@ def failures(record: Record) -> list[str]:
 def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
     """Measure network by network."""
     settings = record["settings"]
-    parts, timed_rounds = settings["parts"], settings["rounds"] + 1
-    work = CHILD_WORK * ("memory" in parts) + timed_rounds * (
-        ("time" in parts) + INFERENCE_WORK * ("inference" in parts)
-    )
     specs = [NetworkSpec.from_json(data) for data in settings["networks"]]
-    progress.start(work * sum(len(peers_of(settings, spec)) for spec in specs))
-    for spec in specs:
-        peers = peers_of(settings, spec)
-        if "memory" in parts:
+    cases = [(spec, part, compared(settings, spec, part)) for spec in specs for part in PARTS]
+    calls = {part: 1 if part == "memory" else settings["rounds"] + 1 for part in PARTS}
+    progress.start(sum(WORK[part] * calls[part] * len(peers) for _, part, peers in cases))
+    for spec, part, peers in cases:
+        if part == "memory":
             for peer in peers:
                 progress.describe(f"{spec.title}: memory, {peer}")
                 case = {"network": spec.title, "peer": peer}
                 if not has(record, "memory", case, lambda entry: "error" not in entry):
                     _measure_memory(spec, peer, record, options)
                     save()
-                progress.advance(CHILD_WORK)
-        for part, text, unit in (
-            ("time", "training step", 1.0),
-            ("inference", "inference", INFERENCE_WORK),
-        ):
-            if part not in parts:
-                continue
-            progress.describe(f"{spec.title}: {text}")
-            if _has_times(record, part, spec):
-                progress.advance(unit * timed_rounds * len(peers))
-                continue
-            _measure_time(spec, part, record, options, partial(progress.advance, unit))
+                progress.advance(WORK[part])
+        elif _has_times(record, part, spec):
+            progress.advance(WORK[part] * calls[part] * len(peers))
+        else:
+            progress.describe(f"{spec.title}: {ranking.TIMED[part]}")
+            _measure_time(spec, part, record, options, partial(progress.advance, WORK[part]))
             save()
 
 
@@ -126,7 +122,7 @@ def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
     def whole(entry: dict[str, Any]) -> bool:
         return "error" in entry or len(entry["seconds"]) == settings["rounds"]
 
-    peers = len(peers_of(settings, spec))
+    peers = len(compared(settings, spec, part))
     return has(record, part, {"network": spec.title}, whole, count=peers)
 
 
@@ -151,6 +147,8 @@ def _measure_time(
     state = initial_state(spec, settings["seed"])
     calls: dict[str, Callable[[], object]] = {}
     entries: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, Tensor] = {}
+    torch.compiler.reset()  # what was compiled for other images counts against a limit
 
     def failed(name: str, error: Exception) -> None:
         kind = "does not fit" if out_of_memory(error) else type(error).__name__
@@ -158,11 +156,13 @@ def _measure_time(
         release_cached(options.device)
 
     with tuned_libraries(options.device):
-        for name in peers_of(settings, spec):
+        for name in compared(settings, spec, part):
             entries[name] = {"network": spec.title, "peer": name, "seconds": []}
             record[part].append(entries[name])
             try:
-                calls[name] = _first_call(spec, name, state, part, settings, options.device)
+                call, output = _first_call(spec, name, state, part, settings, options.device)
+                _require_agreement(name, output, outputs)
+                calls[name] = call
             except Exception as error:  # one implementation's; the others go on
                 failed(name, error)
             advance()
@@ -175,18 +175,30 @@ def _measure_time(
 def _first_call(
     spec: NetworkSpec,
     name: str,
-    state: dict[str, torch.Tensor],
+    state: dict[str, Tensor],
     part: str,
     settings: dict[str, Any],
     device: torch.device,
-) -> Callable[[], object]:
-    """What is timed, run once."""
+) -> tuple[Callable[[], object], object]:
+    """What is timed, and what it returned when it was run once."""
     if part == "time":
         _require_memory(spec, name, settings["amp"], device)
-    make = _make_training_call if part == "time" else _make_inference_call
+    make = make_training_call if part == "time" else _make_inference_call
     call = make(spec, name, state, device, settings["seed"], settings["amp"])
-    call()
-    return call
+    return call, call()
+
+
+def _require_agreement(name: str, output: object, others: dict[str, Tensor]) -> None:
+    """Raise if logits in float32 on the CPU are others than those of the same weights elsewhere."""
+    if not isinstance(output, Tensor) or PEERS[name].state is None:
+        return
+    if output.dtype != torch.float32 or output.device.type != "cpu":
+        return  # fewer digits, perhaps inside the convolutions alone
+    for other, expected in others.items():
+        apart = float((output - expected).abs().max() / expected.abs().max())
+        if not apart <= AGREEMENT:
+            raise MeasurementError(f"logits are {apart:.1e} away from those of {other}")
+    others[name] = output
 
 
 def _require_memory(spec: NetworkSpec, name: str, amp: str, device: torch.device) -> None:
@@ -203,10 +215,10 @@ def _require_memory(spec: NetworkSpec, name: str, amp: str, device: torch.device
         )
 
 
-def _make_training_call(
+def make_training_call(
     spec: NetworkSpec,
     name: str,
-    state: dict[str, torch.Tensor],
+    state: dict[str, Tensor],
     device: torch.device,
     seed: int,
     amp: str,
@@ -224,16 +236,18 @@ def _make_training_call(
 def _make_inference_call(
     spec: NetworkSpec,
     name: str,
-    state: dict[str, torch.Tensor],
+    state: dict[str, Tensor],
     device: torch.device,
     seed: int,
     amp: str,
 ) -> Callable[[], object]:
-    model = build(PEERS[name], spec, state, device=device).eval()
-    images, _ = make_batch(spec, PEERS[name].memory_format, device, seed)
+    peer = PEERS[name]
+    model = build(peer, spec, state, device=device).eval()
+    images, _ = make_batch(spec, peer.memory_format, device, seed)
+    network = model if peer.deploy is None else peer.deploy(model, images)
 
-    def infer() -> None:
+    def infer() -> Tensor:
         with torch.no_grad(), autocast(device, amp):
-            model(images)
+            return network(images)
 
     return infer

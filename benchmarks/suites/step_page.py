@@ -34,6 +34,13 @@ def peers_of(settings: dict[str, Any], spec: NetworkSpec) -> list[str]:
     ]
 
 
+def compared(settings: dict[str, Any], spec: NetworkSpec, part: str) -> list[str]:
+    """Those of them that one part has, none where it leaves the network out."""
+    parts = settings.get("parts_of", {}).get(spec.title, settings["parts"])
+    names = peers_of(settings, spec) if part in parts else []
+    return [name for name in names if part == "inference" or PEERS[name].deploy is None]
+
+
 def entries_of(record: Record, part: str, network: str) -> Figures:
     """What was measured of one network, by peer."""
     return {entry["peer"]: entry for entry in record[part] if entry["network"] == network}
@@ -53,6 +60,11 @@ def minima_of(record: Record, part: str, network: str) -> dict[str, float]:
     return {name: timing.minimum for name, timing in timings_of(record, part, network).items()}
 
 
+def medians_of(record: Record, part: str, network: str) -> dict[str, float]:
+    """The median times of one network, by peer."""
+    return {name: timing.median for name, timing in timings_of(record, part, network).items()}
+
+
 def memory_of(record: Record, network: str, key: str = PEAK) -> dict[str, float]:
     """One figure of memory of one network, by peer, in bytes."""
     entries = entries_of(record, "memory", network).items()
@@ -64,7 +76,8 @@ def best_naive(values: dict[str, float]) -> float | None:
     return min((value for name, value in values.items() if PEERS[name].naive), default=None)
 
 
-def _numbers(amp: str) -> str:
+def numbers(amp: str) -> str:
+    """What is computed with, as a sentence begins."""
     return "Float32" if amp == "none" else f"Float32 parameters under {amp} autocast"
 
 
@@ -95,7 +108,7 @@ def page(record: Record) -> Page:
     settings = record["settings"]
     result.add(*intro(record))
     result.add(
-        f"{_numbers(settings['amp'])}; a step is forward, cross entropy and backward, without an "
+        f"{numbers(settings['amp'])}; a step is forward, cross entropy and backward, without an "
         "optimizer. All implementations start from the same weights. densenet_fast gets "
         "channels_last input, as the peers in that layout do.",
         *([_memory_text()] if "memory" in settings["parts"] else []),
@@ -161,8 +174,8 @@ def _memory_section(result: Page, record: Record, spec: NetworkSpec) -> None:
 
 def _not_compared(result: Page, settings: dict[str, Any], spec: NetworkSpec) -> None:
     """Which peers have no figures of this network, and why."""
-    compared = peers_of(settings, spec)
-    left_out = [PEERS[name] for name in settings["peers"] if name not in compared]
+    there = peers_of(settings, spec)
+    left_out = [PEERS[name] for name in settings["peers"] if name not in there]
     for reason, peers in (
         ("do not build this network", [peer for peer in left_out if not peer.applies(spec)]),
         (
@@ -208,8 +221,8 @@ def figure(record: Record) -> Figure | None:
     specs = [NetworkSpec.from_json(data) for data in record["settings"]["networks"]]
     panels: list[tuple[str, Callable[[NetworkSpec], dict[str, float]]]] = [
         ("peak memory of a step, MiB", lambda spec: _peaks(record, spec)),
-        ("training step, median s", lambda spec: _medians(record, "time", spec)),
-        ("inference, median s", lambda spec: _medians(record, "inference", spec)),
+        ("training step, median s", lambda spec: medians_of(record, "time", spec.title)),
+        ("inference, median s", lambda spec: medians_of(record, "inference", spec.title)),
     ]
     panels = [(text, get) for text, get in panels if any(get(spec) for spec in specs)]
     if not panels:
@@ -229,7 +242,3 @@ def figure(record: Record) -> Figure | None:
 
 def _peaks(record: Record, spec: NetworkSpec) -> dict[str, float]:
     return {name: peak / 2**20 for name, peak in memory_of(record, spec.title).items()}
-
-
-def _medians(record: Record, part: str, spec: NetworkSpec) -> dict[str, float]:
-    return {name: t.median for name, t in timings_of(record, part, spec.title).items()}

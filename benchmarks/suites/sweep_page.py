@@ -50,7 +50,7 @@ def comparisons(record: Record) -> list[Comparison]:
 
 
 def verdict(record: Record) -> str:
-    """Where ours is slower than naive, or that it is nowhere."""
+    """In which of the comparisons ours is slower than naive."""
     found = sorted(comparisons(record), key=lambda comparison: comparison.speed)
     if not found:
         return "Slower than naive? Nothing was measured side by side."
@@ -58,7 +58,7 @@ def verdict(record: Record) -> str:
     against = "comparisons with the naive network in its faster layout"
     if not slower:
         return (
-            f"**densenet_fast is slower nowhere**, in {len(found)} {against}. "
+            f"**densenet_fast is slower in none of {len(found)}** {against}. "
             f"Closest: {found[0].text}."
         )
     lines = "\n".join(f"- {comparison.text}" for comparison in slower)
