@@ -203,4 +203,23 @@ void block_backward(const typename Device::Context& context, const Block& block,
   }
 }
 
+// A block of known coefficients and packed weights: nothing is made but the features.
+struct InferenceLayer {
+  WeightArgument conv1, conv2;  // their sizes and `packed` alone
+  NormArgument norm1, norm2;    // scale and shift alone
+};
+
+template <class Device>
+void block_inference(const typename Device::Context& context, const Block& block, void* bottleneck,
+                     const std::vector<InferenceLayer>& layers) {
+  for (const InferenceLayer& layer : layers) {
+    const ImageArgument narrow = block.image(bottleneck, layer.conv1.out);
+    Device::conv1x1_forward(context, block.slice(block.features, 0, layer.conv1.in), layer.norm1,
+                            layer.conv1, narrow, StatisticsResult{});
+    Device::conv3x3_forward(context, narrow, layer.norm2, layer.conv2,
+                            block.slice(block.features, layer.conv1.in, layer.conv2.out),
+                            StatisticsResult{});
+  }
+}
+
 }  // namespace densenet_fast

@@ -125,11 +125,13 @@ struct Operators {
 
   static void transition_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
                                  const Tensor& w, const Tensor& out, const OptionalTensor& mean,
-                                 const OptionalTensor& var, bool allow_tf32) {
+                                 const OptionalTensor& var, bool allow_tf32,
+                                 const OptionalTensor& packed) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
     const auto to = call.mutable_image(out, "out");
-    const auto weight = call.weight(w, 1, x.c);
+    auto weight = call.weight(w, 1, x.c);
+    if (packed) weight.packed = Device::packed_weight(call, *packed, weight);
     check_pooled(x, to);
     check_channels(to, weight.out, "out");
     Device::transition_forward(call.context(), x, call.activation(scale, shift, x.c), weight, to,

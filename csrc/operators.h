@@ -47,6 +47,7 @@ struct WeightArgument {
   bool is_float32 = false;
   int64_t out = 0, in = 0;
   int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
+  const void* packed = nullptr;  // made by the backend for this convolution; null: not given
 };
 
 // A weight gradient, contiguous, of the weight's type; null: not wanted.

@@ -38,7 +38,8 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
 
   m.def(
       "transition_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, "
-      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, bool allow_tf32=False) -> ()");
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, bool allow_tf32=False, "
+      "Tensor? packed=None) -> ()");
   m.def(
       "transition_backward(Tensor grad_out, Tensor features, Tensor scale, Tensor shift, "
       "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!) grad_features, Tensor(b!) grad_gamma, "
@@ -71,4 +72,10 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
       "Tensor(f!) vectors, Tensor[] parameters, Tensor[] frozen, Tensor(g!)[] gradients, "
       "float[] numbers, int[] seeds, int reduced, int held, int lowest, int first, int last, "
       "bool allow_tf32=False) -> ()");
+
+  // The CPU's way through a block whose weights are packed and whose norms are coefficients.
+  m.def("packed_weights(Tensor like, Tensor[] weights, int height, int width) -> Tensor");
+  m.def(
+      "dense_block_inference_(Tensor(a!) features, Tensor(b!) bottleneck, Tensor coefficients, "
+      "Tensor packed, int[] sizes) -> ()");
 }

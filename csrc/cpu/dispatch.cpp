@@ -1,6 +1,8 @@
 // The operators on CPU tensors: the element type picks the kernels, whose arguments are typed.
 #include "dispatch.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cmath>
 
 #include "isa.h"
@@ -47,6 +49,7 @@ void convert(const WeightArgument& from, Weight<S>& to) {
   } else {
     to.data = static_cast<const S*>(from.data);
   }
+  to.packed = static_cast<const Compute<S>*>(from.packed);
   to.out = from.out;
   to.in = from.in;
   to.stride_out = from.stride_out;
@@ -112,6 +115,43 @@ void with_vector(const Context& context, const Body& body) {
   with_element(context, [&](auto zero) { body(Compute<decltype(zero)>{}); });
 }
 
+// Where the packed weights of a block or transition are in one buffer, each on a cache line.
+class PackedWeights {
+ public:
+  PackedWeights(Dtype dtype, int64_t h, int64_t w) : context_{dtype}, h_(h), w_(w) {}
+
+  // The next weight's place: elements before it.
+  int64_t place(const WeightArgument& weight, bool spatial) {
+    const int64_t at = size_;
+    with_element(context_, [&](auto zero) {
+      using S = decltype(zero);
+      const auto typed = converted<Weight<S>>(weight);
+      size_ += spatial ? kernels<S>().packed_conv3x3_size(h_, w_, typed)
+                       : kernels<S>().packed_conv1x1_size(typed);
+    });
+    size_ += -size_ & (kLine - 1);
+    return at;
+  }
+  void pack(const WeightArgument& weight, bool spatial, void* to) const {
+    with_element(context_, [&](auto zero) {
+      using S = decltype(zero);
+      const auto typed = converted<Weight<S>>(weight);
+      const auto packed = converted<Compute<S>*>(to);
+      if (spatial) {
+        kernels<S>().pack_conv3x3(h_, w_, typed, packed);
+      } else {
+        kernels<S>().pack_conv1x1(typed, packed);
+      }
+    });
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  static constexpr int64_t kLine = 16;
+  Context context_;
+  int64_t h_, w_, size_ = 0;
+};
+
 class Device {
  public:
   using Context = cpu::Context;
@@ -121,6 +161,12 @@ class Device {
 
   static void check_image(const Rows&, const char*) {}
   static void check_weight(int64_t, int64_t) {}
+  static const void* packed_weight(const Call<Device>& call, const Tensor& packed,
+                                   const WeightArgument& weight) {
+    PackedWeights places(call.dtype(), 0, 0);
+    places.place(weight, false);
+    return call.vector(packed, places.size(), "packed");
+  }
 
 #define DF_KERNEL(name)                                                                            \
   template <class... Arguments>                                                                    \
@@ -220,9 +266,83 @@ class Device {
   Context context_;
 };
 
+// Weights [out, in, 1, 1] and [out, in, 3, 3] packed for images of h x w, one behind another.
+Tensor packed_weights(const Tensor& like, const std::vector<Tensor>& weights, int64_t h,
+                      int64_t w) {
+  const Call<Device> call(like);
+  PackedWeights places(call.dtype(), h, w);
+  std::vector<WeightArgument> arguments;
+  std::vector<int64_t> at;
+  const auto spatial = [](const Tensor& weight) {
+    return weight.dim() == 4 && weight.size(3) == 3;
+  };
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.dim() >= 2, "weight must be [out, in, 1, 1] or [out, in, 3, 3]");
+    arguments.push_back(call.weight(weight, spatial(weight) ? 3 : 1, weight.size(1)));
+    at.push_back(places.place(arguments.back(), spatial(weight)));
+  }
+  const int64_t size[] = {places.size()};
+  const auto type = call.dtype() == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor packed = torch::stable::empty({size, 1}, type, std::nullopt, like.device());
+  char* data = static_cast<char*>(packed.mutable_data_ptr());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    places.pack(arguments[i], spatial(weights[i]), data + at[i] * vector_bytes(call.dtype()));
+  }
+  return packed;
+}
+
+// sizes: the input's channels, then width and growth of every layer; coefficients: scale and shift
+// of norm1 and of norm2 of every layer, one behind another.
+void dense_block_inference(const Tensor& features, const Tensor& bottleneck,
+                           const Tensor& coefficients, const Tensor& packed,
+                           const std::vector<int64_t>& sizes) {
+  const Call<Device> call(features);
+  Block block;
+  block.dtype = call.dtype();
+  block.features = call.mutable_image(features, "features");
+  PackedWeights places(block.dtype, block.features.h, block.features.w);
+  STD_TORCH_CHECK(sizes.size() % 2 == 1, "sizes must be those of an input and of layers");
+  const void* weights = call.vector(packed, packed.numel(), "packed");
+  const void* vectors = call.vector(coefficients, coefficients.numel(), "coefficients");
+  std::vector<InferenceLayer> layers(sizes.size() / 2);
+  int64_t channels = sizes[0], at = 0, widest = 0;
+  const auto norm = [&](int64_t count) {
+    NormArgument n;
+    n.scale = block.vector(const_cast<void*>(vectors), at);
+    n.shift = block.vector(const_cast<void*>(vectors), at + count);
+    at += 2 * count;
+    return n;
+  };
+  const auto weight = [&](int64_t out, int64_t in, bool spatial) {
+    WeightArgument found;
+    found.out = out;
+    found.in = in;
+    found.packed = block.vector(const_cast<void*>(weights), places.place(found, spatial));
+    return found;
+  };
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const int64_t width = sizes[2 * i + 1], growth = sizes[2 * i + 2];
+    STD_TORCH_CHECK(channels > 0 && width > 0 && growth > 0, "a layer has channels");
+    layers[i].norm1 = norm(channels);
+    layers[i].conv1 = weight(width, channels, false);
+    layers[i].norm2 = norm(width);
+    layers[i].conv2 = weight(growth, width, true);
+    channels += growth;
+    widest = std::max(widest, width);
+  }
+  STD_TORCH_CHECK(
+      channels == block.features.c && at == coefficients.numel() && places.size() == packed.numel(),
+      "coefficients and packed weights are those of other layers, or of another size");
+  block_inference<Device>(call.context(), block,
+                          call.mutable_matrix(bottleneck, block.rows() * widest, "bottleneck"),
+                          layers);
+}
+
 }  // namespace
 }  // namespace densenet_fast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   densenet_fast::Operators<densenet_fast::cpu::Device>::add_to(m);
+  m.impl("packed_weights", TORCH_BOX(&densenet_fast::cpu::packed_weights));
+  m.impl("dense_block_inference_", TORCH_BOX(&densenet_fast::cpu::dense_block_inference));
 }

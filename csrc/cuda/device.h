@@ -88,6 +88,11 @@ class Device {
                     out, " x ", in);
   }
 
+  template <class Call>
+  static const void* packed_weight(const Call&, const Tensor&, const WeightArgument&) {
+    throw std::runtime_error("densenet_fast: the CUDA kernels take no packed weights");
+  }
+
 #define DF_KERNEL(name)                                                     \
   template <class... Arguments>                                             \
   static void name(const Context& context, const Arguments&... arguments) { \

@@ -1,0 +1,293 @@
+"""A network for evaluation alone: nothing is planned, checked or packed at a call.
+
+`optimize_for_inference` copies a network. Its blocks run with weights packed once for their kernels
+and norms turned into coefficients once, each writing into the feature buffer of the next. What a
+network does besides (modules of unknown types, hooks, other devices than the CPU) runs as usual.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast import _extension, autocast, eligibility, norms, ops, stem_convolution, winograd
+from densenet_fast.backend import select
+from densenet_fast.conversion.parts import ConvertedNetwork
+from densenet_fast.layout import as_rows, empty_channels_last, row_pitch
+from densenet_fast.model import EfficientDenseNet
+from densenet_fast.norm_modules import norm_spec
+from densenet_fast.specs import NormSpec
+from densenet_fast.steps import ConvStep, DenseStep, LayerParts, StemStep, Step, tail_parts
+
+Room = Callable[[int, int, int], Tensor]
+
+
+class OptimizedNetwork(nn.Module):
+    """What `optimize_for_inference` returns: a snapshot of `network`, for evaluation alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Keep a copy of `network`."""
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.training = False
+        self._prepared: dict[Any, Prepared | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but packed weights, which are this machine's."""
+        return {**self.__dict__, "_prepared": {}}
+
+    def train(self, mode: bool = True) -> OptimizedNetwork:
+        """Refuse training mode; evaluation mode is the only one.
+
+        Raises:
+            RuntimeError: `mode` is True.
+        """
+        if mode:
+            raise RuntimeError(
+                "a network made by optimize_for_inference is for evaluation alone: train the "
+                "network that it was made from, and optimize that again"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedNetwork:
+        self._prepared.clear()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; weights are packed again."""
+        self._prepared.clear()
+        return super().load_state_dict(*args, **kwargs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the network gives for `images` [N, C, H, W] in evaluation, without gradients.
+
+        Raises:
+            RuntimeError: `images` require a gradient.
+        """
+        if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
+            raise RuntimeError(
+                "a network made by optimize_for_inference has no gradients, but its input requires "
+                "one: use the network that it was made from, or images.detach()"
+            )
+        with torch.no_grad():
+            prepared = self._for(images)
+            output: Tensor = self.network(images) if prepared is None else prepared(images)
+            return output
+
+    def _for(self, images: Tensor) -> Prepared | None:
+        """The network prepared for images of this kind; None: it runs as usual."""
+        if (
+            type(images) is not Tensor
+            or images.dim() != 4
+            or not images.numel()
+            or torch.compiler.is_compiling()
+            or eligibility.surroundings() is not None
+            or autocast.enabled(images.device.type)
+            or select(images) != "cpu"
+        ):
+            return None
+        # What packed weights and the choice of steps depend on.
+        kernels = _extension.C
+        key = (images.dtype, images.shape[1:], kernels.isa_in_use(), winograd.get_winograd())
+        if key not in self._prepared:
+            self.network(images)  # whatever is wrong with the images is said by the network
+            if len(self._prepared) == _SIZES:
+                self._prepared.pop(next(iter(self._prepared)))
+            self._prepared[key] = _prepared(self.network, images)
+        return self._prepared[key]
+
+
+_SIZES = 8  # kinds of images whose packed weights are kept
+
+
+def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
+    """A network that gives what `model` gives in evaluation, the same bits, in less time.
+
+    It is a snapshot, with its own copy of the weights: later changes of `model`, its weights or
+    hooks, do not reach it. Besides that copy it keeps the weights once more, packed for the
+    kernels, for each of the last few sizes of images. It may be called by several threads and
+    pickled. `EfficientDenseNet` and networks that `densenet_fast.convert` has converted run
+    optimized on CPUs; anything else runs as it did.
+
+    Args:
+        model: any module that takes images [N, C, H, W], in any mode.
+
+    Raises:
+        TypeError: `model` is not a module.
+
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, OptimizedNetwork):
+        model = model.network
+    return OptimizedNetwork(model)
+
+
+def _prepared(network: nn.Module, images: Tensor) -> Prepared | None:
+    """A network of fused steps throughout, prepared for images as these."""
+    if not isinstance(network, (EfficientDenseNet, ConvertedNetwork)):
+        return None
+    if eligibility.touched(network) is not None:
+        return None
+    planned = network.inference_steps(images)
+    if planned is None:
+        return None
+    steps, head = planned
+    stages: list[Stem | Block] = []
+    for step in steps:
+        stage = _stage(step, stages, images)
+        if stage is None:
+            return None
+        stages = stage
+    if not stages or not isinstance(stages[-1], Block) or stages[-1].tail != "average":
+        return None
+    return Prepared(stages, head)
+
+
+def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
+    """The stages with this step behind them; None: it cannot be prepared."""
+    if isinstance(step, ConvStep) and eligibility.zero_padded(step.module) and not before:
+        return [Stem(step.module, None)]
+    if isinstance(step, StemStep):
+        if step.conv is not None and not before:
+            return [Stem(step.conv, step.norm)]
+        if step.conv is None and len(before) == 1 and isinstance(before[0], Stem):
+            return [Stem(before[0].conv, step.norm)]
+        return None
+    if isinstance(step, DenseStep) and len(step.segments) == 1 and before:
+        segment = step.segments[0]
+        if isinstance(segment, list):
+            return [*before, Block(segment, step.tail, images)]
+    return None
+
+
+def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm in evaluation, of images as `like`."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    given = (norm.weight, norm.bias, norm.eps, norm.running_mean, norm.running_var)
+    return norms.coefficients(*given, like)[:2]
+
+
+class Stem:
+    """The first convolution, and norm, ReLU and max-pooling behind it where there are any."""
+
+    def __init__(self, conv: nn.Conv2d, norm: Any) -> None:
+        """Copy the convolution's weight in the layout that writes channels innermost."""
+        self.conv = conv
+        self.weight = conv.weight.contiguous(memory_format=torch.channels_last)
+        self.norm = None
+        if norm is not None:
+            like = torch.empty(0, dtype=eligibility_vector(conv.weight))
+            self.norm = _coefficients(norm_spec(norm, []), like)
+
+    def __call__(self, images: Tensor, room: Room) -> None:
+        """Write the features into what `room` gives for their [N, H, W]."""
+        features = stem_convolution.module_forward(self.conv, images, self.weight, self.conv.bias)
+        rows = as_rows(features)
+        count, height, width, _ = rows.shape
+        if self.norm is None:
+            room(count, height, width).copy_(rows)
+            return
+        out = room(count, (height + 1) // 2, (width + 1) // 2)
+        argmax = torch.empty(out.shape, dtype=torch.uint8)
+        ops.norm_relu_maxpool_forward(rows, *self.norm, out, argmax)
+
+
+class Block:
+    """A dense block and what is fused behind it, with packed weights and coefficients."""
+
+    def __init__(self, layers: Sequence[LayerParts], tail: Any, images: Tensor) -> None:
+        """Copy what the kernels read; images have the type of `images`."""
+        self.dtype = images.dtype
+        vector = torch.empty(0, dtype=eligibility_vector(images))
+        self.weights = [conv.weight for part in layers for conv in (part.conv1, part.conv2)]
+        self.sizes = [self.weights[0].shape[1], *(len(weight) for weight in self.weights)]
+        self.channels = self.sizes[0] + sum(self.sizes[2::2])
+        pairs = [
+            vector
+            for part in layers
+            for norm in (part.norm1, part.norm2)
+            for vector in _coefficients(norm_spec(norm, []), vector)
+        ]
+        self.coefficients = torch.cat(pairs)
+        self.widest = max(self.sizes[1::2])
+        self.packed: tuple[tuple[int, int], Tensor] | None = None
+        behind = tail_parts(tail)
+        self.tail = "none" if behind is None else "average"
+        if behind is not None:
+            norm, conv = behind
+            self.tail_norm = _coefficients(norm_spec(norm, []), vector)
+            if conv is not None:
+                self.tail, self.conv = "transition", conv.weight.flatten(1)
+                self.tail_packed = _packed(images, [self.conv], 0, 0)
+
+    def room(self, count: int, height: int, width: int) -> Tensor:
+        """An empty feature buffer as rows [N, H, W, C]."""
+        pitch = row_pitch(self.channels, self.dtype.itemsize, cuda=False)
+        like = torch.empty(0, dtype=self.dtype)
+        shape = (count, self.channels, height, width)
+        return empty_channels_last(shape, like, pitch).permute(0, 2, 3, 1)
+
+    def __call__(self, features: Tensor, room: Room) -> Tensor | None:
+        """Fill the buffer, and write what the tail makes of it into what `room` gives."""
+        count, height, width, _ = features.shape
+        if self.packed is None or self.packed[0] != (height, width):
+            # Whole before anybody sees it: other threads may be here.
+            self.packed = (height, width), _packed(features, self.weights, height, width)
+        bottleneck = features.new_empty(count * height * width * self.widest)
+        ops.dense_block_inference_(
+            features, bottleneck, self.coefficients, self.packed[1], self.sizes
+        )
+        if self.tail == "average":
+            out = features.new_empty(count, self.channels)
+            ops.norm_relu_avgpool_forward(features, *self.tail_norm, out)
+            return out
+        pooled = room(count, height // 2, width // 2)
+        ops.transition_inference(
+            features, *self.tail_norm, self.conv, pooled, None, None, packed=self.tail_packed
+        )
+        return None
+
+
+def eligibility_vector(like: Tensor) -> torch.dtype:
+    """The type of coefficients of images as `like`."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _packed(like: Tensor, weights: Sequence[Tensor], height: int, width: int) -> Tensor:
+    packed: Tensor = torch.ops.densenet_fast.packed_weights(like, weights, height, width)
+    return packed
+
+
+class Prepared:
+    """Stages, each of which writes into the feature buffer of the next, and the head."""
+
+    def __init__(self, stages: Sequence[Any], head: Callable[[Tensor], Tensor]) -> None:
+        """Run `stages`, then `head` on their pooled features [N, C]."""
+        self.stem, *self.blocks = stages
+        self.head = head
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The network's output."""
+        features: Tensor | None = None
+
+        def room_of(block: Block) -> Room:
+            def room(count: int, height: int, width: int) -> Tensor:
+                nonlocal features
+                features = block.room(count, height, width)
+                return features[..., : block.sizes[0]]
+
+            return room
+
+        self.stem(images, room_of(self.blocks[0]))
+        pooled = None
+        for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+            assert features is not None
+            pooled = block(features, room_of(following or block))
+        assert pooled is not None
+        return self.head(pooled)
