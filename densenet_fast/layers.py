@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from densenet_fast import checks, eligibility, geometry, layer_parts, synchronized
+from densenet_fast import arguments, checks, eligibility, geometry, layer_parts, synchronized
 from densenet_fast.dense_block import released
 from densenet_fast.graphs import routed
 from densenet_fast.layer_parts import LayerParts
-from densenet_fast.specs import Checkpoint
+from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.steps import DenseStep
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
     """The checkpoint mode that a constructor's two arguments mean together."""
-    mode = checks.checkpoint_mode(checkpoint)
-    return mode if checks.flag("memory_efficient", memory_efficient) else "none"
+    mode = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
+    return mode if arguments.flag("memory_efficient", memory_efficient) else "none"
 
 
 @eligibility.fused_as("layer")
@@ -51,11 +51,11 @@ class DenseLayer(nn.Module):
         checkpoint: Checkpoint = "bottleneck",
     ) -> None:
         super().__init__()
-        num_input_features = checks.integer("num_input_features", num_input_features)
-        growth_rate = checks.integer("growth_rate", growth_rate)
-        bottleneck = checks.integer("bn_size", bn_size) * growth_rate
-        growth = checks.integer("k", k) * growth_rate
-        drop_rate = checks.probability("drop_rate", drop_rate)
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        growth_rate = arguments.integer("growth_rate", growth_rate)
+        bottleneck = arguments.integer("bn_size", bn_size) * growth_rate
+        growth = arguments.integer("k", k) * growth_rate
+        drop_rate = arguments.probability("drop_rate", drop_rate)
         mode = mode_of(memory_efficient, checkpoint)
 
         self.norm1 = nn.BatchNorm2d(num_input_features)
@@ -74,7 +74,7 @@ class DenseLayer(nn.Module):
 
     @checkpoint.setter
     def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = checks.checkpoint_mode(mode)
+        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [N, C, H, W] and the new channels behind it."""
@@ -154,7 +154,7 @@ class FusedBlock(nn.Module):
 
     @checkpoint.setter
     def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = checks.checkpoint_mode(mode)
+        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
         for layer in self.layers():
             if isinstance(layer, DenseLayer):
                 layer.checkpoint = mode
@@ -251,9 +251,9 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
     ) -> None:
         super().__init__()
         self._checkpoint = mode_of(memory_efficient, checkpoint)
-        num_input_features = checks.integer("num_input_features", num_input_features)
-        growth_rate = checks.integer("growth_rate", growth_rate)
-        for i in range(checks.integer("num_layers", num_layers)):
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        growth_rate = arguments.integer("growth_rate", growth_rate)
+        for i in range(arguments.integer("num_layers", num_layers)):
             layer = DenseLayer(
                 num_input_features + i * growth_rate,
                 growth_rate,
@@ -299,8 +299,8 @@ class Transition(nn.Sequential):
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
         super().__init__()
-        num_input_features = checks.integer("num_input_features", num_input_features)
-        num_output_features = checks.integer("num_output_features", num_output_features)
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        num_output_features = arguments.integer("num_output_features", num_output_features)
         self.norm = nn.BatchNorm2d(num_input_features)
         self.relu = nn.ReLU(inplace=False)
         self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
