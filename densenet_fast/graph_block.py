@@ -23,9 +23,8 @@ from densenet_fast.graph_library import (
 )
 from densenet_fast.graph_specs import BlockArguments, block_arguments, block_specs, spread
 from densenet_fast.graph_statistics import Part, count_step
-from densenet_fast.layout import empty_channels_last, row_pitch
+from densenet_fast.layout import empty_channels_last, row_pitch, statistics_dtype
 from densenet_fast.philox import draw_seeds
-from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import Checkpoint, LayerSpec, Tail, TransitionTail
 
 _BLOCK = (

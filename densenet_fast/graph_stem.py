@@ -20,8 +20,7 @@ from densenet_fast.graph_library import (
 )
 from densenet_fast.graph_specs import filled, spread
 from densenet_fast.graph_statistics import count_step
-from densenet_fast.layout import empty_channels_last
-from densenet_fast.reference import statistics_dtype
+from densenet_fast.layout import empty_channels_last, statistics_dtype
 from densenet_fast.specs import ConvGeometry, NormSpec, norm_buffers
 from densenet_fast.stem import norm_gradients, pooled
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from densenet_fast import autocast, norms, ops, stem_convolution, synchronized
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.first_order import first_order_only
-from densenet_fast.layout import as_rows, empty_channels_last
+from densenet_fast.layout import as_rows, empty_channels_last, statistics_dtype
 from densenet_fast.norms import Coefficients, parameter_gradient
-from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import ConvGeometry, NormSpec, norm_buffers, with_norm_tensors
 
 
