@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_fast import autocast, geometry, norms, stem_convolution
+from densenet_fast import autocast, norms, stem_convolution
 from densenet_fast.block_checks import check_input, check_norm
 from densenet_fast.graph_library import (
     define,
@@ -205,7 +205,7 @@ def stem(
     images, channels, height, width = input.shape
     if conv is not None:
         channels, _, *kernel = cast(Tensor, weight).shape
-        height, width = geometry.windows(
+        height, width = stem_convolution.windows(
             (height, width), (kernel[0], kernel[1]), conv.stride, conv.padding, conv.dilation
         )
     count = images * height * width
