@@ -5,7 +5,7 @@ torch.jit.script reads. Class bodies have none of submodules, as torch.jit.scrip
 its own.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,9 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from densenet_fast import arguments, checks, eligibility, geometry, layer_parts, synchronized
 from densenet_fast.dense_block import released
 from densenet_fast.graphs import routed
-from densenet_fast.layer_parts import LayerParts
+from densenet_fast.layer_parts import LayerParts, TailParts
 from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
-from densenet_fast.steps import DenseStep
-
-if TYPE_CHECKING:
-    from densenet_fast.steps import Segment
+from densenet_fast.steps import DenseStep, Segment
 
 
 def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
@@ -200,12 +197,12 @@ class FusedBlock(nn.Module):
 
     def segments(
         self, obstacle: str | None, dtype: torch.dtype, device: torch.device
-    ) -> "list[Segment]":
+    ) -> list[Segment]:
         """Longest runs of layers to fuse, and single layers to call, in order.
 
         The layers of a run share the features' statistics, so those are of one process group.
         """
-        segments: "list[Segment]" = []  # noqa: UP037
+        segments: list[Segment] = []
         if obstacle is not None:
             segments.extend(self.layers())
             return segments
@@ -288,7 +285,7 @@ def fusable_parts(
     return channels + eligibility.weight_shape(parts.conv2)[0], parts
 
 
-def fused_throughout(segments: "list[Segment]") -> bool:
+def fused_throughout(segments: list[Segment]) -> bool:
     """Whether no layer is called as a module."""
     return all(isinstance(segment, list) for segment in segments)
 
@@ -334,7 +331,12 @@ class Transition(nn.Sequential):
         geometry.check(name, self, input)
         if obstacle is not None:
             return self.plain(input)
-        return released(DenseStep([], "bottleneck", self).run(input), self.released_format(input))
+        step = DenseStep([], "bottleneck", self.parts())
+        return released(step.run(input), self.released_format(input))
+
+    def parts(self) -> TailParts:
+        """What the transition computes with."""
+        return TailParts(self.norm, self.conv)
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """What others' code gets the output in: as it is."""
