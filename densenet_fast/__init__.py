@@ -6,6 +6,7 @@ from densenet_fast.backend import get_backend, set_backend, use_backend
 from densenet_fast.build_info import build_info
 from densenet_fast.conversion import ConversionReport, convert, revert
 from densenet_fast.fusion import fusion_report
+from densenet_fast.inference import OptimizedNetwork, optimize_for_inference
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.model import (
     EfficientDenseNet,
@@ -23,6 +24,7 @@ __all__ = [
     "DenseBlock",
     "DenseLayer",
     "EfficientDenseNet",
+    "OptimizedNetwork",
     "Transition",
     "__version__",
     "build_info",
@@ -37,6 +39,7 @@ __all__ = [
     "get_backend",
     "load_weights",
     "memory",
+    "optimize_for_inference",
     "revert",
     "set_backend",
     "use_backend",

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from densenet_fast import norms, ops, synchronized
-from densenet_fast.layout import Scratch, empty_channels_last, empty_rows, row_pitch
-from densenet_fast.reference import statistics_dtype
+from densenet_fast.layout import (
+    Scratch,
+    empty_channels_last,
+    empty_rows,
+    row_pitch,
+    statistics_dtype,
+)
 from densenet_fast.reference_block import Coefficients
 from densenet_fast.specs import NormSpec, Settings, Tensors
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast import eligibility, synchronized
 from densenet_fast.autocast import computed_type
+from densenet_fast.layer_parts import TailParts
 from densenet_fast.layers import DenseBlock, FusedBlock, Transition
 from densenet_fast.memory_plan import (
     BlockSize,
@@ -20,10 +20,7 @@ from densenet_fast.memory_plan import (
     held_below_peak,
 )
 from densenet_fast.nodes import planned_shape
-from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
-
-if TYPE_CHECKING:
-    from densenet_fast.steps import Segment
+from densenet_fast.steps import ConvStep, DenseStep, ModuleStep, Segment, StemStep, Step
 
 
 def stem_obstacle(
@@ -148,7 +145,7 @@ def steps(
                 at = behind_stem
                 continue
             if stands_alone(modules, at, dtype, device, final):
-                planned.append(DenseStep([], "bottleneck", module))
+                planned.append(DenseStep([], "bottleneck", TailParts(module)))
                 return planned, True
         elif isinstance(module, FusedBlock) and block_obstacle(module) is None:
             segments = module.segments(None, dtype, device)
@@ -167,7 +164,7 @@ def steps(
                     transition_obstacle(behind, dtype, device) is None
                     and group_obstacle(step.segments, behind.norm) is None
                 ):
-                    step.tail = behind
+                    step.tail = behind.parts()
                     at += 1
             elif eligibility.is_norm(behind) and at + 1 == len(modules):
                 if (
@@ -175,7 +172,7 @@ def steps(
                     and final(behind, dtype, device) is None
                     and group_obstacle(step.segments, behind) is None
                 ):
-                    step.tail = behind
+                    step.tail = TailParts(behind)
                     return planned, True
             continue
         planned.append(ModuleStep(module, memory_format))
@@ -257,7 +254,7 @@ def block_sizes(
         growths = [eligibility.weight_shape(layer.conv2)[0] for layer in layers]
         convolutions = [conv for layer in layers for conv in (layer.conv1, layer.conv2)]
         end, pixels = channels + sum(growths), images * height * width
-        if isinstance(step.tail, Transition):
+        if step.tail is not None and step.tail.conv is not None:
             behind = eligibility.weight_shape(step.tail.conv)[0]
             convolutions.append(step.tail.conv)
             height, width = height // 2, width // 2

@@ -1,112 +1,14 @@
-"""Arguments and inputs are refused here, in plain words, before anything is computed."""
+"""Inputs are refused here, in plain words, before anything is computed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence, Set
-from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast.eligibility import NORMS, is_norm, touched
-from densenet_fast.specs import CHECKPOINT_MODES, NETWORK_MODES, Checkpoint, NetworkMode
 from densenet_fast.synchronized import group_of
-
-
-def integer(name: str, value: Any, minimum: int = 1) -> int:
-    """`value` as an int that is at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value)
-
-
-def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    return float(value)
-
-
-def probability(name: str, value: Any) -> float:
-    """`value` as a float in [0, 1]."""
-    number = _real(name, value)
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    return number
-
-
-def compression(value: Any) -> float:
-    """The share of channels that a transition keeps, in (0, 1]."""
-    number = _real("compression", value)
-    if not 0.0 < number <= 1.0:
-        raise ValueError(f"compression must be above 0 and at most 1, got {value}")
-    return number
-
-
-def compressed(num_features: int, share: float) -> int:
-    """floor(num_features * share), where 0.29 * 100 is 29 although floating point says less."""
-    kept = math.floor(num_features * share + 1e-9)
-    if kept < 1:
-        raise ValueError(
-            f"compression={share} leaves no channel of the {num_features} before a transition"
-        )
-    return kept
-
-
-def flag(name: str, value: Any) -> bool:
-    """`value` if it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
-    return value
-
-
-def block_config(value: Any) -> tuple[int, ...]:
-    """The number of layers of every block."""
-    unordered = (str, bytes, Mapping, Set)
-    if isinstance(value, unordered) or not isinstance(value, Iterable):
-        raise TypeError(
-            "block_config must be a sequence of integers, one per block, "
-            f"got {value!r} ({type(value).__name__})"
-        )
-    layers = tuple(integer(f"block_config[{i}]", count) for i, count in enumerate(value))
-    if not layers:
-        raise ValueError("block_config must name at least one block, got none")
-    return layers
-
-
-Mode = TypeVar("Mode", bound=str)
-
-
-def _one_of(value: Any, modes: Sequence[Mode]) -> Mode:
-    choices = ", ".join(map(repr, modes))
-    if not isinstance(value, str):
-        raise TypeError(f"checkpoint must be one of {choices}, got {value!r}")
-    for mode in modes:
-        if value == mode:
-            return mode
-    raise ValueError(f"checkpoint must be one of {choices}, got {value!r}")
-
-
-def checkpoint_mode(value: Any) -> Checkpoint:
-    """`value` if it is a checkpoint mode of a block."""
-    return _one_of(value, CHECKPOINT_MODES)
-
-
-def network_mode(value: Any) -> NetworkMode:
-    """`value` if it is a checkpoint mode of a network."""
-    return _one_of(value, NETWORK_MODES)
-
-
-def memory_budget(mode: NetworkMode, value: Any) -> int | None:
-    """`value` in bytes, which "auto" needs and no other mode reads."""
-    if value is not None:
-        return integer("memory_budget", value)
-    if mode == "auto":
-        raise ValueError('checkpoint="auto" needs memory_budget, the bytes that a step may take')
-    return None
 
 
 def images(owner: str, input: Any) -> None:

@@ -25,10 +25,9 @@ from densenet_fast.backend import select
 from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
 from densenet_fast.block_forward import Block, Geometry, Statistics, forward, norm_places
-from densenet_fast.layout import empty_channels_last, row_pitch
+from densenet_fast.layout import empty_channels_last, row_pitch, statistics_dtype
 from densenet_fast.nodes import Finish
 from densenet_fast.philox import draw_seeds
-from densenet_fast.reference import statistics_dtype
 from densenet_fast.specs import (
     CHECKPOINT_MODES,
     AvgPoolTail,

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from densenet_fast import checks
 from densenet_fast.eligibility import kind_of, norm_with_relu, setting, touched
-
-Size = tuple[int, int]
+from densenet_fast.stem_convolution import Size, windows
 
 # A search for the smallest image gives up here: some module takes no image that is reasonable.
 _LARGEST_SEARCHED = 4096
@@ -65,15 +64,6 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
         _pair(module.padding),
         _pair(setting(module.__dict__, "dilation")),
     )
-
-
-def windows(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
-    """How many windows of a convolution or pooling fit into images of `size`."""
-    height, width = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    )
-    return height, width
 
 
 def _pair(value: Any) -> Size:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from densenet_fast import _extension, autocast, eligibility, norms, ops, stem_convolution, winograd
 from densenet_fast.backend import select
 from densenet_fast.conversion.parts import ConvertedNetwork
-from densenet_fast.layout import as_rows, empty_channels_last, row_pitch
+from densenet_fast.layer_parts import LayerParts, TailParts
+from densenet_fast.layout import as_rows, empty_channels_last, row_pitch, statistics_dtype
 from densenet_fast.model import EfficientDenseNet
 from densenet_fast.norm_modules import norm_spec
 from densenet_fast.specs import NormSpec
-from densenet_fast.steps import ConvStep, DenseStep, LayerParts, StemStep, Step, tail_parts
+from densenet_fast.steps import ConvStep, DenseStep, StemStep, Step
 
 Room = Callable[[int, int, int], Tensor]
+_operators: Any = torch.ops.densenet_fast
 
 
 class OptimizedNetwork(nn.Module):
@@ -91,8 +93,8 @@ class OptimizedNetwork(nn.Module):
         ):
             return None
         # What packed weights and the choice of steps depend on.
-        kernels = _extension.C
-        key = (images.dtype, images.shape[1:], kernels.isa_in_use(), winograd.get_winograd())
+        isa = _extension.C.isa_in_use() if _extension.C is not None else ""
+        key = (images.dtype, images.shape[1:], isa, winograd.winograd_enabled())
         if key not in self._prepared:
             self.network(images)  # whatever is wrong with the images is said by the network
             if len(self._prepared) == _SIZES:
@@ -182,7 +184,7 @@ class Stem:
         self.weight = conv.weight.contiguous(memory_format=torch.channels_last)
         self.norm = None
         if norm is not None:
-            like = torch.empty(0, dtype=eligibility_vector(conv.weight))
+            like = torch.empty(0, dtype=statistics_dtype(conv.weight.dtype))
             self.norm = _coefficients(norm_spec(norm, []), like)
 
     def __call__(self, images: Tensor, room: Room) -> None:
@@ -201,10 +203,12 @@ class Stem:
 class Block:
     """A dense block and what is fused behind it, with packed weights and coefficients."""
 
-    def __init__(self, layers: Sequence[LayerParts], tail: Any, images: Tensor) -> None:
+    def __init__(
+        self, layers: Sequence[LayerParts], tail: TailParts | None, images: Tensor
+    ) -> None:
         """Copy what the kernels read; images have the type of `images`."""
         self.dtype = images.dtype
-        vector = torch.empty(0, dtype=eligibility_vector(images))
+        vector = torch.empty(0, dtype=statistics_dtype(images.dtype))
         self.weights = [conv.weight for part in layers for conv in (part.conv1, part.conv2)]
         self.sizes = [self.weights[0].shape[1], *(len(weight) for weight in self.weights)]
         self.channels = self.sizes[0] + sum(self.sizes[2::2])
@@ -217,10 +221,9 @@ class Block:
         self.coefficients = torch.cat(pairs)
         self.widest = max(self.sizes[1::2])
         self.packed: tuple[tuple[int, int], Tensor] | None = None
-        behind = tail_parts(tail)
-        self.tail = "none" if behind is None else "average"
-        if behind is not None:
-            norm, conv = behind
+        self.tail = "none" if tail is None else "average"
+        if tail is not None:
+            norm, conv = tail
             self.tail_norm = _coefficients(norm_spec(norm, []), vector)
             if conv is not None:
                 self.tail, self.conv = "transition", conv.weight.flatten(1)
@@ -240,7 +243,7 @@ class Block:
             # Whole before anybody sees it: other threads may be here.
             self.packed = (height, width), _packed(features, self.weights, height, width)
         bottleneck = features.new_empty(count * height * width * self.widest)
-        ops.dense_block_inference_(
+        _operators.dense_block_inference_(
             features, bottleneck, self.coefficients, self.packed[1], self.sizes
         )
         if self.tail == "average":
@@ -248,19 +251,14 @@ class Block:
             ops.norm_relu_avgpool_forward(features, *self.tail_norm, out)
             return out
         pooled = room(count, height // 2, width // 2)
-        ops.transition_inference(
+        _operators.transition_forward(
             features, *self.tail_norm, self.conv, pooled, None, None, packed=self.tail_packed
         )
         return None
 
 
-def eligibility_vector(like: Tensor) -> torch.dtype:
-    """The type of coefficients of images as `like`."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def _packed(like: Tensor, weights: Sequence[Tensor], height: int, width: int) -> Tensor:
-    packed: Tensor = torch.ops.densenet_fast.packed_weights(like, weights, height, width)
+    packed: Tensor = _operators.packed_weights(like, weights, height, width)
     return packed
 
 

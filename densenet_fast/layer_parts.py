@@ -1,4 +1,4 @@
-"""Where a dense layer keeps its norms and convolutions, for every type of layer that runs fused."""
+"""Where layers and transitions keep norms and convolutions, for every type that runs fused."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ class LayerParts(NamedTuple):
             if (found := eligibility.exactly(module, nn.ReLU)) is not None:
                 return f"{name} {found}"
         return None
+
+
+class TailParts(NamedTuple):
+    """What computes behind a block: a transition's norm and convolution, or a final norm."""
+
+    norm: eligibility.Norm
+    conv: nn.Conv2d | None = None
 
 
 # The parts of a layer of that exact type, or what is in the way of finding them.

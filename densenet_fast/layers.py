@@ -5,28 +5,25 @@ torch.jit.script reads. Class bodies have none of submodules, as torch.jit.scrip
 its own.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from densenet_fast import checks, eligibility, geometry, layer_parts, synchronized
+from densenet_fast import arguments, checks, eligibility, geometry, layer_parts, synchronized
 from densenet_fast.dense_block import released
 from densenet_fast.graphs import routed
-from densenet_fast.layer_parts import LayerParts
-from densenet_fast.specs import Checkpoint
-from densenet_fast.steps import DenseStep
-
-if TYPE_CHECKING:
-    from densenet_fast.steps import Segment
+from densenet_fast.layer_parts import LayerParts, TailParts
+from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
+from densenet_fast.steps import DenseStep, Segment
 
 
 def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
     """The checkpoint mode that a constructor's two arguments mean together."""
-    mode = checks.checkpoint_mode(checkpoint)
-    return mode if checks.flag("memory_efficient", memory_efficient) else "none"
+    mode = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
+    return mode if arguments.flag("memory_efficient", memory_efficient) else "none"
 
 
 @eligibility.fused_as("layer")
@@ -51,11 +48,11 @@ class DenseLayer(nn.Module):
         checkpoint: Checkpoint = "bottleneck",
     ) -> None:
         super().__init__()
-        num_input_features = checks.integer("num_input_features", num_input_features)
-        growth_rate = checks.integer("growth_rate", growth_rate)
-        bottleneck = checks.integer("bn_size", bn_size) * growth_rate
-        growth = checks.integer("k", k) * growth_rate
-        drop_rate = checks.probability("drop_rate", drop_rate)
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        growth_rate = arguments.integer("growth_rate", growth_rate)
+        bottleneck = arguments.integer("bn_size", bn_size) * growth_rate
+        growth = arguments.integer("k", k) * growth_rate
+        drop_rate = arguments.probability("drop_rate", drop_rate)
         mode = mode_of(memory_efficient, checkpoint)
 
         self.norm1 = nn.BatchNorm2d(num_input_features)
@@ -74,7 +71,7 @@ class DenseLayer(nn.Module):
 
     @checkpoint.setter
     def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = checks.checkpoint_mode(mode)
+        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [N, C, H, W] and the new channels behind it."""
@@ -154,7 +151,7 @@ class FusedBlock(nn.Module):
 
     @checkpoint.setter
     def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = checks.checkpoint_mode(mode)
+        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
         for layer in self.layers():
             if isinstance(layer, DenseLayer):
                 layer.checkpoint = mode
@@ -200,12 +197,12 @@ class FusedBlock(nn.Module):
 
     def segments(
         self, obstacle: str | None, dtype: torch.dtype, device: torch.device
-    ) -> "list[Segment]":
+    ) -> list[Segment]:
         """Longest runs of layers to fuse, and single layers to call, in order.
 
         The layers of a run share the features' statistics, so those are of one process group.
         """
-        segments: "list[Segment]" = []  # noqa: UP037
+        segments: list[Segment] = []
         if obstacle is not None:
             segments.extend(self.layers())
             return segments
@@ -251,9 +248,9 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
     ) -> None:
         super().__init__()
         self._checkpoint = mode_of(memory_efficient, checkpoint)
-        num_input_features = checks.integer("num_input_features", num_input_features)
-        growth_rate = checks.integer("growth_rate", growth_rate)
-        for i in range(checks.integer("num_layers", num_layers)):
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        growth_rate = arguments.integer("growth_rate", growth_rate)
+        for i in range(arguments.integer("num_layers", num_layers)):
             layer = DenseLayer(
                 num_input_features + i * growth_rate,
                 growth_rate,
@@ -288,7 +285,7 @@ def fusable_parts(
     return channels + eligibility.weight_shape(parts.conv2)[0], parts
 
 
-def fused_throughout(segments: "list[Segment]") -> bool:
+def fused_throughout(segments: list[Segment]) -> bool:
     """Whether no layer is called as a module."""
     return all(isinstance(segment, list) for segment in segments)
 
@@ -299,8 +296,8 @@ class Transition(nn.Sequential):
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
         super().__init__()
-        num_input_features = checks.integer("num_input_features", num_input_features)
-        num_output_features = checks.integer("num_output_features", num_output_features)
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        num_output_features = arguments.integer("num_output_features", num_output_features)
         self.norm = nn.BatchNorm2d(num_input_features)
         self.relu = nn.ReLU(inplace=False)
         self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
@@ -334,7 +331,12 @@ class Transition(nn.Sequential):
         geometry.check(name, self, input)
         if obstacle is not None:
             return self.plain(input)
-        return released(DenseStep([], "bottleneck", self).run(input), self.released_format(input))
+        step = DenseStep([], "bottleneck", self.parts())
+        return released(step.run(input), self.released_format(input))
+
+    def parts(self) -> TailParts:
+        """What the transition computes with."""
+        return TailParts(self.norm, self.conv)
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """What others' code gets the output in: as it is."""

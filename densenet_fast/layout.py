@@ -1,4 +1,4 @@
-"""Tensors whose pixels are rows of channels: allocation and conversion."""
+"""Tensors whose pixels are rows of channels: types, allocation and conversion."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ _LARGE = 4 << 20  # bytes from which huge pages are worth a call
 _CACHE_PAGE = 4096  # rows a multiple of this many bytes apart all fall into the same cache sets
 _PADDING = 16
 _CUDA_ACCESS = 16  # bytes that a thread moves at once, if rows begin at their multiples
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of statistics, coefficients and sums over features stored as `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_pitch(channels: int, itemsize: int, *, cuda: bool) -> int:

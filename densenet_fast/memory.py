@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from densenet_fast import chain, checks, eligibility, geometry
+from densenet_fast import arguments, chain, checks, eligibility, geometry
 from densenet_fast.autocast import computed_type
 from densenet_fast.fusion import fusion_report
 from densenet_fast.layers import DenseBlock
@@ -20,7 +20,7 @@ from densenet_fast.memory_plan import (
 )
 from densenet_fast.model import EfficientDenseNet
 from densenet_fast.network_size import network_size
-from densenet_fast.specs import Checkpoint
+from densenet_fast.specs import NETWORK_MODES, Checkpoint
 
 __all__ = ["DoesNotFitError", "MemoryEstimate", "PartMemory", "estimate"]
 
@@ -105,9 +105,13 @@ def estimate(
         dtype = computed_type(parameter.dtype, parameter.device.type)
     elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type of torch, got {dtype!r}")
-    mode = model.checkpoint if checkpoint is None else checks.network_mode(checkpoint)
+    mode = (
+        model.checkpoint
+        if checkpoint is None
+        else arguments.one_of("checkpoint", checkpoint, NETWORK_MODES)
+    )
     budget = model.memory_budget if memory_budget is None else memory_budget
-    checks.memory_budget(mode, budget)
+    arguments.memory_budget(mode, budget)
 
     blocks = {
         name: part for name, part in model.features.named_children() if isinstance(part, DenseBlock)
@@ -128,7 +132,7 @@ def estimate(
 def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, int, int, int]:
     if isinstance(input_size, (str, bytes)) or not isinstance(input_size, Sequence):
         raise TypeError(f"input_size must be (N, C, H, W), got {input_size!r}")
-    sizes = tuple(checks.integer(f"input_size[{i}]", size) for i, size in enumerate(input_size))
+    sizes = tuple(arguments.integer(f"input_size[{i}]", size) for i, size in enumerate(input_size))
     if len(sizes) != 4:
         raise ValueError(f"input_size must be (N, C, H, W), got {sizes}")
     images = torch.empty(sizes, device="meta")

@@ -4,7 +4,7 @@ Annotations are types here, not strings, for torch.fx and torch.jit.script (see 
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
-from densenet_fast import chain, checks, eligibility, geometry, pretrained, synchronized
+from densenet_fast import arguments, chain, checks, eligibility, geometry, pretrained, synchronized
 from densenet_fast.autocast import computed_type
 from densenet_fast.graphs import routed
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
@@ -21,7 +21,7 @@ from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.memory_plan import Plan, within_budget
 from densenet_fast.network_size import network_size
 from densenet_fast.nodes import planned_shape
-from densenet_fast.specs import Checkpoint, NetworkMode
+from densenet_fast.specs import NETWORK_MODES, Checkpoint, NetworkMode
 from densenet_fast.steps import Step
 
 
@@ -65,20 +65,22 @@ class EfficientDenseNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        growth_rate = checks.integer("growth_rate", growth_rate)
-        blocks = checks.block_config(block_config)
-        num_features = checks.integer("num_init_features", num_init_features)
-        bn_size = checks.integer("bn_size", bn_size)
-        drop_rate = checks.probability("drop_rate", drop_rate)
-        num_classes = checks.integer("num_classes", num_classes)
-        compression = checks.compression(compression)
-        in_channels = checks.integer("in_channels", in_channels)
-        mode = checks.network_mode(checkpoint)
-        self._checkpoint = mode if checks.flag("memory_efficient", memory_efficient) else "none"
-        self._memory_budget = checks.memory_budget(self._checkpoint, memory_budget)
+        growth_rate = arguments.integer("growth_rate", growth_rate)
+        blocks = arguments.block_config(block_config)
+        num_features = arguments.integer("num_init_features", num_init_features)
+        bn_size = arguments.integer("bn_size", bn_size)
+        drop_rate = arguments.probability("drop_rate", drop_rate)
+        num_classes = arguments.integer("num_classes", num_classes)
+        compression = arguments.compression(compression)
+        in_channels = arguments.integer("in_channels", in_channels)
+        mode = arguments.one_of("checkpoint", checkpoint, NETWORK_MODES)
+        self._checkpoint = mode if arguments.flag("memory_efficient", memory_efficient) else "none"
+        self._memory_budget = arguments.memory_budget(self._checkpoint, memory_budget)
 
         # Modules are made in torchvision's order: the same seed gives the same parameters.
-        self.features = _stem(in_channels, num_features, checks.flag("small_inputs", small_inputs))
+        self.features = _stem(
+            in_channels, num_features, arguments.flag("small_inputs", small_inputs)
+        )
         for i, num_layers in enumerate(blocks):
             block = DenseBlock(
                 num_layers,
@@ -91,7 +93,7 @@ class EfficientDenseNet(nn.Module):
             self.features.add_module(f"denseblock{i + 1}", block)
             num_features += num_layers * growth_rate
             if i != len(blocks) - 1:
-                kept = checks.compressed(num_features, compression)
+                kept = arguments.compressed(num_features, compression)
                 self.features.add_module(f"transition{i + 1}", Transition(num_features, kept))
                 num_features = kept
         self.features.add_module("norm5", nn.BatchNorm2d(num_features))
@@ -110,8 +112,8 @@ class EfficientDenseNet(nn.Module):
 
     @checkpoint.setter
     def checkpoint(self, mode: NetworkMode) -> None:
-        mode = checks.network_mode(mode)
-        checks.memory_budget(mode, self._memory_budget)
+        mode = arguments.one_of("checkpoint", mode, NETWORK_MODES)
+        arguments.memory_budget(mode, self._memory_budget)
         self._checkpoint = mode
         for module in self.modules():
             if isinstance(module, (DenseBlock, DenseLayer)):
@@ -124,7 +126,7 @@ class EfficientDenseNet(nn.Module):
 
     @memory_budget.setter
     def memory_budget(self, size: int | None) -> None:
-        self._memory_budget = checks.memory_budget(self._checkpoint, size)
+        self._memory_budget = arguments.memory_budget(self._checkpoint, size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
@@ -152,6 +154,17 @@ class EfficientDenseNet(nn.Module):
         else:
             x = chain.run(steps, x)
         return self.classifier(x if pooled else _relu_and_average(x))
+
+    def inference_steps(
+        self, x: Tensor
+    ) -> tuple[Sequence[Step], Callable[[Tensor], Tensor]] | None:
+        """The steps to the pooled features and what follows them; None: not all of it is fused."""
+        if eligibility.exactly(self.features, nn.Sequential) is not None:
+            return None
+        steps, pooled = chain.steps(
+            list(self.features), eligibility.parameter_type(x), x.device, recompute=True
+        )
+        return (steps, self.classifier) if pooled else None
 
     def _plans(self, steps: Sequence[Step], pooled: bool, x: Tensor) -> list[Plan]:
         """What recomputes least within the budget."""
@@ -279,7 +292,7 @@ def _densenet(
     progress: bool,
     kwargs: dict[str, Any],
 ) -> EfficientDenseNet:
-    progress = checks.flag("progress", progress)
+    progress = arguments.flag("progress", progress)
     if "pretrained" in kwargs:
         raise TypeError(
             f"pretrained={kwargs['pretrained']!r} is torchvision's old argument: use "

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from densenet_fast.reference import statistics_dtype
+from densenet_fast.layout import statistics_dtype
 
 Shape = tuple[int, ...]
 NARROW = (torch.float16, torch.bfloat16)

@@ -15,14 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from densenet_fast.layout import statistics_dtype
 from densenet_fast.philox import philox
 
 PIXELS = (0, 1, 2)  # the dimensions of an NHWC tensor that statistics reduce
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of statistics, coefficients and sums over features stored as `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _wide(tensor: Tensor) -> Tensor:

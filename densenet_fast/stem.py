@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast import autocast, geometry, nodes, norms, ops, stem_convolution, synchronized
+from densenet_fast import autocast, nodes, norms, ops, stem_convolution, synchronized
 from densenet_fast.block_checks import check_input, check_norm
-from densenet_fast.layout import as_rows, empty_channels_last
+from densenet_fast.layout import as_rows, empty_channels_last, statistics_dtype
 from densenet_fast.nodes import Finish
-from densenet_fast.reference import statistics_dtype
 from densenet_fast.reference_block import Coefficients
 from densenet_fast.specs import ConvGeometry, NormSpec, Tensors
 
@@ -62,7 +61,7 @@ def _stem(
     if conv is not None and weight is not None:
         channels, _, *kernel = weight.shape
         size = (kernel[0], kernel[1])
-        height, width = geometry.windows(
+        height, width = stem_convolution.windows(
             (height, width), size, conv.stride, conv.padding, conv.dilation
         )
     total = 2 * channels if norm.group else -1

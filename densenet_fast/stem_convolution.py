@@ -17,6 +17,8 @@ from densenet_fast import autocast
 from densenet_fast.backend import backend_for, get_backend
 from densenet_fast.specs import ConvGeometry
 
+Size = tuple[int, int]
+
 _WIDE_PARTS = 8
 _X86_INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
@@ -45,8 +47,17 @@ def fast_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if kernels else dtype
 
 
+def windows(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
+    """How many windows of a convolution or pooling fit into images of `size`."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
 def columns(
-    conv: nn.Conv2d, images: int, output: tuple[int, int], dtype: torch.dtype, device: torch.device
+    conv: nn.Conv2d, images: int, output: Size, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Bytes that PyTorch needs besides, to compute the convolution in this type: im2col's matrix.
 

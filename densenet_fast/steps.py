@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from densenet_fast.dense_block import (
     released,
     stem_norm_relu_maxpool,
 )
-from densenet_fast.eligibility import NORMS, Norm, leaves_input, parameter, weight_shape
+from densenet_fast.eligibility import Norm, leaves_input, parameter, weight_shape
+from densenet_fast.layer_parts import LayerParts, TailParts
 from densenet_fast.norm_modules import norm_spec
 from densenet_fast.specs import (
     AvgPoolTail,
@@ -27,12 +28,8 @@ from densenet_fast.specs import (
     TransitionTail,
 )
 
-if TYPE_CHECKING:
-    from densenet_fast.layer_parts import LayerParts
-    from densenet_fast.layers import Transition
-
-    FusedRun = list[LayerParts]
-    Segment = FusedRun | nn.Module
+FusedRun = list[LayerParts]
+Segment = FusedRun | nn.Module
 
 
 class Step(Protocol):
@@ -103,7 +100,7 @@ class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
     A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
-    a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
+    of a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
     layers whose bottlenecks are held for the backward (see `densenet_fast.memory_plan`). A layer
     that is called returns the features so far with its own behind them, or with `lists` its own,
     from a list of the block's input and what every layer before has added. It gets them as a
@@ -112,7 +109,7 @@ class DenseStep:
 
     segments: Sequence[Segment]
     checkpoint: Checkpoint
-    tail: Transition | Norm | None = None
+    tail: TailParts | None = None
     hold: int = 0
     lists: bool = False
     memory_format: torch.memory_format = torch.preserve_format
@@ -149,7 +146,7 @@ class DenseStep:
         return _joined(features)
 
     def _fused(
-        self, features: list[Tensor], run: FusedRun, tail: Transition | Norm | None, ours: bool
+        self, features: list[Tensor], run: FusedRun, tail: TailParts | None, ours: bool
     ) -> Tensor:
         input = _joined(features)
         if self.checkpoint == "block" and not ours and input is features[0]:
@@ -158,10 +155,12 @@ class DenseStep:
         counted: list[Tensor] = []
         layers = [_layer_spec(layer, counted) for layer in run]
         behind: Tail | None = None
-        if isinstance(tail, NORMS):
-            behind = AvgPoolTail(norm_spec(tail, counted))
-        elif tail is not None:
-            behind = TransitionTail(norm_spec(tail.norm, counted), tail.conv.weight)
+        if tail is not None:
+            norm = norm_spec(tail.norm, counted)
+            if tail.conv is None:
+                behind = AvgPoolTail(norm)
+            else:
+                behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
         return fused(input, layers, behind, self.checkpoint, self.hold)
 
 

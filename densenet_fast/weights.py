@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from densenet_fast import checkpoint_files, checks, key_layouts
+from densenet_fast import arguments, checkpoint_files, key_layouts
 from densenet_fast.loading import unchanged_after_errors
 from densenet_fast.weights_comparison import Comparison, Conversion, WeightsError, compare
 
@@ -123,7 +123,7 @@ def load_weights(
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights expects a module, got {type(model).__name__}")
     patterns = _patterns(ignore)
-    cast = checks.flag("cast", cast)
+    cast = arguments.flag("cast", cast)
     for name, value in (("prefix", prefix), ("entry", entry)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be a string or None, got {value!r}")

@@ -123,7 +123,7 @@ def path_exists(text: str) -> None:
     if not _PATH.fullmatch(text):
         return
     if re.fullmatch(r"test_\w+\.py", text):
-        text = f"tests/{text}"
+        text = f"tests/**/{text}"  # in whichever folder
     if "/" in text and text.partition("/")[0] in TOP_FOLDERS and not text.endswith(".so"):
         # The compiled module is where it has been built.
         if not any(ROOT.glob(text.rstrip("/"))):

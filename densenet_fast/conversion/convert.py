@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from densenet_fast import checks
+from densenet_fast import arguments
 from densenet_fast.conversion.parts import (
     OWN_ATTRIBUTES,
     ConvertedBlock,
@@ -19,7 +19,7 @@ from densenet_fast.conversion.parts import (
 )
 from densenet_fast.conversion.report import ConversionReport, ConversionRow
 from densenet_fast.model import EfficientDenseNet
-from densenet_fast.specs import Checkpoint
+from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
 
 # The library's module that defines the classes → the adapter's name.
 _LIBRARIES = {
@@ -51,7 +51,7 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert expects a module, got {type(model).__name__}")
-    checkpoint = checks.checkpoint_mode(checkpoint)
+    checkpoint = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
     adapters = _adapters(model)
     rows: list[ConversionRow] = []
     planned: list[tuple[nn.Module, type[nn.Module]]] = []

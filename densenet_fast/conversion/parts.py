@@ -180,6 +180,14 @@ class ConvertedNetwork(Converted):
             return None
         return features.pooled(input, self.final)
 
+    def inference_steps(self, x: Tensor) -> tuple[list[Step], Callable[[Tensor], Tensor]] | None:
+        """The steps to the pooled features and what follows them; None: not all of it is fused."""
+        features = self._modules.get("features")
+        if not isinstance(features, ConvertedFeatures) or eligibility.touched(features):
+            return None
+        planned = features._planned(x, self.final) if self.head_is_known() else None
+        return (planned[0], self.head) if planned is not None and planned[1] else None
+
     def head_is_known(self) -> bool:
         """Whether the modules between the features and what `head` does are what they were."""
         return True

@@ -17,7 +17,7 @@ from op_cases import Case, Norm
 from torch import Tensor
 
 from densenet_fast import reference
-from densenet_fast.reference import statistics_dtype
+from densenet_fast.layout import statistics_dtype
 
 Pixels = tuple[int, int, int]
 
