@@ -35,12 +35,17 @@ class OptimizedNetwork(nn.Module):
         """Keep a copy of `network`."""
         super().__init__()
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.network.zero_grad(set_to_none=True)
         self.training = False
         self._prepared: dict[Any, Prepared | None] = {}
+        self._sizes: set[torch.Size] = set()  # of images that the network has accepted
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but packed weights, which are this machine's."""
-        return {**self.__dict__, "_prepared": {}}
+        return {**self.__dict__, "_prepared": {}, "_sizes": set()}
+
+    def _forget(self) -> None:
+        self._prepared, self._sizes = {}, set()
 
     def train(self, mode: bool = True) -> OptimizedNetwork:
         """Refuse training mode; evaluation mode is the only one.
@@ -56,12 +61,12 @@ class OptimizedNetwork(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedNetwork:
-        self._prepared.clear()
+        self._forget()
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.load_state_dict`; weights are packed again."""
-        self._prepared.clear()
+        self._forget()
         return super().load_state_dict(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -92,28 +97,27 @@ class OptimizedNetwork(nn.Module):
             or select(images) != "cpu"
         ):
             return None
-        # What packed weights and the choice of steps depend on.
+        # What packed weights and the choice of steps depend on, but for the images' size.
         isa = _extension.C.isa_in_use() if _extension.C is not None else ""
-        key = (images.dtype, images.shape[1:], isa, winograd.winograd_enabled())
+        key = (images.dtype, isa, winograd.winograd_enabled())
         if key not in self._prepared:
-            self.network(images)  # whatever is wrong with the images is said by the network
-            if len(self._prepared) == _SIZES:
-                self._prepared.pop(next(iter(self._prepared)))
             self._prepared[key] = _prepared(self.network, images)
+        if images.shape[1:] not in self._sizes:
+            # Whatever is wrong with images of this size is said by the network.
+            self.network(images)
+            self._sizes.add(images.shape[1:])
         return self._prepared[key]
-
-
-_SIZES = 8  # kinds of images whose packed weights are kept
 
 
 def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     """A network that gives what `model` gives in evaluation, the same bits, in less time.
 
     It is a snapshot, with its own copy of the weights: later changes of `model`, its weights or
-    hooks, do not reach it. Besides that copy it keeps the weights once more, packed for the
-    kernels, for each of the last few sizes of images. It may be called by several threads and
+    hooks, do not reach it. Besides that copy it keeps the weights packed for the kernels (3x3
+    convolutions in one or two forms, by the images' size). It may be called by several threads and
     pickled. `EfficientDenseNet` and networks that `densenet_fast.convert` has converted run
-    optimized on CPUs; anything else runs as it did.
+    optimized on CPUs; anything else runs as it did. The first call with images of a new size takes
+    longer.
 
     Args:
         model: any module that takes images [N, C, H, W], in any mode.
@@ -131,11 +135,15 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
 
 def _prepared(network: nn.Module, images: Tensor) -> Prepared | None:
     """A network of fused steps throughout, prepared for images as these."""
-    if not isinstance(network, (EfficientDenseNet, ConvertedNetwork)):
+    kind: Any = type(network)
+    if kind.forward is not EfficientDenseNet.forward and (
+        not isinstance(network, ConvertedNetwork) or kind.run is not ConvertedNetwork.run
+    ):
         return None
     if eligibility.touched(network) is not None:
         return None
-    planned = network.inference_steps(images)
+    known: Any = network
+    planned = known.inference_steps(images)
     if planned is None:
         return None
     steps, head = planned
@@ -208,7 +216,7 @@ class Block:
     ) -> None:
         """Copy what the kernels read; images have the type of `images`."""
         self.dtype = images.dtype
-        vector = torch.empty(0, dtype=statistics_dtype(images.dtype))
+        like = torch.empty(0, dtype=statistics_dtype(images.dtype))
         self.weights = [conv.weight for part in layers for conv in (part.conv1, part.conv2)]
         self.sizes = [self.weights[0].shape[1], *(len(weight) for weight in self.weights)]
         self.channels = self.sizes[0] + sum(self.sizes[2::2])
@@ -216,15 +224,15 @@ class Block:
             vector
             for part in layers
             for norm in (part.norm1, part.norm2)
-            for vector in _coefficients(norm_spec(norm, []), vector)
+            for vector in _coefficients(norm_spec(norm, []), like)
         ]
         self.coefficients = torch.cat(pairs)
         self.widest = max(self.sizes[1::2])
-        self.packed: tuple[tuple[int, int], Tensor] | None = None
+        self.packed: dict[tuple[int, int], Tensor] = {}  # by the images' size
         self.tail = "none" if tail is None else "average"
         if tail is not None:
             norm, conv = tail
-            self.tail_norm = _coefficients(norm_spec(norm, []), vector)
+            self.tail_norm = _coefficients(norm_spec(norm, []), like)
             if conv is not None:
                 self.tail, self.conv = "transition", conv.weight.flatten(1)
                 self.tail_packed = _packed(images, [self.conv], 0, 0)
@@ -239,12 +247,15 @@ class Block:
     def __call__(self, features: Tensor, room: Room) -> Tensor | None:
         """Fill the buffer, and write what the tail makes of it into what `room` gives."""
         count, height, width, _ = features.shape
-        if self.packed is None or self.packed[0] != (height, width):
-            # Whole before anybody sees it: other threads may be here.
-            self.packed = (height, width), _packed(features, self.weights, height, width)
+        packed = self.packed.get((height, width))
+        if packed is None:
+            packed = _packed(features, self.weights, height, width)
+            # Sizes differ in how 3x3 convolutions are computed, and that shows in the length.
+            same = [other for other in self.packed.values() if len(other) == len(packed)]
+            packed = self.packed[height, width] = same[0] if same else packed
         bottleneck = features.new_empty(count * height * width * self.widest)
         _operators.dense_block_inference_(
-            features, bottleneck, self.coefficients, self.packed[1], self.sizes
+            features, bottleneck, self.coefficients, packed, self.sizes
         )
         if self.tail == "average":
             out = features.new_empty(count, self.channels)
