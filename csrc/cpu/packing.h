@@ -169,6 +169,11 @@ DF_INLINE void load_kernels(const Weight<S>& w, int64_t out, int64_t in,
   const int64_t at = out * w.stride_out + in * w.stride_in;
   const int64_t step = kAlongIn ? w.stride_in : w.stride_out;
   const int64_t left = kAlongIn ? w.in - in : w.out - out;
+  if (!kAlongIn && w.data) {  // more streams than the processor follows
+    for (int64_t j = 0; j < smaller(L, left); ++j) {
+      prefetch_read(reinterpret_cast<const char*>(w.data + at + j * step) + 6 * kCacheLine);
+    }
+  }
   const auto load_run = [&](int64_t first, int t0, int run) {
     const WeightMatrix<S> kernels{w, left, first, w.stride_w, step};
 #pragma GCC unroll 9
