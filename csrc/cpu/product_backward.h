@@ -181,7 +181,7 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         source.build(r, rows, k0, smaller(shape.panel_width, shape.k - k0),
                      operand + q * panel_size);
       }
-      group.for_each([&](int64_t v, int nv) {
+      for_each_block(group, [&](int64_t v, int nv) {
         const int64_t c = v * L;
         const int64_t columns = smaller(nv * L, shape.n - c);
         const int64_t next_v = v + nv;
