@@ -174,6 +174,10 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                      grad_norm.pitch * sizeof(S), pixels, true);
         }
       }
+      if (single && end == part_end && grad_weight.data) {
+        stream.add(grad_weight.data + c0 * 9, columns * 9 * sizeof(S), channels * 9 * sizeof(S), k,
+                   true);
+      }
       const int64_t blocks = ceil_div(panel / L, kBackwardVectors);
       stream.start(
           kPoints * blocks *
