@@ -87,14 +87,9 @@ struct MatrixWeight {
   Weight<S> weight;
   WeightGradient<S> gradient;
 
-  // What pack() of a block of channels [c, c + columns) will read, and store() will write.
-  void prefetch(int64_t c, int64_t columns, PrefetchStream& stream) const {
-    if (weight.stride_in != 1 || !weight.data) return;
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
-    stream.add(weight.data + c, bytes, weight.stride_out * sizeof(S), weight.out, false);
-    if (!gradient.data) return;
-    stream.add(gradient.data + c, bytes, weight.in * sizeof(S), weight.out, true);
-  }
+  using Element = S;
+  static constexpr int64_t kTaps = 1;
+
   // Outputs [out, out + count) of the block of vectors [v, v + nv).
   void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
     pack_block(backward_matrix(weight), out, count, v, nv, block + out * nv * kLanes<T>);
@@ -133,6 +128,7 @@ template <class T, class AnyWeight, class Source, class Sink>
 void product_backward(const BackwardShape& shape, bool want_data, bool want_weight,
                       const AnyWeight& weight, const Norm<T>& norm, NormGradient<T> grad_affine,
                       const Source& source, const Sink& sink) {
+  using S = typename AnyWeight::Element;
   constexpr int64_t L = kLanes<T>;
   constexpr int64_t kBlock = kBackwardVectors * L;
   const int64_t width = padded<T>(shape.n), vecs = vectors<T>(shape.n);
@@ -188,9 +184,17 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
 
         // While this block computes, fetch what the next one will touch.
         stream.clear();
+        if (single && weight.gradient.data) {
+          constexpr int64_t kTaps = AnyWeight::kTaps;
+          stream.add(weight.gradient.data + c * kTaps, columns * kTaps * sizeof(S),
+                     shape.n * kTaps * sizeof(S), outputs, true);
+        }
         if (next_v < group.end) {
           const int64_t next_columns = smaller(kBlock, c_end - next_v * L);
-          if (single) weight.prefetch(next_v * L, next_columns, stream);
+          if (single && weight.weight.stride_in == 1 && weight.weight.data) {
+            stream.add(weight.weight.data + next_v * L, next_columns * sizeof(S),
+                       weight.weight.stride_out * sizeof(S), outputs, false);
+          }
           sink.prefetch(r, rows, next_v * L, next_columns, stream);
         } else if (r + tile < row_end) {
           const int64_t next = r + tile;
