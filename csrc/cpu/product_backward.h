@@ -18,9 +18,6 @@ namespace {
 constexpr int64_t kBackwardTile = 64;  // rows, at most
 constexpr int kBackwardVectors = 3;
 
-// Panels of G: a Source may use fewer than kPanel columns a panel.
-DF_INLINE int64_t panel_count(int64_t k, int64_t panel_width) { return ceil_div(k, panel_width); }
-
 // One column block of one row tile, as a Sink sees it.
 template <class T>
 struct BackwardBlock {
@@ -37,7 +34,7 @@ struct BackwardBlock {
 
 struct BackwardShape {
   int64_t rows, k, n;
-  int64_t panel_width;  // columns of G in one panel
+  int64_t panel_width;  // columns of G in one panel, kPanel at most
 };
 
 // Coefficients of the norm padded to whole vectors.
@@ -132,7 +129,7 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
   constexpr int64_t L = kLanes<T>;
   constexpr int64_t kBlock = kBackwardVectors * L;
   const int64_t width = padded<T>(shape.n), vecs = vectors<T>(shape.n);
-  const int64_t panels = panel_count(shape.k, shape.panel_width);
+  const int64_t panels = ceil_div(shape.k, shape.panel_width);
 
   // Tasks: runs of rows, each cut into groups of column blocks where threads would be idle.
   const int64_t blocks = ceil_div(vecs, kBackwardVectors);
