@@ -193,6 +193,22 @@ def test_convolutions_3x3(
     check_conv3x3_backward(pixels, channels, outputs, dtype)
 
 
+# Few rows: tasks are cut by columns, pack the weights that they read and store what they make. The
+# channels fit no vector and make several panels; 63 to 66 rows lie around the limits.
+SMALL = ((1, 1, 1), (1, 2, 2), (1, 4, 4), (1, 7, 9), (1, 8, 8), (1, 5, 13), (1, 6, 11), (2, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
+@pytest.mark.parametrize("pixels", SMALL, ids=str)
+def test_small_images(backend: str, dtype: torch.dtype, pixels: Pixels) -> None:
+    for channels, outputs in ((130, 70), (275, 5)):
+        check_forward(1, pixels, channels, outputs, dtype)
+        check_conv1x1_backward(pixels, channels, outputs, dtype)
+    for outputs in (1, 2, 3, 4, 5, 32):
+        check_forward(3, pixels, 131, outputs, dtype)
+        check_conv3x3_backward(pixels, 131, outputs, dtype)
+
+
 @pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
 @pytest.mark.parametrize("pixels", [(2, 5, 7), (1, 1, 3)], ids=str)
 def test_half_types(backend: str, dtype: torch.dtype, pixels: Pixels) -> None:

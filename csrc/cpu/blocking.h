@@ -41,15 +41,16 @@ struct BlockGroup {
       if (index++ < (group + 1) * blocks / groups) end = v + nv;
     });
   }
-  template <class F>
-  void for_each(const F& body) const {
-    for (int64_t v = begin; v < end;) {
-      const int nv = block_vectors(vecs - v, prefer);
-      body(v, nv);
-      v += nv;
-    }
-  }
 };
+
+template <class F>
+DF_INLINE void for_each_block(const BlockGroup& group, const F& body) {
+  for (int64_t v = group.begin; v < group.end;) {
+    const int nv = block_vectors(group.vecs - v, group.prefer);
+    body(v, nv);
+    v += nv;
+  }
+}
 
 // Calls body(first, count) for `rows` cut into equal register tiles.
 template <class F>
@@ -112,7 +113,7 @@ DF_INLINE void product_tile(int64_t rows, int64_t k, int64_t columns, const Bloc
   for (int64_t k0 = 0; k0 < k; k0 += step) {
     const int64_t width = smaller(step, k - k0);
     build(k0, width, panel);
-    group.for_each([&](int64_t v, int nv) {
+    for_each_block(group, [&](int64_t v, int nv) {
       const T* b = block(k0, width, v, nv);
       for_each_row_tile(rows, nv, [&](int64_t first, int count) {
         RowsProduct<T> product{panel + first * kPanelPitch,

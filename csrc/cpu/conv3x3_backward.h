@@ -60,8 +60,9 @@ struct TapsWeight {
   Weight<S> weight;
   WeightGradient<S> gradient;
 
-  // Consecutive memory, that the processor fetches ahead.
-  void prefetch(int64_t, int64_t, PrefetchStream&) const {}
+  using Element = S;
+  static constexpr int64_t kTaps = 9;
+
   void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
     constexpr int64_t L = kLanes<T>;
     for (int64_t o = out; o < out + count; ++o) {

@@ -147,7 +147,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     if (single && want_data) {
       stride = k * panel;
       T* own = scratch<T>(Scratch::kWeight, kPoints * stride);
-      group.for_each([&](int64_t v, int nv) {
+      for_each_block(group, [&](int64_t v, int nv) {
         T* block = own + (v - group.begin) * L * k;
         pack_points<true>(weight, panel_begin, 0, k, v, nv, block, stride);
       });
@@ -174,6 +174,10 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                      grad_norm.pitch * sizeof(S), pixels, true);
         }
       }
+      if (single && end == part_end && grad_weight.data) {
+        stream.add(grad_weight.data + c0 * 9, columns * 9 * sizeof(S), channels * 9 * sizeof(S), k,
+                   true);
+      }
       const int64_t blocks = ceil_div(panel / L, kBackwardVectors);
       stream.start(
           kPoints * blocks *
@@ -186,7 +190,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
         transform_inputs<true, T>(bottleneck, tiles, begin, end, {norm.scale, norm.shift}, c0,
                                   columns, points);
         for (int64_t point = 0; point < kPoints; ++point) {
-          group.for_each([&](int64_t v, int nv) {
+          for_each_block(group, [&](int64_t v, int nv) {
             const int64_t column = (v - group.begin) * L;
             for_each_row_tile(k, nv, [&](int64_t first, int rows) {
               TransposedProduct<T> p{gradients + point * kPointPitch + first,

@@ -78,16 +78,19 @@ template <class S>
 void pack_direct(const Weight<S>& weight, Compute<S>* packed) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
+  constexpr int64_t kRun = kPanel / 4;  // channels of one task
   const int64_t vecs = vectors<T>(weight.out);
-  for_each_task(ceil_div(weight.in, kPanel), [&](int64_t task) {
-    const int64_t c0 = task * kPanel, panel = smaller(kPanel, weight.in - c0);
+  for_each_task(ceil_div(weight.in, kRun), [&](int64_t task) {
+    const int64_t begin = task * kRun, end = smaller(weight.in, begin + kRun);
+    const int64_t c0 = begin / kPanel * kPanel, panel = smaller(kPanel, weight.in - c0);
     for_each_block(vecs, kConv3x3Vectors, [&](int64_t v, int nv) {
       T* block = packed + 9 * L * (c0 * vecs + v * panel);
-      for (int64_t c = 0; c < panel; ++c) {
+      for (int64_t c = begin; c < end; ++c) {
         for (int u = 0; u < nv; ++u) {
           Vec<T> taps[9];
-          load_kernels<false>(weight, (v + u) * L, c0 + c, taps);
-          for (int t = 0; t < 9; ++t) store<T>(block + ((t * panel + c) * nv + u) * L, taps[t]);
+          load_kernels<false>(weight, (v + u) * L, c, taps);
+          for (int t = 0; t < 9; ++t)
+            store<T>(block + ((t * panel + c - c0) * nv + u) * L, taps[t]);
         }
       }
     });

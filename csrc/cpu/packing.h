@@ -169,6 +169,12 @@ DF_INLINE void load_kernels(const Weight<S>& w, int64_t out, int64_t in,
   const int64_t at = out * w.stride_out + in * w.stride_in;
   const int64_t step = kAlongIn ? w.stride_in : w.stride_out;
   const int64_t left = kAlongIn ? w.in - in : w.out - out;
+  if (w.data) {  // streams that the processor does not follow: many, or short ones
+    const S* ahead = w.data + at + (kAlongIn ? w.stride_out : 96);
+    for (int64_t j = 0; j < smaller(L, left); ++j) {
+      prefetch_read(reinterpret_cast<const char*>(ahead + j * step));
+    }
+  }
   const auto load_run = [&](int64_t first, int t0, int run) {
     const WeightMatrix<S> kernels{w, left, first, w.stride_w, step};
 #pragma GCC unroll 9

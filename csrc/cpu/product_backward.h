@@ -18,9 +18,6 @@ namespace {
 constexpr int64_t kBackwardTile = 64;  // rows, at most
 constexpr int kBackwardVectors = 3;
 
-// Panels of G: a Source may use fewer than kPanel columns a panel.
-DF_INLINE int64_t panel_count(int64_t k, int64_t panel_width) { return ceil_div(k, panel_width); }
-
 // One column block of one row tile, as a Sink sees it.
 template <class T>
 struct BackwardBlock {
@@ -37,7 +34,7 @@ struct BackwardBlock {
 
 struct BackwardShape {
   int64_t rows, k, n;
-  int64_t panel_width;  // columns of G in one panel
+  int64_t panel_width;  // columns of G in one panel, kPanel at most
 };
 
 // Coefficients of the norm padded to whole vectors.
@@ -87,14 +84,9 @@ struct MatrixWeight {
   Weight<S> weight;
   WeightGradient<S> gradient;
 
-  // What pack() of a block of channels [c, c + columns) will read, and store() will write.
-  void prefetch(int64_t c, int64_t columns, PrefetchStream& stream) const {
-    if (weight.stride_in != 1 || !weight.data) return;
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
-    stream.add(weight.data + c, bytes, weight.stride_out * sizeof(S), weight.out, false);
-    if (!gradient.data) return;
-    stream.add(gradient.data + c, bytes, weight.in * sizeof(S), weight.out, true);
-  }
+  using Element = S;
+  static constexpr int64_t kTaps = 1;
+
   // Outputs [out, out + count) of the block of vectors [v, v + nv).
   void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
     pack_block(backward_matrix(weight), out, count, v, nv, block + out * nv * kLanes<T>);
@@ -133,10 +125,11 @@ template <class T, class AnyWeight, class Source, class Sink>
 void product_backward(const BackwardShape& shape, bool want_data, bool want_weight,
                       const AnyWeight& weight, const Norm<T>& norm, NormGradient<T> grad_affine,
                       const Source& source, const Sink& sink) {
+  using S = typename AnyWeight::Element;
   constexpr int64_t L = kLanes<T>;
   constexpr int64_t kBlock = kBackwardVectors * L;
   const int64_t width = padded<T>(shape.n), vecs = vectors<T>(shape.n);
-  const int64_t panels = panel_count(shape.k, shape.panel_width);
+  const int64_t panels = ceil_div(shape.k, shape.panel_width);
 
   // Tasks: runs of rows, each cut into groups of column blocks where threads would be idle.
   const int64_t blocks = ceil_div(vecs, kBackwardVectors);
@@ -181,16 +174,24 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         source.build(r, rows, k0, smaller(shape.panel_width, shape.k - k0),
                      operand + q * panel_size);
       }
-      group.for_each([&](int64_t v, int nv) {
+      for_each_block(group, [&](int64_t v, int nv) {
         const int64_t c = v * L;
         const int64_t columns = smaller(nv * L, shape.n - c);
         const int64_t next_v = v + nv;
 
         // While this block computes, fetch what the next one will touch.
         stream.clear();
+        if (single && weight.gradient.data) {
+          constexpr int64_t kTaps = AnyWeight::kTaps;
+          stream.add(weight.gradient.data + c * kTaps, columns * kTaps * sizeof(S),
+                     shape.n * kTaps * sizeof(S), outputs, true);
+        }
         if (next_v < group.end) {
           const int64_t next_columns = smaller(kBlock, c_end - next_v * L);
-          if (single) weight.prefetch(next_v * L, next_columns, stream);
+          if (single && weight.weight.stride_in == 1 && weight.weight.data) {
+            stream.add(weight.weight.data + next_v * L, next_columns * sizeof(S),
+                       weight.weight.stride_out * sizeof(S), outputs, false);
+          }
           sink.prefetch(r, rows, next_v * L, next_columns, stream);
         } else if (r + tile < row_end) {
           const int64_t next = r + tile;

@@ -200,7 +200,7 @@ DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int6
   constexpr int64_t L = kLanes<T>;
   const int64_t ldr = (group.end - group.begin) * L;
   for (int64_t point = 0; point < kPoints; ++point) {
-    group.for_each([&](int64_t v, int nv) {
+    for_each_block(group, [&](int64_t v, int nv) {
       const int64_t column = (v - group.begin) * L;
       const T* b = packed + point * stride + column * k + k0 * nv * L;
       for_each_row_tile(tiles, nv, [&](int64_t first, int count) {

@@ -383,6 +383,7 @@ constexpr Case kCases[] = {
     {1, 2, 129, 33, 32, 0, true, false},  {2, 5, 65, 48, 24, 3, false, true},
     {1, 40, 33, 20, 12, 3, false, true},  {1, 37, 29, 16, 8, 0, true, true},
     {3, 30, 30, 17, 16, 1, false, false}, {3, 24, 24, 40, 33, 0, false, true},
+    {1, 8, 8, 290, 70, 1, false, true},   {1, 2, 2, 131, 5, 0, false, true},
 };
 
 void check_chosen() {
