@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from densenet_fast.inference import optimize_for_inference
 from densenet_fast.train import setup, trained
 from densenet_fast.train.distributed import from_environment, together
 from densenet_fast.train.errors import UsageError
@@ -37,7 +38,8 @@ def run(arguments: Namespace) -> int:
         check_images(network.model, 1, network.channels, network.plain.crop)
         loader = setup.validation_loader(setting, arguments.batch_size, processes, where)
         placement = Placement(where, torch.contiguous_format, None)
-        found = validate(network.model, loader, placement, len(network.classes))
+        model = optimize_for_inference(network.model)
+        found = validate(model, loader, placement, len(network.classes))
         if processes.main:
             _report(arguments, source, found)
     return 0

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from densenet_fast.inference import optimize_for_inference
 from densenet_fast.train import trained
 from densenet_fast.train.errors import DataError, UsageError
 from densenet_fast.train.images import decoding_error, image_files, left_out, read_image
@@ -44,6 +45,7 @@ def run(arguments: Namespace) -> int:
     where = device(arguments.device)
     network = trained.load(arguments, where)
     check_images(network.model, 1, network.channels, network.plain.crop)
+    model = optimize_for_inference(network.model)
     items = _decodable(_items(arguments.images), arguments.on_corrupt)
     transform = network.plain.transform()
     kind = "L" if network.channels == 1 else "RGB"
@@ -51,7 +53,7 @@ def run(arguments: Namespace) -> int:
         chosen = items[start : start + arguments.batch_size]
         images = torch.stack([transform(_read(item, kind)) for item in chosen])
         with torch.inference_mode():
-            shares = network.model(images.to(where)).softmax(1)
+            shares = model(images.to(where)).softmax(1)
         best = shares.topk(min(arguments.top, len(network.classes)), dim=1)
         for item, values, indices in zip(
             chosen, best.values.tolist(), best.indices.tolist(), strict=True
