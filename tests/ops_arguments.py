@@ -213,6 +213,17 @@ def tensors(given: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
+def wide(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with float32 weights and gradients of weights."""
+
+    def change(name: str, value: Any) -> Any:
+        if name in ("parameters", "gradients"):
+            return [one.float() if one.dim() == 4 else one for one in value]
+        return value.float() if name in ("weight", "grad_weight") else value
+
+    return {name: change(name, value) for name, value in given.items()}
+
+
 def arguments(
     op: str, dtype: torch.dtype = torch.float32, *, dense: bool = False
 ) -> dict[str, Any]:

@@ -7,6 +7,7 @@ it can stand in for the compiled operators anywhere, whole networks included.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64
 from ctypes import c_void_p as pointer
 
@@ -17,13 +18,13 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 
 
 
 class ImageArgument(Structure):
-    """`densenet_fast::cuda::ImageArgument`."""
+    """`densenet_fast::ImageArgument`."""
 
     _fields_ = [("data", pointer), *((name, c_int64) for name in ("n", "h", "w", "c", "pitch"))]
 
 
 class NormArgument(Structure):
-    """`densenet_fast::cuda::NormArgument`."""
+    """`densenet_fast::NormArgument`."""
 
     _fields_ = [(name, pointer) for name in ("scale", "shift", "mean", "rstd")]
 
@@ -35,7 +36,7 @@ class Pair(Structure):
 
 
 class WeightArgument(Structure):
-    """`densenet_fast::cuda::WeightArgument`."""
+    """`densenet_fast::WeightArgument`."""
 
     _fields_ = [
         ("data", pointer),
@@ -44,8 +45,20 @@ class WeightArgument(Structure):
     ]
 
 
+class RunningUpdate(Structure):
+    """`densenet_fast::RunningUpdate`."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        *((name, pointer) for name in ("mean", "var", "total")),
+        ("count", c_int64),
+        ("momentum", c_double),
+        *((name, pointer) for name in ("running_mean", "running_var")),
+    ]
+
+
 class WeightGradient(Structure):
-    """`densenet_fast::cuda::WeightGradient`."""
+    """`densenet_fast::WeightGradient`."""
 
     _fields_ = [("data", pointer), ("is_float32", c_bool)]
 
@@ -121,34 +134,33 @@ class EmulatedOps:
         count = c_int64(mean.numel())
         self._call("norm_coefficients", mean, count, *before, c_double(eps), *after)
 
-    def update_running_statistics(
+    def update_running_statistics_(
         self,
-        mean: Tensor,
-        var: Tensor,
+        statistics: Tensor,
+        running: Sequence[Tensor],
+        counters: Sequence[Tensor],
+        places: Sequence[int],
+        momenta: Sequence[float],
         count: int,
-        momentum: float,
-        running_mean: Tensor,
-        running_var: Tensor,
     ) -> None:
-        self._call(
-            "update_running_statistics",
-            mean,
-            c_int64(mean.numel()),
-            pointer(mean.data_ptr()),
-            pointer(var.data_ptr()),
-            c_int64(count),
-            c_double(momentum),
-            pointer(running_mean.data_ptr()),
-            pointer(running_var.data_ptr()),
-        )
+        updates = (RunningUpdate * len(momenta))()
+        for index, momentum in enumerate(momenta):
+            mean, var, total, channels = places[4 * index : 4 * index + 4]
+            at = [None if p < 0 else statistics[p:].data_ptr() for p in (mean, var, total)]
+            buffers = [t.data_ptr() for t in running[2 * index : 2 * index + 2]]
+            updates[index] = RunningUpdate(channels, *at, count, momentum, *buffers)
+        ones = (pointer * len(counters))(*(counter.data_ptr() for counter in counters))
+        sizes = c_int64(len(updates)), c_int64(len(ones))
+        name = "update_running_statistics_"
+        self._call(name, statistics, updates, sizes[0], ones, sizes[1])
 
     def norm_grad_coefficients(
         self,
         scale: Tensor,
         mean: Tensor,
         rstd: Tensor,
-        grad_gamma: Tensor,
-        grad_beta: Tensor,
+        grad_gamma: Tensor | None,
+        grad_beta: Tensor | None,
         count: int,
         coefficients: Tensor,
     ) -> None:
@@ -162,6 +174,20 @@ class EmulatedOps:
             c_int64(count),
             pointer(coefficients.data_ptr()),
         )
+
+    def defer_correction(
+        self,
+        scale: Tensor,
+        rstd: Tensor,
+        grad_gamma: Tensor,
+        grad_beta: Tensor,
+        sum_grad: Tensor,
+        sum_grad_x: Tensor,
+    ) -> None:
+        norm = NormArgument(scale.data_ptr(), None, None, rstd.data_ptr())
+        sums = [pointer(t.data_ptr()) for t in (sum_grad, sum_grad_x)]
+        count = c_int64(scale.numel())
+        self._call("defer_correction", scale, count, norm, _pair(grad_gamma, grad_beta), *sums)
 
     def _forward(
         self,

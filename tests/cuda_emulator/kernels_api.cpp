@@ -71,17 +71,22 @@ const char* df_norm_coefficients(int dtype, int tf32, int64_t n, const void* mea
     cuda::norm_coefficients(c, n, mean, var, gamma, beta, eps, scale, shift, rstd);
   });
 }
-const char* df_update_running_statistics(int dtype, int tf32, int64_t n, const void* mean,
-                                         const void* var, int64_t count, double momentum, void* rm,
-                                         void* rv) {
+const char* df_update_running_statistics_(int dtype, int tf32, const cuda::RunningUpdate* updates,
+                                          int64_t norms, int64_t** counters, int64_t count) {
   return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::update_running_statistics(c, {{n, mean, var, nullptr, count, momentum, rm, rv}}, {});
+    cuda::update_running_statistics(c, {updates, updates + norms}, {counters, counters + count});
   });
 }
 const char* df_norm_grad_coefficients(int dtype, int tf32, int64_t n, N norm, G sums, int64_t count,
                                       void* out) {
   return guarded(dtype, tf32, [&](const auto& c) {
     cuda::norm_grad_coefficients(c, n, norm, sums, count, out);
+  });
+}
+const char* df_defer_correction(int dtype, int tf32, int64_t n, N norm, G sums, void* sum_grad,
+                                void* sum_grad_x) {
+  return guarded(dtype, tf32, [&](const auto& c) {
+    cuda::defer_correction(c, n, norm, sums, sum_grad, sum_grad_x);
   });
 }
 const char* df_conv1x1_forward(int dtype, int tf32, I x, N act, W w, I z, S s) {

@@ -30,9 +30,12 @@ from kernel_cases import (
     forward,
     maxpool_backward,
     maxpool_forward,
+    transition_backward,
+)
+from vector_cases import (
+    defer_correction,
     norm_coefficients,
     norm_grad_coefficients,
-    transition_backward,
     update_running_statistics,
 )
 
@@ -74,7 +77,8 @@ def others(pixels: Pixels, channels: int) -> Iterator[Calls]:
     yield norm_coefficients(channels)
     yield norm_coefficients(channels, affine=False)
     yield norm_grad_coefficients(channels)
-    yield update_running_statistics(channels)
+    yield defer_correction(channels)
+    yield update_running_statistics(channels, 1, channels)
 
 
 def run(emulator: Emulator) -> set[str]:

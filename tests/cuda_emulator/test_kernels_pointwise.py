@@ -20,6 +20,9 @@ from kernel_cases import (
     finish_gradient,
     maxpool_backward,
     maxpool_forward,
+)
+from vector_cases import (
+    defer_correction,
     norm_coefficients,
     norm_grad_coefficients,
     update_running_statistics,
@@ -66,10 +69,26 @@ def test_vectors(emulator: Emulator, kind: Kind, channels: int) -> None:
     for make in (
         norm_coefficients(channels),
         norm_coefficients(channels, affine=False),
-        update_running_statistics(channels),
         norm_grad_coefficients(channels),
+        norm_grad_coefficients(channels, frozen=True),
+        defer_correction(channels),
+        update_running_statistics(channels),
     ):
         check(emulator.ops, kind, make)
+
+
+@kinds
+def test_running_statistics_of_many_norms(emulator: Emulator, kind: Kind) -> None:
+    """Of several channels, more than one launch's, with buffers that norms share, or none."""
+    for order in ("forward", "reverse", "random"):
+        emulator.schedule(order, 1)
+        for make in (
+            update_running_statistics(3, 300, 31, counters=0),
+            update_running_statistics(*(1 + 9 * i for i in range(40)), counters=70),
+            update_running_statistics(5, 5, 5, 5, shared=True),
+            update_running_statistics(counters=3),
+        ):
+            check(emulator.ops, kind, make)
 
 
 @kinds
