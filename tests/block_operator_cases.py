@@ -206,28 +206,32 @@ def outcome(
     return dict(tensors(given))
 
 
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], eps: float) -> None:
     for name, value in expected.items():
+        bound = eps * max(value.nan_to_num().abs().flatten().tolist(), default=0.0)
         torch.testing.assert_close(
-            actual[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name],
+            value,
+            rtol=0,
+            atol=bound,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
-def check(case: BlockCase, direction: str) -> None:
+def check(case: BlockCase, direction: str, *, same_bits: bool = True) -> None:
     """The compiled loop gives the bits of Python's over the same operators, in any ranges.
 
-    And in float64 agrees with the definition.
+    And in float64 agrees with the definition. GPUs round a multiplication and an addition once.
     """
     expected = outcome(case, direction, python_loop(direction))
-    runs = [at_once, by_halves] + [exchanging] * (direction == "backward")
-    for run in runs:
-        assert_same_bits(outcome(case, direction, compiled(direction), run), expected)
+    found = outcome(case, direction, compiled(direction))
+    assert_close(found, expected, 0.0 if same_bits else 16 * torch.finfo(case.dtype).eps)
+    for run in [by_halves] + [exchanging] * (direction == "backward"):
+        assert_close(outcome(case, direction, compiled(direction), run), found, 0.0)
     exact = replace(case, dtype=torch.float64, wide=False)
     defined = outcome(exact, direction, python_loop(direction, reference))
-    for name, value in outcome(exact, direction, compiled(direction)).items():
-        torch.testing.assert_close(
-            value, defined[name], rtol=1e-9, atol=1e-9, equal_nan=True, msg=lambda m, n=name: m + n
-        )
+    assert_close(outcome(exact, direction, compiled(direction)), defined, 1e-10)
 
 
 CASES: dict[str, BlockCase] = {

@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads)
                  A* sum_grad_x) {
   const int64_t c = flat_index();
   if (c >= channels) return;
-  sum_grad[c] += norm.scale[c] * beta[c];
-  sum_grad_x[c] += norm.scale[c] * norm.rstd[c] * gamma[c];
+  sum_grad[c] = multiply_add(norm.scale[c], beta[c], sum_grad[c]);
+  sum_grad_x[c] = multiply_add(norm.scale[c] * norm.rstd[c], gamma[c], sum_grad_x[c]);
 }
 
 template <class E>
