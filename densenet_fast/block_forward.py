@@ -165,8 +165,9 @@ def block_arguments(
 
 
 def coefficient_scratch(geometry: Geometry, statistics: Statistics) -> Tensor:
-    """Room for a layer's coefficients: `vectors_needed` of csrc/block.h."""
-    return statistics.vector.new_empty(3 * geometry.channels + 6 * max(geometry.widths, default=0))
+    """Room for coefficients: three of each norm's channels, and three of a norm2's for its backward."""
+    channels = sum(geometry.starts[:-1]) + sum(geometry.widths) + max(geometry.widths, default=0)
+    return statistics.vector.new_empty(3 * channels)
 
 
 def matrix(weight: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ class BlockCase:
         }
 
     def _vectors(self, make: Case) -> Tensor:
-        return make.vector(3 * self.starts[-1] + 6 * max(self.widths))
+        channels = sum(self.starts[:-1]) + sum(self.widths) + max(self.widths)
+        return make.vector(3 * channels)
 
     def forward(self) -> dict[str, Any]:
         """Arguments of `dense_block_forward_`; statistics of the input alone are there."""

@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda given: {"statistics": given["statistics"].double()},
         "statistics has another dtype",
     ),
-    "no room": (lambda given: {"vectors": given["vectors"][:-40]}, "no room"),
+    "no room": (lambda given: {"vectors": given["vectors"][:-1]}, "no room"),
     "features' type": (lambda given: {"features": given["features"].int()}, "float32 and float64"),
     "no features": (lambda given: {"features": given["features"][:0]}, "at least one element"),
     "a norm's size": (_list("parameters", 6, lambda t: t[1:]), "norm1.weight must be contiguous"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -35,17 +36,23 @@ class Definitions:
             s.copy_(-scale * grad_beta / count - q * mean)
 
     @staticmethod
-    def defer_correction(
-        scale: Tensor,
-        rstd: Tensor,
-        grad_gamma: Tensor,
-        grad_beta: Tensor,
-        sum_grad: Tensor,
-        sum_grad_x: Tensor,
-    ) -> None:
-        """What a norm leaves to the correction of its input's gradient."""
-        sum_grad += scale * grad_beta
-        sum_grad_x += scale * rstd * grad_gamma
+    def statistics_and_norm(features: Tensor, mean: Tensor, var: Tensor, *others: Any) -> None:
+        """Statistics of a norm's last channels, then the norm."""
+        new = features.shape[3]
+        reference.channel_statistics(features, mean[-new:], var[-new:])
+        reference.norm_coefficients(mean, var, *others)
+
+    @staticmethod
+    def sums_and_backward(*given: Any) -> None:
+        """A norm's sums, its backward as a map, and what it leaves to the correction."""
+        *before, count, coefficients, sum_grad, sum_grad_x = given
+        reference.norm_relu_avgpool_backward(*before)
+        scale, _, mean, rstd, _, *sums = before[2:]
+        Definitions.norm_grad_coefficients(
+            scale, mean, rstd, *(sums if count else (None, None)), count, coefficients
+        )
+        sum_grad += scale * sums[1]
+        sum_grad_x += scale * rstd * sums[0]
 
 
 DEFINITIONS = Definitions()

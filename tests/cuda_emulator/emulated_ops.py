@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64
+from ctypes import Structure, addressof, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64
 from ctypes import c_void_p as pointer
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,31 @@ class NormArgument(Structure):
 
 
 class Pair(Structure):
-    """`StatisticsResult` (mean, var) or `NormGradientResult` (gamma, beta)."""
+    """`StatisticsResult` (mean, var) or `NormGradientResult` (gamma, beta), and what follows."""
 
-    _fields_ = [("first", pointer), ("second", pointer)]
+    _fields_ = [("first", pointer), ("second", pointer), ("next", pointer)]
+
+
+class NormCoefficients(Structure):
+    """`densenet_fast::NormCoefficients`."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        *((name, pointer) for name in ("mean", "var", "weight", "bias")),
+        ("eps", c_double),
+        *((name, pointer) for name in ("scale", "shift", "rstd")),
+    ]
+
+
+class NormBackward(Structure):
+    """`densenet_fast::NormBackward`."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        ("norm", NormArgument),
+        ("count", c_int64),
+        *((name, pointer) for name in ("map", "sum_grad", "sum_grad_x")),
+    ]
 
 
 class WeightArgument(Structure):
@@ -42,6 +65,7 @@ class WeightArgument(Structure):
         ("data", pointer),
         ("is_float32", c_bool),
         *((n, c_int64) for n in ("out", "in_", "stride_out", "stride_in", "stride_h", "stride_w")),
+        ("packed", pointer * 2),
     ]
 
 
@@ -89,6 +113,13 @@ def _pair(first: Tensor | None, second: Tensor | None) -> Pair:
     return Pair(_address(first), _address(second))
 
 
+def _coefficients(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *made: Tensor
+) -> NormCoefficients:
+    given = [_address(t) for t in (mean, var, weight, bias)]
+    return NormCoefficients(mean.numel(), *given, eps, *(t.data_ptr() for t in made))
+
+
 def _weight(tensor: Tensor) -> WeightArgument:
     strides = [*tensor.stride(), 0, 0][:4]
     is_float32 = tensor.dtype == torch.float32
@@ -129,10 +160,16 @@ class EmulatedOps:
         shift: Tensor,
         rstd: Tensor,
     ) -> None:
-        before = [pointer(_address(t)) for t in (mean, var, weight, bias)]
-        after = [pointer(_address(t)) for t in (scale, shift, rstd)]
-        count = c_int64(mean.numel())
-        self._call("norm_coefficients", mean, count, *before, c_double(eps), *after)
+        norm = _coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
+        self._call("norm_coefficients", mean, norm, c_int64(1))
+
+    def statistics_and_norm(
+        self, features: Tensor, mean: Tensor, var: Tensor, *others: Any
+    ) -> None:
+        norm = _coefficients(mean, var, *others)
+        found = _pair(*(t[-features.shape[3] :] for t in (mean, var)))
+        found.next = addressof(norm)
+        self._call("channel_statistics", features, _image(features), found)
 
     def update_running_statistics_(
         self,
@@ -165,29 +202,9 @@ class EmulatedOps:
         coefficients: Tensor,
     ) -> None:
         norm = NormArgument(scale.data_ptr(), None, mean.data_ptr(), rstd.data_ptr())
-        self._call(
-            "norm_grad_coefficients",
-            scale,
-            c_int64(scale.numel()),
-            norm,
-            _pair(grad_gamma, grad_beta),
-            c_int64(count),
-            pointer(coefficients.data_ptr()),
-        )
-
-    def defer_correction(
-        self,
-        scale: Tensor,
-        rstd: Tensor,
-        grad_gamma: Tensor,
-        grad_beta: Tensor,
-        sum_grad: Tensor,
-        sum_grad_x: Tensor,
-    ) -> None:
-        norm = NormArgument(scale.data_ptr(), None, None, rstd.data_ptr())
-        sums = [pointer(t.data_ptr()) for t in (sum_grad, sum_grad_x)]
-        count = c_int64(scale.numel())
-        self._call("defer_correction", scale, count, norm, _pair(grad_gamma, grad_beta), *sums)
+        values = 0 if grad_gamma is None else count
+        next = NormBackward(scale.numel(), norm, values, coefficients.data_ptr())
+        self._call("norm_grad_coefficients", scale, next, _pair(grad_gamma, grad_beta))
 
     def _forward(
         self,
@@ -320,6 +337,33 @@ class EmulatedOps:
             _norm(scale, shift, mean, rstd),
             _image(grad_features),
             _pair(grad_gamma, grad_beta),
+        )
+
+    def sums_and_backward(
+        self,
+        grad_out: Tensor,
+        features: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_features: Tensor,
+        grad_gamma: Tensor,
+        grad_beta: Tensor,
+        count: int,
+        *results: Tensor,
+    ) -> None:
+        norm, sums = _norm(scale, shift, mean, rstd), _pair(grad_gamma, grad_beta)
+        next = NormBackward(len(scale), norm, count, *(t.data_ptr() for t in results))
+        sums.next = addressof(next)
+        self._call(
+            "norm_relu_avgpool_backward",
+            features,
+            pointer(grad_out.data_ptr()),
+            _image(features),
+            norm,
+            _image(grad_features),
+            sums,
         )
 
     def norm_relu_maxpool_forward(

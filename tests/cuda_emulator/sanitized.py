@@ -33,9 +33,10 @@ from kernel_cases import (
     transition_backward,
 )
 from vector_cases import (
-    defer_correction,
     norm_coefficients,
     norm_grad_coefficients,
+    statistics_and_norm,
+    sums_and_backward,
     update_running_statistics,
 )
 
@@ -77,7 +78,8 @@ def others(pixels: Pixels, channels: int) -> Iterator[Calls]:
     yield norm_coefficients(channels)
     yield norm_coefficients(channels, affine=False)
     yield norm_grad_coefficients(channels)
-    yield defer_correction(channels)
+    yield statistics_and_norm(pixels, 3, channels)
+    yield sums_and_backward(pixels, channels)
     yield update_running_statistics(channels, 1, channels)
 
 

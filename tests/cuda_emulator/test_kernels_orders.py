@@ -26,9 +26,10 @@ from kernel_cases import (
 )
 from torch import Tensor
 from vector_cases import (
-    defer_correction,
     norm_coefficients,
     norm_grad_coefficients,
+    statistics_and_norm,
+    sums_and_backward,
     update_running_statistics,
 )
 
@@ -57,7 +58,8 @@ OTHERS: dict[str, Calls] = {
 # Steps of the block operators that are no operators themselves.
 STEPS: dict[str, Calls] = {
     "norm_grad_coefficients": norm_grad_coefficients(300),
-    "defer_correction": defer_correction(300),
+    "statistics_and_norm": statistics_and_norm((2, 17, 16), 70, 40),
+    "sums_and_backward": sums_and_backward((3, 9, 5), 90),
 }
 CASES = [(name, kind) for name in PRODUCTS for kind in KINDS]
 CASES += [(name, kind) for name in (*OTHERS, *STEPS) for kind in STORED]
@@ -117,9 +119,10 @@ def test_launches_of_every_operator(emulator: Emulator) -> None:
         transition_backward(pixels, channels, width): 6,  # rows that pooling cuts off
         norm_coefficients(channels): 1,
         norm_grad_coefficients(channels): 1,
-        defer_correction(channels): 1,
+        statistics_and_norm(pixels, channels, growth): 2,
+        sums_and_backward(pixels, channels): 2,
         update_running_statistics(channels, width, channels): 2,  # norms; counters
-        update_running_statistics(*[channels] * 33, counters=32): 4,
+        update_running_statistics(*[channels] * 49, counters=48): 4,
         finish_gradient(pixels, growth): 1,
         channel_statistics(pixels, channels): 2,
         avgpool_forward(pixels, channels): 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from devices import device
-from kernel_cases import Call, Calls, Maker
+from kernel_cases import Call, Calls, Maker, Pixels, avgpool_backward
 
 
 def norm_coefficients(channels: int, *, affine: bool = True) -> Calls:
@@ -64,10 +64,38 @@ def norm_grad_coefficients(channels: int, *, frozen: bool = False) -> Calls:
     return make
 
 
-def defer_correction(channels: int) -> Calls:
+def statistics_and_norm(pixels: Pixels, before: int, channels: int) -> Calls:
+    """Of the last `channels` of a norm, that has as many `before` them."""
+
     def make(maker: Maker) -> Call:
-        names = ("scale", "rstd", "grad_gamma", "grad_beta", "sum_grad", "sum_grad_x")
-        arguments = maker.vectors(channels, *names)
-        return Call("defer_correction", maker, arguments, {"sum_grad": 4, "sum_grad_x": 4})
+        total = before + channels
+        given = maker.results(total, "mean", "var")
+        for vector in given.values():
+            vector[:before] = maker.vector(before).abs()
+        made = maker.results(total, "scale", "shift", "rstd")
+        arguments = {
+            "features": maker.rows(pixels, channels),
+            **given,
+            **maker.vectors(total, "weight", "bias"),
+            "eps": 1e-3,
+            **made,
+        }
+        rows = pixels[0] * pixels[1] * pixels[2]
+        return Call("statistics_and_norm", maker, arguments, dict.fromkeys((*given, *made), rows))
+
+    return make
+
+
+def sums_and_backward(pixels: Pixels, channels: int, *, frozen: bool = False) -> Calls:
+    def make(maker: Maker) -> Call:
+        call = avgpool_backward(pixels, channels)(maker)
+        rows = pixels[0] * pixels[1] * pixels[2]
+        call.arguments |= {
+            "count": 0 if frozen else rows,
+            "coefficients": maker.gradient(3, channels, dtype=maker.statistics),
+            **maker.vectors(channels, "sum_grad", "sum_grad_x"),
+        }
+        lengths = dict.fromkeys(("coefficients", "sum_grad", "sum_grad_x"), rows)
+        return Call("sums_and_backward", maker, call.arguments, {**call.lengths, **lengths})
 
     return make
