@@ -36,9 +36,10 @@ struct Block {
   Dtype dtype;
   std::vector<BlockLayer> layers;
   ImageArgument features;
-  void* mean = nullptr;     // of the features
-  void* vectors = nullptr;  // room for coefficients: see `Coefficients`
-  bool recompute = false;   // nothing is reduced: the statistics are there
+  void* mean = nullptr;                        // of the features
+  std::vector<NormCoefficients> coefficients;  // of the norm of each half-layer
+  void* gradient_map = nullptr;                // room for a norm2's, [3, B]
+  bool recompute = false;                      // nothing is reduced: the statistics are there
   // Of the backward.
   ImageArgument grad_features;
   void* grad_growth = nullptr;  // scratch for images
@@ -49,6 +50,9 @@ struct Block {
   int64_t held = 0;            // last layers whose bottleneck is there
   int64_t lowest = 0;          // layer below which no gradient is wanted; -1: the input's is
 
+  const BlockNorm& norm(int64_t half) const {
+    return half % 2 ? layers[half / 2].norm2 : layers[half / 2].norm1;
+  }
   int64_t rows() const { return features.n * features.h * features.w; }
   int64_t widest() const {
     int64_t width = 0;
@@ -69,74 +73,50 @@ struct Block {
   }
 };
 
-// Elements of `Block::vectors`.
-inline int64_t vectors_needed(int64_t channels, int64_t widest) {
-  return 3 * channels + 6 * widest;
+// Statistics of a layer's bottleneck or growth (`half` even or odd) with what is made behind them:
+// the next half-layer's norm, if that belongs to the same call.
+inline StatisticsResult behind(const Block& block, StatisticsResult found, int64_t half,
+                               int64_t last) {
+  if (found.mean && half + 1 < last && !block.norm(half + 1).frozen)
+    found.next = &block.coefficients[half + 1];
+  return found;
 }
-
-// The norms of the layer at work as the kernels read them, each made once.
-template <class Device>
-class Coefficients {
- public:
-  Coefficients(const typename Device::Context& context, const Block& block)
-      : context_(context), block_(block) {}
-
-  NormArgument norm1(const BlockLayer& layer) {
-    return get(norm1_, layer, layer.norm1, block_.vectors, layer.start);
-  }
-  NormArgument norm2(const BlockLayer& layer) {
-    return get(norm2_, layer, layer.norm2, at_norm2(), layer.conv1.out);
-  }
-  // Room for norm2's gradient as an affine map, [3, B].
-  void* gradient() const { return block_.vector(at_norm2(), 3 * block_.widest()); }
-
- private:
-  struct Made {
-    const BlockLayer* layer = nullptr;
-    NormArgument norm;
-  };
-
-  void* at_norm2() const { return block_.vector(block_.vectors, 3 * block_.features.c); }
-
-  NormArgument get(Made& made, const BlockLayer& layer, const BlockNorm& norm, void* room,
-                   int64_t channels) {
-    if (made.layer != &layer) {
-      void* shift = block_.vector(room, channels);
-      void* rstd = block_.vector(room, 2 * channels);
-      Device::norm_coefficients(context_, channels, norm.mean, norm.var, norm.weight, norm.bias,
-                                norm.eps, room, shift, rstd);
-      made = {&layer, {room, shift, norm.mean, rstd}};
-    }
-    return made.norm;
-  }
-
-  const typename Device::Context& context_;
-  const Block& block_;
-  Made norm1_, norm2_;
-};
 
 // Half-layers [first, last), upwards.
 template <class Device>
-void block_forward(const typename Device::Context& context, const Block& block, int64_t first,
+void block_forward(const typename Device::Context& context, Block& block, int64_t first,
                    int64_t last) {
-  Coefficients<Device> coefficients(context, block);
+  std::vector<NormCoefficients> known;  // norms whose statistics are there
+  std::vector<PackRequest> weights;
   for (int64_t half = first; half < last; ++half) {
+    BlockLayer& layer = block.layers[half / 2];
+    if (half == first || block.recompute || block.norm(half).frozen)
+      known.push_back(block.coefficients[half]);
+    weights.push_back(half % 2 ? PackRequest{&layer.conv2, 3, false}
+                               : PackRequest{&layer.conv1, 1, false});
+  }
+  Device::norm_coefficients(context, known);
+  Device::pack_weights(context, weights);
+  for (int64_t half = first; half < last; ++half) {
+    const typename Device::Scope scope(context);
     const BlockLayer& layer = block.layers[half / 2];
+    const NormArgument norm = block.coefficients[half].norm();
     if (half % 2 == 0) {
       const bool reduce = !block.recompute && !layer.norm2.frozen;
-      Device::conv1x1_forward(
-          context, block.slice(block.features, 0, layer.start), coefficients.norm1(layer),
-          layer.conv1, layer.bottleneck,
-          reduce ? StatisticsResult{layer.norm2.mean, layer.norm2.var} : StatisticsResult{});
+      const StatisticsResult found{layer.norm2.mean, layer.norm2.var};
+      Device::conv1x1_forward(context, block.slice(block.features, 0, layer.start), norm,
+                              layer.conv1, layer.bottleneck,
+                              behind(block, reduce ? found : StatisticsResult{}, half, last));
       continue;
     }
     const ImageArgument growth = block.slice(block.features, layer.start, layer.conv2.out);
-    const StatisticsResult wanted = block.recompute ? StatisticsResult{} : layer.growth;
-    Device::conv3x3_forward(context, layer.bottleneck, coefficients.norm2(layer), layer.conv2,
-                            growth, layer.dropout > 0 ? StatisticsResult{} : wanted);
+    const StatisticsResult found =
+        behind(block, block.recompute ? StatisticsResult{} : layer.growth, half, last);
+    Device::conv3x3_forward(context, layer.bottleneck, norm, layer.conv2, growth,
+                            layer.dropout > 0 ? StatisticsResult{} : found);
     if (layer.dropout > 0) {
       Device::dropout(context, growth, layer.seed, layer.dropout);
-      if (wanted.mean) Device::channel_statistics(context, growth, wanted);
+      if (found.mean) Device::channel_statistics(context, growth, found);
     }
   }
 }
@@ -162,44 +142,67 @@ ImageArgument growth_gradient(const typename Device::Context& context, const Blo
 
 // Half-layers [first, last), downwards. Below `Block::lowest` there is nothing to do.
 template <class Device>
-void block_backward(const typename Device::Context& context, const Block& block, int64_t first,
+void block_backward(const typename Device::Context& context, Block& block, int64_t first,
                     int64_t last) {
-  Coefficients<Device> coefficients(context, block);
-  const int64_t count = static_cast<int64_t>(block.layers.size());
-  for (int64_t half = last; half-- > std::max(first, 2 * block.lowest);) {
-    const int64_t index = half / 2;
+  first = std::max(first, 2 * block.lowest);
+  const int64_t made = static_cast<int64_t>(block.layers.size()) - block.held;
+  std::vector<NormCoefficients> known;
+  std::vector<PackRequest> weights;
+  for (int64_t index = first / 2; 2 * index < last; ++index) {
+    BlockLayer& layer = block.layers[index];
+    const auto at = block.coefficients.begin() + 2 * index;
+    known.insert(known.end(), at, at + 2);
+    if (first <= 2 * index + 1 && 2 * index + 1 < last) {
+      if (index < made) weights.push_back({&layer.conv1, 1, false});
+      if (layer.grad_norm2.beta) weights.push_back({&layer.conv2, 3, true});
+    }
+    if (first <= 2 * index && layer.grad_norm1.beta) weights.push_back({&layer.conv1, 1, true});
+  }
+  Device::norm_coefficients(context, known);
+  Device::pack_weights(context, weights);
+  for (int64_t index = (last + 1) / 2; index-- > first / 2;) {
+    const typename Device::Scope scope(context);
     const BlockLayer& layer = block.layers[index];
+    const bool upper = first <= 2 * index + 1 && 2 * index + 1 < last, lower = first <= 2 * index;
     const bool features_needed = block.lowest < index;
     const bool conv1_needed = features_needed || layer.grad_norm1.beta || layer.grad_conv1.data;
     const ImageArgument prefix = block.slice(block.features, 0, layer.start);
     const ImageArgument grad_norm = block.image(block.grad_norm, layer.conv1.out);
-    if (half % 2 == 1) {
-      if (index < count - block.held) {
-        Device::conv1x1_forward(context, prefix, coefficients.norm1(layer), layer.conv1,
-                                layer.bottleneck, StatisticsResult{});
+    const NormArgument norm1 = block.coefficients[2 * index].norm();
+    const NormArgument norm2 = block.coefficients[2 * index + 1].norm();
+    // Where ranks exchange norm2's sums, they do so between the half-layers.
+    const bool at_once = upper && !block.norm2_sums;
+    NormBackward backward2{layer.conv1.out, norm2, layer.norm2.frozen ? 0 : block.rows()};
+    backward2.map = block.gradient_map;
+    if (upper) {
+      if (index < made) {
+        Device::conv1x1_forward(context, prefix, norm1, layer.conv1, layer.bottleneck,
+                                StatisticsResult{});
       }
+      NormGradientResult sums = layer.grad_norm2;
+      if (conv1_needed && at_once) sums.next = &backward2;
       Device::conv3x3_backward(context, growth_gradient<Device>(context, block, layer),
-                               layer.bottleneck, coefficients.norm2(layer), layer.conv2,
-                               conv1_needed ? grad_norm : ImageArgument{}, layer.grad_norm2,
-                               layer.grad_conv2);
-      continue;
+                               layer.bottleneck, norm2, layer.conv2,
+                               conv1_needed ? grad_norm : ImageArgument{}, sums, layer.grad_conv2);
     }
-    if (!conv1_needed) continue;
-    NormGradientResult sums = layer.grad_norm2;
-    if (block.norm2_sums)
-      sums = {block.norm2_sums, block.vector(block.norm2_sums, layer.conv1.out)};
-    if (layer.norm2.frozen) sums = {};
-    const NormArgument norm1 = coefficients.norm1(layer);
-    Device::norm_grad_coefficients(context, layer.conv1.out, coefficients.norm2(layer), sums,
-                                   block.rows(), coefficients.gradient());
-    Device::conv1x1_backward(
-        context, grad_norm, layer.bottleneck, coefficients.gradient(), prefix, norm1, layer.conv1,
-        features_needed ? block.slice(block.grad_features, 0, layer.start) : ImageArgument{},
-        layer.grad_norm1, layer.grad_conv1);
-    if (features_needed && !layer.norm1.frozen) {
-      Device::defer_correction(context, layer.start, norm1, layer.grad_norm1, block.sum_grad,
-                               block.sum_grad_x);
+    if (lower && conv1_needed) {
+      if (!at_once) {
+        NormGradientResult sums = layer.grad_norm2;
+        if (block.norm2_sums)
+          sums = {block.norm2_sums, block.vector(block.norm2_sums, layer.conv1.out)};
+        Device::norm_grad_coefficients(context, backward2, sums);
+      }
+      NormBackward backward1{layer.start, norm1};
+      backward1.sum_grad = block.sum_grad;
+      backward1.sum_grad_x = block.sum_grad_x;
+      NormGradientResult sums = layer.grad_norm1;
+      if (features_needed && !layer.norm1.frozen) sums.next = &backward1;
+      Device::conv1x1_backward(
+          context, grad_norm, layer.bottleneck, block.gradient_map, prefix, norm1, layer.conv1,
+          features_needed ? block.slice(block.grad_features, 0, layer.start) : ImageArgument{},
+          sums, layer.grad_conv1);
     }
+    Device::add_weight_gradients(context);
   }
 }
 

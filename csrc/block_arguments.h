@@ -70,9 +70,22 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
     start += layer.conv2.out;
     of_bottleneck = block.vector(of_bottleneck, 2 * width);
   }
-  STD_TORCH_CHECK(vectors.numel() >= vectors_needed(features.c, block.widest()),
-                  "there is no room for the norms' coefficients");
-  block.vectors = call.mutable_vector(vectors, vectors.numel(), "vectors");
+  // Scale, shift and rstd of every norm, then a norm2's backward.
+  void* room = call.mutable_vector(vectors, vectors.numel(), "vectors");
+  int64_t used = 0;
+  const auto take = [&](int64_t elements) {
+    used += elements;
+    return block.vector(room, used - elements);
+  };
+  for (size_t half = 0; half < 2 * count; ++half) {
+    const BlockNorm& norm = block.norm(half);
+    const BlockLayer& layer = block.layers[half / 2];
+    const int64_t channels = half % 2 ? layer.conv1.out : layer.start;
+    block.coefficients.push_back({channels, norm.mean, norm.var, norm.weight, norm.bias, norm.eps,
+                                  take(channels), take(channels), take(channels)});
+  }
+  block.gradient_map = take(3 * block.widest());
+  STD_TORCH_CHECK(vectors.numel() >= used, "there is no room for the norms' coefficients");
   return block;
 }
 
@@ -83,6 +96,11 @@ void describe_gradients(const Call<Device>& call, Block& block, const Tensor& gr
                         const std::vector<Tensor>& gradients) {
   STD_TORCH_CHECK(gradients.size() == parameters.size(),
                   "every parameter has a slot for its gradient");
+  const int64_t count = static_cast<int64_t>(block.layers.size());
+  STD_TORCH_CHECK(0 <= block.held && block.held <= count && -1 <= block.lowest &&
+                      block.lowest <= count,
+                  "bottlenecks held: ", block.held, ", lowest layer: ", block.lowest, ", of ",
+                  count, " layers");
   block.grad_features = call.mutable_image(grad_features, "grad_features");
   check_same_shape(block.grad_features, block.features, "grad_features");
   const int64_t channels = block.features.c, rows = block.rows();

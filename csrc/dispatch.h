@@ -21,11 +21,13 @@ struct Operators {
                                 const Tensor& shift, const Tensor& rstd) {
     const Call<Device> call(mean);
     const int64_t channels = mean.numel();
-    Device::norm_coefficients(
-        call.context(), channels, call.vector(mean, channels, "mean"),
-        call.vector(var, channels, "var"), call.vector(gamma, channels, "weight"),
-        call.vector(beta, channels, "bias"), eps, call.mutable_vector(scale, channels, "scale"),
-        call.mutable_vector(shift, channels, "shift"), call.mutable_vector(rstd, channels, "rstd"));
+    const std::vector<NormCoefficients> norms{
+        {channels, call.vector(mean, channels, "mean"), call.vector(var, channels, "var"),
+         call.vector(gamma, channels, "weight"), call.vector(beta, channels, "bias"), eps,
+         call.mutable_vector(scale, channels, "scale"),
+         call.mutable_vector(shift, channels, "shift"),
+         call.mutable_vector(rstd, channels, "rstd")}};
+    Device::norm_coefficients(call.context(), norms);
   }
 
   static void conv1x1_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
@@ -131,7 +133,7 @@ struct Operators {
     const auto x = call.image(features, "features");
     const auto to = call.mutable_image(out, "out");
     auto weight = call.weight(w, 1, x.c);
-    if (packed) weight.packed = Device::packed_weight(call, *packed, weight);
+    if (packed) weight.packed[0] = Device::packed_weight(call, *packed, weight);
     check_pooled(x, to);
     check_channels(to, weight.out, "out");
     Device::transition_forward(call.context(), x, call.activation(scale, shift, x.c), weight, to,
@@ -221,7 +223,9 @@ struct Operators {
                         vectors, parameters, frozen, numbers, seeds, reduced);
     block.recompute = recompute;
     check_halves(block, first, last);
-    block_forward<Device>(call.context(), block, first, last);
+    Device::in_one_piece(call.context(), [&](const auto& context) {
+      block_forward<Device>(context, block, first, last);
+    });
   }
 
   static void dense_block_backward(
@@ -239,7 +243,9 @@ struct Operators {
     describe_gradients(call, block, grad_features, sums, grad_growth, grad_norm, parameters,
                        gradients);
     check_halves(block, first, last);
-    block_backward<Device>(call.context(), block, first, last);
+    Device::in_one_piece(call.context(), [&](const auto& context) {
+      block_backward<Device>(context, block, first, last);
+    });
   }
 
   // Checks everything before it writes anything.

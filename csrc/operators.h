@@ -31,14 +31,41 @@ struct NormArgument {
   const void* rstd = nullptr;
 };
 
+// A norm to be made of mean and variance.
+struct NormCoefficients {
+  int64_t channels = 0;
+  const void* mean = nullptr;
+  const void* var = nullptr;
+  const void* weight = nullptr;  // null: ones
+  const void* bias = nullptr;    // null: zeros
+  double eps = 0;
+  void* scale = nullptr;
+  void* shift = nullptr;
+  void* rstd = nullptr;
+
+  NormArgument norm() const { return {scale, shift, mean, rstd}; }
+};
+
 struct StatisticsResult {
   void* mean = nullptr;  // null: not wanted
   void* var = nullptr;
+  const NormCoefficients* next = nullptr;  // made then; these are its last channels' statistics
+};
+
+// What follows from a norm's sums.
+struct NormBackward {
+  int64_t channels = 0;
+  NormArgument norm;
+  int64_t count = 0;    // values of a channel; 0: a frozen norm's
+  void* map = nullptr;  // [3, channels]: its backward p * grad + q * x + s; null: not wanted
+  void* sum_grad = nullptr;  // what it adds to the deferred sums; null: nothing
+  void* sum_grad_x = nullptr;
 };
 
 struct NormGradientResult {
   void* gamma = nullptr;  // null: no data gradient is wanted
   void* beta = nullptr;
+  const NormBackward* next = nullptr;  // done then
 };
 
 // Strides in elements. The type is the images' or float32.
@@ -47,7 +74,14 @@ struct WeightArgument {
   bool is_float32 = false;
   int64_t out = 0, in = 0;
   int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
-  const void* packed = nullptr;  // made by the backend for this convolution; null: not given
+  // As a device's `pack_weights` has left it, for the forward and for the gradient of the data.
+  const void* packed[2] = {nullptr, nullptr};
+};
+
+struct PackRequest {
+  WeightArgument* weight;
+  int kernel;  // 1 or 3
+  bool gradient;
 };
 
 // A weight gradient, contiguous, of the weight's type; null: not wanted.

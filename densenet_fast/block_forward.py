@@ -160,9 +160,10 @@ class Block:
         return BlockArguments(parameters, frozen, numbers, self.seeds, self.geometry.reduced)
 
     def scratch(self, vector: Tensor) -> Tensor:
-        """Room for a layer's coefficients: `vectors_needed` of csrc/block.h."""
+        """Room for coefficients: three of each norm's channels, three of a norm2's backward."""
         geometry = self.geometry
-        return vector.new_empty(3 * geometry.channels + 6 * max(geometry.widths, default=0))
+        widths = sum(geometry.widths) + max(geometry.widths, default=0)
+        return vector.new_empty(3 * (sum(geometry.starts[:-1]) + widths))
 
     def rooms(self, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
         """Room for each layer's bottleneck [N, H, W, B]: `kept`, the last ones, and a scratch."""

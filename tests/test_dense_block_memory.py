@@ -9,7 +9,7 @@ from torch import Tensor
 
 from densenet_fast import block_backward, block_forward
 from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
-from densenet_fast.layout import Scratch
+from densenet_fast.layout import Scratch, empty_rows
 from densenet_fast.specs import Checkpoint
 
 SHAPE = (2, 8, 16, 16)
@@ -125,7 +125,12 @@ def test_one_gradient_buffer_and_one_scratch_of_each_kind(
     depth = 5
     block = block_of(depth, tail)
     output = dense_block(block.input, block.layers, tail=block.tail, checkpoint=checkpoint)
-    monkeypatch.setattr(block_backward, "Scratch", Counting)
+
+    def rows(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+        taken.append(shape[3])
+        return empty_rows(shape, like)
+
+    monkeypatch.setattr(block_backward, "empty_rows", rows)
     monkeypatch.setattr(block_forward, "Scratch", Counting)
     monkeypatch.setattr(block_backward, "empty_channels_last", empty)
     output.sum().backward()

@@ -8,7 +8,7 @@ import ops_arguments
 import pytest
 import torch
 from op_cases import CPU_TYPES
-from ops_arguments import ARGUMENTS, arguments
+from ops_arguments import ARGUMENTS, arguments, tensors
 from test_ops_conv import check_conv1x1_backward, check_conv3x3_backward, check_forward
 from test_ops_pool import check_average, check_maxpool, check_transition
 from torch import Tensor
@@ -25,8 +25,7 @@ PIXELS = ((1, 1, 1), (1, 3, 70), (2, 9, 17))
 POINTWISE = (
     "channel_statistics",
     "norm_coefficients",
-    "update_running_statistics",
-    "norm_grad_coefficients",
+    "update_running_statistics_",
     "dropout_",
     "finish_gradient",
 )
@@ -77,8 +76,8 @@ def test_pooling(
 def run(op: str, dtype: torch.dtype) -> list[Tensor]:
     """The operator's arguments after its run: its results among them."""
     given = arguments(op, dtype)
-    getattr(ops, op)(**given)
-    return [value for value in given.values() if isinstance(value, Tensor)]
+    getattr(ops, op)(*given.values())
+    return [value for _, value in tensors(given)]
 
 
 @pytest.fixture

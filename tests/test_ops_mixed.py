@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import HALF_TYPES
-from ops_arguments import ARGUMENTS, arguments
-from torch import Tensor
+from ops_arguments import ARGUMENTS, BLOCKS, arguments, tensors, wide
 
 from densenet_fast import ops
 
@@ -14,17 +13,14 @@ WEIGHTED = [op for op in ARGUMENTS if "conv" in op or op.startswith("transition"
 
 
 @pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
-@pytest.mark.parametrize("op", WEIGHTED)
+@pytest.mark.parametrize("op", [*WEIGHTED, *BLOCKS])
 def test_float32_weights(backend: str, op: str, dtype: torch.dtype) -> None:
-    rounded, mixed = arguments(op, dtype), arguments(op, dtype)
-    for name in ("weight", "grad_weight"):
-        if name in mixed:
-            mixed[name] = mixed[name].float()
-    getattr(ops, op)(**rounded)
-    getattr(ops, op)(**mixed)
-    for name, expected in rounded.items():
-        if isinstance(expected, Tensor):
-            assert torch.equal(mixed[name].to(expected.dtype), expected), name
+    rounded, mixed = arguments(op, dtype), wide(arguments(op, dtype))
+    getattr(ops, op)(*rounded.values())
+    getattr(ops, op)(*mixed.values())
+    results = dict(tensors(mixed))
+    for name, expected in tensors(rounded):
+        assert torch.equal(results[name].to(expected.dtype), expected), name
 
 
 @pytest.mark.parametrize("op", WEIGHTED)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from densenet_fast import ops
 from densenet_fast.philox import philox
+from densenet_fast.reference_block import Coefficients, _affine_gradient
 
 Pixels = tuple[int, int, int]
 
@@ -93,7 +94,14 @@ def test_coefficients_and_running_statistics_are_those_of_batch_norm(
     running_mean, running_var = case.vector(channels), case.vector(channels).abs()
     exact_running = running_mean.double(), running_var.double()
     exact_running = tuple(tensor.clone() for tensor in exact_running)
-    ops.update_running_statistics(mean, var, 60, momentum, running_mean, running_var)
+    ops.update_running_statistics_(
+        torch.cat((mean, var)),
+        [running_mean, running_var],
+        [],
+        [0, channels, -1, channels],
+        [momentum],
+        60,
+    )
 
     exact_affine = [None if tensor is None else tensor.double() for tensor in (weight, bias)]
     exact = F.batch_norm(
@@ -108,10 +116,12 @@ def test_coefficients_and_running_statistics_are_those_of_batch_norm(
 
 
 def test_running_statistics_of_any_type_and_layout() -> None:
-    mean, var = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    statistics = torch.tensor([1.0, 2.0, 3.0, 4.0])  # means, variances
     buffers = torch.zeros(2, 2, dtype=torch.bfloat16).t()  # not contiguous, not the kernels' type
     running_mean, running_var = buffers[:, 0], buffers[:, 1]
-    ops.update_running_statistics(mean, var, 2, 0.5, running_mean, running_var)
+    ops.update_running_statistics_(
+        statistics, [running_mean, running_var], [], [0, 2, -1, 2], [0.5], 2
+    )
     assert running_mean.tolist() == [0.5, 1.0]
     assert running_var.tolist() == [3.0, 4.0]
 
@@ -130,9 +140,8 @@ def test_the_affine_map_is_the_backward_of_batch_norm(
     ops.norm_coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
     grad_beta = grad_norm.sum((0, 1, 2))
     grad_gamma = (grad_norm * (rows - mean) * rstd).sum((0, 1, 2))
-    coefficients = torch.empty(3, channels, dtype=dtype, device=device())
-    ops.norm_grad_coefficients(scale, mean, rstd, grad_gamma, grad_beta, 60, coefficients)
-    p, q, s = coefficients.double()
+    norm = Coefficients(scale, shift, mean, rstd)
+    p, q, s = _affine_gradient(norm, grad_gamma, grad_beta, 60, frozen=False).double()
 
     value = rows.double().clone().requires_grad_()
     output = F.batch_norm(

@@ -49,7 +49,7 @@ void convert(const WeightArgument& from, Weight<S>& to) {
   } else {
     to.data = static_cast<const S*>(from.data);
   }
-  to.packed = static_cast<const Compute<S>*>(from.packed);
+  to.packed = static_cast<const Compute<S>*>(from.packed[0]);
   to.out = from.out;
   to.in = from.in;
   to.stride_out = from.stride_out;
@@ -172,6 +172,7 @@ class Device {
   template <class... Arguments>                                                                    \
   static void name(const Context& context, const Arguments&... arguments) {                        \
     with_element(context, [&](auto zero) { call(kernels<decltype(zero)>().name, arguments...); }); \
+    (follow(context, arguments), ...);                                                             \
   }
   DF_KERNEL(channel_statistics)
   DF_KERNEL(conv1x1_forward)
@@ -191,53 +192,50 @@ class Device {
   // Vectors: a few KiB each, and compiled without contraction: as in PyTorch, each operation
   // rounds.
 
-  static void norm_coefficients(const Context& context, int64_t channels, const void* mean,
-                                const void* var, const void* gamma, const void* beta, double eps,
-                                void* scale, void* shift, void* rstd) {
+  static void norm_coefficients(const Context& context,
+                                const std::vector<NormCoefficients>& norms) {
     with_vector(context, [&](auto zero) {
       using T = decltype(zero);
-      const T *m = converted<const T*>(mean), *v = converted<const T*>(var);
-      const T *g = converted<const T*>(gamma), *b = converted<const T*>(beta);
-      T *a = converted<T*>(scale), *s = converted<T*>(shift), *r = converted<T*>(rstd);
-      for (int64_t c = 0; c < channels; ++c) {
-        r[c] = T(1) / std::sqrt(v[c] + static_cast<T>(eps));
-        a[c] = g ? g[c] * r[c] : r[c];
-        s[c] = (b ? b[c] : T(0)) - m[c] * a[c];
+      for (const NormCoefficients& n : norms) {
+        const T *m = converted<const T*>(n.mean), *v = converted<const T*>(n.var);
+        const T *g = converted<const T*>(n.weight), *b = converted<const T*>(n.bias);
+        T *a = converted<T*>(n.scale), *s = converted<T*>(n.shift), *r = converted<T*>(n.rstd);
+        for (int64_t c = 0; c < n.channels; ++c) {
+          r[c] = T(1) / std::sqrt(v[c] + static_cast<T>(n.eps));
+          a[c] = g ? g[c] * r[c] : r[c];
+          s[c] = (b ? b[c] : T(0)) - m[c] * a[c];
+        }
       }
     });
   }
 
-  static void norm_grad_coefficients(const Context& context, int64_t channels,
-                                     const NormArgument& norm, const NormGradientResult& sums,
-                                     int64_t count, void* coefficients) {
+  static void norm_grad_coefficients(const Context& context, const NormBackward& next,
+                                     const NormGradientResult& sums) {
     with_vector(context, [&](auto zero) {
       using T = decltype(zero);
-      const auto n = converted<Norm<T>>(norm);
+      const auto n = converted<Norm<T>>(next.norm);
       const auto g = converted<NormGradient<T>>(sums);
-      T* p = converted<T*>(coefficients);
-      T *q = p + channels, *s = q + channels;
-      const T inverse = static_cast<T>(1.0 / static_cast<double>(count));
-      for (int64_t c = 0; c < channels; ++c) {
+      T *p = converted<T*>(next.map), *q = p + next.channels, *s = q + next.channels;
+      const T inverse = static_cast<T>(1.0 / static_cast<double>(next.count));
+      for (int64_t c = 0; c < next.channels; ++c) {
         p[c] = n.scale[c];
-        q[c] = g.gamma ? -n.scale[c] * n.rstd[c] * g.gamma[c] * inverse : T(0);
-        s[c] = g.beta ? -n.scale[c] * g.beta[c] * inverse - q[c] * n.mean[c] : T(0);
+        q[c] = next.count ? -n.scale[c] * n.rstd[c] * g.gamma[c] * inverse : T(0);
+        s[c] = next.count ? -n.scale[c] * g.beta[c] * inverse - q[c] * n.mean[c] : T(0);
       }
     });
   }
 
-  static void defer_correction(const Context& context, int64_t channels, const NormArgument& norm,
-                               const NormGradientResult& sums, void* sum_grad, void* sum_grad_x) {
-    with_vector(context, [&](auto zero) {
-      using T = decltype(zero);
-      const auto n = converted<Norm<T>>(norm);
-      const auto g = converted<NormGradient<T>>(sums);
-      T *constant = converted<T*>(sum_grad), *slope = converted<T*>(sum_grad_x);
-      for (int64_t c = 0; c < channels; ++c) {
-        constant[c] += n.scale[c] * g.beta[c];
-        slope[c] += n.scale[c] * n.rstd[c] * g.gamma[c];
-      }
-    });
+  // Nothing is gained by these for many layers at once.
+  static void pack_weights(const Context&, const std::vector<PackRequest>&) {}
+  static void add_weight_gradients(const Context&) {}
+  template <class Body>
+  static void in_one_piece(const Context& context, const Body& body) {
+    body(context);
   }
+  struct Scope {
+    explicit Scope(const Context&) {}
+    ~Scope() {}
+  };
 
   static void update_running_statistics(const Context& context,
                                         const std::vector<RunningUpdate>& updates,
@@ -263,6 +261,31 @@ class Device {
   }
 
  private:
+  // What is to be done behind a kernel with a result of it.
+  template <class Argument>
+  static void follow(const Context&, const Argument&) {}
+
+  static void follow(const Context& context, const StatisticsResult& found) {
+    if (found.next) norm_coefficients(context, {*found.next});
+  }
+
+  static void follow(const Context& context, const NormGradientResult& sums) {
+    if (!sums.next) return;
+    const NormBackward& next = *sums.next;
+    if (next.map) norm_grad_coefficients(context, next, sums);
+    if (!next.sum_grad) return;
+    with_vector(context, [&](auto zero) {
+      using T = decltype(zero);
+      const auto n = converted<Norm<T>>(next.norm);
+      const auto g = converted<NormGradient<T>>(sums);
+      T *constant = converted<T*>(next.sum_grad), *slope = converted<T*>(next.sum_grad_x);
+      for (int64_t c = 0; c < next.channels; ++c) {
+        constant[c] += n.scale[c] * g.beta[c];
+        slope[c] += n.scale[c] * n.rstd[c] * g.gamma[c];
+      }
+    });
+  }
+
   Context context_;
 };
 
@@ -317,7 +340,7 @@ void dense_block_inference(const Tensor& features, const Tensor& bottleneck,
     WeightArgument found;
     found.out = out;
     found.in = in;
-    found.packed = block.vector(const_cast<void*>(weights), places.place(found, spatial));
+    found.packed[0] = block.vector(const_cast<void*>(weights), places.place(found, spatial));
     return found;
   };
   for (size_t i = 0; i < layers.size(); ++i) {

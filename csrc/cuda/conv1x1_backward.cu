@@ -17,7 +17,7 @@ void conv1x1_backward(const Context& context, const ImageArgument& grad_norm,
                                        static_cast<const A*>(coefficients)};
     if (grad_affine.beta) {
       const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-      const auto packed = run_pack<P>(context, weight, gradient_order(weight));
+      const auto packed = packed_weight<P>(context, weight, 1, true);
       const MaskedGradient<P, Into::kGradientBuffer> sink{
           image<const E>(features), norm<A>(norm_argument), image<E>(grad_features),
           allocate_sums<A>(context, tiles, weight.in)};

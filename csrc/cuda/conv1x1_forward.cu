@@ -11,7 +11,7 @@ void conv1x1_forward(const Context& context, const ImageArgument& features, cons
     using A = Accumulator<E>;
     const int64_t rows = features.n * features.h * features.w;
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    const auto packed = run_pack<P>(context, weight, forward_order(weight));
+    const auto packed = packed_weight<P>(context, weight, 1, false);
     StoreStatistics<P> sink{image<E>(bottleneck), {}};
     if (statistics.mean) sink.statistics = allocate_statistics<A>(context, tiles, weight.out);
     run_rows_product<P>("conv1x1_forward",

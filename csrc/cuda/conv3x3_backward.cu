@@ -29,7 +29,7 @@ void run_tap_gradient(const Context& context, const PlainSource<P>& grad,
                            static_cast<unsigned>(splits)),
                       dim3(kTapThreads), stages * stage, context.stream},
          grad, bottleneck, partial, tiles, per_split, stages);
-  run_add_splits<P>(context, partial, splits, 9 * out * in, 9, grad_weight);
+  leave_splits(context, {partial, static_cast<int>(splits), 9 * out * in, 9, grad_weight});
 }
 
 }  // namespace
@@ -46,7 +46,7 @@ void conv3x3_backward(const Context& context, const ImageArgument& grad_growth,
     const TileGrid tiles(choose_tile(z.n, z.h, z.w), z.n, z.h, z.w);
     const PlainSource<P> grad{image<const E>(grad_growth)};
     if (grad_affine.beta) {
-      const auto packed = run_pack<P>(context, weight, gradient_order(weight, 9));
+      const auto packed = packed_weight<P>(context, weight, 3, true);
       const MaskedGradient<P, Into::kNormGradient> sink{
           z, norm<A>(norm_argument), image<E>(grad_norm),
           allocate_sums<A>(context, tiles.tiles(), weight.in)};

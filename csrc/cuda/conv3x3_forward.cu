@@ -12,7 +12,7 @@ void conv3x3_forward(const Context& context, const ImageArgument& bottleneck,
     using A = Accumulator<E>;
     const auto z = image<const E>(bottleneck);
     const TileGrid tiles(choose_tile(z.n, z.h, z.w), z.n, z.h, z.w);
-    const auto packed = run_pack<P>(context, weight, forward_order(weight, 9));
+    const auto packed = packed_weight<P>(context, weight, 3, false);
     StoreStatistics<P> sink{image<E>(growth), {}};
     if (statistics.mean)
       sink.statistics = allocate_statistics<A>(context, tiles.tiles(), weight.out);

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, B
 template <class P, int BN, class Source, class Sink>
 void launch_conv3x3_product(const char* name, const Source& source,
                             const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                            const TileGrid& tiles, int columns, cudaStream_t stream) {
+                            const TileGrid& tiles, int columns, Stream stream) {
   const dim3 grid(static_cast<unsigned>(tiles.tiles()),
                   static_cast<unsigned>((columns + BN - 1) / BN));
   launch(&conv3x3_product<P, Source, Sink, BN>,
@@ -208,7 +208,7 @@ void launch_conv3x3_product(const char* name, const Source& source,
 template <class P, class Source, class Sink>
 void run_conv3x3_product(const char* name, const Source& source,
                          const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                         const TileGrid& tiles, int columns, cudaStream_t stream) {
+                         const TileGrid& tiles, int columns, Stream stream) {
   if (columns <= 32) {
     return launch_conv3x3_product<P, 32>(name, source, weight, sink, tiles, columns, stream);
   }

@@ -67,7 +67,7 @@ class Device {
         guard_(place.index()),
 #endif
         workspace_(place),
-        context_{dtype, allow_tf32, current_stream(place.index()), &workspace_} {
+        context_{dtype, allow_tf32, {current_stream(place.index())}, &workspace_} {
   }
 
   const Context& context() const { return context_; }
@@ -101,7 +101,7 @@ class Device {
   DF_KERNEL(channel_statistics)
   DF_KERNEL(norm_coefficients)
   DF_KERNEL(norm_grad_coefficients)
-  DF_KERNEL(defer_correction)
+  DF_KERNEL(pack_weights)
   DF_KERNEL(update_running_statistics)
   DF_KERNEL(conv1x1_forward)
   DF_KERNEL(conv1x1_backward)
@@ -116,6 +116,42 @@ class Device {
   DF_KERNEL(norm_relu_maxpool_forward)
   DF_KERNEL(norm_relu_maxpool_backward)
 #undef DF_KERNEL
+
+  // body(context) with memory of one piece, as much as a run of it that launches nothing has asked
+  // for: where there is none, nothing has been changed.
+  template <class Body>
+  static void in_one_piece(const Context& context, const Body& body) {
+    std::vector<SplitSums> later;
+    Arena counted;
+    Context counting = context;
+    counting.stream.counting = true;
+    counting.workspace = counting.arena = &counted;
+    counting.later = &later;
+    body(counting);
+    Arena arena(context.workspace->allocate(counted.most()));
+    Context running = counting;
+    running.stream = context.stream;
+    running.workspace = running.arena = &arena;
+    body(running);
+  }
+
+  // What is allocated meanwhile is free for others behind it.
+  class Scope {
+   public:
+    explicit Scope(const Context& context) : arena_(context.arena), mark_(arena_->used()) {}
+    ~Scope() { arena_->release(mark_); }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    Arena* arena_;
+    size_t mark_;
+  };
+
+  static void add_weight_gradients(const Context& context) {
+    add_splits(context, *context.later);
+    context.later->clear();
+  }
 
  private:
   static cudaStream_t current_stream([[maybe_unused]] int32_t index) {

@@ -19,24 +19,59 @@ class Workspace {
   virtual void* allocate(size_t bytes) = 0;
 };
 
+// Memory handed out piece by piece, again from a mark on. Without any it counts what is needed.
+class Arena : public Workspace {
+ public:
+  explicit Arena(void* memory = nullptr) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
+  void* allocate(size_t bytes) override {
+    const size_t at = used_;
+    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    most_ = most_ < used_ ? used_ : most_;
+    // Nobody takes a counted piece for one that is not wanted.
+    return reinterpret_cast<void*>((memory_ ? memory_ : kAlignment) + at);
+  }
+  size_t used() const { return used_; }
+  size_t most() const { return most_; }
+  void release(size_t mark) { used_ = mark; }
+
+ private:
+  static constexpr size_t kAlignment = 256;
+  uintptr_t memory_;
+  size_t used_ = 0, most_ = 0;
+};
+
+struct Stream {
+  cudaStream_t handle;
+  bool counting = false;  // nothing is launched: only the memory is counted
+};
+
+// Partial results of a weight gradient: sum over splits of partial[split, i] goes to place(i).
+// `taps` 9: i = (tap, o, c) goes to (o, c, tap).
+struct SplitSums {
+  const void* partial;
+  int splits;
+  int64_t size;
+  int taps;
+  WeightGradient out;
+};
+
 struct Context {
   Dtype dtype;      // of all images
   bool allow_tf32;  // float32 products may use tf32 tensor cores
-  cudaStream_t stream;
+  Stream stream;
   Workspace* workspace;
+  Arena* arena = nullptr;                   // the workspace of several products
+  std::vector<SplitSums>* later = nullptr;  // their splits, to be added at once; null: one by one
 };
 
 void channel_statistics(const Context&, const ImageArgument& features, const StatisticsResult&);
-void norm_coefficients(const Context&, int64_t channels, const void* mean, const void* var,
-                       const void* gamma, const void* beta, double eps, void* scale, void* shift,
-                       void* rstd);
+void norm_coefficients(const Context&, const std::vector<NormCoefficients>& norms);
 void update_running_statistics(const Context&, const std::vector<RunningUpdate>& updates,
                                const std::vector<int64_t*>& counters);
-// Sums null: a frozen norm's.
-void norm_grad_coefficients(const Context&, int64_t channels, const NormArgument&,
-                            const NormGradientResult& sums, int64_t count, void* coefficients);
-void defer_correction(const Context&, int64_t channels, const NormArgument&,
-                      const NormGradientResult& sums, void* sum_grad, void* sum_grad_x);
+// The map of `NormBackward`, from sums that are there; null: a frozen norm's.
+void norm_grad_coefficients(const Context&, const NormBackward&, const NormGradientResult& sums);
+void pack_weights(const Context&, const std::vector<PackRequest>& requests);
+void add_splits(const Context&, const std::vector<SplitSums>& sums);
 
 void conv1x1_forward(const Context&, const ImageArgument& features, const NormArgument& act,
                      const WeightArgument& weight, const ImageArgument& bottleneck,

@@ -3,11 +3,11 @@
 // fibers.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "kernels.h"
 
 namespace densenet_fast::cuda {
 
@@ -16,7 +16,7 @@ struct LaunchConfig {
   dim3 grid;
   dim3 block;
   size_t shared_bytes;
-  cudaStream_t stream;
+  Stream stream;
 };
 
 // What the choice of tiles and stages depends on.
@@ -41,6 +41,7 @@ inline std::string describe(const LaunchConfig& c) {
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
+  if (c.stream.counting) return;
   ::emulator::run({c.name, c.grid, c.block, c.shared_bytes},
                   [&] { kernel(static_cast<P>(args)...); });
 }
@@ -66,6 +67,7 @@ inline void check_launch(cudaError_t error, const LaunchConfig& c) {
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
+  if (c.stream.counting) return;
   if (c.shared_bytes > 48 * 1024) {
     check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -75,7 +77,7 @@ void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
   [&](P... parameters) {
     void* pointers[] = {static_cast<void*>(&parameters)...};
     check_launch(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), c.grid, c.block, pointers,
-                                  c.shared_bytes, c.stream),
+                                  c.shared_bytes, c.stream.handle),
                  c);
   }(static_cast<P>(args)...);
   check_launch(cudaGetLastError(), c);

@@ -27,7 +27,7 @@ void launch_pixel_gradient(const Context& context, const char* name, const Sourc
                            static_cast<unsigned>(splits)),
                       dim3(kThreads), stages * kStage, context.stream},
          source_i, source_j, partial, rows, per_split, stages);
-  run_add_splits<P>(context, partial, splits, out * in, 1, grad_weight);
+  leave_splits(context, {partial, static_cast<int>(splits), out * in, 1, grad_weight});
 }
 
 template <class P, class SourceI, class SourceJ>

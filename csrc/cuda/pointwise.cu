@@ -1,5 +1,7 @@
 #include "pointwise.cuh"
 
+#include <algorithm>
+
 namespace densenet_fast::cuda {
 namespace {
 
@@ -45,23 +47,20 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
-    coefficients_kernel(int channels, const A* mean, const A* var, const A* gamma, const A* beta,
-                        A eps, A* scale, A* shift, A* rstd) {
+struct NormTable {
+  NormRecipe<A> one[kTableSize];
+};
+
+// Block y is the y-th norm.
+template <class A>
+__global__ void __launch_bounds__(kThreads) coefficients_kernel(NormTable<A> table) {
+  const NormRecipe<A>& n = table.one[blockIdx.y];
   const int64_t c = flat_index();
-  if (c >= channels) return;
-  const A r = A(1) / sqrt(var[c] + eps);
-  const A a = gamma ? gamma[c] * r : r;
-  rstd[c] = r;
-  scale[c] = a;
-  shift[c] = (beta ? beta[c] : A(0)) - mean[c] * a;
+  if (c < n.channels) n.make(c, n.mean[c], n.var[c]);
 }
 
-// A launch's parameters hold so many norms, or counters.
-constexpr int kUpdatesAtOnce = 32;
-
 template <class A>
-struct RunningUpdates {
+struct UpdateTable {
   struct One {
     const A* mean;
     const A* var;
@@ -70,13 +69,13 @@ struct RunningUpdates {
     A* running_mean;
     A* running_var;
     int channels;
-  } one[kUpdatesAtOnce];
+  } one[kTableSize];
 };
 
 // Block y is the y-th norm.
 template <class A>
-__global__ void __launch_bounds__(kThreads) running_statistics_kernel(RunningUpdates<A> updates) {
-  const auto& u = updates.one[blockIdx.y];
+__global__ void __launch_bounds__(kThreads) running_statistics_kernel(UpdateTable<A> table) {
+  const auto& u = table.one[blockIdx.y];
   const int64_t c = flat_index();
   if (c >= u.channels) return;
   const A unbiased = u.total ? *u.total / (*u.total - A(1)) : u.unbiased;
@@ -84,36 +83,21 @@ __global__ void __launch_bounds__(kThreads) running_statistics_kernel(RunningUpd
   u.running_var[c] = u.keep * u.running_var[c] + u.take * (u.var[c] * unbiased);
 }
 
-struct Counters {
-  int64_t* one[kUpdatesAtOnce];
-  int count;
+struct CounterTable {
+  int64_t* one[kTableSize];
 };
 
-__global__ void count_kernel(Counters counters) {
+__global__ void count_kernel(CounterTable table, unsigned count) {
   // One thread: a counter that norms share may be there twice.
-  for (int i = 0; i < counters.count; ++i) ++*counters.one[i];
+  for (unsigned i = 0; i < count; ++i) ++*table.one[i];
 }
 
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    grad_coefficients_kernel(int channels, Norm<A> norm, const A* gamma, const A* beta, A inverse,
-                             A* out) {
-  const int64_t c = flat_index();
-  if (c >= channels) return;
-  const A q = gamma ? -norm.scale[c] * norm.rstd[c] * gamma[c] * inverse : A(0);
-  out[c] = norm.scale[c];
-  out[channels + c] = q;
-  out[2 * channels + c] = beta ? -norm.scale[c] * beta[c] * inverse - q * norm.mean[c] : A(0);
-}
-
-template <class A>
-__global__ void __launch_bounds__(kThreads)
-    defer_kernel(int channels, Norm<A> norm, const A* gamma, const A* beta, A* sum_grad,
-                 A* sum_grad_x) {
-  const int64_t c = flat_index();
-  if (c >= channels) return;
-  sum_grad[c] += norm.scale[c] * beta[c];
-  sum_grad_x[c] += norm.scale[c] * norm.rstd[c] * gamma[c];
+    grad_coefficients_kernel(int channels, BackwardRecipe<A> recipe, const A* gamma,
+                             const A* beta) {
+  const int c = static_cast<int>(flat_index());
+  if (c < channels) recipe.run(c, channels, gamma ? gamma[c] : A(0), beta ? beta[c] : A(0));
 }
 
 template <class E>
@@ -182,15 +166,18 @@ void channel_statistics(const Context& context, const ImageArgument& features,
   });
 }
 
-void norm_coefficients(const Context& context, int64_t channels, const void* mean, const void* var,
-                       const void* gamma, const void* beta, double eps, void* scale, void* shift,
-                       void* rstd) {
+void norm_coefficients(const Context& context, const std::vector<NormCoefficients>& norms) {
   with_element(context, [&](auto policy) {
     using A = Accumulator<typename decltype(policy)::Element>;
-    launch(&coefficients_kernel<A>, flat(context, "norm_coefficients", channels),
-           static_cast<int>(channels), static_cast<const A*>(mean), static_cast<const A*>(var),
-           static_cast<const A*>(gamma), static_cast<const A*>(beta), static_cast<A>(eps),
-           static_cast<A*>(scale), static_cast<A*>(shift), static_cast<A*>(rstd));
+    for_each_table<NormTable<A>>(
+        norms,
+        [](const NormCoefficients& n, NormRecipe<A>& one) {
+          one = norm_recipe<A>(n);
+          return n.channels;
+        },
+        [&](const NormTable<A>& table, unsigned count, int64_t most) {
+          launch(&coefficients_kernel<A>, flat(context, "norm_coefficients", most, count), table);
+        });
   });
 }
 
@@ -198,61 +185,48 @@ void update_running_statistics(const Context& context, const std::vector<Running
                                const std::vector<int64_t*>& counters) {
   with_element(context, [&](auto policy) {
     using A = Accumulator<typename decltype(policy)::Element>;
-    for (size_t next = 0; next < updates.size();) {
-      RunningUpdates<A> some{};
-      int64_t most = 0;
-      unsigned count = 0;
-      // Buffers that norms share take one step after the other.
-      const auto shared = [&](const RunningUpdate& u) {
-        for (unsigned i = 0; i < count; ++i) {
-          if (some.one[i].running_mean == u.running_mean) return true;
-        }
-        return false;
-      };
-      for (; count < kUpdatesAtOnce && next < updates.size() && !shared(updates[next]); ++next) {
-        const RunningUpdate& u = updates[next];
-        const double values = static_cast<double>(u.count);
-        some.one[count++] = {
-            static_cast<const A*>(u.mean),    static_cast<const A*>(u.var),
-            static_cast<const A*>(u.total),   static_cast<A>(values / (values - 1)),
-            static_cast<A>(1.0 - u.momentum), static_cast<A>(u.momentum),
-            static_cast<A*>(u.running_mean),  static_cast<A*>(u.running_var),
-            static_cast<int>(u.channels)};
-        most = most < u.channels ? u.channels : most;
-      }
-      LaunchConfig config = flat(context, "update_running_statistics", most);
-      config.grid.y = count;
-      launch(&running_statistics_kernel<A>, config, some);
-    }
+    using Table = UpdateTable<A>;
+    for_each_table<Table>(
+        updates,
+        [](const RunningUpdate& u, auto& one) {
+          const double values = static_cast<double>(u.count);
+          one = {static_cast<const A*>(u.mean),    static_cast<const A*>(u.var),
+                 static_cast<const A*>(u.total),   static_cast<A>(values / (values - 1)),
+                 static_cast<A>(1.0 - u.momentum), static_cast<A>(u.momentum),
+                 static_cast<A*>(u.running_mean),  static_cast<A*>(u.running_var),
+                 static_cast<int>(u.channels)};
+          return u.channels;
+        },
+        [&](const Table& table, unsigned count, int64_t most) {
+          launch(&running_statistics_kernel<A>,
+                 flat(context, "update_running_statistics", most, count), table);
+        },
+        // Buffers that norms share take one step after the other.
+        [](const Table& table, unsigned count, const RunningUpdate& u) {
+          return std::none_of(table.one, table.one + count, [&](const auto& other) {
+            return other.running_mean == u.running_mean;
+          });
+        });
   });
-  for (size_t first = 0; first < counters.size(); first += kUpdatesAtOnce) {
-    Counters some{};
-    for (size_t i = first; i < counters.size() && some.count < kUpdatesAtOnce; ++i) {
-      some.one[some.count++] = counters[i];
-    }
-    launch(&count_kernel, LaunchConfig{"count", dim3(1), dim3(1), 0, context.stream}, some);
-  }
+  for_each_table<CounterTable>(
+      counters,
+      [](int64_t* counter, int64_t*& one) {
+        one = counter;
+        return int64_t{1};
+      },
+      [&](const CounterTable& table, unsigned count, int64_t) {
+        launch(&count_kernel, LaunchConfig{"count", dim3(1), dim3(1), 0, context.stream}, table,
+               count);
+      });
 }
 
-void norm_grad_coefficients(const Context& context, int64_t channels, const NormArgument& argument,
-                            const NormGradientResult& sums, int64_t count, void* coefficients) {
+void norm_grad_coefficients(const Context& context, const NormBackward& next,
+                            const NormGradientResult& sums) {
   with_element(context, [&](auto policy) {
     using A = Accumulator<typename decltype(policy)::Element>;
-    launch(&grad_coefficients_kernel<A>, flat(context, "norm_grad_coefficients", channels),
-           static_cast<int>(channels), norm<A>(argument), static_cast<const A*>(sums.gamma),
-           static_cast<const A*>(sums.beta), static_cast<A>(1.0 / static_cast<double>(count)),
-           static_cast<A*>(coefficients));
-  });
-}
-
-void defer_correction(const Context& context, int64_t channels, const NormArgument& argument,
-                      const NormGradientResult& sums, void* sum_grad, void* sum_grad_x) {
-  with_element(context, [&](auto policy) {
-    using A = Accumulator<typename decltype(policy)::Element>;
-    launch(&defer_kernel<A>, flat(context, "defer_correction", channels),
-           static_cast<int>(channels), norm<A>(argument), static_cast<const A*>(sums.gamma),
-           static_cast<const A*>(sums.beta), static_cast<A*>(sum_grad),
-           static_cast<A*>(sum_grad_x));
+    launch(&grad_coefficients_kernel<A>, flat(context, "norm_grad_coefficients", next.channels),
+           static_cast<int>(next.channels), backward_recipe<A>(&next),
+           static_cast<const A*>(sums.gamma), static_cast<const A*>(sums.beta));
   });
 }
 

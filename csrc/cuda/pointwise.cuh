@@ -7,9 +7,32 @@
 
 namespace densenet_fast::cuda {
 
-inline LaunchConfig flat(const Context& context, const char* name, int64_t threads) {
-  return {name, dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)), dim3(kThreads), 0,
-          context.stream};
+// Requests, as many at once as a table holds and `fits(table, count, request)` allows: `fill`
+// writes one into its place and says how many threads it takes, `run` launches a table.
+template <class Table, class Request, class Fill, class Run, class Fits>
+void for_each_table(const std::vector<Request>& requests, const Fill& fill, const Run& run,
+                    const Fits& fits) {
+  for (size_t next = 0; next < requests.size();) {
+    Table table{};
+    unsigned count = 0;
+    int64_t most = 0;
+    while (next < requests.size() && count < kTableSize && fits(table, count, requests[next])) {
+      const int64_t threads = fill(requests[next++], table.one[count++]);
+      most = most < threads ? threads : most;
+    }
+    run(table, count, most);
+  }
+}
+
+template <class Table, class Request, class Fill, class Run>
+void for_each_table(const std::vector<Request>& requests, const Fill& fill, const Run& run) {
+  for_each_table<Table>(requests, fill, run, [](const auto&...) { return true; });
+}
+
+inline LaunchConfig flat(const Context& context, const char* name, int64_t threads,
+                         unsigned places = 1) {
+  return {name, dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads), places),
+          dim3(kThreads), 0, context.stream};
 }
 
 __device__ __forceinline__ int64_t flat_index() {

@@ -163,7 +163,7 @@ int product_stages(const DeviceLimits& device) {
 template <class P, int BN, class Source, class Sink>
 void launch_rows_product(const char* name, const Source& source,
                          const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                         int64_t rows, int columns, cudaStream_t stream) {
+                         int64_t rows, int columns, Stream stream) {
   const int stages = product_stages<P, Source, BN>(current_device_limits());
   const dim3 grid(static_cast<unsigned>((rows + kTileRows - 1) / kTileRows),
                   static_cast<unsigned>((columns + BN - 1) / BN));
@@ -176,7 +176,7 @@ void launch_rows_product(const char* name, const Source& source,
 template <class P, class Source, class Sink>
 void run_rows_product(const char* name, const Source& source,
                       const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                      int64_t rows, int columns, cudaStream_t stream) {
+                      int64_t rows, int columns, Stream stream) {
   if constexpr (kMaxColumns<P> > 64) {
     if (columns > 64) {
       return launch_rows_product<P, 128>(name, source, weight, sink, rows, columns, stream);

@@ -13,7 +13,7 @@ void transition_forward(const Context& context, const ImageArgument& features,
     using A = Accumulator<E>;
     const int64_t rows = out.n * out.h * out.w;
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    const auto packed = run_pack<P>(context, weight, forward_order(weight));
+    const auto packed = packed_weight<P>(context, weight, 1, false);
     StoreStatistics<P> sink{image<E>(out), {}};
     if (statistics.mean) sink.statistics = allocate_statistics<A>(context, tiles, weight.out);
     // Four raw pieces an operand piece: narrow tiles leave shared memory for them everywhere.
@@ -37,7 +37,7 @@ void transition_backward(const Context& context, const ImageArgument& grad_out,
     const int64_t rows = grad_out.n * grad_out.h * grad_out.w;
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const PlainSource<P> source{image<const E>(grad_out)};
-    const auto packed = run_pack<P>(context, weight, gradient_order(weight));
+    const auto packed = packed_weight<P>(context, weight, 1, true);
     const UnpooledGradient<P> sink{image<const E>(features), norm<A>(norm_argument),
                                    image<E>(grad_features),
                                    allocate_sums<A>(context, tiles, weight.in)};

@@ -11,7 +11,7 @@ import torch
 from block_cases import TAILS, Block, gradients, make_block
 from comparison import SMALL, assert_close, networks, step
 from devices import device, on
-from ops_arguments import ARGUMENTS, arguments
+from ops_arguments import ARGUMENTS, arguments, tensors
 from test_bad_input import MODULES, refuses
 from torch import Tensor
 
@@ -58,16 +58,16 @@ def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_operators_in_a_graph(op: str, dtype: torch.dtype) -> None:
     given, fresh = arguments(op, dtype), arguments(op, dtype)
-    graph = captured(lambda: getattr(ops, op)(**given))
+    run = getattr(ops, op)
+    graph = captured(lambda: run(*given.values()))
+    results = dict(tensors(given))
     for _ in range(2):
-        for name, value in fresh.items():  # some operators accumulate
-            if isinstance(value, Tensor):
-                given[name].copy_(value)
+        for name, value in tensors(fresh):  # some operators accumulate
+            results[name].copy_(value)
         graph.replay()
-    getattr(ops, op)(**fresh)
-    for name, value in fresh.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(given[name], value), name
+    run(*fresh.values())
+    for name, value in tensors(fresh):
+        assert torch.equal(results[name], value), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from dispatched import build_dispatch
 from emulation import SM_80, Emulator, emulate
+
+from densenet_fast import _extension
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,11 @@ def emulator(built_emulator: Emulator) -> Iterator[Emulator]:
     yield built_emulator
     built_emulator.schedule()
     built_emulator.use(SM_80)
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """What replaces the operators' CPU kernels in a process that `dispatched.run` starts."""
+    if not _extension.LOADED:
+        pytest.skip("needs the schemas of the compiled module")
+    return build_dispatch()

@@ -7,8 +7,10 @@ it can stand in for the compiled operators anywhere, whole networks included.
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64
+from collections.abc import Sequence
+from ctypes import Structure, addressof, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint64
 from ctypes import c_void_p as pointer
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,35 +19,70 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 
 
 
 class ImageArgument(Structure):
-    """`densenet_fast::cuda::ImageArgument`."""
+    """`densenet_fast::ImageArgument`."""
 
     _fields_ = [("data", pointer), *((name, c_int64) for name in ("n", "h", "w", "c", "pitch"))]
 
 
 class NormArgument(Structure):
-    """`densenet_fast::cuda::NormArgument`."""
+    """`densenet_fast::NormArgument`."""
 
     _fields_ = [(name, pointer) for name in ("scale", "shift", "mean", "rstd")]
 
 
 class Pair(Structure):
-    """`StatisticsResult` (mean, var) or `NormGradientResult` (gamma, beta)."""
+    """`StatisticsResult` (mean, var) or `NormGradientResult` (gamma, beta), and what follows."""
 
-    _fields_ = [("first", pointer), ("second", pointer)]
+    _fields_ = [("first", pointer), ("second", pointer), ("next", pointer)]
+
+
+class NormCoefficients(Structure):
+    """`densenet_fast::NormCoefficients`."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        *((name, pointer) for name in ("mean", "var", "weight", "bias")),
+        ("eps", c_double),
+        *((name, pointer) for name in ("scale", "shift", "rstd")),
+    ]
+
+
+class NormBackward(Structure):
+    """`densenet_fast::NormBackward`."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        ("norm", NormArgument),
+        ("count", c_int64),
+        *((name, pointer) for name in ("map", "sum_grad", "sum_grad_x")),
+    ]
 
 
 class WeightArgument(Structure):
-    """`densenet_fast::cuda::WeightArgument`."""
+    """`densenet_fast::WeightArgument`."""
 
     _fields_ = [
         ("data", pointer),
         ("is_float32", c_bool),
         *((n, c_int64) for n in ("out", "in_", "stride_out", "stride_in", "stride_h", "stride_w")),
+        ("packed", pointer * 2),
+    ]
+
+
+class RunningUpdate(Structure):
+    """`densenet_fast::RunningUpdate`."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        *((name, pointer) for name in ("mean", "var", "total")),
+        ("count", c_int64),
+        ("momentum", c_double),
+        *((name, pointer) for name in ("running_mean", "running_var")),
     ]
 
 
 class WeightGradient(Structure):
-    """`densenet_fast::cuda::WeightGradient`."""
+    """`densenet_fast::WeightGradient`."""
 
     _fields_ = [("data", pointer), ("is_float32", c_bool)]
 
@@ -74,6 +111,13 @@ def _norm(*vectors: Tensor) -> NormArgument:
 
 def _pair(first: Tensor | None, second: Tensor | None) -> Pair:
     return Pair(_address(first), _address(second))
+
+
+def _coefficients(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *made: Tensor
+) -> NormCoefficients:
+    given = [_address(t) for t in (mean, var, weight, bias)]
+    return NormCoefficients(mean.numel(), *given, eps, *(t.data_ptr() for t in made))
 
 
 def _weight(tensor: Tensor) -> WeightArgument:
@@ -116,52 +160,51 @@ class EmulatedOps:
         shift: Tensor,
         rstd: Tensor,
     ) -> None:
-        before = [pointer(_address(t)) for t in (mean, var, weight, bias)]
-        after = [pointer(_address(t)) for t in (scale, shift, rstd)]
-        count = c_int64(mean.numel())
-        self._call("norm_coefficients", mean, count, *before, c_double(eps), *after)
+        norm = _coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
+        self._call("norm_coefficients", mean, norm, c_int64(1))
 
-    def update_running_statistics(
-        self,
-        mean: Tensor,
-        var: Tensor,
-        count: int,
-        momentum: float,
-        running_mean: Tensor,
-        running_var: Tensor,
+    def statistics_and_norm(
+        self, features: Tensor, mean: Tensor, var: Tensor, *others: Any
     ) -> None:
-        self._call(
-            "update_running_statistics",
-            mean,
-            c_int64(mean.numel()),
-            pointer(mean.data_ptr()),
-            pointer(var.data_ptr()),
-            c_int64(count),
-            c_double(momentum),
-            pointer(running_mean.data_ptr()),
-            pointer(running_var.data_ptr()),
-        )
+        norm = _coefficients(mean, var, *others)
+        found = _pair(*(t[-features.shape[3] :] for t in (mean, var)))
+        found.next = addressof(norm)
+        self._call("channel_statistics", features, _image(features), found)
+
+    def update_running_statistics_(
+        self,
+        statistics: Tensor,
+        running: Sequence[Tensor],
+        counters: Sequence[Tensor],
+        places: Sequence[int],
+        momenta: Sequence[float],
+        count: int,
+    ) -> None:
+        updates = (RunningUpdate * len(momenta))()
+        for index, momentum in enumerate(momenta):
+            mean, var, total, channels = places[4 * index : 4 * index + 4]
+            at = [None if p < 0 else statistics[p:].data_ptr() for p in (mean, var, total)]
+            buffers = [t.data_ptr() for t in running[2 * index : 2 * index + 2]]
+            updates[index] = RunningUpdate(channels, *at, count, momentum, *buffers)
+        ones = (pointer * len(counters))(*(counter.data_ptr() for counter in counters))
+        sizes = c_int64(len(updates)), c_int64(len(ones))
+        name = "update_running_statistics_"
+        self._call(name, statistics, updates, sizes[0], ones, sizes[1])
 
     def norm_grad_coefficients(
         self,
         scale: Tensor,
         mean: Tensor,
         rstd: Tensor,
-        grad_gamma: Tensor,
-        grad_beta: Tensor,
+        grad_gamma: Tensor | None,
+        grad_beta: Tensor | None,
         count: int,
         coefficients: Tensor,
     ) -> None:
         norm = NormArgument(scale.data_ptr(), None, mean.data_ptr(), rstd.data_ptr())
-        self._call(
-            "norm_grad_coefficients",
-            scale,
-            c_int64(scale.numel()),
-            norm,
-            _pair(grad_gamma, grad_beta),
-            c_int64(count),
-            pointer(coefficients.data_ptr()),
-        )
+        values = 0 if grad_gamma is None else count
+        next = NormBackward(scale.numel(), norm, values, coefficients.data_ptr())
+        self._call("norm_grad_coefficients", scale, next, _pair(grad_gamma, grad_beta))
 
     def _forward(
         self,
@@ -294,6 +337,33 @@ class EmulatedOps:
             _norm(scale, shift, mean, rstd),
             _image(grad_features),
             _pair(grad_gamma, grad_beta),
+        )
+
+    def sums_and_backward(
+        self,
+        grad_out: Tensor,
+        features: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        grad_features: Tensor,
+        grad_gamma: Tensor,
+        grad_beta: Tensor,
+        count: int,
+        *results: Tensor,
+    ) -> None:
+        norm, sums = _norm(scale, shift, mean, rstd), _pair(grad_gamma, grad_beta)
+        next = NormBackward(len(scale), norm, count, *(t.data_ptr() for t in results))
+        sums.next = addressof(next)
+        self._call(
+            "norm_relu_avgpool_backward",
+            features,
+            pointer(grad_out.data_ptr()),
+            _image(features),
+            norm,
+            _image(grad_features),
+            sums,
         )
 
     def norm_relu_maxpool_forward(

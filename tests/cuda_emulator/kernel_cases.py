@@ -12,6 +12,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from definitions import DEFINITIONS
 from devices import device
 from op_cases import Case, Norm
 from torch import Tensor
@@ -128,8 +129,14 @@ class Call:
     stored: dict[str, str] = field(default_factory=dict)  # statistics → the result they are of
 
     def results(self) -> dict[str, Tensor]:
-        named = {name: self.arguments[name] for name in self.lengths}
-        return {name: value for name, value in named.items() if value is not None}
+        found: dict[str, Tensor] = {}
+        for name in self.lengths:
+            value = self.arguments[name]
+            if isinstance(value, list):
+                found |= {f"{name} {index}": tensor for index, tensor in enumerate(value)}
+            elif value is not None:
+                found[name] = value
+        return found
 
     def run(self, ops: Any) -> dict[str, Tensor]:
         """Run it with `ops`; the results by name."""
@@ -310,50 +317,6 @@ def channel_statistics(pixels: Pixels, channels: int) -> Calls:
     return make
 
 
-def norm_coefficients(channels: int, *, affine: bool = True) -> Calls:
-    def make(maker: Maker) -> Call:
-        arguments = {
-            "mean": maker.vector(channels),
-            "var": maker.vector(channels).abs(),
-            **(maker.vectors(channels, "weight", "bias") if affine else _none("weight", "bias")),
-            "eps": 1e-3,
-            **maker.results(channels, "scale", "shift", "rstd"),
-        }
-        return Call(
-            "norm_coefficients", maker, arguments, dict.fromkeys(("scale", "shift", "rstd"), 4)
-        )
-
-    return make
-
-
-def update_running_statistics(channels: int) -> Calls:
-    def make(maker: Maker) -> Call:
-        arguments = {
-            "mean": maker.vector(channels),
-            "var": maker.vector(channels).abs(),
-            "count": 7,
-            "momentum": 0.3,
-            **maker.vectors(channels, "running_mean", "running_var"),
-        }
-        lengths = {"running_mean": 4, "running_var": 4}
-        return Call("update_running_statistics", maker, arguments, lengths)
-
-    return make
-
-
-def norm_grad_coefficients(channels: int) -> Calls:
-    def make(maker: Maker) -> Call:
-        names = ("scale", "mean", "rstd", "grad_gamma", "grad_beta")
-        arguments = {
-            **maker.vectors(channels, *names),
-            "count": 7,
-            "coefficients": maker.gradient(3, channels, dtype=maker.statistics),
-        }
-        return Call("norm_grad_coefficients", maker, arguments, {"coefficients": 8})
-
-    return make
-
-
 def finish_gradient(pixels: Pixels, channels: int) -> Calls:
     def make(maker: Maker) -> Call:
         rows = pixels[0] * pixels[1] * pixels[2]
@@ -463,6 +426,8 @@ def _converted(call: Call, dtype: torch.dtype | None) -> Call:
 
 
 def _convert(name: str, value: Any, dtype: torch.dtype, *, everything: bool) -> Any:
+    if isinstance(value, list):
+        return [_convert(name, one, dtype, everything=everything) for one in value]
     floating = isinstance(value, Tensor) and value.is_floating_point()
     if floating and (everything or name in ("weight", "grad_weight")):
         return value.to(dtype)
@@ -486,7 +451,7 @@ def differences(
             where = tuple(int(i) for i in (~result.isfinite()).nonzero()[0])
             yield f"{name}: not finite at {where}"
             continue
-        sums = torch.finfo(statistics_dtype(kind.dtype)).eps * call.lengths[name] ** 0.5
+        sums = torch.finfo(statistics_dtype(kind.dtype)).eps * call.lengths[name.split()[0]] ** 0.5
         floor = kind.eps + sums
         error, usual = result.double() - exact[name], plain[name].double() - exact[name]
         bounds = (
@@ -529,8 +494,8 @@ def check(ops: Any, kind: Kind, make: Calls, seed: int = 0, layout: str = "mixed
     ops.allow_tf32 = kind.tf32
     call = make(Maker(kind, seed, layout))
     actual = call.run(ops)
-    plain = _converted(make(Maker(kind, seed, layout)), None).run(reference)
-    exact = _converted(make(Maker(kind, seed, layout)), torch.float64).run(reference)
+    plain = _converted(make(Maker(kind, seed, layout)), None).run(DEFINITIONS)
+    exact = _converted(make(Maker(kind, seed, layout)), torch.float64).run(DEFINITIONS)
     found = list(differences(kind, call, actual, plain, exact))
     assert not found, f"{call.op}: " + "; ".join(found)
     call.maker.assert_guards()

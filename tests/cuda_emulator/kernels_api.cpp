@@ -42,7 +42,7 @@ const char* guarded(int dtype, int allow_tf32, const Body& body) {
   static thread_local std::string error;
   try {
     PoisonedWorkspace workspace;
-    body(cuda::Context{static_cast<cuda::Dtype>(dtype), allow_tf32 != 0, nullptr, &workspace});
+    body(cuda::Context{static_cast<cuda::Dtype>(dtype), allow_tf32 != 0, {nullptr}, &workspace});
     return nullptr;
   } catch (const std::exception& e) {
     error = e.what();
@@ -64,25 +64,19 @@ extern "C" {
 const char* df_channel_statistics(int dtype, int tf32, I x, S s) {
   return guarded(dtype, tf32, [&](const auto& c) { cuda::channel_statistics(c, x, s); });
 }
-const char* df_norm_coefficients(int dtype, int tf32, int64_t n, const void* mean, const void* var,
-                                 const void* gamma, const void* beta, double eps, void* scale,
-                                 void* shift, void* rstd) {
+const char* df_norm_coefficients(int dtype, int tf32, const cuda::NormCoefficients* norms,
+                                 int64_t count) {
+  return guarded(dtype, tf32,
+                 [&](const auto& c) { cuda::norm_coefficients(c, {norms, norms + count}); });
+}
+const char* df_update_running_statistics_(int dtype, int tf32, const cuda::RunningUpdate* updates,
+                                          int64_t norms, int64_t** counters, int64_t count) {
   return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::norm_coefficients(c, n, mean, var, gamma, beta, eps, scale, shift, rstd);
+    cuda::update_running_statistics(c, {updates, updates + norms}, {counters, counters + count});
   });
 }
-const char* df_update_running_statistics(int dtype, int tf32, int64_t n, const void* mean,
-                                         const void* var, int64_t count, double momentum, void* rm,
-                                         void* rv) {
-  return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::update_running_statistics(c, {{n, mean, var, nullptr, count, momentum, rm, rv}}, {});
-  });
-}
-const char* df_norm_grad_coefficients(int dtype, int tf32, int64_t n, N norm, G sums, int64_t count,
-                                      void* out) {
-  return guarded(dtype, tf32, [&](const auto& c) {
-    cuda::norm_grad_coefficients(c, n, norm, sums, count, out);
-  });
+const char* df_norm_grad_coefficients(int dtype, int tf32, const cuda::NormBackward& next, G sums) {
+  return guarded(dtype, tf32, [&](const auto& c) { cuda::norm_grad_coefficients(c, next, sums); });
 }
 const char* df_conv1x1_forward(int dtype, int tf32, I x, N act, W w, I z, S s) {
   return guarded(dtype, tf32, [&](const auto& c) { cuda::conv1x1_forward(c, x, act, w, z, s); });

@@ -30,9 +30,13 @@ from kernel_cases import (
     forward,
     maxpool_backward,
     maxpool_forward,
+    transition_backward,
+)
+from vector_cases import (
     norm_coefficients,
     norm_grad_coefficients,
-    transition_backward,
+    statistics_and_norm,
+    sums_and_backward,
     update_running_statistics,
 )
 
@@ -74,7 +78,9 @@ def others(pixels: Pixels, channels: int) -> Iterator[Calls]:
     yield norm_coefficients(channels)
     yield norm_coefficients(channels, affine=False)
     yield norm_grad_coefficients(channels)
-    yield update_running_statistics(channels)
+    yield statistics_and_norm(pixels, 3, channels)
+    yield sums_and_backward(pixels, channels)
+    yield update_running_statistics(channels, 1, channels)
 
 
 def run(emulator: Emulator) -> set[str]:

@@ -5,52 +5,14 @@ A process of its own: there the dispatch replaces the CPU kernels of the operato
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-import host_build
 import pytest
-from emulation import SOURCES
-from torch.utils.cpp_extension import include_paths, library_paths
+from block_operator_cases import CASES
+from dispatched import run
+from ops_arguments import ARGUMENTS
 
-from densenet_fast import _extension
-
-TESTS = host_build.HERE.parent
-SETUP = """
-import sys
-sys.path[:0] = [{tests!r}, {repository!r}]
-import torch
-from torch import Tensor
-from densenet_fast import ops, reference
-from ops_arguments import ARGUMENTS, arguments
-torch.ops.load_library({library!r})
-ops.select = lambda tensor: "cpu"  # whatever the type: the compiled operator
-kernel = torch.ops.densenet_fast
-"""
 TYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    if not _extension.LOADED:
-        pytest.skip("needs the schemas of the compiled module")
-    return host_build.build(
-        [*SOURCES[:-1], host_build.CSRC / "cuda" / "dispatch.cpp"],
-        optimize="-O1",
-        defines=["TORCH_TARGET_VERSION=0x020a000000000000", "DENSENET_FAST_CUDA_KEY=CPU"],
-        include=[Path(p) for p in include_paths()],
-        link=[*(f"-L{p}" for p in library_paths()), "-ltorch_cpu"],
-    )
-
-
-def run(library: Path, code: str) -> str:
-    setup = SETUP.format(tests=str(TESTS), repository=str(TESTS.parent), library=str(library))
-    result = subprocess.run(
-        [sys.executable, "-c", setup + code], capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -60,36 +22,45 @@ dtype = torch.{dtype}
 eps = torch.finfo(dtype).eps
 for op in ARGUMENTS:
     given, expected = arguments(op, dtype), arguments(op, dtype)
-    getattr(ops, op)(**given)
-    getattr(reference, op)(**expected)
-    for name, value in expected.items():
-        if isinstance(value, Tensor):
-            size = float(value.double().abs().max()) + 1
-            text = f"{{op}} {{name}}: {{given[name]}} should be {{value}}"
-            torch.testing.assert_close(given[name], value, rtol=0, atol=40 * eps * size, msg=text)
+    getattr(ops, op)(*given.values())
+    definition(op)(*expected.values())
+    results = dict(tensors(given))
+    for name, value in tensors(expected):
+        size = max(value.double().abs().flatten().tolist(), default=0) + 1
+        text = f"{{op}} {{name}}: {{results[name]}} should be {{value}}"
+        torch.testing.assert_close(results[name], value, rtol=0, atol=40 * eps * size, msg=text)
     print(op)
 """
-    assert len(run(library, code).split()) == 16
+    assert len(run(library, code).split()) == len(ARGUMENTS)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_blocks(library: Path, dtype: str, direction: str) -> None:
+    """C++'s loop launches what Python's does, and the definition agrees in float64."""
+    code = f"""
+for name, case in CASES.items():
+    check(replace(case, dtype=torch.{dtype}), "{direction}", same_bits=False)
+    print(name)
+"""
+    assert len(run(library, code).splitlines()) == len(CASES)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_float32_weights_go_with_narrower_features(library: Path, dtype: str) -> None:
     code = f"""
 for op in ARGUMENTS:
-    given, rounded = arguments(op, torch.{dtype}), arguments(op, torch.{dtype})
-    if "weight" not in given or op == "norm_coefficients":
+    given, rounded = wide(arguments(op, torch.{dtype})), arguments(op, torch.{dtype})
+    if given.keys().isdisjoint({{"weight", "parameters"}}) or op == "norm_coefficients":
         continue
-    for name in ("weight", "grad_weight"):
-        if name in given:
-            given[name] = given[name].float()
-    getattr(ops, op)(**given)
-    getattr(ops, op)(**rounded)
-    for name, value in rounded.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(given[name].to(value.dtype), value), (op, name)
+    getattr(ops, op)(*given.values())
+    getattr(ops, op)(*rounded.values())
+    results = dict(tensors(given))
+    for name, value in tensors(rounded):
+        assert torch.equal(results[name].to(value.dtype), value), (op, name)
     print(op)
 """
-    assert len(run(library, code).split()) == 6
+    assert len(run(library, code).split()) == 8
 
 
 def test_absent_results(library: Path) -> None:
@@ -143,7 +114,9 @@ attempt("conv1x1_forward", bottleneck=x["features"])
 attempt("conv1x1_forward", bottleneck=x["bottleneck"][:1])
 attempt("conv1x1_forward", mean=None)
 attempt("conv1x1_backward", grad_gamma=None)
-attempt("update_running_statistics", count=1)
+attempt("update_running_statistics_", count=1)
+attempt("dense_block_forward_", last=5)
+attempt("dense_block_backward_", gradients=[])
 attempt("transition_forward", out=torch.empty(2, 3, 3, 8))
 attempt("norm_relu_maxpool_forward", argmax=torch.empty(2, 3, 3, 9))
 attempt("channel_statistics", features=torch.empty(1, 1, 1, 9, dtype=torch.int32))
@@ -163,6 +136,8 @@ attempt("conv1x1_forward", weight=torch.empty(1).expand(1 << 20, 9))
         "mean and var are given together",
         "grad_gamma and grad_beta are given together",
         "more than one value",
+        "half-layers [0, 5) of 4",
+        "every parameter has a slot",
         "halves both sides",
         "argmax must be contiguous uint8",
         "float16, bfloat16, float32 and float64",

@@ -176,12 +176,12 @@ FAULTS: dict[str, Fault] = {
         "const E* from = exists ? x.data + static_cast<int>(row * x.pitch) + channel : x.data;",
     ),
     "the taps of the data gradient are not reversed": fault(
-        "pack.cuh", "order.flipped ? order.taps - 1 - tap : tap", "tap"
+        "weights.cu", "p.flipped ? p.taps - 1 - tap : tap", "tap"
     ),
     "the last split is not added": fault(
-        "reductions.cuh",
-        "for (int s = 0; s < splits; ++s) sum",
-        "for (int s = 0; s < splits - (splits > 1); ++s) sum",
+        "weights.cu",
+        "for (int s = 0; s < g.splits; ++s) sum",
+        "for (int s = 0; s < g.splits - (g.splits > 1); ++s) sum",
     ),
     "pooled pixels of odd images": fault(
         "epilogue.cuh",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from devices import device
+from dispatched import run
 from emulated_ops import EmulatedOps
 from emulation import Emulator
+from ops_arguments import BLOCKS
 from torch import Tensor, nn
 
-from densenet_fast import EfficientDenseNet, ops, reference
+from densenet_fast import EfficientDenseNet, ops, reference, reference_block
 from densenet_fast.backend import use_backend
 
 OPS = [name for name, value in vars(ops).items() if hasattr(value, "__wrapped__")]
@@ -28,7 +32,10 @@ TINY: dict[str, Any] = {
 
 
 def install(monkeypatch: pytest.MonkeyPatch, emulated: EmulatedOps) -> list[str]:
-    """Run all operators under the emulator, behind their checks; a list of those that run."""
+    """Run all operators under the emulator, behind their checks; a list of those that run.
+
+    Blocks by Python's loop over their layers.
+    """
     called: list[str] = []
 
     def replacement(name: str) -> Any:
@@ -37,7 +44,7 @@ def install(monkeypatch: pytest.MonkeyPatch, emulated: EmulatedOps) -> list[str]
 
         def operator(*args: Any, **kwargs: Any) -> None:
             if check(*args, **kwargs) is False:  # parameters of a type that no kernel reads
-                assert name in ("norm_coefficients", "update_running_statistics")
+                assert name == "norm_coefficients"
                 getattr(reference, name)(*args, **kwargs)
                 return
             called.append(name)
@@ -47,6 +54,15 @@ def install(monkeypatch: pytest.MonkeyPatch, emulated: EmulatedOps) -> list[str]
 
     for name in OPS:
         monkeypatch.setattr(ops, name, replacement(name))
+    for name in BLOCKS:
+        loop = getattr(reference_block, name)
+        monkeypatch.setattr(ops, name, partial(loop, operators=ops))
+
+    def update(*args: Any, supported: bool) -> None:
+        assert supported or args[1][0].dtype == torch.bfloat16
+        (emulated if supported else reference_block).update_running_statistics_(*args)
+
+    monkeypatch.setattr(ops, "_update_running_statistics_", update)
     return called
 
 
@@ -91,30 +107,78 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("small_inputs", [False, True], ids=["imagenet", "cifar"])
-def test_a_training_step(
-    emulator: Emulator,
-    monkeypatch: pytest.MonkeyPatch,
-    mode: str,
-    dtype: torch.dtype,
-    small_inputs: bool,
+def test_how_often_a_step_computes(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    size = (2, 3, 9, 10) if small_inputs else (2, 3, 35, 40)
-    options = {"small_inputs": small_inputs, "drop_rate": 0.1 if mode == "block" else 0.0}
-    with use_backend("reference"):
-        exact = step(network(mode, torch.float64, **options), torch.float64, size)
-        net = network(mode, dtype, **options)
-        if dtype == torch.float64 and mode != "block":  # dropout draws otherwise
-            net = unfused(net)  # against itself there would be no rounding
-        plain = step(net, dtype, size)
-    emulator.ops.allow_tf32 = False
     called = install(monkeypatch, emulator.ops)
-    actual = step(network(mode, dtype, **options), dtype, size)
+    step(network(mode, torch.float32), torch.float32, (2, 3, 33, 32))
     layers = sum(TINY["block_config"])
     assert called.count("conv3x3_backward") == layers
     held = TINY["block_config"][1] if mode != "none" else 0  # the second block is small
     assert called.count("conv1x1_forward") == layers * MODES[mode] - held
+
+
+class Step(NamedTuple):
+    """A training step of one network."""
+
+    mode: str
+    dtype: torch.dtype
+    small_inputs: bool
+
+    def __str__(self) -> str:
+        inputs = "cifar" if self.small_inputs else "imagenet"
+        return f"{inputs}-{self.dtype}-{self.mode}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        dropout = 0.1 if self.mode == "block" else 0.0
+        return {"small_inputs": self.small_inputs, "drop_rate": dropout}
+
+    def run(self) -> dict[str, Tensor]:
+        size = (2, 3, 9, 10) if self.small_inputs else (2, 3, 35, 40)
+        return step(network(self.mode, self.dtype, **self.options), self.dtype, size)
+
+
+STEPS = [
+    Step(mode, dtype, small_inputs)
+    for small_inputs in (False, True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    for mode in MODES
+]
+
+
+def inference(dtype: torch.dtype) -> Tensor:
+    images = torch.randn(2, 3, 33, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        return network("bottleneck", dtype).eval()(images).double()
+
+
+@pytest.fixture(scope="module")
+def emulated(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the steps and inference give on emulated kernels, in C++'s loop over the layers."""
+    file = tmp_path_factory.mktemp("emulated") / "results"
+    code = f"""
+from test_kernels_networks import STEPS, inference
+results = {{str(step): step.run() for step in STEPS}}
+results |= {{str(dtype): inference(dtype) for dtype in (torch.float32, torch.bfloat16)}}
+torch.save(results, {str(file)!r})
+"""
+    run(library, code)
+    loaded: dict[str, Any] = torch.load(file)
+    return loaded
+
+
+@pytest.mark.parametrize("training", STEPS, ids=str)
+def test_a_training_step(emulated: dict[str, Any], training: Step) -> None:
+    mode, dtype, small_inputs = training
+    actual = emulated[str(training)]
+    with use_backend("reference"):
+        exact = Step(mode, torch.float64, small_inputs).run()
+        plain = training.run()
+        if dtype == torch.float64 and mode != "block":  # dropout draws otherwise
+            size = (2, 3, 9, 10) if small_inputs else (2, 3, 35, 40)
+            # Against itself there would be no rounding.
+            plain = step(unfused(network(mode, dtype, **training.options)), dtype, size)
     # Some forty operations follow each other.
     eps = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
     largest = max(float(value.norm()) for name, value in exact.items() if "grad" in name)
@@ -125,28 +189,24 @@ def test_a_training_step(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inference(emulator: Emulator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    images = torch.randn(2, 3, 33, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
-    with use_backend("reference"), torch.no_grad():
-        exact = network("bottleneck", torch.float64).eval()(images.double())
-        plain = network("bottleneck", dtype).eval()(images).double()
-    emulator.ops.allow_tf32 = False
-    called = install(monkeypatch, emulator.ops)
-    with torch.no_grad():
-        actual = network("bottleneck", dtype).eval()(images).double()
-    assert "conv3x3_forward" in called
+def test_inference(emulated: dict[str, Any], dtype: torch.dtype) -> None:
+    with use_backend("reference"):
+        exact, plain = inference(torch.float64), inference(dtype)
     floor = 4 * torch.finfo(dtype).eps * float(exact.norm())
-    assert error(actual, exact) <= 2 * error(plain, exact) + floor
+    assert error(emulated[str(dtype)], exact) <= 2 * error(plain, exact) + floor
 
 
-def test_a_step_repeats_its_bits_in_another_order(
-    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch, emulator.ops)
-    results = []
-    for order in ("forward", "reverse", "random"):
-        emulator.schedule(order, 9)
-        results.append(step(network("bottleneck", torch.bfloat16), torch.bfloat16, (2, 3, 33, 32)))
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(other[name], value), name
+def test_a_step_repeats_its_bits_in_another_order(library: Path) -> None:
+    code = f"""
+import host_build
+from test_kernels_networks import network, step
+emulator, results = host_build.Library({str(library)!r}), []
+for order in ("forward", "reverse", "random"):
+    emulator.set_order(order, 9)
+    results.append(step(network("bottleneck", torch.bfloat16), torch.bfloat16, (2, 3, 33, 32)))
+for other in results[1:]:
+    for name, value in results[0].items():
+        assert torch.equal(other[name], value), name
+print(len(results))
+"""
+    assert run(library, code) == "3\n"

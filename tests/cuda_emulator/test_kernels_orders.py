@@ -22,12 +22,16 @@ from kernel_cases import (
     forward,
     maxpool_backward,
     maxpool_forward,
-    norm_coefficients,
-    norm_grad_coefficients,
     transition_backward,
-    update_running_statistics,
 )
 from torch import Tensor
+from vector_cases import (
+    norm_coefficients,
+    norm_grad_coefficients,
+    statistics_and_norm,
+    sums_and_backward,
+    update_running_statistics,
+)
 
 # Several tiles, steps, columns of blocks and splits of the rows, with tails.
 PRODUCTS: dict[str, Calls] = {
@@ -49,11 +53,16 @@ OTHERS: dict[str, Calls] = {
     "maxpool_forward": maxpool_forward((2, 9, 6), 17),
     "maxpool_backward": maxpool_backward((2, 17, 9), 40),
     "norm_coefficients": norm_coefficients(300),
+    "update_running_statistics_": update_running_statistics(300, 17, 300),
+}
+# Steps of the block operators that are no operators themselves.
+STEPS: dict[str, Calls] = {
     "norm_grad_coefficients": norm_grad_coefficients(300),
-    "update_running_statistics": update_running_statistics(300),
+    "statistics_and_norm": statistics_and_norm((2, 17, 16), 70, 40),
+    "sums_and_backward": sums_and_backward((3, 9, 5), 90),
 }
 CASES = [(name, kind) for name in PRODUCTS for kind in KINDS]
-CASES += [(name, kind) for name in OTHERS for kind in STORED]
+CASES += [(name, kind) for name in (*OTHERS, *STEPS) for kind in STORED]
 SCHEDULES = (("reverse", 0), ("random", 1), ("random", 2), ("random", 3))
 
 
@@ -69,7 +78,7 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], wha
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=str)
 def test_same_bits_in_every_order(emulator: Emulator, name: str, kind: Kind) -> None:
-    make = {**PRODUCTS, **OTHERS}[name]
+    make = {**PRODUCTS, **OTHERS, **STEPS}[name]
     expected = results(emulator, kind, make)
     for order, seed in SCHEDULES:
         emulator.schedule(order, seed)
@@ -110,7 +119,10 @@ def test_launches_of_every_operator(emulator: Emulator) -> None:
         transition_backward(pixels, channels, width): 6,  # rows that pooling cuts off
         norm_coefficients(channels): 1,
         norm_grad_coefficients(channels): 1,
-        update_running_statistics(channels): 1,
+        statistics_and_norm(pixels, channels, growth): 2,
+        sums_and_backward(pixels, channels): 2,
+        update_running_statistics(channels, width, channels): 2,  # norms; counters
+        update_running_statistics(*[channels] * 49, counters=48): 4,
         finish_gradient(pixels, growth): 1,
         channel_statistics(pixels, channels): 2,
         avgpool_forward(pixels, channels): 1,

@@ -20,8 +20,12 @@ from kernel_cases import (
     finish_gradient,
     maxpool_backward,
     maxpool_forward,
+)
+from vector_cases import (
     norm_coefficients,
     norm_grad_coefficients,
+    statistics_and_norm,
+    sums_and_backward,
     update_running_statistics,
 )
 
@@ -66,10 +70,37 @@ def test_vectors(emulator: Emulator, kind: Kind, channels: int) -> None:
     for make in (
         norm_coefficients(channels),
         norm_coefficients(channels, affine=False),
-        update_running_statistics(channels),
         norm_grad_coefficients(channels),
+        norm_grad_coefficients(channels, frozen=True),
+        update_running_statistics(channels),
     ):
         check(emulator.ops, kind, make)
+
+
+@kinds
+@shapes
+def test_what_follows_statistics_and_sums(emulator: Emulator, kind: Kind, shape: Shape) -> None:
+    for make in (
+        statistics_and_norm(shape[0], 0, shape[1]),
+        statistics_and_norm(shape[0], 45, shape[1]),
+        sums_and_backward(*shape),
+        sums_and_backward(*shape, frozen=True),
+    ):
+        check(emulator.ops, kind, make, layout=layout_of(shape))
+
+
+@kinds
+def test_running_statistics_of_many_norms(emulator: Emulator, kind: Kind) -> None:
+    """Of several channels, more than one launch's, with buffers that norms share, or none."""
+    for order in ("forward", "reverse", "random"):
+        emulator.schedule(order, 1)
+        for make in (
+            update_running_statistics(3, 300, 31, counters=0),
+            update_running_statistics(*(1 + 6 * i for i in range(60)), counters=97),
+            update_running_statistics(5, 5, 5, 5, shared=True),
+            update_running_statistics(counters=3),
+        ):
+            check(emulator.ops, kind, make)
 
 
 @kinds

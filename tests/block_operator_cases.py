@@ -1,0 +1,254 @@
+"""Arguments of the block operators for blocks of any kind, and both ways to run one.
+
+In what an operator should write everything is NaN before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from op_cases import Case
+from ops_arguments import tensors
+from torch import Tensor
+
+from densenet_fast import ops, reference, reference_block
+
+NAN = torch.tensor(torch.nan)
+ALL = (True, True, True, True)
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """A block of layers and what is wanted of it; norm 2 l + n is norm n + 1 of layer l."""
+
+    pixels: tuple[int, int, int] = (2, 3, 4)
+    channels: int = 5
+    growths: tuple[int, ...] = (3, 2, 4)
+    widths: tuple[int, ...] = (8, 4, 6)
+    frozen: tuple[int, ...] = ()
+    plain: tuple[int, ...] = ()  # norms without weight and bias
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.float32
+    wide: bool = False  # float32 weights
+    channels_last: bool = False  # of the weights
+    tail: bool = True  # a norm of all features, with statistics of the batch
+    recompute: bool = False
+    held: int = 0
+    lowest: int = -1
+    # Of norm1, conv1, norm2 and conv2 of each layer, whether they want gradients.
+    needs: tuple[tuple[bool, bool, bool, bool], ...] = (ALL, ALL, ALL)
+    seed: int = 0
+
+    @property
+    def layers(self) -> int:
+        return len(self.growths)
+
+    @property
+    def starts(self) -> list[int]:
+        return [self.channels + sum(self.growths[:layer]) for layer in range(self.layers + 1)]
+
+    @property
+    def reduced(self) -> int:
+        readers = [layer for layer in range(self.layers) if 2 * layer not in self.frozen]
+        return 1 + max([*readers, self.layers] if self.tail else readers, default=-1)
+
+    def _parameters(self, make: Case) -> list[Tensor]:
+        found: list[Tensor] = []
+        for layer, (growth, width) in enumerate(zip(self.growths, self.widths, strict=True)):
+            shapes = (width, self.starts[layer], 1, 1), (growth, width, 3, 3)
+            for norm, shape in enumerate(shapes, 2 * layer):
+                size = 0 if norm in self.plain else shape[1]
+                weight = make.weight(*shape)
+                if self.wide:
+                    weight = weight.float() * 1.003
+                if self.channels_last:
+                    weight = weight.contiguous(memory_format=torch.channels_last)
+                found += [make.vector(size).abs() + 0.5, make.vector(size), weight]
+        return found
+
+    def _described(self, make: Case) -> dict[str, Any]:
+        frozen: list[Tensor] = []
+        for norm in range(2 * self.layers if self.frozen else 0):
+            size = (self.starts[norm // 2], self.widths[norm // 2])[norm % 2]
+            size = size if norm in self.frozen else 0
+            frozen += [make.vector(size), make.vector(size).abs() + 0.5]
+        return {
+            "parameters": self._parameters(make),
+            "frozen": frozen,
+            "numbers": [1e-5, 1e-3, self.dropout] * self.layers,
+            "seeds": [7 + layer for layer in range(self.layers)],
+            "reduced": self.reduced,
+        }
+
+    def _vectors(self, make: Case) -> Tensor:
+        channels = sum(self.starts[:-1]) + sum(self.widths) + max(self.widths)
+        return make.vector(3 * channels)
+
+    def forward(self) -> dict[str, Any]:
+        """Arguments of `dense_block_forward_`; statistics of the input alone are there."""
+        make, total = Case(self.dtype, self.seed), self.starts[-1]
+        described = self._described(make)
+        features = make.rows(self.pixels, total, None if self.recompute else NAN)
+        features[..., : self.channels] = make.randn(*self.pixels, self.channels).to(self.dtype)
+        statistics = make.vector(2 * (total + sum(self.widths))).abs() + 0.5
+        if not self.recompute:
+            statistics.fill_(torch.nan)
+            of_input = [statistics[at : at + self.channels] for at in (0, total)]
+            reference.channel_statistics(features[..., : self.channels], *of_input)
+        return {
+            "features": features,
+            "statistics": statistics,
+            "bottlenecks": [make.rows(self.pixels, width, NAN) for width in self.widths],
+            "vectors": self._vectors(make),
+            **{name: described[name] for name in ("parameters", "frozen", "numbers", "seeds")},
+            "reduced": self.reduced,
+            "recompute": self.recompute,
+            "first": 0,
+            "last": 2 * self.layers,
+        }
+
+    def _slots(self, parameters: list[Tensor], none: Tensor) -> list[Tensor]:
+        """Room for the gradients: sums are wanted with every gradient of data."""
+        slots: list[Tensor] = []
+        for layer, (norm1, conv1, norm2, conv2) in enumerate(self.needs):
+            above, at = self.lowest < layer, self.lowest <= layer
+            through = above or norm1 or conv1
+            wanted = (above or norm1, conv1, through or norm2, conv2)
+            for index, size in enumerate((self.starts[layer], 0, self.widths[layer], 0)):
+                if index % 2 == 0:
+                    slots += [
+                        none.new_full((size if at and wanted[index] else 0,), torch.nan)
+                        for _ in range(2)
+                    ]
+                elif at and wanted[index]:
+                    weight = parameters[6 * layer + 3 * (index // 2) + 2]
+                    slots.append(torch.full(weight.shape, torch.nan).to(weight))
+                else:
+                    slots.append(none)
+        return slots
+
+    def backward(self) -> dict[str, Any]:
+        """Arguments of `dense_block_backward_`; the first bottlenecks are not there."""
+        make, total = Case(self.dtype, self.seed), self.starts[-1]
+        rows = self.pixels[0] * self.pixels[1] * self.pixels[2]
+        described = self._described(make)
+        made = self.layers - self.held
+        return {
+            "features": make.rows(self.pixels, total),
+            "grad_features": make.rows(self.pixels, total),
+            "statistics": make.vector(2 * (total + sum(self.widths))).abs() + 0.5,
+            "sums": make.vector(2 * total),
+            "bottlenecks": [
+                make.rows(self.pixels, width, NAN if layer < made else None)
+                for layer, width in enumerate(self.widths)
+            ],
+            "grad_growth": make.weight(rows * max(self.growths)),
+            "grad_norm": make.weight(rows * max(self.widths)),
+            "vectors": self._vectors(make),
+            "parameters": described["parameters"],
+            "frozen": described["frozen"],
+            "gradients": self._slots(described["parameters"], make.vector(0)),
+            **{name: described[name] for name in ("numbers", "seeds", "reduced")},
+            "held": self.held,
+            "lowest": self.lowest,
+            "first": 2 * max(self.lowest, 0),
+            "last": 2 * self.layers,
+        }
+
+    def arguments(self, direction: str) -> dict[str, Any]:
+        return self.forward() if direction == "forward" else self.backward()
+
+
+def at_once(operator: Callable[..., None], given: dict[str, Any]) -> None:
+    operator(*given.values())
+
+
+def by_halves(operator: Callable[..., None], given: dict[str, Any]) -> None:
+    """One call for each half-layer, as where ranks exchange statistics between them."""
+    halves = range(given["first"], given["last"])
+    for half in reversed(halves) if "sums" in given else halves:
+        operator(*{**given, "first": half, "last": half + 1}.values())
+
+
+def exchanging(operator: Callable[..., None], given: dict[str, Any]) -> None:
+    """A backward by half-layers that hands each norm2's sums on, as if ranks had exchanged them."""
+    sums, size = given["sums"], len(given["sums"])
+    width = max(t.shape[3] for t in given["bottlenecks"])
+    longer = torch.cat((sums, sums.new_full((2 * width,), torch.nan)))
+    for half in reversed(range(given["first"], given["last"])):
+        operator(*{**given, "sums": longer, "first": half, "last": half + 1}.values())
+        gamma, beta = given["gradients"][6 * (half // 2) + 3 : 6 * (half // 2) + 5]
+        if half % 2 == 1 and gamma.numel():
+            longer[size : size + 2 * gamma.numel()] = torch.cat((gamma, beta))
+    sums.copy_(longer[:size])
+
+
+def python_loop(direction: str, operators: Any = ops) -> Callable[..., None]:
+    """The definition's loop over the layers, with these operators for a half-layer."""
+    loop = getattr(reference_block, f"dense_block_{direction}_")
+    return lambda *given: loop(*given, operators=operators)
+
+
+def compiled(direction: str) -> Callable[..., None]:
+    return getattr(ops, f"dense_block_{direction}_")
+
+
+def outcome(
+    case: BlockCase,
+    direction: str,
+    operator: Callable[..., None],
+    run: Callable[..., None] = at_once,
+) -> dict[str, Tensor]:
+    given = case.arguments(direction)
+    run(operator, given)
+    return dict(tensors(given))
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], eps: float) -> None:
+    for name, value in expected.items():
+        bound = eps * max(value.nan_to_num().abs().flatten().tolist(), default=0.0)
+        torch.testing.assert_close(
+            actual[name],
+            value,
+            rtol=0,
+            atol=bound,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def check(case: BlockCase, direction: str, *, same_bits: bool = True) -> None:
+    """The compiled loop gives the bits of Python's over the same operators, in any ranges.
+
+    And in float64 agrees with the definition. GPUs round a multiplication and an addition once.
+    """
+    expected = outcome(case, direction, python_loop(direction))
+    found = outcome(case, direction, compiled(direction))
+    assert_close(found, expected, 0.0 if same_bits else 16 * torch.finfo(case.dtype).eps)
+    for run in [by_halves] + [exchanging] * (direction == "backward"):
+        assert_close(outcome(case, direction, compiled(direction), run), found, 0.0)
+    exact = replace(case, dtype=torch.float64, wide=False)
+    defined = outcome(exact, direction, python_loop(direction, reference))
+    assert_close(outcome(exact, direction, compiled(direction)), defined, 1e-10)
+
+
+CASES: dict[str, BlockCase] = {
+    "usual": BlockCase(),
+    "one pixel": BlockCase(pixels=(1, 1, 1), tail=False),
+    "frozen": BlockCase(frozen=(0, 3, 4), tail=False),
+    "all frozen": BlockCase(frozen=tuple(range(6)), plain=(1, 2), tail=False),
+    "no affine": BlockCase(plain=(0, 1, 2, 3, 4, 5)),
+    "dropout": BlockCase(dropout=0.4, held=1),
+    "recomputed": BlockCase(recompute=True, held=3, channels_last=True),
+    "last weight": BlockCase(
+        lowest=2, held=1, needs=((False,) * 4, (False,) * 4, (False, False, False, True))
+    ),
+    "last norm": BlockCase(lowest=2, needs=((False,) * 4, ALL, (False, False, True, False))),
+    "some": BlockCase(
+        lowest=1, needs=(ALL, (False, True, False, False), (True, False, True, False))
+    ),
+    "input": BlockCase(needs=((False,) * 4,) * 3),
+}
