@@ -95,8 +95,8 @@ def check(group: str, device: torch.device, name: str) -> None:
 
 
 def check_modules(owner: nn.Module, device: torch.device) -> None:
-    """`check` of every norm below `owner` that would synchronise now."""
-    if not active():
+    """`check` of every norm below `owner` that would synchronise now; a graph's nodes do it."""
+    if not active() or torch.compiler.is_compiling():
         return
     checked = {""}
     for module in owner.modules():

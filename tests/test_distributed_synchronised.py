@@ -14,7 +14,8 @@ from comparison import SMALL, networks, shake
 from processes import ComposedSyncNorm, group_of_one, needs_gloo, run_on_ranks, share
 from torch import Tensor, nn
 
-from densenet_fast import EfficientDenseNet, fusion_report, ops, synchronized
+from densenet_fast import EfficientDenseNet, fusion_report, reference, synchronized
+from densenet_fast.backend import use_backend
 from densenet_fast.dense_block import dense_block
 from densenet_fast.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.norm_modules import norm_spec
@@ -170,14 +171,16 @@ def networks_on_two_ranks() -> None:
     assert_as_one_process(frozen_below)
     assert_as_one_process(lambda network: network.eval())
     assert_as_one_process(small_inputs=True, size=(5, 3, 8, 8))
-    with pytest.MonkeyPatch.context() as patch:  # the ranks' masks are not those of one process
-        patch.setattr(ops, "dropout_", halve_every_other_channel)
+    # The ranks' masks are not those of one process.
+    with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
+        patch.setattr(reference, "dropout_", halve_every_other_channel)
         for mode in ("bottleneck", "block"):
             assert_as_one_process(drop_rate=0.5, checkpoint=mode)
     assert_as_one_process(make=without_stem, size=(5, 3, 8, 8))
     both = dist.new_group([0, 1])
     assert_as_one_process(group=both)
     half_width()
+    compiled()
     single_values()
     collectives()
     mixed()
@@ -292,15 +295,46 @@ def far_from_zero() -> None:
     part = values.split((300, 700))[dist.get_rank()].double()
     mean, var = part.mean(0).float(), part.var(0, correction=0).float()
     total = torch.empty(1)
-    group = dist.group.WORLD
-    assert group is not None
-    synchronized.combine(group, len(part), mean, var, total)
+    group: Any = dist.group.WORLD
+    synchronized.combine(group.group_name, len(part), mean, var, total)
     exact = values.double()
     assert total.item() == 1000
     torch.testing.assert_close(mean.double(), exact.mean(0), rtol=2 * EPSILON, atol=0)
     # The ranks' means are rounded to 1e4 * EPSILON, and the variance takes their squares.
     error = 4 * (EPSILON + 1e4 * EPSILON * 0.1)
     torch.testing.assert_close(var.double(), exact.var(0, correction=0), rtol=error, atol=0)
+
+
+def compiled() -> None:
+    """One graph without breaks, fused, in which ranks exchange statistics: eager mode's bits."""
+    for checkpoint in ("none", "bottleneck", "block"):
+        plain = converted(made(lambda _: None, torch.float32, checkpoint=checkpoint))
+        ours = copy.deepcopy(plain)
+        nodes: list[str] = []
+
+        def record(graph: torch.fx.GraphModule, _: Any, nodes: list[str] = nodes) -> Any:
+            for part in graph.modules():
+                if isinstance(part, torch.fx.GraphModule):
+                    nodes.extend(str(node.target) for node in part.graph.nodes)
+            return graph.forward
+
+        torch._dynamo.reset()
+        graph = torch.compile(ours, backend=record, fullgraph=True)
+        for step in range(2):
+            generator = torch.Generator().manual_seed(step)
+            images = share(torch.randn(IMAGES, generator=generator))
+            outputs = [plain(images), graph(images)]
+            for output in outputs:
+                output.square().sum().backward()
+            assert torch.equal(*outputs), checkpoint
+        for (name, one), other in zip(plain.named_parameters(), ours.parameters(), strict=True):
+            assert one.grad is not None and other.grad is not None, name
+            assert torch.equal(one.grad, other.grad), name
+        for (name, one), other in zip(plain.named_buffers(), ours.buffers(), strict=True):
+            assert torch.equal(one, other), name
+        fused = [name for name in nodes if name.endswith("block_forward.default")]
+        assert len(fused) == 3, nodes
+        assert not [name for name in nodes if "batch_norm" in name]
 
 
 def errors(living: Any) -> None:
@@ -375,8 +409,10 @@ def test_groups_within_a_block() -> None:
     block = make_block(growths=(3, 4))
     before = block.buffers()
     with group_of_one():
-        group = dist.group.WORLD
-        first = block.layers[0]._replace(norm1=block.layers[0].norm1._replace(group=group))
+        group: Any = dist.group.WORLD
+        first = block.layers[0]._replace(
+            norm1=block.layers[0].norm1._replace(group=group.group_name)
+        )
         with pytest.raises(ValueError, match=r"the same process group, .* got 2 different ones"):
             dense_block(block.input, [first, block.layers[1]])
         frozen = first.norm1._replace(batch_statistics=False)
