@@ -109,12 +109,6 @@ class Tester {
     std::memset(vectors_.back().get(), 0xFF, static_cast<size_t>(size) * sizeof(T));
     return vectors_.back().get();
   }
-  T* aligned(int64_t size) {
-    constexpr int64_t kRoom = 64 / sizeof(T);
-    void* memory = vector(size + kRoom);
-    size_t room = static_cast<size_t>(size + kRoom) * sizeof(T);
-    return static_cast<T*>(std::align(64, static_cast<size_t>(size) * sizeof(T), memory, room));
-  }
   T* coefficients(int64_t size, T offset) {
     T* v = vector(size);
     for (int64_t i = 0; i < size; ++i) v[i] = random() + offset;
@@ -190,18 +184,17 @@ class Tester {
   // ---- the kernels ------------------------------------------------------------------------------
 
   // A forward with weights as they are, then packed beforehand: the same bits.
-  template <class Forward>
-  void with_and_without(Weight<S> weight, const T* packed, Image<S> to, int64_t out,
-                        const Forward& forward) {
-    const Activation<T> act = activation(s_.channels);
-    forward(weight, to, act, statistics(out));
+  void with_and_without(auto forward, Image<const S> from, Weight<S> weight, const T* packed,
+                        Image<S> to) {
+    const Activation<T> act = activation(from.c);
+    forward(from, act, weight, to, statistics(to.c));
     keep(to);
-    const std::vector<T> before = result_;
     weight.packed = packed;
-    forward(weight, to, act, statistics(out));
-    result_.resize(result_.size() - static_cast<size_t>(to.rows() * to.c));
+    forward(from, act, weight, to, statistics(to.c));
     keep(to);
-    if (std::memcmp(result_.data(), before.data(), before.size() * sizeof(T)) != 0) {
+    const size_t size = static_cast<size_t>(to.rows() * to.c);
+    const T* again = result_.data() + result_.size() - size;
+    if (std::memcmp(again - size, again, size * sizeof(T)) != 0) {
       fail("packed weights give another result");
     }
   }
@@ -212,35 +205,19 @@ class Tester {
     kernels_.channel_statistics(features, {output_vector(c), output_vector(c)});
 
     const Weight<S> w1 = weight(out, c, 1), w3 = weight(out, c, 3);
-    T* packed1 = aligned(kernels_.packed_conv1x1_size(w1));
-    T* packed3 = aligned(kernels_.packed_conv3x3_size(h, w, w3));
+    T* packed1 = vector(kernels_.packed_conv1x1_size(w1));
+    T* packed3 = vector(kernels_.packed_conv3x3_size(h, w, w3));
     kernels_.pack_conv1x1(w1, packed1);
     kernels_.pack_conv3x3(h, w, w3, packed3);
-
-    const Image<S> bottleneck = output(h, w, out);
-    with_and_without(
-        w1, packed1, bottleneck, out,
-        [&](const Weight<S>& weight, Image<S> to, Activation<T> act, Statistics<T> made) {
-          kernels_.conv1x1_forward(features, act, weight, to, made);
-        });
+    with_and_without(kernels_.conv1x1_forward, features, w1, packed1, output(h, w, out));
     const Image<S> growth = output(h, w, out);
-    with_and_without(
-        w3, packed3, growth, out,
-        [&](const Weight<S>& weight, Image<S> to, Activation<T> act, Statistics<T> made) {
-          kernels_.conv3x3_forward(features, act, weight, to, made);
-        });
+    with_and_without(kernels_.conv3x3_forward, features, w3, packed3, growth);
     for (double p : {0.3, 1.0}) {
-      keep(growth);
       kernels_.dropout(growth, 0x123456789abcdefu, p);
+      keep(growth);
     }
-    keep(growth);
     if (h < 2 || w < 2) return;
-    const Image<S> pooled = output(h / 2, w / 2, out);
-    with_and_without(
-        w1, packed1, pooled, out,
-        [&](const Weight<S>& weight, Image<S> to, Activation<T> act, Statistics<T> made) {
-          kernels_.transition_forward(features, act, weight, to, made);
-        });
+    with_and_without(kernels_.transition_forward, features, w1, packed1, output(h / 2, w / 2, out));
   }
 
   void backward() {
