@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast import eligibility, synchronized
 from densenet_fast.autocast import computed_type
+from densenet_fast.kept_plans import kept
 from densenet_fast.layer_parts import TailParts
 from densenet_fast.layers import DenseBlock, FusedBlock, Transition
 from densenet_fast.memory_plan import (
@@ -114,6 +119,33 @@ def stands_alone(
     )
 
 
+class Chain(NamedTuple):
+    """The steps of a chain of modules, and whether ReLU and pooling are in the last one.
+
+    `accepted` are shapes of images that have been found to fit.
+    """
+
+    steps: Sequence[Step]
+    pooled: bool
+    accepted: set[torch.Size]
+
+
+def planned(owner: nn.Module, modules: Sequence[nn.Module], input: Tensor, **options: Any) -> Chain:
+    """What `steps` gives for `modules`, which are below `owner`; kept while nothing changes."""
+    dtype, device = eligibility.parameter_type(input), input.device
+
+    def make() -> Chain:
+        return Chain(*steps(modules, dtype, device, **options), set())
+
+    return kept(owner, (dtype, device, *options.items()), make)
+
+
+def accept(accepted: set[torch.Size], input: Tensor) -> None:
+    """Remember a shape of images, if it is a number's and there are not too many."""
+    if not torch.compiler.is_compiling() and len(accepted) < 1000:
+        accepted.add(input.shape)
+
+
 def steps(
     modules: Sequence[nn.Module],
     dtype: torch.dtype,
@@ -210,11 +242,12 @@ def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True) -> Tensor:
     """The steps one after another; `hold` fills the memory below the peak with bottlenecks."""
     first = next((at for at, step in enumerate(planned) if isinstance(step, DenseStep)), None)
     ours = False  # whether nobody else has the features
+    holds: Iterator[int] = repeat(0)
     for at, step in enumerate(planned):
         if hold and at == first and torch.is_grad_enabled():
-            _hold_bottlenecks(planned[at:], input)
+            holds = _held_bottlenecks(planned[at:], input)
         if isinstance(step, DenseStep):
-            input = step.run(input, ours=ours)
+            input = step.run(input, ours=ours, hold=next(holds))
             ours = step.tail is not None or _ends_fused(step)
         else:
             input = step.run(input)
@@ -222,19 +255,21 @@ def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True) -> Tensor:
     return input
 
 
-def _hold_bottlenecks(planned: Sequence[Step], input: Tensor) -> None:
-    """Tell the blocks which bottlenecks to hold, if there is nothing here but fused blocks."""
+_plans = lru_cache(64)(held_below_peak)  # of sizes alone: most steps are as the one before
+
+
+def _held_bottlenecks(planned: Sequence[Step], input: Tensor) -> Iterator[int]:
+    """How many bottlenecks each block holds: some if there is nothing here but fused blocks."""
     steps = [step for step in planned if isinstance(step, DenseStep)]
     if len(steps) < len(planned) or all(step.checkpoint == "none" for step in steps):
-        return
+        return repeat(0)
     stored = computed_type(input.dtype, input.device.type)
     sizes = block_sizes(steps, planned_shape(input.shape), stored.itemsize)
     if sizes is None or not (input.requires_grad or _trainable(steps[0])):
-        return  # in a frozen block the fullest backward may not happen
-    network = NetworkSize(StemSize(), sizes, HeadSize())
-    plans = held_below_peak(network, [step.checkpoint for step in steps])
-    for step, plan in zip(steps, plans, strict=True):
-        step.hold = plan.hold
+        return repeat(0)  # in a frozen block the fullest backward may not happen
+    network = NetworkSize(StemSize(), tuple(sizes), HeadSize())
+    plans = _plans(network, tuple(step.checkpoint for step in steps))
+    return iter([plan.hold for plan in plans])
 
 
 def block_sizes(
@@ -263,7 +298,9 @@ def block_sizes(
             behind, output = end, images * end if step.tail is not None else pixels * end
         gradients = gradient_bytes([conv.weight for conv in convolutions])
         sizes.append(
-            BlockSize(pixels, channels, end, widths, max(growths), output, itemsize, *gradients)
+            BlockSize(
+                pixels, channels, end, tuple(widths), max(growths), output, itemsize, *gradients
+            )
         )
         channels = behind
     return sizes
@@ -302,7 +339,8 @@ def apply_plans(planned: Sequence[Step], plans: Sequence[Plan]) -> list[Step]:
     keep_stem = bool(plans) and plans[0].mode == "none"
     for step in planned:
         if isinstance(step, DenseStep):
-            step.checkpoint, step.hold = next(blocks)
+            mode, hold = next(blocks)
+            step = replace(step, checkpoint=mode, hold=hold)
         elif isinstance(step, StemStep) and step.conv is not None and keep_stem:
             applied.append(ConvStep(step.conv))
             step = StemStep(step.norm)

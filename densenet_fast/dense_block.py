@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast import autocast, nodes
+from densenet_fast import autocast, nodes, norms
 from densenet_fast.backend import select
 from densenet_fast.block_backward import gradients
 from densenet_fast.block_checks import check_block
@@ -78,26 +78,42 @@ def dense_block(
     are.
     """
     check_block(autocast.cast(input), layers, tail, checkpoint, hold)
-    return fused(input, layers, tail, checkpoint, hold)
+    return fused(input, FlatBlock(layers, tail), checkpoint, hold)
 
 
-def fused(
-    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: Checkpoint, hold: int
-) -> Tensor:
+class FlatBlock:
+    """A block's tensors and numbers, which serve for as many calls as they stay the same."""
+
+    def __init__(self, layers: Sequence[LayerSpec], tail: Tail | None) -> None:
+        """Describe `layers` and `tail`."""
+        self.layers, self.tail = layers, tail
+        self.parameters, self.buffers, self.settings = flattened(layers, tail)
+        self._updates: norms.Updates | None = None
+
+    def updates(self, geometry: Geometry) -> norms.Updates:
+        """What a step changes of running statistics and counters."""
+        if self._updates is None:
+            places = norm_places(geometry, block_norms(self.layers, self.tail))
+            self._updates = norms.updates(places)
+        return self._updates
+
+
+def fused(input: Tensor, block: FlatBlock, checkpoint: Checkpoint, hold: int) -> Tensor:
     """`dense_block` of what modules have found to fit.
 
     Kernels look at every size again before they run; where one does not fit after all, the error is
     that of `check_block`.
     """
     input = autocast.cast(input)
-    parameters, buffers, settings = flattened(layers, tail, checkpoint, hold)
+    parameters, buffers = block.parameters, block.buffers
+    hold = len(block.layers) if checkpoint == "none" else hold
+    settings = block.settings._replace(checkpoint=checkpoint, hold=hold)
     geometry = Geometry(input.shape, parameters, settings)
     dropping = sum(dropout > 0 for dropout in settings.dropout)
     seeds = draw_seeds(dropping) if dropping else None
 
     def finish(statistics: Tensor) -> None:
-        norms = block_norms(layers, tail)
-        nodes.record(statistics, norm_places(geometry, norms), geometry.rows)
+        nodes.record(statistics, block.updates(geometry), geometry.rows)
 
     try:
         if torch.is_grad_enabled() and (
@@ -111,7 +127,7 @@ def fused(
         finish(statistics)
     except RuntimeError:
         if not torch.compiler.is_compiling():
-            check_block(input, layers, tail, checkpoint, hold)
+            check_block(input, block.layers, block.tail, checkpoint, hold)
         raise
     return output
 

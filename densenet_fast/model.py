@@ -145,9 +145,10 @@ class EfficientDenseNet(nn.Module):
             self._check(owner, x, list(self.features.children()))
             return self._compose(x)
 
-        modules = list(self.features)
-        steps, pooled = chain.steps(modules, eligibility.parameter_type(x), x.device)
-        self._check(owner, x, chain.called_modules(steps))
+        steps, pooled, accepted = chain.planned(self, list(self.features), x)
+        if x.shape not in accepted:
+            self._check(owner, x, chain.called_modules(steps))
+            chain.accept(accepted, x)
         if self._checkpoint == "auto" and torch.is_grad_enabled():
             plans = self._plans(steps, pooled, x)
             x = chain.run(chain.apply_plans(steps, plans), x, hold=False)

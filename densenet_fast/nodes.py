@@ -7,7 +7,7 @@ statistics are written by a third behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -64,9 +64,14 @@ def count_step(statistics: Tensor, *args: Any) -> None:
     ops.update_running_statistics_(statistics, *args)
 
 
-def record(statistics: Tensor, places: Iterable[norms.Place], count: int) -> None:
-    """Update running statistics and counters by what a node has just found."""
-    norms.record(statistics, places, count, update=count_step)
+def record(statistics: Tensor, updates: norms.Updates, count: int) -> None:
+    """Update running statistics and counters by what a node has found, over `count` values each.
+
+    Everything, or nothing.
+    """
+    running, counters, _, _ = updates
+    if running or counters:
+        count_step(statistics, *updates, count)
 
 
 Finish = Callable[[Tensor], None]

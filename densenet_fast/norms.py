@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,16 +41,12 @@ class Place(NamedTuple):
     channels: int
 
 
-def record(
-    statistics: Tensor,
-    places: Iterable[Place],
-    count: int,
-    update: Callable[..., None],
-) -> None:
-    """Update running statistics by a step over `count` values a channel, and count the step.
+# Running statistics, counters, places and momenta, as `ops.update_running_statistics_` takes them.
+Updates = tuple[list[Tensor], list[Tensor], list[int], list[float]]
 
-    Everything, or nothing. A norm that was used twice is there twice.
-    """
+
+def updates(places: Iterable[Place]) -> Updates:
+    """What a step changes of these norms. One that was used twice is there twice."""
     running: list[Tensor] = []
     counters: list[Tensor] = []
     flat: list[int] = []
@@ -63,8 +59,7 @@ def record(
             running += (mean, var)
             flat += place
             momenta.append(momentum)
-    if running or counters:
-        update(statistics, running, counters, flat, momenta, count)
+    return running, counters, flat, momenta
 
 
 def parameter_gradient(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:

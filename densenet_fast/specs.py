@@ -87,8 +87,8 @@ class Settings(NamedTuple):
     groups: Sequence[str]
     dropout: Sequence[float]
     tail: str  # "none", "transition" or "average"
-    checkpoint: Checkpoint
-    hold: int  # last layers whose bottleneck is held for the backward
+    checkpoint: Checkpoint = "bottleneck"
+    hold: int = 0  # last layers whose bottleneck is held for the backward
 
 
 def block_norms(layers: Sequence[LayerSpec], tail: Tail | None) -> list[NormSpec]:
@@ -98,7 +98,7 @@ def block_norms(layers: Sequence[LayerSpec], tail: Tail | None) -> list[NormSpec
 
 
 def flattened(
-    layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: Checkpoint, hold: int
+    layers: Sequence[LayerSpec], tail: Tail | None
 ) -> tuple[list[Tensor | None], list[Tensor | None], Settings]:
     """A block's parameters, the running statistics that it computes with, and the rest.
 
@@ -130,7 +130,5 @@ def flattened(
             groups if any(groups) else [],
             [layer.dropout for layer in layers],
             kind,
-            checkpoint,
-            len(layers) if checkpoint == "none" else hold,
         ),
     )

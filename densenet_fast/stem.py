@@ -68,7 +68,7 @@ def _stem(
     place = norms.Place(norm, 0, channels, total, channels)
 
     def finish(statistics: Tensor) -> None:
-        nodes.record(statistics, [place], images * height * width)
+        nodes.record(statistics, norms.updates([place]), images * height * width)
 
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, *parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from densenet_fast import stem_convolution
 from densenet_fast.dense_block import (
+    FlatBlock,
     conv_stem,
     fused,
     released,
@@ -113,11 +114,13 @@ class DenseStep:
     hold: int = 0
     lists: bool = False
     memory_format: torch.memory_format = torch.preserve_format
+    _specs: dict[int, FlatBlock] = field(default_factory=dict, init=False, repr=False)
 
-    def run(self, input: Tensor, *, ours: bool = False) -> Tensor:
+    def run(self, input: Tensor, *, ours: bool = False, hold: int = 0) -> Tensor:
         """The concatenated features, or what the tail makes of them.
 
-        `ours` says that nobody else has the input, to write to it before the backward.
+        `ours` says that nobody else has the input, to write to it before the backward. `hold`
+        counts bottlenecks that are held besides the step's own.
         """
         segments = list(self.segments)
         last: FusedRun = []
@@ -127,7 +130,7 @@ class DenseStep:
         features, views = [input], False
         for segment in segments:
             if isinstance(segment, list):
-                whole = self._fused(features, segment, None, ours)
+                whole = self._fused(features, segment, None, ours, hold)
                 widths = [part.shape[1] for part in features]
                 widths += [weight_shape(layer.conv2)[0] for layer in segment]
                 features = list(whole.split(widths, 1)) if self.lists else [whole]
@@ -142,26 +145,41 @@ class DenseStep:
             features = [*features, added] if self.lists else [added]
             ours = False
         if last or self.tail is not None:
-            return self._fused(features, last, self.tail, ours)
+            return self._fused(features, last, self.tail, ours, hold)
         return _joined(features)
 
     def _fused(
-        self, features: list[Tensor], run: FusedRun, tail: TailParts | None, ours: bool
+        self, features: list[Tensor], run: FusedRun, tail: TailParts | None, ours: bool, hold: int
     ) -> Tensor:
         input = _joined(features)
         if self.checkpoint == "block" and not ours and input is features[0]:
             if torch.is_grad_enabled():
                 input = input.clone()  # which the backward reads
+        return fused(input, self._flat(run, tail), self.checkpoint, self.hold + hold)
+
+    def _flat(self, run: FusedRun, tail: TailParts | None) -> FlatBlock:
+        """The specs of a run; made once, as the step is only kept while its modules stay the same.
+
+        But for averages over all steps: the weight of a step in these changes.
+        """
+        found = self._specs.get(id(run))
+        if found is not None:
+            return found
         counted: list[Tensor] = []
         layers = [_layer_spec(layer, counted) for layer in run]
+        norms = [norm for layer in run for norm in (layer.norm1, layer.norm2)]
         behind: Tail | None = None
         if tail is not None:
+            norms.append(tail.norm)
             norm = norm_spec(tail.norm, counted)
             if tail.conv is None:
                 behind = AvgPoolTail(norm)
             else:
                 behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
-        return fused(input, layers, behind, self.checkpoint, self.hold)
+        flat = FlatBlock(layers, behind)
+        if all(norm.momentum is not None for norm in norms):
+            self._specs[id(run)] = flat
+        return flat
 
 
 def _joined(features: list[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ class Block:
     tail: Tail | None
 
     def parameters(self) -> list[Tensor]:
-        every, _, _ = flattened(self.layers, self.tail, "none", 0)
+        every, _, _ = flattened(self.layers, self.tail)
         return [tensor for tensor in every if tensor is not None]
 
     def norms(self) -> list[NormSpec]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -146,19 +146,14 @@ class ConvertedFeatures(Converted, nn.Sequential):
 
     def _planned(
         self, input: Tensor, final: chain.FinalObstacle | None
-    ) -> tuple[list[Step], bool] | None:
+    ) -> tuple[Sequence[Step], bool] | None:
         """What `chain.steps` says, or None where the modules must be called one by one."""
         if not isinstance(input, Tensor) or eligibility.input(input) is not None:
             return None
         synchronized.check_modules(self, input.device)
         modules: list[Any] = list(self._modules.values())
-        return chain.steps(
-            modules,
-            eligibility.parameter_type(input),
-            input.device,
-            final=final,
-            memory_format=self.released_format(input),
-        )
+        memory_format = self.released_format(input)
+        return chain.planned(self, modules, input, final=final, memory_format=memory_format)[:2]
 
 
 class ConvertedNetwork(Converted):
@@ -180,7 +175,9 @@ class ConvertedNetwork(Converted):
             return None
         return features.pooled(input, self.final)
 
-    def inference_steps(self, x: Tensor) -> tuple[list[Step], Callable[[Tensor], Tensor]] | None:
+    def inference_steps(
+        self, x: Tensor
+    ) -> tuple[Sequence[Step], Callable[[Tensor], Tensor]] | None:
         """The steps to the pooled features and what follows them; None: not all of it is fused."""
         features = self._modules.get("features")
         if not isinstance(features, ConvertedFeatures) or eligibility.touched(features):
