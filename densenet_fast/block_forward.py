@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -147,16 +147,22 @@ class Block:
                 return tensor
             return tensor.to(dtype).contiguous()
 
-        parameters: list[Tensor] = [
-            tensor if index % 3 == 2 and tensor is not None else plain(tensor)
-            for index, tensor in enumerate(self.parameters[: 6 * layers])
-        ]
+        given = self.parameters[: 6 * layers]
+        vectors = [*given[::3], *given[1::3]]
+        if all(v is not None and v.dtype is dtype and v.is_contiguous() for v in vectors):
+            parameters: Any = list(given)
+        else:
+            parameters = [
+                tensor if index % 3 == 2 else plain(tensor) for index, tensor in enumerate(given)
+            ]
         frozen: list[Tensor] = []
         if not all(self.settings.batch_statistics[: 2 * layers]):
             frozen = [plain(tensor) for tensor in self.buffers[: 4 * layers]]
-        numbers: list[float] = []
-        for layer, dropout in enumerate(self.settings.dropout):
-            numbers += (*self.settings.eps[2 * layer : 2 * layer + 2], dropout)
+        eps = self.settings.eps
+        triples = zip(
+            eps[: 2 * layers : 2], eps[1 : 2 * layers : 2], self.settings.dropout, strict=True
+        )
+        numbers = [number for triple in triples for number in triple]
         return BlockArguments(parameters, frozen, numbers, self.seeds, self.geometry.reduced)
 
     def scratch(self, vector: Tensor) -> Tensor:

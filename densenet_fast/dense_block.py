@@ -137,15 +137,16 @@ def _block(shape: Sequence[int], like: Tensor, args: Sequence[Any]) -> Block:
     parameters, buffers, seeds, *rest = args
     settings = Settings(*rest)
     # The kernels round float32 weights in passing and return float32 gradients: no copies.
-    as_they_are = select(like) != "reference"
-
-    def weight(tensor: Tensor) -> Tensor:
-        if tensor.dtype is like.dtype or (as_they_are and tensor.dtype == torch.float32):
-            return tensor
-        return tensor.to(like.dtype)
-
-    lowered = [p if p is None or p.dim() == 1 else weight(p) for p in parameters]
-    return Block(shape, lowered, buffers, seeds, settings)
+    taken = {like.dtype, torch.float32} if select(like) != "reference" else {like.dtype}
+    weights = [*parameters[2 : 6 * len(settings.dropout) : 3]]
+    if settings.tail == "transition":
+        weights.append(parameters[-1])
+    if not taken.issuperset([weight.dtype for weight in weights]):
+        parameters = [
+            p if p is None or p.dim() == 1 or p.dtype in taken else p.to(like.dtype)
+            for p in parameters
+        ]
+    return Block(shape, parameters, buffers, seeds, settings)
 
 
 def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
