@@ -36,10 +36,10 @@ struct Block {
   Dtype dtype;
   std::vector<BlockLayer> layers;
   ImageArgument features;
-  void* mean = nullptr;     // of the features
+  void* mean = nullptr;                        // of the features
   std::vector<NormCoefficients> coefficients;  // of the norm of each half-layer
   void* gradient_map = nullptr;                // room for a norm2's, [3, B]
-  bool recompute = false;   // nothing is reduced: the statistics are there
+  bool recompute = false;                      // nothing is reduced: the statistics are there
   // Of the backward.
   ImageArgument grad_features;
   void* grad_growth = nullptr;  // scratch for images

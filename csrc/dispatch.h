@@ -23,9 +23,9 @@ struct Operators {
     const int64_t channels = mean.numel();
     const std::vector<NormCoefficients> norms{
         {channels, call.vector(mean, channels, "mean"), call.vector(var, channels, "var"),
-          call.vector(gamma, channels, "weight"), call.vector(beta, channels, "bias"), eps,
-          call.mutable_vector(scale, channels, "scale"),
-          call.mutable_vector(shift, channels, "shift"),
+         call.vector(gamma, channels, "weight"), call.vector(beta, channels, "bias"), eps,
+         call.mutable_vector(scale, channels, "scale"),
+         call.mutable_vector(shift, channels, "shift"),
          call.mutable_vector(rstd, channels, "rstd")}};
     Device::norm_coefficients(call.context(), norms);
   }

@@ -165,7 +165,7 @@ def block_arguments(
 
 
 def coefficient_scratch(geometry: Geometry, statistics: Statistics) -> Tensor:
-    """Room for coefficients: three of each norm's channels, and three of a norm2's for its backward."""
+    """Three vectors for each norm's coefficients, and three for a norm2's backward."""
     channels = sum(geometry.starts[:-1]) + sum(geometry.widths) + max(geometry.widths, default=0)
     return statistics.vector.new_empty(3 * channels)
 

@@ -240,6 +240,8 @@ def dense_block_backward_(
             None if grad_conv1 is None else grad_conv1.flatten(1),
         )
         if features_needed and not block.is_frozen(layer, 1):
+            assert gamma1 is not None
+            assert beta1 is not None
             sum_grad[:start] += norm1.scale * beta1
             sum_grad_x[:start] += norm1.scale * norm1.rstd * gamma1
 
@@ -287,10 +289,8 @@ def update_running_statistics_(
             (statistics[mean : mean + channels], unbiased),
             strict=True,
         ):
-            old = fresh.get(id(buffer), buffer)
-            fresh[id(buffer)] = ((1 - momentum) * old.to(new.dtype) + momentum * new).to(
-                buffer.dtype
-            )
+            now = fresh.get(id(buffer), buffer).to(new.dtype)
+            fresh[id(buffer)] = ((1 - momentum) * now + momentum * new).to(buffer.dtype)
     times = Counter(map(id, counters))
     old = {id(tensor): tensor for tensor in (*running, *counters)}
     for key, total in times.items():

@@ -247,6 +247,8 @@ CASES: dict[str, BlockCase] = {
         lowest=2, held=1, needs=((False,) * 4, (False,) * 4, (False, False, False, True))
     ),
     "last norm": BlockCase(lowest=2, needs=((False,) * 4, ALL, (False, False, True, False))),
-    "some": BlockCase(lowest=1, needs=(ALL, (False, True, False, False), (True, False, True, False))),
+    "some": BlockCase(
+        lowest=1, needs=(ALL, (False, True, False, False), (True, False, True, False))
+    ),
     "input": BlockCase(needs=((False,) * 4,) * 3),
 }

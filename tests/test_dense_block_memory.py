@@ -125,6 +125,7 @@ def test_one_gradient_buffer_and_one_scratch_of_each_kind(
     depth = 5
     block = block_of(depth, tail)
     output = dense_block(block.input, block.layers, tail=block.tail, checkpoint=checkpoint)
+
     def rows(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
         taken.append(shape[3])
         return empty_rows(shape, like)

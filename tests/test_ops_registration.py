@@ -47,9 +47,7 @@ def test_opcheck(backend: str, op: str, dtype: torch.dtype, dense: bool) -> None
 @compiled
 def test_fake_tensors_pass_through(backend: str, op: str) -> None:
     with FakeTensorMode() as mode:
-        fakes = [
-            tree_map_only(Tensor, mode.from_tensor, value) for value in arguments(op).values()
-        ]
+        fakes = [tree_map_only(Tensor, mode.from_tensor, value) for value in arguments(op).values()]
         assert operator(op)(*fakes) is None
 
 

@@ -37,11 +37,10 @@ struct NormRecipe {
 
 template <class A>
 NormRecipe<A> norm_recipe(const NormCoefficients& n) {
-  return {static_cast<const A*>(n.mean),   static_cast<const A*>(n.var),
-          static_cast<const A*>(n.weight), static_cast<const A*>(n.bias),
-          static_cast<A>(n.eps),           static_cast<A*>(n.scale),
-          static_cast<A*>(n.shift),        static_cast<A*>(n.rstd),
-          static_cast<int>(n.channels)};
+  return {
+      static_cast<const A*>(n.mean), static_cast<const A*>(n.var), static_cast<const A*>(n.weight),
+      static_cast<const A*>(n.bias), static_cast<A>(n.eps),        static_cast<A*>(n.scale),
+      static_cast<A*>(n.shift),      static_cast<A*>(n.rstd),      static_cast<int>(n.channels)};
 }
 
 // `NormBackward`, typed.
