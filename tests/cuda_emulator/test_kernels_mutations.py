@@ -226,6 +226,9 @@ BLOCK_FAULTS: dict[str, Patch] = {
     ),
     "memory is handed out twice": Patch("cuda/kernels.h", "used_ += (bytes", "used_ = (bytes"),
     "exchanged sums are ignored": Patch("block.h", "upper && !block.norm2_sums", "upper"),
+    "own sums in place of exchanged ones": Patch(
+        "block.h", "        if (block.norm2_sums)\n", "        if (false)\n"
+    ),
     "the next norm is made of a frozen one": Patch(
         "block.h", " || block.norm(half).frozen)\n      known", ")\n      known"
     ),
