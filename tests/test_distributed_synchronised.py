@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from block_cases import make_block
 from comparison import SMALL, networks, shake
+from ops_arguments import loop_in_python
 from processes import ComposedSyncNorm, group_of_one, needs_gloo, run_on_ranks, share
 from torch import Tensor, nn
 
@@ -172,6 +173,7 @@ def networks_on_two_ranks() -> None:
     assert_as_one_process(lambda network: network.eval())
     assert_as_one_process(small_inputs=True, size=(5, 3, 8, 8))
     with pytest.MonkeyPatch.context() as patch:  # the ranks' masks are not those of one process
+        loop_in_python(patch)
         patch.setattr(ops, "dropout_", halve_every_other_channel)
         for mode in ("bottleneck", "block"):
             assert_as_one_process(drop_rate=0.5, checkpoint=mode)

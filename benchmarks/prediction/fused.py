@@ -26,7 +26,7 @@ from densenet_fast.specs import Checkpoint
 # Numbers of csrc/cuda: kTileRows, the widest tile's columns, launch_rows_product<P, 64> of the
 # transition, kStep in bytes, kStatisticsRows and kUnpoolRows, TapTile, kStagePixels, kTableSize.
 TILE_ROWS = 128
-TILE_COLUMNS = 128
+TILE_COLUMNS, FEW_COLUMNS = 128, 32
 TRANSITION_COLUMNS = 64
 STEP_BYTES = 64
 REDUCED_ROWS = 256
@@ -68,7 +68,8 @@ def product(
 def packed(columns: int, channels: int, taps: int, fmt: Format) -> int:
     """Bytes of a weight rearranged for a product."""
     step = STEP_BYTES // fmt.element
-    padded = ceil_div(columns, TILE_COLUMNS) * TILE_COLUMNS * ceil_div(channels, step) * step
+    tile = FEW_COLUMNS if taps == 9 and columns <= FEW_COLUMNS else TILE_COLUMNS
+    padded = ceil_div(columns, tile) * tile * ceil_div(channels, step) * step
     return padded * taps * fmt.element
 
 

@@ -74,7 +74,7 @@ void pack_weights(const Context& context, const std::vector<PackRequest>& reques
         requests,
         [&](const PackRequest& r, Packing& p) {
           WeightArgument& w = *r.weight;
-          const auto shape = packed_shape<E>(w, r.gradient);
+          const auto shape = packed_shape<E>(w, r.kernel, r.gradient);
           const auto of = [&](auto out, auto in) { return r.gradient ? in : out; };
           p = {w.data,
                nullptr,
