@@ -31,7 +31,7 @@ struct NormRecipe {
     const A a = gamma ? gamma[c] * r : r;
     rstd[c] = r;
     scale[c] = a;
-    shift[c] = multiply_add(-m, a, beta ? beta[c] : A(0));
+    shift[c] = (beta ? beta[c] : A(0)) - multiply(m, a);
   }
 };
 
@@ -58,7 +58,8 @@ struct BackwardRecipe {
       const A q = frozen ? A(0) : -norm.scale[c] * norm.rstd[c] * gamma * inverse;
       map[c] = norm.scale[c];
       map[channels + c] = q;
-      map[2 * channels + c] = frozen ? A(0) : -norm.scale[c] * beta * inverse - q * norm.mean[c];
+      map[2 * channels + c] =
+          frozen ? A(0) : -norm.scale[c] * beta * inverse - multiply(q, norm.mean[c]);
     }
     if (sum_grad) {
       sum_grad[c] = multiply_add(norm.scale[c], beta, sum_grad[c]);

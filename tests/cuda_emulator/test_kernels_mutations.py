@@ -181,7 +181,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "deferred sums start anew": fault("reductions.cuh", "beta, sum_grad[c]);", "beta, A(0));"),
     "a norm's backward without its mean": fault(
-        "reductions.cuh", "beta * inverse - q * norm.mean[c];", "beta * inverse;"
+        "reductions.cuh", "beta * inverse - multiply(q, norm.mean[c]);", "beta * inverse;"
     ),
     "all norms are the first": fault(
         "pointwise.cu", "const auto& u = table.one[blockIdx.y];", "const auto& u = table.one[0];"
