@@ -97,10 +97,10 @@ void describe_gradients(const Call<Device>& call, Block& block, const Tensor& gr
   STD_TORCH_CHECK(gradients.size() == parameters.size(),
                   "every parameter has a slot for its gradient");
   const int64_t count = static_cast<int64_t>(block.layers.size());
-  STD_TORCH_CHECK(0 <= block.held && block.held <= count && -1 <= block.lowest &&
-                      block.lowest <= count,
-                  "bottlenecks held: ", block.held, ", lowest layer: ", block.lowest, ", of ",
-                  count, " layers");
+  STD_TORCH_CHECK(
+      0 <= block.held && block.held <= count && -1 <= block.lowest && block.lowest <= count,
+      "bottlenecks held: ", block.held, ", lowest layer: ", block.lowest, ", of ", count,
+      " layers");
   block.grad_features = call.mutable_image(grad_features, "grad_features");
   check_same_shape(block.grad_features, block.features, "grad_features");
   const int64_t channels = block.features.c, rows = block.rows();

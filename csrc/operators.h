@@ -56,8 +56,8 @@ struct StatisticsResult {
 struct NormBackward {
   int64_t channels = 0;
   NormArgument norm;
-  int64_t count = 0;    // values of a channel; 0: a frozen norm's
-  void* map = nullptr;  // [3, channels]: its backward p * grad + q * x + s; null: not wanted
+  int64_t count = 0;         // values of a channel; 0: a frozen norm's
+  void* map = nullptr;       // [3, channels]: its backward p * grad + q * x + s; null: not wanted
   void* sum_grad = nullptr;  // what it adds to the deferred sums; null: nothing
   void* sum_grad_x = nullptr;
 };

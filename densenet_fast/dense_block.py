@@ -119,9 +119,13 @@ def fused(input: Tensor, block: FlatBlock, checkpoint: Checkpoint, hold: int) ->
         if torch.is_grad_enabled() and (
             input.requires_grad or any(p is not None and p.requires_grad for p in parameters)
         ):
-            return nodes.applied(
-                _DenseBlock, input, finish, (seeds, settings, len(parameters)), parameters, buffers
-            )
+            # A way back to the input that keeps none of it alive: second derivatives must be found
+            # out also where the backward does not need the input.
+            link = None
+            if input.requires_grad and not nodes.recorded(input):
+                link = input[:0].sum()
+            rest = (seeds, settings, len(parameters))
+            return nodes.applied(_DenseBlock, input, link, finish, rest, parameters, buffers)
         settings = settings._replace(hold=0)
         output, statistics, _ = block_forward(input, parameters, buffers, seeds, *settings)
         finish(statistics)

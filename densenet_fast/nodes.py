@@ -80,6 +80,7 @@ Finish = Callable[[Tensor], None]
 def applied(
     function: Any,
     input: Tensor,
+    link: Tensor | None,
     finish: Finish,
     rest: Sequence[Any],
     parameters: Tensors,
@@ -87,13 +88,11 @@ def applied(
 ) -> Tensor:
     """The output of a node's Function, whose second output are statistics for `finish`.
 
-    It is called within the node, so that a checkpoint which runs the forward again does not stop
-    between the two; in a graph behind it.
+    `link` is a way back to the input of a node that does not keep it. `finish` is called within the
+    node, so that a checkpoint which runs the forward again does not stop between the two; in a graph
+    behind it.
     """
     if not recorded(input):
-        # A way back to the input that keeps none of it alive: second derivatives must be found out
-        # also where the backward does not need the input.
-        link = input[:0].sum() if input.requires_grad else None
         output: Tensor = function.apply(input, link, finish, *rest, *parameters, *buffers)[0]
         return output
     # Dynamo takes no tensor twice.

@@ -289,10 +289,8 @@ def update_running_statistics_(
             (statistics[mean : mean + channels], unbiased),
             strict=True,
         ):
-            old = fresh.get(id(buffer), buffer)
-            fresh[id(buffer)] = ((1 - momentum) * old.to(new.dtype) + momentum * new).to(
-                buffer.dtype
-            )
+            now = fresh.get(id(buffer), buffer).to(new.dtype)
+            fresh[id(buffer)] = ((1 - momentum) * now + momentum * new).to(buffer.dtype)
     times = Counter(map(id, counters))
     replaced = {id(tensor): tensor for tensor in (*running, *counters)}
     for key, total in times.items():

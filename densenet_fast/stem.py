@@ -30,6 +30,7 @@ def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
 
     Keeps `input` and one byte per output element for the backward.
     """
+    check_input(input)
     return _stem(input, None, None, None, input.dtype, norm)
 
 
@@ -73,7 +74,7 @@ def _stem(
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
     ):
-        return nodes.applied(_Stem, input, finish, (rest,), parameters, buffers)
+        return nodes.applied(_Stem, input, None, finish, (rest,), parameters, buffers)
     output, _, statistics = stem_forward(input, parameters, buffers, *rest)
     finish(statistics)
     return output
@@ -218,6 +219,7 @@ def stem_backward(
         total = _parts(statistics, channels)[2]
         sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(images * height * width)
         ops.finish_gradient(rows, grad_rows, forward.mean, sums[0], sums[1], grad_rows)
+    del features, rows  # the largest tensors there are
     before: list[Tensor | None] = [grad_features, None, None]
     if stem.conv is not None and stem.weight is not None and any(needs[:3]):
         before = stem_convolution.backward(
@@ -236,7 +238,7 @@ class _Stem(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: Tensor,
-        link: Tensor | None,
+        _: Tensor | None,
         finish: Finish | None,
         rest: tuple[Any, ...],
         *tensors: Tensor | None,
@@ -245,14 +247,14 @@ class _Stem(torch.autograd.Function):
         if finish is not None:
             finish(statistics)
         ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(link, input, argmax, statistics, *tensors)
+        ctx.save_for_backward(input, argmax, statistics, *tensors)
         ctx.rest = rest
         return output, statistics
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
-        _, input, argmax, statistics, *tensors = saved
+        input, argmax, statistics, *tensors = saved
         needs = [ctx.needs_input_grad[index] for index in (0, 4, 5, 6, 7)]
         found = stem_backward(
             grad_outputs[0],

@@ -177,10 +177,10 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs: list[int] = []
-        original = fused_steps.dense_block
+        original = fused_steps.fused
 
-        def recorded(input: Tensor, layers: Any, **kwargs: Any) -> Tensor:
-            self.runs.append(len(layers))
-            return original(input, layers, **kwargs)
+        def recorded(input: Tensor, block: Any, *args: Any) -> Tensor:
+            self.runs.append(len(block.layers))
+            return original(input, block, *args)
 
-        monkeypatch.setattr(fused_steps, "dense_block", recorded)
+        monkeypatch.setattr(fused_steps, "fused", recorded)

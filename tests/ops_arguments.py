@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from devices import device
 from op_cases import Case
 from torch import Tensor
 
-from densenet_fast import reference, reference_block
+from densenet_fast import ops, reference, reference_block
 
 PIXELS = (2, 6, 5)
 SMALL = (2, 3, 2)  # behind the transition
@@ -200,6 +202,12 @@ def block(make: _Maker, *, backward: bool) -> dict[str, Any]:
 def definition(op: str) -> Callable[..., None]:
     """The operator in plain PyTorch."""
     return getattr(reference, op, None) or getattr(reference_block, op)
+
+
+def loop_in_python(patch: pytest.MonkeyPatch) -> None:
+    """Have blocks run by the definition's loop over the operators that `ops` has by then."""
+    for name in BLOCKS:
+        patch.setattr(ops, name, partial(getattr(reference_block, name), operators=ops))
 
 
 def tensors(given: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

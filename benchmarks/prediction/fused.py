@@ -24,14 +24,15 @@ from benchmarks.prediction.shapes import (
 from densenet_fast.specs import Checkpoint
 
 # Numbers of csrc/cuda: kTileRows, the widest tile's columns, launch_rows_product<P, 64> of the
-# transition, kStep in bytes, kStatisticsRows and kUnpoolRows, TapTile, kStagePixels.
+# transition, kStep in bytes, kStatisticsRows and kUnpoolRows, TapTile, kStagePixels, kTableSize.
 TILE_ROWS = 128
-TILE_COLUMNS = 128
+TILE_COLUMNS, FEW_COLUMNS = 128, 32
 TRANSITION_COLUMNS = 64
 STEP_BYTES = 64
 REDUCED_ROWS = 256
 TAP_OUTPUTS, TAP_ROW_BYTES = 32, 128
 STAGE_PIXELS = 32
+TABLE_SIZE = 48  # norms, counters or weights of one launch
 LEAST_SPLIT_ROWS = 256
 TILE_SHAPES = ((1, 8, 16), (1, 16, 8), (1, 4, 32), (2, 8, 8), (1, 32, 4))
 
@@ -67,7 +68,8 @@ def product(
 def packed(columns: int, channels: int, taps: int, fmt: Format) -> int:
     """Bytes of a weight rearranged for a product."""
     step = STEP_BYTES // fmt.element
-    padded = ceil_div(columns, TILE_COLUMNS) * TILE_COLUMNS * ceil_div(channels, step) * step
+    tile = FEW_COLUMNS if taps == 9 and columns <= FEW_COLUMNS else TILE_COLUMNS
+    padded = ceil_div(columns, tile) * tile * ceil_div(channels, step) * step
     return padded * taps * fmt.element
 
 
@@ -115,7 +117,7 @@ def conv1x1_forward(
         weight=packed(outputs, channels, 1, fmt),
         partial=0 if again else partials(ceil_div(rows, TILE_ROWS), outputs),
         flops=2 * rows * channels * outputs,
-        launches=2 if again else 3,
+        launches=1 if again else 2,
     )
 
 
@@ -131,7 +133,7 @@ def conv3x3_forward(block: Block, fmt: Format, *, again: bool = False) -> Op:
         weight=packed(k, b, 9, fmt),
         partial=0 if again else partials(tiles_3x3(block), k),
         flops=18 * m * b * k,
-        launches=2 if again else 3,
+        launches=1 if again else 2,
     )
 
 
@@ -154,7 +156,7 @@ def conv3x3_backward(block: Block, fmt: Format, multiprocessors: int) -> list[Op
             weight=packed(b, k, 9, fmt),
             partial=partials(tiles_3x3(block), b),
             flops=2 * m * weights,
-            launches=3,
+            launches=2,
         ),
         product(
             "conv3x3 wgrad",
@@ -163,7 +165,7 @@ def conv3x3_backward(block: Block, fmt: Format, multiprocessors: int) -> list[Op
             result=weights * fmt.parameter,
             partial=tap_splits(block, fmt, multiprocessors) * weights * STATISTIC,
             flops=2 * m * weights,
-            launches=2,
+            launches=1,
         ),
     ]
 
@@ -186,7 +188,7 @@ def conv1x1_backward(
             weight=packed(channels, outputs, 1, fmt),
             partial=partials(ceil_div(rows, TILE_ROWS), channels),
             flops=2 * rows * weights,
-            launches=3,
+            launches=2,
         ),
         product(
             "conv1x1 wgrad",
@@ -195,7 +197,7 @@ def conv1x1_backward(
             result=weights * fmt.parameter,
             partial=splits * weights * STATISTIC,
             flops=2 * rows * weights,
-            launches=2,
+            launches=2,  # and the splits of both weight gradients
         ),
     ]
 
@@ -211,19 +213,21 @@ def vectors(name: str, phase: Phase, channels: int, read: int, written: int, lau
     return Op(name, phase, read * size, written * size, launches=launches)
 
 
-def coefficients(phase: Phase, channels: int) -> Op:
-    """A norm's scale, shift and reciprocal deviation."""
-    return vectors("norm coefficients", phase, channels, 4, 3, 1)
+def coefficients(phase: Phase, channels: int, launches: int = 0) -> Op:
+    """A norm's scale, shift and reciprocal deviation; in a block made with others or with sums."""
+    return vectors("norm coefficients", phase, channels, 4, 3, launches)
 
 
-def running_statistics(channels: int) -> Op:
-    """The running statistics of one norm."""
-    return vectors("running statistics", "forward", channels, 4, 2, 1)
+def running_statistics(norms: int, channels: int) -> Op:
+    """The running statistics and counters of a node's norms."""
+    launches = 2 * ceil_div(norms, TABLE_SIZE)
+    return vectors("running statistics", "forward", channels, 4, 2, launches)
 
 
-def deferred_sums(channels: int) -> Op:
-    """What a norm leaves to the correction: two multiply-adds and a product, in PyTorch."""
-    return vectors("deferred sums", "backward", channels, 8, 3, 3)
+def at_once(phase: Phase, norms: int, weights: int) -> Op:
+    """What a block begins with: norms whose statistics are there, and packed weights."""
+    launches = ceil_div(norms, TABLE_SIZE) + ceil_div(weights, TABLE_SIZE)
+    return Op("coefficients and packed weights", phase, 0, 0, launches=launches)
 
 
 def channel_statistics(rows: int, channels: int, fmt: Format) -> Op:
@@ -237,10 +241,8 @@ def layer_forward(block: Block, layer: int, fmt: Format) -> Iterator[Op]:
     the tail, which every block of a network has.
     """
     c, b = block.start(layer), block.bottleneck
-    yield running_statistics(c)
     yield coefficients("forward", c)
     yield conv1x1_forward(block.rows, c, b, fmt)
-    yield running_statistics(b)
     yield coefficients("forward", b)
     yield conv3x3_forward(block, fmt)
 
@@ -264,17 +266,17 @@ def layer_backward(
         yield conv1x1_forward(m, c, b, fmt, again=True)
     yield finish_gradient("deferred correction", m * block.growth, fmt)
     yield from conv3x3_backward(block, fmt, multiprocessors)
-    yield vectors("norm2 gradient coefficients", "backward", b, 5, 3, 1)
+    yield vectors("norm2 gradient coefficients", "backward", b, 5, 3, 0)
     yield from conv1x1_backward(m, c, b, fmt, multiprocessors)
-    yield deferred_sums(c)
+    yield vectors("norm1 deferred sums", "backward", c, 6, 2, 0)
 
 
 def _tail(block: Block, fmt: Format, multiprocessors: int) -> Iterator[Op]:
     m, c, n, e = block.rows, block.end, block.images, fmt.element
-    yield running_statistics(c)
-    yield coefficients("forward", c)
-    yield coefficients("backward", c)
-    yield deferred_sums(c)
+    yield coefficients("forward", c, 1)
+    yield coefficients("backward", c, 1)
+    # What it leaves to the correction: two multiply-adds and a product, in PyTorch.
+    yield vectors("deferred sums", "backward", c, 8, 3, 3)
     if block.transition is None:
         sums = partials(n, c)
         yield Op("final pool forward", "forward", m * c * e, n * c * e)
@@ -323,7 +325,8 @@ def _around(block: Block, fmt: Format) -> Iterator[Op]:
     size = block.rows * block.channels
     yield Op("copy of the input", "forward", size * fmt.element, size * fmt.element)
     yield channel_statistics(block.rows, block.channels, fmt)
-    yield Op("step counters", "forward", 0, 0)
+    channels = sum(block.start(layer) + block.bottleneck for layer in range(block.layers))
+    yield running_statistics(2 * block.layers + 1, channels + block.end)
     yield vectors("deferred sums", "backward", block.end, 0, 2, 1)  # zeros
     yield finish_gradient("input gradient", size, fmt)
 
@@ -338,10 +341,9 @@ def _stem(spec: NetworkSpec, fmt: Format, mode: str) -> Iterator[Op]:
         yield from conv0_forward(spec, fmt, again=True)
     features, pooled = s.rows * s.channels, s.pooled_rows * s.channels
     yield channel_statistics(s.rows, s.channels, fmt)
-    yield running_statistics(s.channels)
-    yield coefficients("forward", s.channels)
-    yield coefficients("backward", s.channels)
-    yield Op("stem", "forward", 0, 0)  # its norm's counter
+    yield running_statistics(1, s.channels)
+    yield coefficients("forward", s.channels, 1)
+    yield coefficients("backward", s.channels, 1)
     yield Op("stem", "forward", features * e, pooled * (e + 1))  # one byte for a position
     sums = partials(ceil_div(s.rows, REDUCED_ROWS), s.channels)
     read = pooled * (e + 1) + features * e + sums
@@ -358,6 +360,9 @@ def fused_step(spec: NetworkSpec, fmt: Format, mode: Checkpoint, multiprocessors
         if mode == "block":
             size = block.rows * block.channels * fmt.element
             ops.append(Op("copy of the input", "backward", size, size))
+            ops.append(at_once("backward", 2 * block.layers, 2 * block.layers))
+        ops.append(at_once("forward", 1, 2 * block.layers))
+        ops.append(at_once("backward", 2 * block.layers, 3 * block.layers - hold))
         for layer in range(block.layers):
             ops += layer_forward(block, layer, fmt)
             if mode == "block":

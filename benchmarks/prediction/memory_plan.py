@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from benchmarks.networks import NetworkSpec
 from benchmarks.prediction.common import STATISTIC
-from benchmarks.prediction.fused import row_splits, tap_splits
+from benchmarks.prediction.fused import packed, row_splits, tap_splits
 from benchmarks.prediction.shapes import (
     Block,
     Format,
@@ -115,7 +115,7 @@ def _usual_moments(spec: NetworkSpec, fmt: Format, name: str) -> Iterator[int]:
 
 
 def _with_workspace(spec: NetworkSpec, fmt: Format, multiprocessors: int | None) -> NetworkSize:
-    """The network with its kernels' partial weight gradients."""
+    """The network with its kernels' partial weight gradients and packed weights."""
     cuda = multiprocessors is not None
     network = fused_network(spec, fmt, cuda=cuda)
     sizes = [
@@ -126,10 +126,14 @@ def _with_workspace(spec: NetworkSpec, fmt: Format, multiprocessors: int | None)
 
 
 def _workspace(block: Block, size: BlockSize, fmt: Format, multiprocessors: int | None) -> int:
-    """The partial weight gradients of a block's largest product."""
+    """The partial weight gradients of a block's largest layer, and the packed weights of all."""
     if multiprocessors is None:
         return cpu_workspace(size)
-    c, b = block.start(block.layers - 1), block.bottleneck
+    c, b, k = block.start(block.layers - 1), block.bottleneck, block.growth
     pointwise = row_splits(block.rows, b, c, fmt, multiprocessors) * b * c
-    spatial = tap_splits(block, fmt, multiprocessors) * 9 * b * block.growth
-    return max(pointwise, spatial) * STATISTIC
+    spatial = tap_splits(block, fmt, multiprocessors) * 9 * b * k
+    weights = 0
+    for layer in range(block.layers):  # of the gradients, and of the bottleneck made again
+        c = block.start(layer)
+        weights += packed(c, b, 1, fmt) + packed(b, k, 9, fmt) + packed(b, c, 1, fmt)
+    return (pointwise + spatial) * STATISTIC + weights

@@ -31,17 +31,16 @@ struct NormRecipe {
     const A a = gamma ? gamma[c] * r : r;
     rstd[c] = r;
     scale[c] = a;
-    shift[c] = multiply_add(-m, a, beta ? beta[c] : A(0));
+    shift[c] = (beta ? beta[c] : A(0)) - multiply(m, a);
   }
 };
 
 template <class A>
 NormRecipe<A> norm_recipe(const NormCoefficients& n) {
-  return {static_cast<const A*>(n.mean),   static_cast<const A*>(n.var),
-          static_cast<const A*>(n.weight), static_cast<const A*>(n.bias),
-          static_cast<A>(n.eps),           static_cast<A*>(n.scale),
-          static_cast<A*>(n.shift),        static_cast<A*>(n.rstd),
-          static_cast<int>(n.channels)};
+  return {
+      static_cast<const A*>(n.mean), static_cast<const A*>(n.var), static_cast<const A*>(n.weight),
+      static_cast<const A*>(n.bias), static_cast<A>(n.eps),        static_cast<A*>(n.scale),
+      static_cast<A*>(n.shift),      static_cast<A*>(n.rstd),      static_cast<int>(n.channels)};
 }
 
 // `NormBackward`, typed.
@@ -59,7 +58,8 @@ struct BackwardRecipe {
       const A q = frozen ? A(0) : -norm.scale[c] * norm.rstd[c] * gamma * inverse;
       map[c] = norm.scale[c];
       map[channels + c] = q;
-      map[2 * channels + c] = frozen ? A(0) : -norm.scale[c] * beta * inverse - q * norm.mean[c];
+      map[2 * channels + c] =
+          frozen ? A(0) : -norm.scale[c] * beta * inverse - multiply(q, norm.mean[c]);
     }
     if (sum_grad) {
       sum_grad[c] = multiply_add(norm.scale[c], beta, sum_grad[c]);

@@ -54,6 +54,10 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
+// Rounded: the compiler makes it part of no multiply_add, where several kernels have to agree.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
+
 // NaN stays NaN, as in PyTorch's relu.
 template <class A>
 __device__ __forceinline__ A relu(A x) {

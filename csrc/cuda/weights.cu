@@ -70,32 +70,47 @@ __global__ void __launch_bounds__(kThreads) add_splits_kernel(SplitTable table) 
 void pack_weights(const Context& context, const std::vector<PackRequest>& requests) {
   with_element(context, [&](auto policy) {
     using E = typename decltype(policy)::Element;
-    for_each_table<PackingTable>(requests, [&](const PackRequest& r, Packing& p) {
-      WeightArgument& w = *r.weight;
-      const auto shape = packed_shape<E>(w, r.gradient);
-      const auto of = [&](auto out, auto in) { return r.gradient ? in : out; };
-      p = {w.data, nullptr, of(w.stride_out, w.stride_in), of(w.stride_in, w.stride_out),
-           w.stride_h, w.stride_w, static_cast<int>(of(w.out, w.in)),
-           static_cast<int>(of(w.in, w.out)), shape.columns, shape.steps, r.kernel * r.kernel,
-           w.is_float32, r.gradient};
-      p.packed = context.workspace->allocate(sizeof(E) * p.size<E>());
-      w.packed[r.gradient] = p.packed;
-      return p.size<E>();
-    }, [&](const PackingTable& table, unsigned count, int64_t most) {
-      launch(&pack_weight<E>, flat(context, "pack_weight", most, count), table);
-    });
+    for_each_table<PackingTable>(
+        requests,
+        [&](const PackRequest& r, Packing& p) {
+          WeightArgument& w = *r.weight;
+          const auto shape = packed_shape<E>(w, r.kernel, r.gradient);
+          const auto of = [&](auto out, auto in) { return r.gradient ? in : out; };
+          p = {w.data,
+               nullptr,
+               of(w.stride_out, w.stride_in),
+               of(w.stride_in, w.stride_out),
+               w.stride_h,
+               w.stride_w,
+               static_cast<int>(of(w.out, w.in)),
+               static_cast<int>(of(w.in, w.out)),
+               shape.columns,
+               shape.steps,
+               r.kernel * r.kernel,
+               w.is_float32,
+               r.gradient};
+          p.packed = context.workspace->allocate(sizeof(E) * p.size<E>());
+          w.packed[r.gradient] = p.packed;
+          return p.size<E>();
+        },
+        [&](const PackingTable& table, unsigned count, int64_t most) {
+          launch(&pack_weight<E>, flat(context, "pack_weight", most, count), table);
+        });
   });
 }
 
 void add_splits(const Context& context, const std::vector<SplitSums>& sums) {
   with_element(context, [&](auto policy) {
     using E = typename decltype(policy)::Element;
-    for_each_table<SplitTable>(sums, [&](const SplitSums& s, SplitSums& one) {
-      one = s;
-      return s.size;
-    }, [&](const SplitTable& table, unsigned count, int64_t most) {
-      launch(&add_splits_kernel<E>, flat(context, "add_splits", most, count), table);
-    });
+    for_each_table<SplitTable>(
+        sums,
+        [&](const SplitSums& s, SplitSums& one) {
+          one = s;
+          return s.size;
+        },
+        [&](const SplitTable& table, unsigned count, int64_t most) {
+          launch(&add_splits_kernel<E>, flat(context, "add_splits", most, count), table);
+        });
   });
 }
 

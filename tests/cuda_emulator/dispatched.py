@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import host_build
 from emulation import SOURCES
@@ -28,14 +29,15 @@ kernel = torch.ops.densenet_fast
 """
 
 
-def build_dispatch() -> Path:
-    """The library to load into such a process."""
+def build_dispatch(**options: Any) -> Path:
+    """The library to load into such a process; `options` are those of `host_build.build`."""
     return host_build.build(
         [*SOURCES[:-1], host_build.CSRC / "cuda" / "dispatch.cpp"],
         optimize="-O1",
         defines=["TORCH_TARGET_VERSION=0x020a000000000000", "DENSENET_FAST_CUDA_KEY=CPU"],
         include=[Path(p) for p in include_paths()],
         link=[*(f"-L{p}" for p in library_paths()), "-ltorch_cpu"],
+        **options,
     )
 
 

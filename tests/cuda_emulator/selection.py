@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from emulation import DEVICES, SM_80, Emulator
-from kernel_cases import KINDS, Calls, Kind, check, conv3x3_backward, forward
+from kernel_cases import KINDS, STORED, Calls, Kind, check, conv3x3_backward, forward
 from test_kernels_conv import check_where_not_finite
 from test_kernels_large import CALLS as LARGE
 from test_kernels_large import check_far_rows
-from test_kernels_orders import PRODUCTS
+from test_kernels_orders import PRODUCTS, STEPS
+from vector_cases import update_running_statistics
 
 ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
 
@@ -32,6 +33,9 @@ def _products(emulator: Emulator, kind: Kind, calls: dict[str, Calls]) -> Iterat
 def run(emulator: Emulator, kind: Kind) -> Iterator[str]:
     """Run the checks one by one; their names come before they run."""
     yield from _products(emulator, kind, PRODUCTS)
+    if kind in STORED:
+        running = update_running_statistics(300, 17, 300, counters=3)
+        yield from _products(emulator, kind, {**STEPS, "update_running_statistics_": running})
     emulator.schedule()
     small = DEVICES["64 KB"]
     for name in ("conv3x3_backward", "transition_forward", "transition_backward"):

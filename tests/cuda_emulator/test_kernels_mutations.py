@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from dispatched import build_dispatch, run
 from emulation import build_kernels
 from host_build import Patch
 
@@ -170,6 +171,21 @@ FAULTS: dict[str, Fault] = {
     "no barrier between the runs of a reduction": fault(
         "reductions.cuh", "  counts[slot] = count;\n  __syncthreads();", "  counts[slot] = count;"
     ),
+    "a norm is not made behind its statistics": fault(
+        "reductions.cuh", "  if (next.channels) next.make(before + c, m, v);\n", ""
+    ),
+    "a norm's first channels are not made": fault(
+        "reductions.cuh",
+        "if (c < 0) return next.make(before + c, next.mean[before + c], next.var[before + c]);",
+        "if (c < 0) return;",
+    ),
+    "deferred sums start anew": fault("reductions.cuh", "beta, sum_grad[c]);", "beta, A(0));"),
+    "a norm's backward without its mean": fault(
+        "reductions.cuh", "beta * inverse - multiply(q, norm.mean[c]);", "beta * inverse;"
+    ),
+    "all norms are the first": fault(
+        "pointwise.cu", "const auto& u = table.one[blockIdx.y];", "const auto& u = table.one[0];"
+    ),
     "offsets of rows have 32 bits": fault(
         "sources.cuh",
         "const E* from = exists ? x.data + row * x.pitch + channel : x.data;",
@@ -188,6 +204,35 @@ FAULTS: dict[str, Fault] = {
         "return (n * h + 2 * y) * w + 2 * x;",
         "return (n * 2 * oh + 2 * y) * w + 2 * x;",
     ),
+}
+
+
+# Of the loop over a block's layers and what it does at once, seen by whole blocks.
+BLOCK_FAULTS: dict[str, Patch] = {
+    "all weights are the first": Patch(
+        "cuda/weights.cu",
+        "const Packing& p = table.one[blockIdx.y];",
+        "const Packing& p = table.one[0];",
+    ),
+    "splits of one weight gradient alone": Patch(
+        "cuda/weights.cu",
+        "const SplitSums& g = table.one[blockIdx.y];",
+        "const SplitSums& g = table.one[0];",
+    ),
+    "splits are added a layer too late": Patch(
+        "block.h",
+        "    Device::add_weight_gradients(context);\n  }\n",
+        "  }\n  Device::add_weight_gradients(context);\n",
+    ),
+    "memory is handed out twice": Patch("cuda/kernels.h", "used_ += (bytes", "used_ = (bytes"),
+    "exchanged sums are ignored": Patch("block.h", "upper && !block.norm2_sums", "upper"),
+    "own sums in place of exchanged ones": Patch(
+        "block.h", "        if (block.norm2_sums)\n", "        if (false)\n"
+    ),
+    "the next norm is made of a frozen one": Patch(
+        "block.h", " || block.norm(half).frozen)\n      known", ")\n      known"
+    ),
+    "a bottleneck that is there is made again": Patch("block.h", "- block.held;", ";"),
 }
 
 
@@ -224,3 +269,24 @@ def test_fault_is_noticed(name: str) -> None:
     found = verdict(kind, patch)
     print(f"{name}: {found}")
     assert found
+
+
+BLOCKS = """
+for direction in ("forward", "backward"):
+    for name, case in CASES.items():
+        check(case, direction, same_bits=False)
+print("passed")
+"""
+
+
+@pytest.mark.slow
+def test_blocks_without_faults_pass() -> None:
+    assert run(build_dispatch(), BLOCKS) == "passed\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCK_FAULTS)
+def test_fault_is_noticed_by_a_block(name: str) -> None:
+    library = build_dispatch(patches=(BLOCK_FAULTS[name],))
+    with pytest.raises(AssertionError):
+        run(library, BLOCKS)

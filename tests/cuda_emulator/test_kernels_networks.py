@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from devices import device
 from dispatched import run
 from emulated_ops import EmulatedOps
 from emulation import Emulator
-from ops_arguments import BLOCKS
+from ops_arguments import loop_in_python
 from torch import Tensor, nn
 
 from densenet_fast import EfficientDenseNet, ops, reference, reference_block
@@ -54,9 +53,7 @@ def install(monkeypatch: pytest.MonkeyPatch, emulated: EmulatedOps) -> list[str]
 
     for name in OPS:
         monkeypatch.setattr(ops, name, replacement(name))
-    for name in BLOCKS:
-        loop = getattr(reference_block, name)
-        monkeypatch.setattr(ops, name, partial(loop, operators=ops))
+    loop_in_python(monkeypatch)
 
     def update(*args: Any, supported: bool) -> None:
         assert supported or args[1][0].dtype == torch.bfloat16

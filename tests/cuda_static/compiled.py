@@ -23,7 +23,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = (80, 90)
 # Sources of kernels with products; the others are small.
 PRODUCTS = ("conv1x1_forward", "conv1x1_backward", "conv3x3_forward", "conv3x3_backward")
-SOURCES = (*PRODUCTS, "transition", "pointwise", "pooling")
+SOURCES = (*PRODUCTS, "transition", "weights", "pointwise", "pooling")
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
 
 
@@ -65,7 +65,8 @@ def _cache() -> Path:
 def _key(compiler: str, source: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr((FLAGS, ARCHITECTURES)).encode())
-    for file in [*sorted((CSRC / "cuda").glob("*.cuh")), CSRC / "cuda" / "kernels.h"]:
+    headers = CSRC / "cuda" / "kernels.h", CSRC / "operators.h"
+    for file in [*sorted((CSRC / "cuda").glob("*.cuh")), *headers]:
         digest.update(file.read_bytes())
     digest.update((CSRC / "cuda" / f"{source}.cu").read_bytes())
     return digest.hexdigest()[:24]

@@ -20,27 +20,22 @@ HEAD = (
     "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
 )
 
-# Kernels started by one layer. What each operator starts is counted under the emulator by
-# test_kernels_orders.py, the operators of a whole step by tests/test_benchmarks_predict.py.
+# Kernels started by one layer, beside two or three of a whole block: coefficients of the norms
+# whose statistics are there, and packed weights. What each operator starts is counted under the
+# emulator by test_kernels_orders.py and test_block_launches.py, the operators of a whole step by
+# tests/test_benchmarks_predict.py.
 FORWARD = (
-    "norm1: running statistics 1, coefficients 1",
-    "conv1x1: packed weight 1, product 1, statistics 1",
-    "norm2: running statistics 1, coefficients 1",
-    "conv3x3: packed weight 1, product 1, statistics 1",
+    "conv1x1: product 1, statistics and norm2's coefficients 1",
+    "conv3x3: product 1, statistics and the next norm1's coefficients 1",
 )
 BACKWARD = (
-    "norm1 and norm2: coefficients 2",
     "deferred correction of the growth's gradient 1",
-    "conv3x3: packed weight 1, dgrad 1, sums 1, wgrad 1, splits 1",
-    "norm2: gradient coefficients 1",
-    "conv1x1: packed weight 1, dgrad 1, sums 1, wgrad 1, splits 1",
-    "norm1: deferred sums 3 (PyTorch)",
+    "conv3x3: dgrad 1, sums and norm2's gradient coefficients 1, wgrad 1",
+    "conv1x1: dgrad 1, sums and norm1's deferred sums 1, wgrad 1",
+    "splits of both weight gradients 1",
 )
-BOTTLENECK_AGAIN = ("bottleneck again: packed weight 1, product 1",)
-LAYER_AGAIN = (
-    "features again: coefficients 2",
-    "features again: conv1x1 2 and conv3x3 2, without statistics",
-)
+BOTTLENECK_AGAIN = ("bottleneck again: product 1",)
+LAYER_AGAIN = ("features again: conv1x1 1 and conv3x3 1, without statistics",)
 LAUNCHES = {
     "forward, every mode": FORWARD,
     'backward, "none"': BACKWARD,
