@@ -55,7 +55,9 @@ def source() -> str:
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        if namespace == NAMESPACE and has_kernel(schema.name, "CPU"):
+        # What returns something makes it once for many steps, and is no part of one.
+        writes = not schema.returns
+        if namespace == NAMESPACE and writes and has_kernel(schema.name, "CPU"):
             types = ", ".join(ARGUMENTS[str(argument.type)] for argument in schema.arguments)
             kernels.append(f'  m.impl("{name}", TORCH_BOX((&nothing<{types}>)));')
     if not kernels:

@@ -84,6 +84,12 @@ def build_torchvision(spec: NetworkSpec, *, memory_efficient: bool) -> nn.Module
     )
 
 
+def _optimized(model: nn.Module, _: Tensor) -> nn.Module:
+    from densenet_fast import optimize_for_inference
+
+    return optimize_for_inference(model)
+
+
 def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
     """`EfficientDenseNet` in one of its checkpoint modes."""
     from densenet_fast import EfficientDenseNet
@@ -240,6 +246,13 @@ PEERS: dict[str, Peer] = {
             torch.contiguous_format,
             requires="openvino",
             deploy=engines.openvino,
+        ),
+        Peer(
+            "ours-optimized",
+            "densenet_fast.optimize_for_inference",
+            "#2c7fb8",
+            partial(build_ours, checkpoint="none"),
+            deploy=_optimized,
         ),
     )
 }

@@ -88,9 +88,9 @@ def applied(
 ) -> Tensor:
     """The output of a node's Function, whose second output are statistics for `finish`.
 
-    `link` is a way back to the input of a node that does not keep it. `finish` is called within the
-    node, so that a checkpoint which runs the forward again does not stop between the two; in a graph
-    behind it.
+    `link` is a way back to the input of a node that does not keep it. `finish` is called within
+    the node, so that a checkpoint which runs the forward again does not stop between the two; in a
+    graph behind it.
     """
     if not recorded(input):
         output: Tensor = function.apply(input, link, finish, *rest, *parameters, *buffers)[0]

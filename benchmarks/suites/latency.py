@@ -27,7 +27,7 @@ PARTS = ("time", "inference", "host")
 QUICK_ROUNDS, FULL_ROUNDS = 15, 50
 
 OURS = ("ours-none", "ours-bottleneck", "ours-block")
-BASIC = ("naive", "naive-channels-last", *OURS)
+BASIC = ("naive", "naive-channels-last", *OURS, "ours-optimized")
 ENGINES = ("onnxruntime", "openvino")  # on the CPU in float32
 COMPILED = ("compiled-naive",)  # takes minutes: in the full form, or where it is named
 
