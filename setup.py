@@ -85,7 +85,7 @@ def headers() -> list[str]:
 
 def flags_by_source() -> dict[str, list[str]]:
     """Flags of single files, by stem. They extend CXX_FLAGS."""
-    fingerprints = runpy.run_path(str(ROOT / "densenet_fast" / "_fingerprint.py"))
+    fingerprints = runpy.run_path(str(ROOT / "densenet_fast" / "operators" / "fingerprint.py"))
     fingerprint = fingerprints["fingerprint"]
     # Only module.cpp sees what changes with every edit and every torch: the rest stays up to date.
     module = [

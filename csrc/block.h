@@ -1,6 +1,7 @@
 // A dense block's loop over its layers, one for both backends. The unit is the half-layer, at whose
 // ends ranks may have to exchange statistics: 2 l is norm1 and the 1x1 convolution of layer l,
-// 2 l + 1 norm2 and its 3x3 convolution. The definition is densenet_fast/reference_block.py.
+// 2 l + 1 norm2 and its 3x3 convolution. The definition is
+// densenet_fast/operators/reference_block.py.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// One operator call: its tensors checked, as the arguments of operators.h. densenet_fast/ops.py has
-// checked everything with better messages; this is the second line.
+// One operator call: its tensors checked, as the arguments of operators.h. densenet_fast/operators/
+// has checked everything with better messages; this is the second line.
 #pragma once
 
 #include <torch/csrc/stable/device.h>

@@ -1,4 +1,5 @@
-// Schemas of every operator, and nothing else. The mathematics is in densenet_fast/reference.py.
+// Schemas of every operator, and nothing else. The mathematics is in
+// densenet_fast/operators/reference.py.
 //
 // All activations are NHWC: `[N, H, W, C]`, channels innermost, rows of pixels `pitch >= C` apart,
 // so that a channel slice of the feature buffer is an ordinary argument. Operators write into

@@ -1,5 +1,5 @@
 // What both backends check of their tensors, whatever they make of them afterwards.
-// densenet_fast/ops.py has checked everything with better messages; this is the second line.
+// densenet_fast/operators/ has checked everything with better messages; this is the second line.
 #pragma once
 
 #include <torch/csrc/stable/macros.h>

@@ -2,13 +2,11 @@
 
 from densenet_fast import memory
 from densenet_fast._version import __version__
-from densenet_fast.backend import get_backend, set_backend, use_backend
 from densenet_fast.build_info import build_info
 from densenet_fast.conversion import ConversionReport, convert, revert
 from densenet_fast.fusion import fusion_report
 from densenet_fast.inference import OptimizedNetwork, optimize_for_inference
-from densenet_fast.layers import DenseBlock, DenseLayer, Transition
-from densenet_fast.model import (
+from densenet_fast.modules.densenet import (
     EfficientDenseNet,
     densenet121,
     densenet161,
@@ -16,8 +14,10 @@ from densenet_fast.model import (
     densenet201,
     densenet264,
 )
-from densenet_fast.weights import load_weights
-from densenet_fast.winograd import enable_winograd, winograd_enabled
+from densenet_fast.modules.layers import DenseBlock, DenseLayer, Transition
+from densenet_fast.operators.backends import get_backend, set_backend, use_backend
+from densenet_fast.operators.winograd import enable_winograd, winograd_enabled
+from densenet_fast.weights.load import load_weights
 
 __all__ = [
     "ConversionReport",

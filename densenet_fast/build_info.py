@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from densenet_fast import _extension, cuda_device
 from densenet_fast._version import __version__
+from densenet_fast.operators import cuda_device, extension
 
 
 class BuildInfo(dict[str, Any]):
@@ -45,15 +45,15 @@ def build_info() -> BuildInfo:
     - ``cuda_extension``, ``cuda_architectures``, ``cuda_nvcc``: path of their module, compute
       capabilities compiled in, and the compiler; empty if there is none
     """
-    module, cuda = _extension.C, _extension.CUDA
+    module, cuda = extension.C, extension.CUDA
     obstacle = cuda_device.obstacle()
     return BuildInfo(
         version=__version__,
         python=platform.python_version(),
         torch=torch.__version__,
         extension=module.__file__ if module else None,
-        extension_error=_extension.LOAD_ERROR,
-        extension_is_current=_extension.CURRENT,
+        extension_error=extension.LOAD_ERROR,
+        extension_is_current=extension.CURRENT,
         built_with_torch=module.built_with_torch() if module else None,
         compiler=module.compiler() if module else None,
         cpu_isa_compiled=module.isa_compiled() if module else [],

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from densenet_fast import autocast, chain, eligibility
-from densenet_fast.backend import backend_for, get_backend
+from densenet_fast.blocks import autocast
 from densenet_fast.conversion.parts import ConvertedFeatures, ConvertedNetwork
-from densenet_fast.layers import DenseLayer, FusedBlock, Transition, fusable_parts
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules import eligibility, fusing
+from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.layers import DenseLayer, FusedBlock, Transition, fusable_parts
+from densenet_fast.operators.backends import backend_for, get_backend
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class _Report:
         whole = eligibility.exactly(model.features, nn.Sequential)
         if whole is not None:
             whole = f"features {whole}: its modules are called one by one"
-        self.walk(f"{prefix}features.", model.features, whole, chain.final_norm_obstacle)
+        self.walk(f"{prefix}features.", model.features, whole, fusing.final_norm_obstacle)
 
     def converted(self, prefix: str, model: ConvertedNetwork) -> None:
         """A converted network's features, and behind them what `visit` finds."""
@@ -158,7 +159,7 @@ class _Report:
                 self.visit(f"{prefix}{name}", child)
 
     def features(
-        self, prefix: str, features: ConvertedFeatures, final: chain.FinalObstacle | None
+        self, prefix: str, features: ConvertedFeatures, final: fusing.FinalObstacle | None
     ) -> None:
         self.walk(prefix, features, None, None if eligibility.touched(features) else final)
 
@@ -167,9 +168,9 @@ class _Report:
         prefix: str,
         features: nn.Module,
         whole: str | None,
-        final: chain.FinalObstacle | None,
+        final: fusing.FinalObstacle | None,
     ) -> None:
-        """The same walk as `chain.steps`, with a row for everything that could be fused."""
+        """The same walk as `fusing.steps`, with a row for everything that could be fused."""
         parts: list[Any] = list(features._modules.items())
         modules = [module for _, module in parts]
         for at, (name, module) in enumerate(parts):
@@ -179,16 +180,16 @@ class _Report:
                 self.visit(prefix + name, module)  # nothing of ours in it: no rows
 
     def _norm(
-        self, modules: list[nn.Module], at: int, final: chain.FinalObstacle | None
+        self, modules: list[nn.Module], at: int, final: fusing.FinalObstacle | None
     ) -> str | None:
         if at + 1 < len(modules):
-            return chain.stem_obstacle(modules[at:], *self.where)
-        if chain.stands_alone(modules, at, *self.where, final):
+            return fusing.stem_obstacle(modules[at:], *self.where)
+        if fusing.stands_alone(modules, at, *self.where, final):
             return None
         before = modules[at - 1] if at else None
         if not isinstance(before, FusedBlock):
             return "is not behind a DenseBlock"
-        if (found := chain.block_obstacle(before)) is not None:
+        if (found := fusing.block_obstacle(before)) is not None:
             return f"the block before it {found}"
         segments = before.segments(None, *self.where)
         if not segments or isinstance(segments[-1], nn.Module):
@@ -196,4 +197,4 @@ class _Report:
         if final is None:
             return "what follows it is not known to be ReLU and the average over all pixels"
         found = final(modules[at], *self.where)
-        return found or chain.group_obstacle(segments, modules[at])
+        return found or fusing.group_obstacle(segments, modules[at])

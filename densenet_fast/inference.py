@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast import _extension, autocast, eligibility, norms, ops, stem_convolution, winograd
-from densenet_fast.backend import select
+from densenet_fast import operators
+from densenet_fast.blocks import autocast, norms, stem_convolution
+from densenet_fast.blocks.specs import NormSpec
 from densenet_fast.conversion.parts import ConvertedNetwork
-from densenet_fast.layer_parts import LayerParts, TailParts
-from densenet_fast.layout import as_rows, empty_channels_last, row_pitch, statistics_dtype
-from densenet_fast.model import EfficientDenseNet
-from densenet_fast.norm_modules import norm_spec
-from densenet_fast.specs import NormSpec
-from densenet_fast.steps import ConvStep, DenseStep, StemStep, Step
+from densenet_fast.modules import eligibility
+from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.layer_parts import LayerParts, TailParts
+from densenet_fast.modules.norm_specs import norm_spec
+from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
+from densenet_fast.operators import extension, winograd
+from densenet_fast.operators.backends import select
+from densenet_fast.operators.rows import as_rows, empty_channels_last, row_pitch, statistics_dtype
 
 Room = Callable[[int, int, int], Tensor]
 _operators: Any = torch.ops.densenet_fast
@@ -98,7 +101,7 @@ class OptimizedNetwork(nn.Module):
         ):
             return None
         # What packed weights and the choice of steps depend on, but for the images' size.
-        isa = _extension.C.isa_in_use() if _extension.C is not None else ""
+        isa = extension.C.isa_in_use() if extension.C is not None else ""
         key = (images.dtype, isa, winograd.winograd_enabled())
         if key not in self._prepared:
             self._prepared[key] = _prepared(self.network, images)
@@ -205,7 +208,7 @@ class Stem:
             return
         out = room(count, (height + 1) // 2, (width + 1) // 2)
         argmax = torch.empty(out.shape, dtype=torch.uint8)
-        ops.norm_relu_maxpool_forward(rows, *self.norm, out, argmax)
+        operators.norm_relu_maxpool_forward(rows, *self.norm, out, argmax)
 
 
 class Block:
@@ -259,7 +262,7 @@ class Block:
         )
         if self.tail == "average":
             out = features.new_empty(count, self.channels)
-            ops.norm_relu_avgpool_forward(features, *self.tail_norm, out)
+            operators.norm_relu_avgpool_forward(features, *self.tail_norm, out)
             return out
         pooled = room(count, height // 2, width // 2)
         _operators.transition_forward(

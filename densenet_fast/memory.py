@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
-from densenet_fast import arguments, chain, checks, eligibility, geometry
-from densenet_fast.autocast import computed_type
-from densenet_fast.fusion import fusion_report
-from densenet_fast.layers import DenseBlock
-from densenet_fast.memory_plan import (
+from densenet_fast import arguments
+from densenet_fast.blocks.autocast import computed_type
+from densenet_fast.blocks.memory_plan import (
     DoesNotFitError,
     NetworkSize,
     Plan,
     held_below_peak,
     within_budget,
 )
-from densenet_fast.model import EfficientDenseNet
-from densenet_fast.network_size import network_size
-from densenet_fast.specs import NETWORK_MODES, Checkpoint
+from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint
+from densenet_fast.fusion import fusion_report
+from densenet_fast.modules import eligibility, fusing, image_sizes, input_checks
+from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.layers import DenseBlock
+from densenet_fast.modules.step_sizes import network_size
 
 __all__ = ["DoesNotFitError", "MemoryEstimate", "PartMemory", "estimate"]
 
@@ -136,8 +137,8 @@ def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, in
     if len(sizes) != 4:
         raise ValueError(f"input_size must be (N, C, H, W), got {sizes}")
     images = torch.empty(sizes, device="meta")
-    checks.channels("estimate", images, next(iter(model.features), None))
-    geometry.check("estimate", model.features, images)
+    input_checks.channels("estimate", images, next(iter(model.features), None))
+    image_sizes.check("estimate", model.features, images)
     return sizes
 
 
@@ -146,7 +147,7 @@ def _network(
 ) -> NetworkSize:
     parameter = model.classifier.weight
     modules = list(model.features)
-    steps, pooled = chain.steps(modules, parameter.dtype, parameter.device, recompute=recompute)
+    steps, pooled = fusing.steps(modules, parameter.dtype, parameter.device, recompute=recompute)
     network = None
     if pooled and eligibility.exactly(model.features, torch.nn.Sequential) is None:
         network = network_size(steps, model.classifier, shape, dtype, parameter.device)

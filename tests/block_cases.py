@@ -9,7 +9,7 @@ import torch
 from devices import device
 from torch import Tensor
 
-from densenet_fast.specs import (
+from densenet_fast.blocks.specs import (
     AvgPoolTail,
     LayerSpec,
     NormSpec,

@@ -14,7 +14,8 @@ from op_cases import Case
 from ops_arguments import tensors
 from torch import Tensor
 
-from densenet_fast import ops, reference, reference_block
+from densenet_fast import operators
+from densenet_fast.operators import reference, reference_block
 
 NAN = torch.tensor(torch.nan)
 ALL = (True, True, True, True)
@@ -186,14 +187,14 @@ def exchanging(run: Callable[..., None]) -> Callable[..., None]:
     return exchanged
 
 
-def python_loop(direction: str, operators: Any = ops) -> Callable[..., None]:
+def python_loop(direction: str, operators: Any = operators) -> Callable[..., None]:
     """The definition's loop over the layers, with these operators for a half-layer."""
     loop = getattr(reference_block, f"dense_block_{direction}_")
     return lambda *given: loop(*given, operators=operators)
 
 
 def compiled(direction: str) -> Callable[..., None]:
-    return getattr(ops, f"dense_block_{direction}_")
+    return getattr(operators, f"dense_block_{direction}_")
 
 
 def outcome(

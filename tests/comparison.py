@@ -11,9 +11,9 @@ import torch
 from devices import device
 from torch import Tensor, nn
 
-from densenet_fast import steps as fused_steps
-from densenet_fast.layers import DenseBlock
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules import steps as fused_steps
+from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.layers import DenseBlock
 
 pytest.importorskip("torchvision")
 from torchvision.models.densenet import DenseNet, _DenseBlock

@@ -10,8 +10,8 @@ import pytest
 import torch
 from devices import BACKENDS, CUDA, on
 
-from densenet_fast import cuda_device
 from densenet_fast.build_info import build_info
+from densenet_fast.operators import cuda_device
 
 # Examples differ from run to run on a developer's machine and are always the same ones in CI.
 hypothesis.settings.register_profile(

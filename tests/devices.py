@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from densenet_fast import _extension
-from densenet_fast.backend import Setting, use_backend
+from densenet_fast.operators import extension
+from densenet_fast.operators.backends import Setting, use_backend
 
 CPU = pytest.param(
-    "cpu", marks=pytest.mark.skipif(not _extension.LOADED, reason="no compiled kernels")
+    "cpu", marks=pytest.mark.skipif(not extension.LOADED, reason="no compiled kernels")
 )
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 HALF = (torch.float16, torch.bfloat16)

@@ -11,8 +11,8 @@ import torch
 from devices import device
 from torch import Tensor
 
-from densenet_fast.backend import get_backend
-from densenet_fast.layout import statistics_dtype
+from densenet_fast.operators.backends import get_backend
+from densenet_fast.operators.rows import statistics_dtype
 
 WIDE = (torch.float32, torch.float64)
 CPU_TYPES = (torch.bfloat16, *WIDE)  # those of the CPU kernels

@@ -12,7 +12,8 @@ from devices import device
 from op_cases import Case
 from torch import Tensor
 
-from densenet_fast import ops, reference, reference_block
+from densenet_fast import operators
+from densenet_fast.operators import reference, reference_block
 
 PIXELS = (2, 6, 5)
 SMALL = (2, 3, 2)  # behind the transition
@@ -207,7 +208,7 @@ def definition(op: str) -> Callable[..., None]:
 def loop_in_python(patch: pytest.MonkeyPatch) -> None:
     """Have blocks run by the definition's loop over the operators that `ops` has by then."""
     for name in BLOCKS:
-        patch.setattr(ops, name, partial(getattr(reference_block, name), operators=ops))
+        patch.setattr(operators, name, partial(getattr(reference_block, name), operators=operators))
 
 
 def tensors(given: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

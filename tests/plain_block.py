@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densenet_fast.specs import LayerSpec, NormSpec, Tail, TransitionTail
+from densenet_fast.blocks.specs import LayerSpec, NormSpec, Tail, TransitionTail
 
 
 def plain_norm(input: Tensor, norm: NormSpec) -> Tensor:

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import densenet_fast
-from densenet_fast import _extension
-from densenet_fast._fingerprint import fingerprint
 from densenet_fast.build_info import build_info
+from densenet_fast.operators import extension
+from densenet_fast.operators.fingerprint import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 STRICT = ("-W", "error::RuntimeWarning")
@@ -35,24 +35,24 @@ def run_python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedPr
 
 
 def module_file() -> Path:
-    assert _extension.C is not None, _extension.LOAD_ERROR
-    return Path(str(_extension.C.__file__))
+    assert extension.C is not None, extension.LOAD_ERROR
+    return Path(str(extension.C.__file__))
 
 
 # ---- loading ----------------------------------------------------------------------------------
 
 
 def test_extension_is_loaded_and_current():
-    assert _extension.LOADED, _extension.LOAD_ERROR
-    assert _extension.LOAD_ERROR is None
-    assert _extension.CURRENT is not False, "csrc/ changed since the last `pip install .`"
+    assert extension.LOADED, extension.LOAD_ERROR
+    assert extension.LOAD_ERROR is None
+    assert extension.CURRENT is not False, "csrc/ changed since the last `pip install .`"
     assert torch.ops.densenet_fast.channel_statistics is not None
 
 
 @pytest.fixture
 def source_and_installed(tmp_path: Path) -> tuple[Path, Path]:
     """A repository without compiled modules and a folder holding the package as pip installs it."""
-    if _extension.CURRENT is False:
+    if extension.CURRENT is False:
         pytest.skip("the compiled module is older than csrc/, which has a test of its own")
     source, site = tmp_path / "repository", tmp_path / "site"
     no_binaries = shutil.ignore_patterns("*.so", "__pycache__")
@@ -90,8 +90,8 @@ def test_installed_package_works_elsewhere(source_and_installed: tuple[Path, Pat
 
 
 def test_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_extension.PathFinder, "find_spec", lambda *_: None)
-    module, reason = _extension._load("_C")
+    monkeypatch.setattr(extension.PathFinder, "find_spec", lambda *_: None)
+    module, reason = extension._load("_C")
     assert module is None
     assert reason is not None
     assert "pip install ." in reason
@@ -100,8 +100,8 @@ def test_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch):
 def test_broken_module_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     broken = tmp_path / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
     broken.write_bytes(b"not a shared library")
-    monkeypatch.setattr(_extension, "_PACKAGE", tmp_path)
-    module, reason = _extension._load("_C")
+    monkeypatch.setattr(extension, "_PACKAGE", tmp_path)
+    module, reason = extension._load("_C")
     assert module is None
     assert reason is not None
     assert str(broken) in reason
@@ -135,8 +135,8 @@ def test_build_info():
 
 
 def test_build_info_without_the_module(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_extension, "C", None)
-    monkeypatch.setattr(_extension, "LOAD_ERROR", "no module here")
+    monkeypatch.setattr(extension, "C", None)
+    monkeypatch.setattr(extension, "LOAD_ERROR", "no module here")
     info = build_info()
     assert info["extension"] is None
     assert info["cpu_isa"] is None
@@ -180,7 +180,11 @@ def test_source_distribution(tmp_path: Path):
         shipped = {name.partition("/")[2] for name in tar.getnames()}
     wanted = {f.relative_to(root).as_posix() for f in (root / "csrc").rglob("*") if f.is_file()}
     wanted |= {"setup.py", "pyproject.toml", "LICENSE", "README.md", "tests/conftest.py"}
-    wanted |= {"densenet_fast/py.typed", "densenet_fast/_fingerprint.py", "benchmarks/cli.py"}
+    wanted |= {
+        "densenet_fast/py.typed",
+        "densenet_fast/operators/fingerprint.py",
+        "benchmarks/cli.py",
+    }
     assert {Path(f).suffix for f in wanted} >= {".cpp", ".h", ".inc"}
     assert wanted <= shipped, sorted(wanted - shipped)
     assert not [name for name in shipped if name.endswith((".so", ".pyc"))]

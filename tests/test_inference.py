@@ -16,8 +16,9 @@ from library_networks import LIBRARIES, make
 from torch import Tensor, nn
 
 import densenet_fast
-from densenet_fast import EfficientDenseNet, OptimizedNetwork, _extension, optimize_for_inference
-from densenet_fast.backend import use_backend
+from densenet_fast import EfficientDenseNet, OptimizedNetwork, optimize_for_inference
+from densenet_fast.operators import extension
+from densenet_fast.operators.backends import use_backend
 
 TINY: dict[str, Any] = {
     "growth_rate": 5,
@@ -28,7 +29,7 @@ TINY: dict[str, Any] = {
 }
 TYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-needs_kernels = pytest.mark.skipif(not _extension.LOADED, reason="there are no compiled kernels")
+needs_kernels = pytest.mark.skipif(not extension.LOADED, reason="there are no compiled kernels")
 
 
 def network(dtype: torch.dtype = torch.float32, **kwargs: Any) -> EfficientDenseNet:

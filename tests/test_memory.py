@@ -14,9 +14,9 @@ from benchmarks import measure, memory
 from benchmarks.memory import MemoryCase, measure_in_child
 from benchmarks.networks import NetworkSpec, densenet_bc
 from densenet_fast import densenet121
+from densenet_fast.blocks.specs import CHECKPOINT_MODES
 from densenet_fast.memory import DoesNotFitError, estimate
-from densenet_fast.model import EfficientDenseNet
-from densenet_fast.specs import CHECKPOINT_MODES
+from densenet_fast.modules.densenet import EfficientDenseNet
 
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")

@@ -13,7 +13,7 @@ from comparison import shake
 from torch import Tensor, nn
 
 from densenet_fast import load_weights
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules.densenet import EfficientDenseNet
 
 GROWTH, BLOCKS, INITIAL, CLASSES = 4, (2, 3), 8, 5
 State = dict[str, Any]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.shapes import Shape
-from densenet_fast import ops
-from densenet_fast.layout import empty_channels_last, row_pitch
+from densenet_fast import operators
+from densenet_fast.operators.rows import empty_channels_last, row_pitch
 
 EPS = 1e-5
 
@@ -168,7 +168,7 @@ def _conv1x1_forward(make: Operands, shape: Shape) -> Case:
     return Case(
         2 * shape.rows * weight.numel(),
         _moved(*arguments),
-        lambda: ops.conv1x1_forward(*arguments),
+        lambda: operators.conv1x1_forward(*arguments),
         _usual_forward(_conv1x1, features, norm, weight),
         (bottleneck,),
     )
@@ -190,7 +190,7 @@ def _conv1x1_backward(make: Operands, shape: Shape) -> Case:
     return Case(
         4 * shape.rows * weight.numel(),
         _moved(*arguments, grad_features),  # it is added to
-        lambda: ops.conv1x1_backward(*arguments),
+        lambda: operators.conv1x1_backward(*arguments),
         _usual_backward(_conv1x1, features, norm, p * grad_norm + q * bottleneck + s, weight),
         (None, grad_gamma, grad_beta, grad_weight),
     )
@@ -205,7 +205,7 @@ def _conv3x3_forward(make: Operands, shape: Shape) -> Case:
     return Case(
         2 * shape.rows * weight.numel(),
         _moved(*arguments),
-        lambda: ops.conv3x3_forward(*arguments),
+        lambda: operators.conv3x3_forward(*arguments),
         _usual_forward(_conv3x3, bottleneck, norm, weight),
         (growth,),
     )
@@ -225,7 +225,7 @@ def _conv3x3_backward(make: Operands, shape: Shape) -> Case:
     return Case(
         4 * shape.rows * weight.numel(),
         _moved(*arguments),
-        lambda: ops.conv3x3_backward(*arguments),
+        lambda: operators.conv3x3_backward(*arguments),
         _usual_backward(_conv3x3, bottleneck, norm, grad_growth, weight),
         (None, grad_gamma, grad_beta, grad_weight),
     )
@@ -240,7 +240,7 @@ def _transition_forward(make: Operands, shape: Shape) -> Case:
     return Case(
         2 * shape.images * half**2 * weight.numel(),
         _moved(*arguments),
-        lambda: ops.transition_forward(*arguments, None, None),
+        lambda: operators.transition_forward(*arguments, None, None),
         _usual_forward(_transition, features, norm, weight),
         (out,),
     )
@@ -261,7 +261,7 @@ def _transition_backward(make: Operands, shape: Shape) -> Case:
     return Case(
         4 * shape.images * half**2 * weight.numel(),
         _moved(*arguments),
-        lambda: ops.transition_backward(*arguments),
+        lambda: operators.transition_backward(*arguments),
         _usual_backward(_transition, features, norm, grad_out, weight),
         (None, grad_gamma, grad_beta, grad_weight),
     )
@@ -277,7 +277,7 @@ def _channel_statistics(make: Operands, shape: Shape) -> Case:
     return Case(
         0,
         _moved(features, mean, var),
-        lambda: ops.channel_statistics(features, mean, var),
+        lambda: operators.channel_statistics(features, mean, var),
         lambda: torch.batch_norm_update_stats(images, None, None, 0.0),
         (mean, var),
     )
@@ -293,7 +293,7 @@ def _finish_gradient(make: Operands, shape: Shape) -> Case:
     return Case(
         0,
         _moved(*arguments),
-        lambda: ops.finish_gradient(*arguments),
+        lambda: operators.finish_gradient(*arguments),
         lambda: (torch.sub(grad_features, torch.addcmul(offset, features, slope)),),
         (out,),
     )
@@ -312,7 +312,7 @@ def _maxpool_forward(make: Operands, shape: Shape) -> Case:
     return Case(
         0,
         _moved(*arguments),
-        lambda: ops.norm_relu_maxpool_forward(*arguments),
+        lambda: operators.norm_relu_maxpool_forward(*arguments),
         _usual_forward(_max_pool, input, norm),
         (out,),
     )
@@ -320,14 +320,14 @@ def _maxpool_forward(make: Operands, shape: Shape) -> Case:
 
 def _maxpool_backward(make: Operands, shape: Shape) -> Case:
     input, norm, out, argmax = _pooled(make, shape)
-    ops.norm_relu_maxpool_forward(input, *norm.forward, out, argmax)
+    operators.norm_relu_maxpool_forward(input, *norm.forward, out, argmax)
     grad_out, grad_input = make.rows(shape, shape.channels, out.shape[1]), torch.empty_like(input)
     grad_gamma, grad_beta = make.empty(2, shape.channels)
     read, written = (grad_out, argmax, input, *norm.all), (grad_input, grad_gamma, grad_beta)
     return Case(
         0,
         _moved(*read, *written),
-        lambda: ops.norm_relu_maxpool_backward(*read, True, *written),
+        lambda: operators.norm_relu_maxpool_backward(*read, True, *written),
         _usual_backward(_max_pool, input, norm, grad_out),
         (grad_input.permute(0, 3, 1, 2), grad_gamma, grad_beta),
     )

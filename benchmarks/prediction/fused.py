@@ -21,7 +21,7 @@ from benchmarks.prediction.shapes import (
     plans,
     stem,
 )
-from densenet_fast.specs import Checkpoint
+from densenet_fast.blocks.specs import Checkpoint
 
 # Numbers of csrc/cuda: kTileRows, the widest tile's columns, launch_rows_product<P, 64> of the
 # transition, kStep in bytes, kStatisticsRows and kUnpoolRows, TapTile, kStagePixels, kTableSize.

@@ -23,9 +23,9 @@ from benchmarks.prediction.shapes import (
     stem,
 )
 from benchmarks.prediction.usual import POOL_INDEX
-from densenet_fast.memory_plan import BlockSize, NetworkSize
-from densenet_fast.network_size import cpu_workspace
-from densenet_fast.specs import Checkpoint
+from densenet_fast.blocks.memory_plan import BlockSize, NetworkSize
+from densenet_fast.blocks.specs import Checkpoint
+from densenet_fast.modules.step_sizes import cpu_workspace
 
 NAIVE, EFFICIENT = "naive", "memory-efficient"
 OURS: tuple[Checkpoint, ...] = ("none", "bottleneck", "block")

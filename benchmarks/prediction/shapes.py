@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.networks import NetworkSpec
-from densenet_fast.layout import row_pitch
-from densenet_fast.memory_plan import (
+from densenet_fast.blocks.memory_plan import (
     BlockSize,
     HeadSize,
     NetworkSize,
@@ -17,7 +16,8 @@ from densenet_fast.memory_plan import (
     held_below_peak,
     statistics_bytes,
 )
-from densenet_fast.specs import Checkpoint
+from densenet_fast.blocks.specs import Checkpoint
+from densenet_fast.operators.rows import row_pitch
 
 Phase = Literal["forward", "backward"]
 

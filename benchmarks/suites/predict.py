@@ -19,7 +19,7 @@ from benchmarks.prediction.usual import usual_step
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save
 from benchmarks.suites.predict_page import figure, page
-from densenet_fast.specs import Checkpoint
+from densenet_fast.blocks.specs import Checkpoint
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 

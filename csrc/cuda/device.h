@@ -15,7 +15,7 @@
 
 namespace densenet_fast::cuda {
 
-// What ops.py asks behind a call that failed; each thread its own.
+// What densenet_fast/operators/ asks behind a call that failed; each thread its own.
 void set_failed_allocation(std::string what);
 std::string take_failed_allocation();
 

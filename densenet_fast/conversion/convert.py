@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from densenet_fast import arguments
+from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.conversion.parts import (
     OWN_ATTRIBUTES,
     ConvertedBlock,
@@ -18,8 +19,7 @@ from densenet_fast.conversion.parts import (
     is_converted,
 )
 from densenet_fast.conversion.report import ConversionReport, ConversionRow
-from densenet_fast.model import EfficientDenseNet
-from densenet_fast.specs import CHECKPOINT_MODES, Checkpoint
+from densenet_fast.modules.densenet import EfficientDenseNet
 
 # The library's module that defines the classes → the adapter's name.
 _LIBRARIES = {

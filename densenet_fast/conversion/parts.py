@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast import chain, eligibility, synchronized
-from densenet_fast.conversion import subclasses
-from densenet_fast.dense_block import released
-from densenet_fast.graphs import routed
-from densenet_fast.layers import FusedBlock
-from densenet_fast.layers import Transition as FusedTransition
-from densenet_fast.layout import is_channels_last
-from densenet_fast.steps import Step
+from densenet_fast.blocks import synchronized
+from densenet_fast.blocks.dense_block import released
+from densenet_fast.conversion import tensor_subclasses
+from densenet_fast.modules import eligibility, fusing
+from densenet_fast.modules.graph_routing import routed
+from densenet_fast.modules.layers import FusedBlock
+from densenet_fast.modules.layers import Transition as FusedTransition
+from densenet_fast.modules.steps import Step
+from densenet_fast.operators.rows import is_channels_last
 
 
 def _fused_forward(library: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +94,7 @@ def _run(
     if isinstance(input, Tensor) and not input.numel():
         output: Tensor = module.plain(input)
         return output
-    return subclasses.restored(fused(subclasses.plain(input)), input)
+    return tensor_subclasses.restored(fused(tensor_subclasses.plain(input)), input)
 
 
 class ConvertedBlock(Converted, FusedBlock):
@@ -123,43 +124,43 @@ class ConvertedFeatures(Converted, nn.Sequential):
 
     def run(self, input: Tensor) -> Tensor:
         """[N, C, H, W] to [N, C', H', W'], outside any graph."""
-        images = subclasses.plain(input)
+        images = tensor_subclasses.plain(input)
         planned = self._planned(images, None)
         if planned is None:
             output: Tensor = self.plain(input)
             return output
-        output = released(chain.run(planned[0], images), self.released_format(images))
-        return subclasses.restored(output, input)
+        output = released(fusing.run(planned[0], images), self.released_format(images))
+        return tensor_subclasses.restored(output, input)
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`."""
         return _given(input, next(iter(self._modules.values()), None))
 
-    def pooled(self, input: Tensor, final: chain.FinalObstacle) -> Tensor | None:
+    def pooled(self, input: Tensor, final: fusing.FinalObstacle) -> Tensor | None:
         """[N, C']: the features behind ReLU and the average over all pixels.
 
         None, and nothing computed, where the last norm is not fused with these two.
         """
-        images = subclasses.plain(input)
+        images = tensor_subclasses.plain(input)
         steps, pooled = self._planned(images, final) or ([], False)
-        return subclasses.restored(chain.run(steps, images), input) if pooled else None
+        return tensor_subclasses.restored(fusing.run(steps, images), input) if pooled else None
 
     def _planned(
-        self, input: Tensor, final: chain.FinalObstacle | None
+        self, input: Tensor, final: fusing.FinalObstacle | None
     ) -> tuple[Sequence[Step], bool] | None:
-        """What `chain.steps` says, or None where the modules must be called one by one."""
+        """What `fusing.steps` says, or None where the modules must be called one by one."""
         if not isinstance(input, Tensor) or eligibility.input(input) is not None:
             return None
         synchronized.check_modules(self, input.device)
         modules: list[Any] = list(self._modules.values())
         memory_format = self.released_format(input)
-        return chain.planned(self, modules, input, final=final, memory_format=memory_format)[:2]
+        return fusing.planned(self, modules, input, final=final, memory_format=memory_format)[:2]
 
 
 class ConvertedNetwork(Converted):
     """A library's network whose head is known to be ReLU, average over all pixels, and the rest."""
 
-    final: chain.FinalObstacle = staticmethod(chain.final_norm_obstacle)
+    final: fusing.FinalObstacle = staticmethod(fusing.final_norm_obstacle)
 
     def run(self, input: Tensor) -> Tensor:
         """What the library's own forward gives, outside any graph."""

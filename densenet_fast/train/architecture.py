@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import densenet_fast
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train.errors import TrainingError, UsageError
 
 BC = "densenet-bc"  # for small images

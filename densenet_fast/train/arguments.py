@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from densenet_fast.specs import NETWORK_MODES
+from densenet_fast.blocks.specs import NETWORK_MODES
 from densenet_fast.train.architecture import BC, MODELS, MOST_GROWTH, MOST_LAYERS
 from densenet_fast.train.entries import MOST, MOST_PIXELS
 from densenet_fast.train.sources import DIGITS, SOURCES

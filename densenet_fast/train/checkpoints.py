@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densenet_fast import checkpoint_files
 from densenet_fast.train import entries
 from densenet_fast.train.architecture import BC, Architecture
 from densenet_fast.train.errors import UsageError, flag, lack_of_memory
 from densenet_fast.train.storage import link_atomically, write_atomically
+from densenet_fast.weights import checkpoint_files
 
 FORMAT = "densenet_fast training checkpoint, version 1"
 LAST, BEST = "last.pt", "best.pt"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import densenet_fast
-from densenet_fast import checks, geometry
 from densenet_fast.memory import DoesNotFitError, estimate
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules import image_sizes, input_checks
+from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train.architecture import BC, Architecture
 from densenet_fast.train.checkpoints import is_checkpoint, read
 from densenet_fast.train.errors import UsageError, lack_of_memory
@@ -109,8 +109,8 @@ def check_images(model: EfficientDenseNet, batch: int, channels: int, size: int)
     """
     images = torch.empty((batch, channels, size, size), device="meta")
     try:
-        checks.channels("the network", images, next(iter(model.features), None))
-        geometry.check("the network", model.features, images)
+        input_checks.channels("the network", images, next(iter(model.features), None))
+        image_sizes.check("the network", model.features, images)
     except ValueError as error:
         raise UsageError(f"images of {size}×{size}, {batch} at a time: {error}") from error
 

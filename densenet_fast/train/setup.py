@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train import networks
 from densenet_fast.train.architecture import BC, Architecture
 from densenet_fast.train.batches import Plain, loader, mixed_seed

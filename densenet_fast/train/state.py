@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train.checkpoints import Content
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.entries import check_tensors

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from densenet_fast.model import EfficientDenseNet
+from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train import checkpoints
 from densenet_fast.train.architecture import IMAGENET_CLASSES, Architecture
 from densenet_fast.train.errors import UsageError

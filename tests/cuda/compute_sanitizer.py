@@ -44,7 +44,7 @@ def find_sanitizer() -> str:
 def check_device() -> None:
     """An error that says why not, where the CUDA kernels cannot run."""
     sys.path.insert(0, str(REPOSITORY))
-    from densenet_fast import cuda_device
+    from densenet_fast.operators import cuda_device
 
     obstacle = cuda_device.obstacle()
     if obstacle is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import compute_sanitizer
 import pytest
 
-from densenet_fast import cuda_device
+from densenet_fast.operators import cuda_device
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from test_kernels_pointwise import test_maxima_that_are_equal_or_nan as check_ma
 from test_ops_checks import CHECKED
 from torch import Tensor
 
-from densenet_fast import ops
+from densenet_fast import operators
 
 pytestmark = pytest.mark.cuda
 INEXACT = [kind for kind in KINDS if kind.dtype != torch.float64]
@@ -56,7 +56,7 @@ class Operators:
     def __getattr__(self, name: str) -> Any:
         def operator(*arguments: Any) -> None:
             with tf32(self.allow_tf32):
-                getattr(ops, name)(*arguments)
+                getattr(operators, name)(*arguments)
 
         return operator
 
@@ -186,6 +186,6 @@ def test_tensors_on_the_cpu_are_named_and_nothing_is_written(gpu: OnDevice, op: 
         given[name] = value.cpu()
         before = {k: v.clone() for k, v in given.items() if isinstance(v, Tensor)}
         with pytest.raises(ValueError, match=rf"{op}: `\w+` should be on"):
-            getattr(ops, op)(**given)
+            getattr(operators, op)(**given)
         for key, kept in before.items():
             assert torch.equal(given[key], kept), key

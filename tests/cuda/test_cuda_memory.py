@@ -11,10 +11,10 @@ from devices import device, on
 from torch import nn
 from torchvision.models import densenet121 as torchvision_densenet121
 
-from densenet_fast.dense_block import CHECKPOINT_MODES
-from densenet_fast.layers import DenseBlock
-from densenet_fast.model import densenet121
-from densenet_fast.specs import Checkpoint
+from densenet_fast.blocks.dense_block import CHECKPOINT_MODES
+from densenet_fast.blocks.specs import Checkpoint
+from densenet_fast.modules.densenet import densenet121
+from densenet_fast.modules.layers import DenseBlock
 
 pytestmark = pytest.mark.cuda
 

@@ -14,9 +14,9 @@ from comparison import SMALL, networks, step
 from devices import device, on, tf32
 from torch import Tensor, nn
 
-from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
-from densenet_fast.model import EfficientDenseNet
-from densenet_fast.specs import Checkpoint
+from densenet_fast.blocks.dense_block import CHECKPOINT_MODES, dense_block
+from densenet_fast.blocks.specs import Checkpoint
+from densenet_fast.modules.densenet import EfficientDenseNet
 
 pytestmark = pytest.mark.cuda
 HALF = (torch.float16, torch.bfloat16)

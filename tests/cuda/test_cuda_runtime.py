@@ -15,12 +15,12 @@ from ops_arguments import ARGUMENTS, arguments, tensors
 from test_bad_input import MODULES, refuses
 from torch import Tensor
 
-from densenet_fast import ops
-from densenet_fast.backend import use_backend
-from densenet_fast.dense_block import CHECKPOINT_MODES, dense_block
-from densenet_fast.layers import DenseBlock
-from densenet_fast.model import EfficientDenseNet
-from densenet_fast.specs import Checkpoint
+from densenet_fast import operators
+from densenet_fast.blocks.dense_block import CHECKPOINT_MODES, dense_block
+from densenet_fast.blocks.specs import Checkpoint
+from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.layers import DenseBlock
+from densenet_fast.operators.backends import use_backend
 
 pytestmark = pytest.mark.cuda
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -58,7 +58,7 @@ def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_operators_in_a_graph(op: str, dtype: torch.dtype) -> None:
     given, fresh = arguments(op, dtype), arguments(op, dtype)
-    run = getattr(ops, op)
+    run = getattr(operators, op)
     graph = captured(lambda: run(*given.values()))
     results = dict(tensors(given))
     for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 from dispatched import build_dispatch
 from emulation import SM_80, Emulator, emulate
 
-from densenet_fast import _extension
+from densenet_fast.operators import extension
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,6 @@ def emulator(built_emulator: Emulator) -> Iterator[Emulator]:
 @pytest.fixture(scope="session")
 def library() -> Path:
     """What replaces the operators' CPU kernels in a process that `dispatched.run` starts."""
-    if not _extension.LOADED:
+    if not extension.LOADED:
         pytest.skip("needs the schemas of the compiled module")
     return build_dispatch()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from densenet_fast import reference, reference_block
+from densenet_fast.operators import reference, reference_block
 
 
 class Definitions:

@@ -20,11 +20,12 @@ import sys
 sys.path[:0] = [{tests!r}, {emulator!r}, {repository!r}]
 import torch
 from torch import Tensor
-from densenet_fast import ops, reference
+from densenet_fast import operators
+from densenet_fast.operators import reference
 from block_operator_cases import *
 from ops_arguments import ARGUMENTS, arguments, definition, tensors, wide
 torch.ops.load_library({library!r})
-ops.select = lambda tensor: "cpu"  # whatever the type: the compiled operator
+operators.select = lambda tensor: "cpu"  # whatever the type: the compiled operator
 kernel = torch.ops.densenet_fast
 """
 

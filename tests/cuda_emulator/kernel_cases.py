@@ -17,8 +17,8 @@ from devices import device
 from op_cases import Case, Norm
 from torch import Tensor
 
-from densenet_fast import reference
-from densenet_fast.layout import statistics_dtype
+from densenet_fast.operators import reference
+from densenet_fast.operators.rows import statistics_dtype
 
 Pixels = tuple[int, int, int]
 

@@ -21,7 +21,7 @@ from kernel_cases import (
     transition_backward,
 )
 
-from densenet_fast import reference
+from densenet_fast.operators import reference
 
 # Pixels, channels read and written. Together: single pixels, lines, batches of one, tails of every
 # tile in every dimension, several tiles, columns and splits, and growth rates 1, 12, 32 and 48.

@@ -15,10 +15,11 @@ from emulation import Emulator
 from ops_arguments import loop_in_python
 from torch import Tensor, nn
 
-from densenet_fast import EfficientDenseNet, ops, reference, reference_block
-from densenet_fast.backend import use_backend
+from densenet_fast import EfficientDenseNet, operators
+from densenet_fast.operators import reference, reference_block
+from densenet_fast.operators.backends import use_backend
 
-OPS = [name for name, value in vars(ops).items() if hasattr(value, "__wrapped__")]
+OPS = [name for name, value in vars(operators).items() if hasattr(value, "__wrapped__")]
 # How often each mode computes a bottleneck that it does not hold.
 MODES = {"none": 1, "bottleneck": 2, "block": 3}
 TINY: dict[str, Any] = {
@@ -38,7 +39,7 @@ def install(monkeypatch: pytest.MonkeyPatch, emulated: EmulatedOps) -> list[str]
     called: list[str] = []
 
     def replacement(name: str) -> Any:
-        check = getattr(ops, name).__wrapped__
+        check = getattr(operators, name).__wrapped__
         signature = inspect.signature(check)
 
         def operator(*args: Any, **kwargs: Any) -> None:
@@ -52,14 +53,14 @@ def install(monkeypatch: pytest.MonkeyPatch, emulated: EmulatedOps) -> list[str]
         return operator
 
     for name in OPS:
-        monkeypatch.setattr(ops, name, replacement(name))
+        monkeypatch.setattr(operators, name, replacement(name))
     loop_in_python(monkeypatch)
 
     def update(*args: Any, supported: bool) -> None:
         assert supported or args[1][0].dtype == torch.bfloat16
         (emulated if supported else reference_block).update_running_statistics_(*args)
 
-    monkeypatch.setattr(ops, "_update_running_statistics_", update)
+    monkeypatch.setattr(operators, "_update_running_statistics_", update)
     return called
 
 

@@ -29,7 +29,7 @@ from vector_cases import (
     update_running_statistics,
 )
 
-from densenet_fast import reference
+from densenet_fast.operators import reference
 
 kinds = pytest.mark.parametrize("kind", STORED, ids=str)
 SHAPES: tuple[tuple[Pixels, int], ...] = (

@@ -7,13 +7,13 @@ from typing import Any
 from monai.networks.nets import densenet
 from torch import Tensor, nn
 
-from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.parts import (
     ConvertedBlock,
     ConvertedNetwork,
     ConvertedTransition,
 )
-from densenet_fast.layer_parts import LayerParts
+from densenet_fast.modules import eligibility, layer_parts
+from densenet_fast.modules.layer_parts import LayerParts
 
 
 def parts(layer: nn.Module) -> LayerParts | str:

@@ -9,9 +9,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models import densenet
 from torch import Tensor, nn
 
-from densenet_fast import chain, eligibility, layer_parts
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
-from densenet_fast.layer_parts import LayerParts
+from densenet_fast.modules import eligibility, fusing, layer_parts
+from densenet_fast.modules.layer_parts import LayerParts
 
 
 def norm_obstacle(norm: Any) -> str | None:
@@ -58,7 +58,7 @@ class Network(ConvertedNetwork, densenet.DenseNet):
     """timm's network."""
 
     converted_from = densenet.DenseNet
-    final = staticmethod(chain.final_norm_with_relu_obstacle)
+    final = staticmethod(fusing.final_norm_with_relu_obstacle)
 
     def head_is_known(self) -> bool:
         """Whether the pooling is the flattened average over all pixels."""

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torchvision.models import densenet
 
-from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
+from densenet_fast.modules import eligibility, layer_parts
 
 
 @eligibility.fused_as("block")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchxrayvision import models, utils
 
-from densenet_fast import eligibility, layer_parts
 from densenet_fast.conversion.parts import (
     ConvertedBlock,
     ConvertedNetwork,
     ConvertedTransition,
 )
-from densenet_fast.layer_parts import LayerParts
+from densenet_fast.modules import eligibility, layer_parts
+from densenet_fast.modules.layer_parts import LayerParts
 
 
 def parts(layer: nn.Module) -> LayerParts | str:

@@ -1,0 +1,154 @@
+"""What a dense block expects of its input and parameters, checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from densenet_fast.blocks import synchronized
+from densenet_fast.blocks.specs import (
+    CHECKPOINT_MODES,
+    AvgPoolTail,
+    LayerSpec,
+    NormSpec,
+    Tail,
+    TransitionTail,
+)
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def check_input(input: Tensor) -> None:
+    """An image batch with something in it."""
+    if input.dim() != 4:
+        raise ValueError(
+            f"the input should have four dimensions [N, C, H, W], got shape {tuple(input.shape)}"
+        )
+    if not input.is_floating_point():
+        raise TypeError(f"the input should have a floating-point type, got {input.dtype}")
+    if not input.numel():
+        raise ValueError(
+            f"the input should have at least one image, channel and pixel, got shape "
+            f"{tuple(input.shape)}"
+        )
+
+
+def check_block(
+    input: Tensor, layers: Sequence[LayerSpec], tail: Tail | None, checkpoint: str, hold: int
+) -> None:
+    """Everything a block's forward relies on."""
+    if checkpoint not in CHECKPOINT_MODES:
+        raise ValueError(
+            f"checkpoint should be one of {', '.join(map(repr, CHECKPOINT_MODES))}, "
+            f"got {checkpoint!r}"
+        )
+    if not 0 <= hold <= len(layers):
+        raise ValueError(
+            f"hold should be between 0 and the number of layers, {len(layers)}, got {hold!r}"
+        )
+    check_input(input)
+    images, channels, height, width = input.shape
+    pixels = (images, height, width)
+    for index, layer in enumerate(layers):
+        at = f"layer {index + 1}: "
+        check_norm(layer.norm1, at + "norm1", channels, input, pixels)
+        outputs = _check_conv(layer.conv1_weight, at + "conv1", channels, 1, input)
+        check_norm(layer.norm2, at + "norm2", outputs, input, pixels)
+        channels += _check_conv(layer.conv2_weight, at + "conv2", outputs, 3, input)
+        if not 0 <= layer.dropout <= 1:
+            raise ValueError(
+                f"{at}dropout should be a probability between 0 and 1, got {layer.dropout}"
+            )
+    if isinstance(tail, TransitionTail):
+        check_norm(tail.norm, "transition: norm", channels, input, pixels)
+        _check_conv(tail.conv_weight, "transition: conv", channels, 1, input)
+        if height < 2 or width < 2:
+            raise ValueError(
+                "the transition's 2x2 pooling needs an image of at least 2x2 pixels, got "
+                f"{height}x{width}"
+            )
+    elif isinstance(tail, AvgPoolTail):
+        check_norm(tail.norm, "final norm", channels, input, pixels)
+    elif tail is not None:
+        raise TypeError(
+            f"tail should be None, a TransitionTail or an AvgPoolTail, got {type(tail).__name__}"
+        )
+    _check_groups(layers, tail)
+
+
+def _check_groups(layers: Sequence[LayerSpec], tail: Tail | None) -> None:
+    """One set of statistics of the features for all norms that read them."""
+    reading = [layer.norm1 for layer in layers] + ([] if tail is None else [tail.norm])
+    groups = {norm.group for norm in reading if norm.batch_statistics}
+    if len(groups) > 1:
+        raise ValueError(
+            "all norms that read a block's features should take the batch's statistics over the "
+            f"same process group, or all without one, got {len(groups)} different ones"
+        )
+    for norm in (*reading, *(layer.norm2 for layer in layers)):
+        if norm.group and not norm.batch_statistics:
+            raise ValueError("a norm with a process group should use the batch's statistics")
+
+
+def check_norm(
+    norm: NormSpec, name: str, channels: int, input: Tensor, pixels: tuple[int, int, int]
+) -> None:
+    """Parameters and statistics of a norm over `channels`, and enough values to take them from."""
+    images, height, width = pixels
+    if norm.group:
+        synchronized.check(norm.group, input.device, name)
+    elif norm.batch_statistics and images * height * width == 1:
+        size = torch.Size((images, channels, height, width))
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {size}"
+        )
+    if not norm.batch_statistics and (norm.running_mean is None or norm.running_var is None):
+        raise ValueError(
+            f"{name} should have running statistics, as it does not use the batch's, got None"
+        )
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        vector: Tensor | None = getattr(norm, part)
+        if vector is None:
+            continue
+        if vector.shape != (channels,):
+            raise ValueError(
+                f"{name}.{part} should have shape ({channels},), one number for each channel, "
+                f"got {tuple(vector.shape)}"
+            )
+        # BatchNorm, too, accepts float32 parameters with input of half the width.
+        if not _fits(vector.dtype, input.dtype):
+            raise TypeError(
+                f"{name}.{part} should have the type of the input, {input.dtype}, got "
+                f"{vector.dtype}"
+            )
+        _check_device(vector, f"{name}.{part}", input)
+
+
+def _check_conv(weight: Tensor, name: str, channels: int, kernel: int, input: Tensor) -> int:
+    """The number of output channels of a convolution that fits."""
+    if weight.dim() != 4 or weight.shape[1:] != (channels, kernel, kernel) or not len(weight):
+        raise ValueError(
+            f"{name}.weight should have shape (outputs, {channels}, {kernel}, {kernel}), got "
+            f"{tuple(weight.shape)}"
+        )
+    if not _fits(weight.dtype, input.dtype):
+        raise TypeError(
+            f"{name}.weight should have the type of the input, {input.dtype}, got {weight.dtype}"
+        )
+    _check_device(weight, f"{name}.weight", input)
+    return weight.shape[0]
+
+
+def _fits(parameter: torch.dtype, input: torch.dtype) -> bool:
+    """The input's type, or float32 under autocast."""
+    return parameter == input or (parameter == torch.float32 and input in _HALF_TYPES)
+
+
+def _check_device(tensor: Tensor, name: str, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{name} should be on the input's device, {input.device}, got a tensor on "
+            f"{tensor.device}"
+        )

@@ -1,0 +1,313 @@
+"""The forward of a dense block: every layer writes its channels into one feature buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from densenet_fast import operators
+from densenet_fast.blocks import norms, synchronized
+from densenet_fast.blocks.specs import NormSpec, Settings, Tensors
+from densenet_fast.operators.reference_block import Coefficients
+from densenet_fast.operators.rows import (
+    Scratch,
+    empty_channels_last,
+    empty_rows,
+    row_pitch,
+    statistics_dtype,
+)
+
+
+class Geometry:
+    """Sizes of a block, and which channels somebody normalises with statistics of the batch.
+
+    Segment 0 of the features is the block's input, segment l + 1 the growth of layer l. `starts[l]`
+    channels are the input of layer l; `starts[-1]` are all.
+    """
+
+    def __init__(self, shape: Sequence[int], parameters: Tensors, settings: Settings) -> None:
+        """Describe the block of these parameters on an input [N, C0, H, W]."""
+        images, channels, height, width = shape
+        self.layers = len(settings.dropout)
+        weights = [w.shape[0] for w in parameters[2 : 6 * self.layers : 3] if w is not None]
+        self.pixels = (images, height, width)
+        self.rows = images * height * width
+        self.widths, self.growths = weights[::2], weights[1::2]
+        self.starts = [channels]
+        for growth in self.growths:
+            self.starts.append(self.starts[-1] + growth)
+        self.channels = self.starts[-1]
+        # Where numbers of values begin in the vector of `Statistics`.
+        self.totals = 2 * (self.channels + sum(self.widths))
+        # Norm1 of layer l reads segments 0 to l, a tail's norm all of them.
+        batch, end = settings.batch_statistics, 2 * self.layers
+        reading = [*batch[:end:2], *batch[end:]]
+        readers = [index for index, of_batch in enumerate(reading) if of_batch]
+        # How many of the segments somebody normalises with statistics of the batch.
+        self.reduced = readers[-1] + 1 if readers else 0
+        # Whose statistics: those of the features are one group's, as `check_block` has seen to.
+        groups = settings.groups
+        self.synchronised = bool(groups)
+        self.group = [*groups[:end:2], *groups[end:]][readers[0]] if groups and readers else ""
+        self.bottleneck_groups = groups[1:end:2] if groups else [""] * self.layers
+
+    def segment(self, index: int) -> tuple[int, int]:
+        """The channels of a segment."""
+        return (0 if index == 0 else self.starts[index - 1]), self.starts[index]
+
+
+class Statistics:
+    """Mean and biased variance of all features and of each layer's bottleneck, in one vector.
+
+    Where some are synchronised, the numbers of values that they were taken from are behind them.
+    """
+
+    def __init__(self, geometry: Geometry, vector: Tensor) -> None:
+        """Name the parts of `vector`, which has `Statistics.size(geometry)` elements."""
+        self._geometry = geometry
+        self.vector = vector
+        channels = geometry.channels
+        self.mean, self.var = vector[:channels], vector[channels : 2 * channels]
+
+    @staticmethod
+    def size(geometry: Geometry) -> int:
+        """Elements needed."""
+        return geometry.totals + (1 + geometry.layers if geometry.synchronised else 0)
+
+    def features_total(self) -> Tensor:
+        """Values [1] of a feature's channel on all ranks, where features are synchronised."""
+        return self.vector[self._geometry.totals :][:1]
+
+    def bottleneck_total(self, layer: int) -> Tensor:
+        """Values [1] of a channel of a synchronised bottleneck on all ranks."""
+        return self.vector[self._geometry.totals + 1 + layer :][:1]
+
+    def synchronise_features(self, segment: int) -> None:
+        """Combine the ranks' statistics of a segment, if its readers are synchronised."""
+        geometry = self._geometry
+        if geometry.group and segment < geometry.reduced:
+            start, end = geometry.segment(segment)
+            mean, var = self.mean[start:end], self.var[start:end]
+            total = self.features_total()
+            synchronized.combine(geometry.group, geometry.rows, mean, var, total)
+
+    def synchronise(self, half: int) -> None:
+        """Combine the ranks' statistics of what a half-layer has written, where wanted."""
+        geometry, layer = self._geometry, half // 2
+        group = geometry.bottleneck_groups[layer]
+        if half % 2 == 1:
+            self.synchronise_features(layer + 1)
+        elif group:
+            at, width = (
+                2 * (geometry.channels + sum(geometry.widths[:layer])),
+                geometry.widths[layer],
+            )
+            mean, var = self.vector[at : at + 2 * width].split(width)
+            total = self.bottleneck_total(layer)
+            synchronized.combine(group, geometry.rows, mean, var, total)
+
+
+class BlockArguments(NamedTuple):
+    """What the block operators of both directions take: see `operators.reference_block`."""
+
+    parameters: list[Tensor]
+    frozen: list[Tensor]
+    numbers: list[float]
+    seeds: Sequence[int]
+    reduced: int
+
+
+class Block:
+    """One call of a block: its tensors and numbers, for features of one type on one device."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        parameters: Tensors,
+        buffers: Tensors,
+        seeds: Tensor | None,
+        settings: Settings,
+    ) -> None:
+        """Describe a block on an input [N, C0, H, W]; `seeds` are those of layers with dropout."""
+        self.parameters, self.buffers, self.settings = parameters, buffers, settings
+        self.geometry = Geometry(shape, parameters, settings)
+        drawn = iter([] if seeds is None else seeds.tolist())
+        self.seeds = [next(drawn) if dropout > 0 else 0 for dropout in settings.dropout]
+
+    def arguments(self, vector: Tensor) -> BlockArguments:
+        """Lists for the operators, their vectors in the type and on the device of `vector`."""
+        dtype, none, layers = vector.dtype, vector.new_empty(0), self.geometry.layers
+
+        def plain(tensor: Tensor | None) -> Tensor:
+            if tensor is None:
+                return none
+            if tensor.dtype is dtype and tensor.is_contiguous():
+                return tensor
+            return tensor.to(dtype).contiguous()
+
+        given = self.parameters[: 6 * layers]
+        vectors = [*given[::3], *given[1::3]]
+        if all(v is not None and v.dtype is dtype and v.is_contiguous() for v in vectors):
+            parameters: Any = list(given)
+        else:
+            parameters = [
+                tensor if index % 3 == 2 else plain(tensor) for index, tensor in enumerate(given)
+            ]
+        frozen: list[Tensor] = []
+        if not all(self.settings.batch_statistics[: 2 * layers]):
+            frozen = [plain(tensor) for tensor in self.buffers[: 4 * layers]]
+        eps = self.settings.eps
+        triples = zip(
+            eps[: 2 * layers : 2], eps[1 : 2 * layers : 2], self.settings.dropout, strict=True
+        )
+        numbers = [number for triple in triples for number in triple]
+        return BlockArguments(parameters, frozen, numbers, self.seeds, self.geometry.reduced)
+
+    def scratch(self, vector: Tensor) -> Tensor:
+        """Room for coefficients: three of each norm's channels, three of a norm2's backward."""
+        geometry = self.geometry
+        widths = sum(geometry.widths) + max(geometry.widths, default=0)
+        return vector.new_empty(3 * (sum(geometry.starts[:-1]) + widths))
+
+    def rooms(self, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Room for each layer's bottleneck [N, H, W, B]: `kept`, the last ones, and a scratch."""
+        geometry = self.geometry
+        shared = geometry.widths[: geometry.layers - len(kept)]
+        scratch = Scratch(geometry.pixels, max(shared, default=0), like)
+        return [*map(scratch.take, shared), *kept]
+
+    def tail_coefficients(self, statistics: Statistics) -> Coefficients:
+        """The norm behind the block, over all its features."""
+        weight, bias = self.parameters[6 * self.geometry.layers :][:2]
+        mean, var = self.buffers[-2:]
+        if mean is None or var is None:
+            mean, var = statistics.mean, statistics.var
+        return norms.coefficients(weight, bias, self.settings.eps[-1], mean, var, statistics.vector)
+
+    def run(
+        self,
+        statistics: Statistics,
+        features: Tensor,
+        kept: Sequence[Tensor],
+        *,
+        recompute: bool = False,
+        last: int | None = None,
+    ) -> None:
+        """All half-layers, or those before `last`; the last layers' bottlenecks into `kept`."""
+        halves = 2 * self.geometry.layers if last is None else last
+        if not halves:
+            return
+        vector = statistics.vector
+        given = (self.rooms(features, kept), self.scratch(vector), *self.arguments(vector))
+        exchanges = self.geometry.synchronised and not recompute
+        for first in range(halves if exchanges else 1):
+            end = first + 1 if exchanges else halves
+            operators.dense_block_forward_(features, vector, *given, recompute, first, end)
+            if exchanges:
+                statistics.synchronise(first)
+
+
+def forward(input: Tensor, block: Block) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The block's output, the vector of `Statistics`, and what a backward reads besides.
+
+    That is the feature buffer [N, C, H, W], where there is a tail and the block is not made again,
+    and the bottlenecks that are held.
+    """
+    geometry, settings = block.geometry, block.settings
+    vector = torch.empty(
+        Statistics.size(geometry), dtype=statistics_dtype(input.dtype), device=input.device
+    )
+    statistics = Statistics(geometry, vector)
+    has_tail = settings.tail != "none"
+    buffer, features = _feature_buffer(input, geometry, padded=has_tail)
+    if geometry.reduced:
+        start = geometry.starts[0]
+        given = features[..., :start]
+        operators.channel_statistics(given, statistics.mean[:start], statistics.var[:start])
+        statistics.synchronise_features(0)
+    kept = _held(geometry, features, 0 if settings.checkpoint == "block" else settings.hold)
+    block.run(statistics, features, kept)
+    if not has_tail:
+        return buffer, vector, kept
+    output = _tail(block, features, statistics)
+    return output, vector, kept if settings.checkpoint == "block" else [buffer, *kept]
+
+
+def norm_places(geometry: Geometry, norm_specs: Sequence[NormSpec]) -> Iterator[norms.Place]:
+    """Every norm of the block, and where the statistics of what it normalises are, in order."""
+    channels, totals = geometry.channels, geometry.totals
+    features = totals if geometry.group else -1
+    at = 2 * channels
+    for layer, width in enumerate(geometry.widths):
+        norm1, norm2 = norm_specs[2 * layer : 2 * layer + 2]
+        yield norms.Place(norm1, 0, channels, features, geometry.starts[layer])
+        total = totals + 1 + layer if geometry.bottleneck_groups[layer] else -1
+        yield norms.Place(norm2, at, at + width, total, width)
+        at += 2 * width
+    for norm in norm_specs[2 * geometry.layers :]:
+        yield norms.Place(norm, 0, channels, features, channels)
+
+
+def _held(geometry: Geometry, like: Tensor, hold: int) -> list[Tensor]:
+    """Bottlenecks of their own for the last `hold` layers."""
+    widths = geometry.widths[geometry.layers - hold :]
+    return [empty_rows((*geometry.pixels, width), like) for width in widths]
+
+
+def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple[Tensor, Tensor]:
+    """The buffer [N, C, H, W] and its rows [N, H, W, C], the block's input in the first channels.
+
+    Rows are padded only where the buffer never leaves the block: others want them contiguous.
+    """
+    images, height, width = geometry.pixels
+    pitch = geometry.channels
+    if padded:
+        pitch = row_pitch(pitch, input.itemsize, cuda=input.is_cuda)
+    shape = (images, geometry.channels, height, width)
+    buffer = empty_channels_last(shape, input, pitch)
+    features = buffer.permute(0, 2, 3, 1)
+    features[..., : geometry.starts[0]].copy_(input.permute(0, 2, 3, 1))
+    return buffer, features
+
+
+def recompute_features(
+    input: Tensor, block: Block, statistics: Statistics
+) -> tuple[Tensor, list[Tensor]]:
+    """The rows of the features once more, [N, H, W, C]: nothing is reduced, nothing updated.
+
+    And the bottlenecks that are held.
+    """
+    geometry, hold = block.geometry, block.settings.hold
+    _, features = _feature_buffer(input, geometry, padded=True)
+    kept = _held(geometry, features, hold)
+    # Without a tail nothing reads the last layer's growth (its gradient needs no correction), and
+    # if it is not held nothing its bottleneck.
+    last = 2 * geometry.layers
+    if block.settings.tail == "none":
+        last = max(0, last - (1 if hold else 2))
+    block.run(statistics, features, kept, recompute=True, last=last)
+    return features, kept
+
+
+def _tail(block: Block, features: Tensor, statistics: Statistics) -> Tensor:
+    scale, shift, _, _ = block.tail_coefficients(statistics)
+    images, height, width = block.geometry.pixels
+    if block.settings.tail == "average":
+        out = features.new_empty(images, block.geometry.channels)
+        operators.norm_relu_avgpool_forward(features, scale, shift, out)
+        return out
+    weight = matrix(block.parameters[-1])
+    out = empty_channels_last((images, len(weight), height // 2, width // 2), features)
+    operators.transition_forward(
+        features, scale, shift, weight, out.permute(0, 2, 3, 1), None, None
+    )
+    return out
+
+
+def matrix(weight: Tensor | None) -> Tensor:
+    """A 1x1 convolution's weight [B, C, 1, 1] as [B, C]."""
+    assert weight is not None
+    return weight.flatten(1)

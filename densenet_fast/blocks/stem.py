@@ -1,0 +1,273 @@
+"""The stem: norm, ReLU and 3x3 max-pool of stride 2 as one node, and with the convolution.
+
+The convolution's output is the largest tensor of the network, and making it again costs little
+(about a hundredth of a DenseNet-121 step): where blocks recompute, so does the stem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from densenet_fast import operators
+from densenet_fast.blocks import autocast, nodes, norms, stem_convolution, synchronized
+from densenet_fast.blocks.checks import check_input, check_norm
+from densenet_fast.blocks.nodes import Finish
+from densenet_fast.blocks.specs import ConvGeometry, NormSpec, Tensors
+from densenet_fast.operators.reference_block import Coefficients
+from densenet_fast.operators.rows import as_rows, empty_channels_last, statistics_dtype
+
+_STEM = (
+    "Tensor?[] parameters, Tensor?[] buffers, int[] conv, ScalarType stored, float eps, "
+    "bool batch_statistics, str group"
+)
+
+
+def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
+    """max_pool2d(relu(norm(input)), kernel 3, stride 2, padding 1) of `[N, C, H, W]`.
+
+    Keeps `input` and one byte per output element for the backward.
+    """
+    check_input(input)
+    return _stem(input, None, None, None, input.dtype, norm)
+
+
+def conv_stem(
+    input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, norm: NormSpec
+) -> Tensor:
+    """`stem_norm_relu_maxpool` of the convolution of `[N, Cin, H, W]`, in autocast's type if on.
+
+    Keeps `input` as it came and one byte per output element; the backward makes the convolution
+    again.
+    """
+    stored = autocast.computed_type(input.dtype, input.device.type)
+    return _stem(input, weight, bias, conv, stored, norm)
+
+
+def _stem(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv: ConvGeometry | None,
+    stored: torch.dtype,
+    norm: NormSpec,
+) -> Tensor:
+    numbers = [] if conv is None else [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
+    rest = (numbers, stored, norm.eps, norm.batch_statistics, norm.group)
+    parameters = (weight, bias, norm.weight, norm.bias)
+    buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
+    images, channels, height, width = input.shape
+    if conv is not None and weight is not None:
+        channels, _, *kernel = weight.shape
+        size = (kernel[0], kernel[1])
+        height, width = stem_convolution.windows(
+            (height, width), size, conv.stride, conv.padding, conv.dilation
+        )
+    total = 2 * channels if norm.group else -1
+    place = norms.Place(norm, 0, channels, total, channels)
+
+    def finish(statistics: Tensor) -> None:
+        nodes.record(statistics, norms.updates([place]), images * height * width)
+
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
+    ):
+        return nodes.applied(_Stem, input, None, finish, (rest,), parameters, buffers)
+    output, _, statistics = stem_forward(input, parameters, buffers, *rest)
+    finish(statistics)
+    return output
+
+
+class _Call:
+    """The arguments behind the first ones of a stem's forward and backward."""
+
+    def __init__(
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        conv: Sequence[int],
+        stored: torch.dtype,
+        eps: float,
+        batch_statistics: bool,
+        group: str,
+    ) -> None:
+        """Make a norm and a convolution of them."""
+        self.weight, self.bias, gamma, beta = parameters
+        mean, var = buffers
+        self.norm = NormSpec(gamma, beta, mean, var, eps, batch_statistics, None, group)
+        self.stored = stored
+        self.conv: ConvGeometry | None = None
+        if conv:
+            pairs = [(conv[at], conv[at + 1]) for at in (0, 2, 4)]
+            self.conv = ConvGeometry(pairs[0], pairs[1], pairs[2], conv[6])
+
+    def features(self, input: Tensor) -> Tensor:
+        """What the norm reads."""
+        if self.conv is None or self.weight is None:
+            return input
+        return stem_convolution.forward(input, self.conv, self.weight, self.bias, self.stored)
+
+    def check(self, features: Tensor) -> None:
+        """Refuse what the norm cannot take."""
+        check_input(features)
+        images, channels, height, width = features.shape
+        check_norm(self.norm, "norm", channels, features, (images, height, width))
+
+    def coefficients(self, statistics: Tensor, channels: int) -> Coefficients:
+        """The norm by the batch's statistics, or its own where it is frozen."""
+        norm, (mean, var, _) = self.norm, _parts(statistics, channels)
+        if norm.running_mean is not None and norm.running_var is not None:
+            mean, var = norm.running_mean, norm.running_var
+        return norms.coefficients(norm.weight, norm.bias, norm.eps, mean, var, statistics)
+
+
+def _parts(statistics: Tensor, channels: int) -> Sequence[Tensor]:
+    """Mean, variance and, if the norm is synchronised, the number of values they are of."""
+    return statistics.split((channels, channels, len(statistics) - 2 * channels))
+
+
+def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stem = _Call(*args)
+    features, conv = input, stem.conv
+    if conv is not None and stem.weight is not None:
+        features = torch.nn.functional.conv2d(input, stem.weight.to(input.dtype), None, *conv).to(
+            stem.stored
+        )
+    stem.check(features)
+    images, channels, height, width = features.shape
+    height, width = (height + 1) // 2, (width + 1) // 2
+    output = empty_channels_last((images, channels, height, width), features)
+    argmax = features.new_empty(images, height, width, channels, dtype=torch.uint8)
+    size = 2 * channels + bool(stem.norm.group)
+    return output, argmax, features.new_empty(size, dtype=statistics_dtype(features.dtype))
+
+
+@nodes.node(f"(Tensor input, {_STEM}) -> (Tensor, Tensor, Tensor)", _forward_fake)
+def stem_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the position of each maximum, the batch's mean and variance.
+
+    Behind these two the number of values of a synchronised norm.
+    """
+    stem = _Call(*args)
+    norm, features = stem.norm, stem.features(input)
+    stem.check(features)
+    rows = as_rows(features)
+    images, height, width, channels = rows.shape
+    statistics = torch.empty(
+        2 * channels + bool(norm.group),
+        dtype=statistics_dtype(features.dtype),
+        device=features.device,
+    )
+    mean, var, total = _parts(statistics, channels)
+    if norm.batch_statistics:
+        operators.channel_statistics(rows, mean, var)
+    if norm.group:
+        synchronized.combine(norm.group, images * height * width, mean, var, total)
+    scale, shift, _, _ = stem.coefficients(statistics, channels)
+    out = empty_channels_last((images, channels, (height + 1) // 2, (width + 1) // 2), features)
+    out_rows = out.permute(0, 2, 3, 1)
+    argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=features.device)
+    operators.norm_relu_maxpool_forward(rows, scale, shift, out_rows, argmax)
+    return out, argmax, statistics
+
+
+_LAYOUTS = (torch.channels_last, torch.contiguous_format, torch.contiguous_format)
+
+
+def _backward_fake(
+    grad_output: Tensor, input: Tensor, argmax: Tensor, statistics: Tensor, *args: Any
+) -> list[Tensor]:
+    parameters, *_, (input_needed, *needs) = args
+    images, channels, height, width = input.shape
+    shape = (images, channels, height, width)
+    found = [empty_channels_last(shape, input)] if input_needed else []
+    return found + nodes.wanted_like(parameters, needs)
+
+
+@nodes.node(
+    f"(Tensor grad_output, Tensor input, Tensor argmax, Tensor statistics, {_STEM}, "
+    "bool[] needs) -> Tensor[]",
+    _backward_fake,
+)
+def stem_backward(
+    grad_output: Tensor, input: Tensor, argmax: Tensor, statistics: Tensor, *args: Any
+) -> list[Tensor]:
+    """The gradients of the input and the parameters that `needs` asks for."""
+    *args, needs = args  # type: ignore[assignment]
+    stem = _Call(*args)
+    features, norm = stem.features(input), stem.norm
+    images, channels, height, width = features.shape
+    forward = stem.coefficients(statistics, channels)
+    grad_features = empty_channels_last((images, channels, height, width), features)
+    grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
+    rows, grad_rows = as_rows(features), grad_features.permute(0, 2, 3, 1)
+    operators.norm_relu_maxpool_backward(
+        as_rows(grad_output),
+        argmax.contiguous(),
+        rows,
+        *forward,
+        norm.batch_statistics and not norm.group,
+        grad_rows,
+        grad_gamma,
+        grad_beta,
+    )
+    if norm.group and any(needs[:3]):
+        # The correction for the batch's statistics, with the sums of all ranks.
+        sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
+        total = _parts(statistics, channels)[2]
+        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(images * height * width)
+        operators.finish_gradient(rows, grad_rows, forward.mean, sums[0], sums[1], grad_rows)
+    del features, rows  # the largest tensors there are
+    before: list[Tensor | None] = [grad_features, None, None]
+    if stem.conv is not None and stem.weight is not None and any(needs[:3]):
+        before = stem_convolution.backward(
+            grad_features, input, stem.conv, stem.weight, stem.bias, list(needs[:3])
+        )
+        # In the layouts that a graph was promised, whichever the convolution has chosen.
+        before = [
+            None if gradient is None else gradient.contiguous(memory_format=layout)
+            for gradient, layout in zip(before, _LAYOUTS, strict=True)
+        ]
+    return nodes.wanted([*before, grad_gamma, grad_beta], [input, *args[0]], needs)
+
+
+class _Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        _: Tensor | None,
+        finish: Finish | None,
+        rest: tuple[Any, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        output, argmax, statistics = stem_forward(input, tensors[:4], tensors[4:], *rest)
+        if finish is not None:
+            finish(statistics)
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(input, argmax, statistics, *tensors)
+        ctx.rest = rest
+        return output, statistics
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+        input, argmax, statistics, *tensors = saved
+        needs = [ctx.needs_input_grad[index] for index in (0, 4, 5, 6, 7)]
+        found = stem_backward(
+            grad_outputs[0],
+            input,
+            argmax,
+            statistics,
+            tensors[:4],
+            tensors[4:],
+            *ctx.rest,
+            needs,
+        )
+        behind = [grad_outputs[0], *saved]
+        given = nodes.spread(found, needs)
+        input, *others = nodes.first_order_only("the fused stem", given, behind)
+        return (input, None, None, None, *others, None, None)

@@ -1,0 +1,187 @@
+"""The stem's convolution, which PyTorch computes: in float32 where it is slow in bfloat16.
+
+On processors without bfloat16 instructions PyTorch's bfloat16 convolutions take several times as
+long as in float32 (with AVX-512 alone five times). The values are those of bfloat16 all the same:
+inputs and weights are rounded to it in front, outputs and gradients behind.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densenet_fast.blocks import autocast
+from densenet_fast.blocks.specs import ConvGeometry
+from densenet_fast.operators.backends import backend_for, get_backend
+
+Size = tuple[int, int]
+
+_WIDE_PARTS = 8
+_X86_INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
+def _bfloat16_instructions() -> bool:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        tests = (getattr(torch.cpu, name, None) for name in _X86_INSTRUCTIONS)
+        return any(test is not None and bool(test()) for test in tests)
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
+
+
+_INSTRUCTIONS = _bfloat16_instructions()  # a constant, which torch.compile can read
+
+
+def _bfloat16_is_fast() -> bool:
+    return _INSTRUCTIONS
+
+
+def fast_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which to compute convolutions of tensors of `dtype`."""
+    if dtype != torch.bfloat16 or device.type != "cpu" or _bfloat16_is_fast():
+        return dtype
+    # Not `select`, which remembers its answers: a graph would be bound to what it remembers.
+    kernels = get_backend() != "reference" and backend_for(device, dtype).backend == "cpu"
+    return torch.float32 if kernels else dtype
+
+
+def windows(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
+    """How many windows of a convolution or pooling fit into images of `size`."""
+    height, width = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
+def columns(
+    conv: nn.Conv2d, images: int, output: Size, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that PyTorch needs besides, to compute the convolution in this type: im2col's matrix.
+
+    Only what oneDNN does not compute needs one, and `output` is the size of the images behind it.
+    """
+    if device.type != "cpu" or dtype != torch.float64:
+        return 0
+    height, width = conv.kernel_size
+    matrix = conv.in_channels * height * width * output[0] * output[1]
+    return images * matrix * dtype.itemsize
+
+
+def _fast_type(tensor: Tensor) -> torch.dtype:
+    return fast_type(tensor.dtype, tensor.device)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    # A weight with channels innermost makes the convolution write its output so.
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def module_forward(module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the module makes of its input with these parameters, channels innermost."""
+    stored = autocast.computed_type(input.dtype, input.device.type)
+    dtype = fast_type(stored, input.device)
+    if dtype == stored:
+        return module._conv_forward(input, _channels_last(weight), bias)
+    weight = autocast.cast(weight).to(dtype)
+    bias = None if bias is None else autocast.cast(bias).to(dtype)
+    with autocast.disabled(input.device.type):
+        images = input.to(stored).to(dtype)
+        output = module._conv_forward(images, _channels_last(weight), bias)
+    return output.to(stored)
+
+
+def _parts(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The images in one part, or in several where they are computed in a wider type.
+
+    What is wider than what is stored then needs little room.
+    """
+    if dtype == tensor.dtype:
+        return (tensor,)
+    return tensor.split(wide_images(len(tensor)))
+
+
+def wide_images(images: int) -> int:
+    """Images of a batch that are computed together in a wider type than they are stored in."""
+    return -(-images // _WIDE_PARTS)
+
+
+def forward(
+    input: Tensor,
+    conv: ConvGeometry,
+    weight: Tensor,
+    bias: Tensor | None,
+    stored: torch.dtype,
+) -> Tensor:
+    """F.conv2d of tensors rounded to type `stored`, which is the output's, channels innermost."""
+    input, weight = input.to(stored), weight.to(stored)
+    dtype = _fast_type(input)
+    weight = _channels_last(weight.to(dtype))
+    bias = None if bias is None else bias.to(stored).to(dtype)
+
+    def convolved(part: Tensor) -> Tensor:
+        part = part.to(dtype)
+        return F.conv2d(part, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    parts = _parts(input, dtype)
+    if len(parts) == 1:
+        return convolved(input).to(stored)
+    first = convolved(parts[0]).to(stored)
+    output = torch.empty(
+        (len(input), *first.shape[1:]),
+        dtype=stored,
+        device=input.device,
+        memory_format=torch.channels_last,
+    )
+    at = 0
+    for part in parts:
+        output[at : at + len(part)] = first if at == 0 else convolved(part)
+        at += len(part)
+    return output
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    conv: ConvGeometry,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: list[bool],
+) -> list[Tensor | None]:
+    """The wanted gradients of input, weight and bias of `forward`, whose type `grad_output` has."""
+    stored, dtype = grad_output.dtype, _fast_type(grad_output)
+    wide_weight = weight.to(stored).to(dtype)
+    images: list[Tensor] = []
+    sums: list[Tensor | None] = [None, None]
+    parts = _parts(grad_output, dtype)
+    for grad, part in zip(parts, input.split(len(parts[0])), strict=True):
+        found = torch.ops.aten.convolution_backward(
+            grad.to(dtype),
+            part.to(stored).to(dtype),
+            wide_weight,
+            None if bias is None else bias.shape,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            False,
+            (0, 0),
+            conv.groups,
+            wanted,
+        )
+        if wanted[0]:
+            images.append(found[0].to(stored).to(input.dtype))
+        for at, gradient in enumerate(found[1:]):
+            total = sums[at]
+            sums[at] = gradient if total is None else total.add_(gradient)
+    grad_input = None
+    if images:
+        grad_input = images[0] if len(images) == 1 else torch.cat(images)
+    return [
+        grad_input,
+        *(
+            None if gradient is None or operand is None else gradient.to(stored).to(operand.dtype)
+            for gradient, operand in zip(sums, (weight, bias), strict=True)
+        ),
+    ]

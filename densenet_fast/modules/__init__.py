@@ -1,0 +1,1 @@
+"""The networks' modules, and when they may run fused."""

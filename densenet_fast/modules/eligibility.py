@@ -1,0 +1,366 @@
+"""When a module may be computed without being called: the obstacles to fusing it, in words.
+
+Fusing skips the module's own call, so it is allowed only where nobody could tell the difference:
+the exact type, nothing hooked or overridden, ordinary tensors. Every function returns the obstacle
+or None. They run for every layer of every forward, hence the direct reading of `__dict__`:
+`nn.Module.__getattr__` would cost ten times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.nn.modules import module as _module
+
+from densenet_fast.blocks.autocast import CAST_TYPES
+from densenet_fast.blocks.autocast import enabled as autocast_enabled
+from densenet_fast.operators.backends import backend_for, get_backend
+
+_functorch: Any = torch._C._functorch
+
+# Tensors of a FakeTensorMode have shapes and no values: fused nodes know what to make of them.
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+# kernel_size, stride, padding, dilation, groups, padding_mode
+POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
+SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+_AVERAGE: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0}
+_AVERAGE |= {"ceil_mode": False, "divisor_override": None}
+_MAXIMUM: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+_MAXIMUM |= {"ceil_mode": False, "return_indices": False}
+
+_FORWARDS = tuple(
+    (kind, kind.forward)
+    for kind in (*NORMS, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+)
+_CALL = nn.Module.__call__
+
+
+def touched(module: nn.Module) -> str | None:
+    """What makes calling `module` more than running its class's forward."""
+    state = module.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or state.get("_compiled_call_impl") is not None
+    ):
+        return _touched_how(state)
+    return None
+
+
+def _touched_how(state: dict[str, Any]) -> str:
+    if "forward" in state:
+        return "has its own forward"
+    if state.get("_compiled_call_impl") is not None:
+        return "is compiled by itself"
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    hooked = [kind for kind in kinds if state[f"_{kind}_hooks"]]
+    return f"has a {hooked[0]} hook"
+
+
+def other_type(module: nn.Module | None, kind: type[nn.Module]) -> str:
+    """Words for a module that is not exactly a `kind`."""
+    if module is None:
+        return "is missing"
+    if hasattr(module, "parametrizations"):
+        return "is parametrised"
+    if isinstance(module, kind):
+        return f"is a subclass of {kind.__name__} ({type(module).__name__})"
+    return f"is a {type(module).__name__}, not a {kind.__name__}"
+
+
+def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """An untouched module of exactly this type."""
+    if type(module) is not kind:
+        return other_type(module, kind)
+    return touched(module)
+
+
+Kind = Literal["layer", "block", "transition"]
+_KINDS: dict[type[nn.Module], Kind] = {}
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+def fused_as(kind: Kind) -> Callable[[Class], Class]:
+    """Decorates a class whose modules run fused as a `kind`; its subclasses may do anything."""
+
+    def register(cls: Class) -> Class:
+        _KINDS[cls] = kind
+        return cls
+
+    return register
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """What modules of this exact type run fused as."""
+    return _KINDS.get(type(module))
+
+
+def of_kind(module: nn.Module, kind: Kind, expected: type[nn.Module]) -> str | None:
+    """An untouched module whose exact type runs fused as a `kind`."""
+    if kind_of(module) != kind:
+        return other_type(module, expected)
+    return touched(module)
+
+
+# Subclasses of BatchNorm2d with a ReLU of their own, and what may be in the way of taking one of
+# them for BatchNorm2d and ReLU.
+_NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
+
+
+def register_norm_with_relu(
+    kind: type[nn.BatchNorm2d], obstacle: Callable[[Any], str | None]
+) -> None:
+    """Let norms of exactly this type be computed as a norm and a ReLU where `obstacle` is None."""
+    _NORMS_WITH_RELU[kind] = obstacle
+
+
+def norm_with_relu(module: nn.Module | None) -> bool:
+    """Whether the module is of a type with a ReLU of its own."""
+    return type(module) in _NORMS_WITH_RELU
+
+
+# The forwards that neither write to their input nor return it or a view of it.
+_OUT_OF_PLACE = {
+    nn.modules.batchnorm._BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    nn.modules.instancenorm._InstanceNorm.forward,
+    nn.GroupNorm.forward,
+    nn.Conv2d.forward,
+    nn.AvgPool2d.forward,
+    nn.MaxPool2d.forward,
+}
+
+
+def register_out_of_place(kind: type[nn.Module]) -> None:
+    """Say that modules with the forward of this type leave their input alone."""
+    _OUT_OF_PLACE.add(kind.forward)
+
+
+def leaves_input(module: nn.Module | None) -> bool:
+    """Whether nobody gets at the module's input, to write to it, by calling the module."""
+    if module is None or touched(module) is not None:
+        return False
+    if type(module) is nn.Sequential or kind_of(module) == "transition":
+        return leaves_input(next(iter(module._modules.values()), None))
+    return type(module).forward in _OUT_OF_PLACE
+
+
+def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
+    if type(tensor) not in PLAIN_TENSORS:
+        return f"holds a {type(tensor).__name__}"
+    if tensor.dtype is not dtype:
+        return f"is {tensor.dtype}, not {dtype}"
+    if tensor.device != device:
+        return f"is on {tensor.device}, not {device}"
+    return None
+
+
+def parameter(state: dict[str, Any], name: str) -> Any:
+    """A parameter from a module's `__dict__`; KeyError if it is not an ordinary one."""
+    parameters = state["_parameters"]
+    # The replicas of DataParallel hold their parameters as ordinary attributes.
+    return parameters[name] if name in parameters else state[name]
+
+
+# What modules did before they had these settings: those unpickled from old files have not.
+_BEFORE: dict[str, Any] = {
+    "ceil_mode": False,
+    "dilation": 1,
+    "divisor_override": None,
+    "drop_rate": 0.0,
+    "padding_mode": "zeros",
+    "return_indices": False,
+    "track_running_stats": True,
+}
+
+
+def setting(state: dict[str, Any], name: str) -> Any:
+    """A setting from a module's `__dict__`, where it may be missing."""
+    return state[name] if name in state else _BEFORE[name]
+
+
+def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
+    """Whether fused blocks know this type of norm."""
+    return type(module) in NORMS or type(module) in _NORMS_WITH_RELU
+
+
+def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Obstacle to computing a norm of this many channels (a ReLU behind it is harmless)."""
+    if not is_norm(module):
+        return other_type(module, nn.BatchNorm2d)
+    with_relu = _NORMS_WITH_RELU.get(type(module))
+    obstacle = touched(module) or (None if with_relu is None else with_relu(module))
+    if obstacle is not None:
+        return obstacle
+    state = module.__dict__
+    if state["num_features"] != channels:
+        return f"normalises {state['num_features']} channels, not {channels}"
+    if not state["eps"] > 0:
+        return f"has eps={state['eps']}"
+    if state["momentum"] is None and torch.compiler.is_compiling():
+        return "averages over all steps, whose number is not known to torch.compile"
+    try:
+        weight, bias = parameter(state, "weight"), parameter(state, "bias")
+        buffers = state["_buffers"]
+        mean, var, _ = (
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
+        )
+    except KeyError as missing:
+        return f"has no registered {missing.args[0]}"
+    if (mean is None) is not (var is None):
+        return "has only one of running_mean and running_var"
+    for tensor in (weight, bias, mean, var):
+        if tensor is not None and (
+            type(tensor) not in PLAIN_TENSORS
+            or tensor.dtype is not dtype
+            or tensor.device != device
+        ):
+            return _tensor(tensor, dtype, device)
+    return None
+
+
+def conv(
+    module: nn.Module,
+    settings: tuple[Any, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Obstacle to computing a convolution without bias and with these settings."""
+    obstacle = exactly(module, nn.Conv2d)
+    if obstacle is not None:
+        return obstacle
+    state = module.__dict__
+    try:
+        weight, bias = parameter(state, "weight"), parameter(state, "bias")
+    except KeyError as missing:
+        return f"has no registered {missing.args[0]}"
+    if bias is not None:
+        return "has a bias"
+    actual = (
+        state["kernel_size"],
+        state["stride"],
+        state["padding"],
+        state["dilation"],
+        state["groups"],
+        setting(state, "padding_mode"),
+    )
+    if actual != settings:
+        return (
+            "has kernel_size {}, stride {}, padding {}, dilation {}, groups {}, padding_mode {}"
+        ).format(*actual)
+    return _tensor(weight, dtype, device)
+
+
+def any_conv(module: nn.Module) -> str | None:
+    """Obstacle to computing a convolution of any kind with a copy of its weight."""
+    obstacle = exactly(module, nn.Conv2d)
+    if obstacle is None:
+        parameters = module.__dict__["_parameters"]
+        for name in ("weight", "bias"):
+            if name not in parameters:
+                return f"has no registered {name}"
+            if parameters[name] is not None and type(parameters[name]) not in PLAIN_TENSORS:
+                return f"holds a {type(parameters[name]).__name__}"
+    return obstacle
+
+
+def zero_padded(conv: nn.Conv2d) -> bool:
+    """Whether the padding is a number of zeros, not a word or another kind of border."""
+    state = conv.__dict__
+    return setting(state, "padding_mode") == "zeros" and not isinstance(state["padding"], str)
+
+
+def weight_shape(module: nn.Module | None) -> torch.Size:
+    """The shape of the weight of an eligible convolution."""
+    return parameter(module.__dict__, "weight").shape
+
+
+def average_pool(module: nn.Module) -> str | None:
+    """Obstacle to computing a transition's 2×2 average pooling."""
+    return exactly(module, nn.AvgPool2d) or _pool(module, _AVERAGE, "a plain 2×2 average")
+
+
+def max_pool(module: nn.Module) -> str | None:
+    """Obstacle to computing the stem's 3×3 max-pooling of stride 2."""
+    return exactly(module, nn.MaxPool2d) or _pool(module, _MAXIMUM, "a 3×3 maximum of stride 2")
+
+
+def _pool(module: nn.Module, settings: dict[str, Any], what: str) -> str | None:
+    for name, wanted in settings.items():
+        found = setting(module.__dict__, name)
+        if (tuple(found) if isinstance(found, list) else found) not in (wanted, (wanted, wanted)):
+            return f"has {name}={found}, not that of {what}"
+    return None
+
+
+def surroundings() -> str | None:
+    """Obstacle in the state of the process: hooks on all modules, tracing, transforms."""
+    if (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    ):
+        return "hooks on all modules are registered"
+    if torch.compiler.is_exporting():
+        return "torch.export is tracing"
+    if is_tracing():
+        return "torch.jit is tracing"
+    # Not `is not None`, to which torch.compile has no answer.
+    if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if nn.Module.__call__ is not _CALL:
+        return "nn.Module.__call__ is patched"
+    for kind, forward in _FORWARDS:
+        if kind.forward is not forward:
+            return f"{kind.__name__}.forward is patched"
+    return None
+
+
+def autocast(device: torch.device) -> str | None:
+    """Obstacle in automatic mixed precision: a type that PyTorch computes faster than our twins."""
+    if not autocast_enabled(device.type):
+        return None
+    dtype = torch.get_autocast_dtype(device.type)
+    if get_backend() == "reference" or backend_for(device, dtype).backend != "reference":
+        return None
+    return f"autocast is active on {device.type}, where there are no kernels for {dtype}"
+
+
+def parameter_type(input: Tensor) -> torch.dtype:
+    """The type that parameters should have for this input: under autocast float32."""
+    if autocast_enabled(input.device.type) and input.dtype in CAST_TYPES:
+        return torch.float32
+    return input.dtype
+
+
+def input(tensor: Tensor) -> str | None:
+    """Obstacle in the tensor that a network or block is called with, or around it."""
+    if type(tensor) not in PLAIN_TENSORS:
+        return f"the input is a {type(tensor).__name__}"
+    if tensor.device.type == "meta":
+        return "the input is on the meta device"
+    if tensor.layout is not torch.strided:
+        return f"the input's layout is {tensor.layout}"
+    if not tensor.is_floating_point():
+        return f"the input is {tensor.dtype}"
+    found = autocast(tensor.device) or surroundings()
+    # Last: where a graph is recorded, nothing may depend on the size.
+    return found or (None if tensor.numel() else "the input is empty")

@@ -1,0 +1,108 @@
+"""Where layers and transitions keep norms and convolutions, for every type that runs fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from densenet_fast.modules import eligibility
+
+
+class LayerParts(NamedTuple):
+    """What a layer computes with: norm1, ReLU, conv1, norm2, ReLU, conv2 and dropout.
+
+    `activations` are modules that must be a ReLU each, by name; a norm may have its own inside.
+    `dropout` is the probability of zeroing an element of the layer's output now.
+    """
+
+    norm1: eligibility.Norm
+    conv1: nn.Conv2d
+    norm2: eligibility.Norm
+    conv2: nn.Conv2d
+    activations: Sequence[tuple[str, nn.Module]]
+    dropout: float
+
+    def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why the parts cannot be fused on an input of so many channels, or None."""
+        norm1, conv1, norm2, conv2, activations, _ = self
+        if (found := eligibility.conv(conv1, eligibility.POINTWISE, dtype, device)) is not None:
+            return f"conv1 {found}"
+        if (found := eligibility.conv(conv2, eligibility.SPATIAL, dtype, device)) is not None:
+            return f"conv2 {found}"
+        bottleneck, read, *_ = eligibility.weight_shape(conv1)
+        if read != channels or eligibility.weight_shape(conv2)[1] != bottleneck:
+            return "the shapes of the convolutions do not fit together"
+        if (found := eligibility.norm(norm1, channels, dtype, device)) is not None:
+            return f"norm1 {found}"
+        if (found := eligibility.norm(norm2, bottleneck, dtype, device)) is not None:
+            return f"norm2 {found}"
+        for name, module in activations:
+            if (found := eligibility.exactly(module, nn.ReLU)) is not None:
+                return f"{name} {found}"
+        return None
+
+
+class TailParts(NamedTuple):
+    """What computes behind a block: a transition's norm and convolution, or a final norm."""
+
+    norm: eligibility.Norm
+    conv: nn.Conv2d | None = None
+
+
+# The parts of a layer of that exact type, or what is in the way of finding them.
+Reader = Callable[[nn.Module], LayerParts | str]
+_READERS: dict[type[nn.Module], Reader] = {}
+
+
+def register(kind: type[nn.Module], reader: Reader) -> None:
+    """Let layers of exactly this type run fused."""
+    _READERS[kind] = reader
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether there is a reader for the module's exact type."""
+    return type(module) in _READERS
+
+
+_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+
+
+def named_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
+    """Parts under torchvision's names."""
+    try:
+        norm1, relu1, conv1 = modules["norm1"], modules["relu1"], modules["conv1"]
+        norm2, relu2, conv2 = modules["norm2"], modules["relu2"], modules["conv2"]
+    except KeyError as missing:
+        return f"{missing.args[0]} is missing"
+    activations = (("relu1", relu1), ("relu2", relu2))
+    return LayerParts(norm1, conv1, norm2, conv2, activations, dropout)  # type: ignore[arg-type]
+
+
+def sequential_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
+    """The same parts as all that a Sequential runs, which is what it has, in that order."""
+    if tuple(modules) != _NAMES:
+        return f"its submodules are {', '.join(modules)}"
+    return named_parts(modules, dropout)
+
+
+def usual_parts(layer: nn.Module) -> LayerParts | str:
+    """Parts of a layer with torchvision's names, its dropout among them as `drop_rate`."""
+    state = layer.__dict__  # for every layer of every forward: not through __getattr__
+    return named_parts(state["_modules"], dropout(state))
+
+
+def dropout(state: dict[str, Any]) -> float:
+    """The probability of zeroing an output now, from a layer's `__dict__`."""
+    rate: float = eligibility.setting(state, "drop_rate") if state["training"] else 0.0
+    return rate
+
+
+def read(layer: nn.Module, expected: type[nn.Module]) -> LayerParts | str:
+    """The layer's parts, or the obstacle to calling it as anything but a module."""
+    reader = _READERS.get(type(layer))
+    if reader is None:
+        return eligibility.other_type(layer, expected)
+    return eligibility.touched(layer) or reader(layer)

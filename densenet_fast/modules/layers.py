@@ -1,0 +1,369 @@
+"""Dense layers, blocks and transitions with torchvision's names, fused wherever that is exact.
+
+Annotations are types here, not strings: torch.fx writes those of a forward into its code, which
+torch.jit.script reads. Class bodies have none of submodules, as torch.jit.script takes them for
+its own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
+
+from densenet_fast import arguments
+from densenet_fast.blocks import synchronized
+from densenet_fast.blocks.dense_block import released
+from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
+from densenet_fast.modules import eligibility, image_sizes, input_checks, layer_parts
+from densenet_fast.modules.graph_routing import routed
+from densenet_fast.modules.layer_parts import LayerParts, TailParts
+from densenet_fast.modules.steps import DenseStep, Segment
+
+
+def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
+    """The checkpoint mode that a constructor's two arguments mean together."""
+    mode = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
+    return mode if arguments.flag("memory_efficient", memory_efficient) else "none"
+
+
+@eligibility.fused_as("layer")
+class DenseLayer(nn.Module):
+    """norm, ReLU, 1×1 convolution, norm, ReLU, 3×3 convolution, concatenated to the input.
+
+    Emits its `num_input_features` channels and `k * growth_rate` new ones. The bottleneck between
+    the convolutions has `bn_size * growth_rate` channels whatever `k` is.
+    """
+
+    __jit_unused_properties__ = ("checkpoint",)
+
+    def __init__(
+        self,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int,
+        drop_rate: float,
+        k: int = 1,
+        memory_efficient: bool = True,
+        *,
+        checkpoint: Checkpoint = "bottleneck",
+    ) -> None:
+        super().__init__()
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        growth_rate = arguments.integer("growth_rate", growth_rate)
+        bottleneck = arguments.integer("bn_size", bn_size) * growth_rate
+        growth = arguments.integer("k", k) * growth_rate
+        drop_rate = arguments.probability("drop_rate", drop_rate)
+        mode = mode_of(memory_efficient, checkpoint)
+
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=False)
+        self.conv1 = nn.Conv2d(num_input_features, bottleneck, kernel_size=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(bottleneck)
+        self.relu2 = nn.ReLU(inplace=False)
+        self.conv2 = nn.Conv2d(bottleneck, growth, kernel_size=3, padding=1, bias=False)
+        self.drop_rate = drop_rate
+        self._checkpoint = mode
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is kept for the backward: "none", "bottleneck" or "block" (see the README)."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, mode: Checkpoint) -> None:
+        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [N, C, H, W] and the new channels behind it."""
+        if is_scripting():
+            return self._compose(input)
+        else:  # noqa: RET505 (what TorchScript does not compile)
+            return routed(self, input, self._compose)
+
+    def run(self, input: Tensor) -> Tensor:
+        """The checked forward, fused if nothing is in the way."""
+        input_checks.images(type(self).__name__, input)
+        input_checks.channels(type(self).__name__, input, self._modules.get("norm1"))
+        synchronized.check_modules(self, input.device)
+        obstacle = eligibility.input(input) or self.obstacle(
+            input.shape[1], eligibility.parameter_type(input), input.device
+        )
+        if obstacle is not None:
+            input_checks.parameters(self, self, input)
+        input_checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
+        if obstacle is not None:
+            return self._compose(input)
+        parts = self.parts()
+        assert not isinstance(parts, str)
+        return released(DenseStep([[parts]], self._checkpoint).run(input))
+
+    def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why the submodules must be called one by one, or None."""
+        parts = self.parts()
+        return parts if isinstance(parts, str) else parts.obstacle(channels, dtype, device)
+
+    def parts(self) -> LayerParts | str:
+        """What the layer computes with now, or which part is missing."""
+        return layer_parts.usual_parts(self)
+
+    def _compose(self, input: Tensor) -> Tensor:
+        """The submodules called one by one."""
+        # The input is emitted too: what stands for norm1 must not write to it.
+        if is_scripting():
+            features = input.clone()
+        else:
+            features = input if eligibility.leaves_input(self.norm1) else input.clone()
+        bottleneck = self.conv1(self.relu1(self.norm1(features)))
+        growth = self.conv2(self.relu2(self.norm2(bottleneck)))
+        if self.drop_rate > 0:
+            growth = F.dropout(growth, p=self.drop_rate, training=self.training)
+        return torch.cat((input, growth), 1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The files of torchvision's first pretrained weights say norm.1.weight for norm1.weight.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            kind, _, rest = key[len(prefix) :].partition(".")
+            if kind in ("norm", "relu", "conv") and rest[:2] in ("1.", "2."):
+                state_dict[f"{prefix}{kind}{rest}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """What the submodules' own lines do not say."""
+        return f"drop_rate={self.drop_rate}, checkpoint={self._checkpoint!r}"
+
+
+layer_parts.register(DenseLayer, DenseLayer.parts)  # type: ignore[arg-type]
+eligibility.register_out_of_place(DenseLayer)
+
+
+class FusedBlock(nn.Module):
+    """A module whose children are the layers of a dense block, in order, whatever their types."""
+
+    __jit_unused_properties__ = ("checkpoint",)
+    __jit_ignored_attributes__ = ("_checkpoint",)
+    _checkpoint: Checkpoint
+    lists = False  # whether layers take a list of features and return their own alone
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is kept for the backward: "none", "bottleneck" or "block" (see the README)."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, mode: Checkpoint) -> None:
+        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
+        for layer in self.layers():
+            if isinstance(layer, DenseLayer):
+                layer.checkpoint = mode
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        """`init_features` [N, C, H, W] and the features of all layers behind them."""
+        if is_scripting():
+            return self.plain(init_features)
+        else:  # noqa: RET505
+            return routed(self, init_features, self.plain)
+
+    def run(self, input: Tensor) -> Tensor:
+        """The checked forward, fused where nothing is in the way."""
+        input_checks.images(type(self).__name__, input)
+        input_checks.channels(type(self).__name__, input, self.first_reader())
+        synchronized.check_modules(self, input.device)
+        obstacle = eligibility.input(input)
+        segments = self.segments(obstacle, eligibility.parameter_type(input), input.device)
+        if not fused_throughout(segments):
+            input_checks.parameters(self, self, input)
+        input_checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
+        memory_format = self.released_format(input)
+        step = DenseStep(segments, self._checkpoint, lists=self.lists, memory_format=memory_format)
+        return released(step.run(input), memory_format)
+
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """What others' code gets features in: as they are, if they are to stay channels last."""
+        return torch.preserve_format
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The forward without anything fused."""
+        raise NotImplementedError
+
+    def layers(self) -> list[nn.Module]:
+        """The layers in order, one that is used twice as often."""
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def first_reader(self) -> nn.Module | None:
+        """The module that decides how many channels the block expects, if one does."""
+        first = next(iter(self.layers()), None)
+        parts = "there is none" if first is None else layer_parts.read(first, DenseLayer)
+        return None if isinstance(parts, str) else parts.norm1
+
+    def segments(
+        self, obstacle: str | None, dtype: torch.dtype, device: torch.device
+    ) -> list[Segment]:
+        """Longest runs of layers to fuse, and single layers to call, in order.
+
+        The layers of a run share the features' statistics, so those are of one process group.
+        """
+        segments: list[Segment] = []
+        if obstacle is not None:
+            segments.extend(self.layers())
+            return segments
+        run: list[LayerParts] = []
+        group = synchronized.OneGroup()
+        channels = None
+        for layer in self.layers():
+            channels, found = fusable_parts(layer, channels, dtype, device)
+            if isinstance(found, str):
+                segments.append(layer)
+                run = []
+                group = synchronized.OneGroup()
+            else:
+                if not group.admits(found.norm1):
+                    run = []
+                    group = synchronized.OneGroup(found.norm1)
+                if not run:
+                    segments.append(run)
+                run.append(found)
+        return segments
+
+
+@eligibility.fused_as("block")
+class DenseBlock(FusedBlock, nn.ModuleDict):
+    """Layers that each read the concatenation of all features so far.
+
+    Any layer may be replaced by a module that takes the features so far and returns them with its
+    own behind them.
+    """
+
+    _version = 2
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        bn_size: int,
+        growth_rate: int,
+        drop_rate: float,
+        memory_efficient: bool = True,
+        *,
+        checkpoint: Checkpoint = "bottleneck",
+    ) -> None:
+        super().__init__()
+        self._checkpoint = mode_of(memory_efficient, checkpoint)
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        growth_rate = arguments.integer("growth_rate", growth_rate)
+        for i in range(arguments.integer("num_layers", num_layers)):
+            layer = DenseLayer(
+                num_input_features + i * growth_rate,
+                growth_rate,
+                bn_size,
+                drop_rate,
+                checkpoint=self._checkpoint,
+            )
+            self.add_module(f"denselayer{i + 1}", layer)
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The layers called one by one."""
+        for layer in self.values():
+            input = layer(input)
+        return input
+
+
+def fusable_parts(
+    layer: nn.Module, channels: int | None, dtype: torch.dtype, device: torch.device
+) -> tuple[int | None, LayerParts | str]:
+    """Channels behind `layer`, if known, and its parts, or why it must be called as a module.
+
+    `channels` are those before it; None means unknown, as behind a layer of another type.
+    """
+    parts = layer_parts.read(layer, DenseLayer)
+    if isinstance(parts, str):
+        return None, parts
+    if channels is None:
+        channels = getattr(parts.norm1, "num_features", 0)
+    found = parts.obstacle(channels, dtype, device)
+    if found is not None:
+        return None, found
+    return channels + eligibility.weight_shape(parts.conv2)[0], parts
+
+
+def fused_throughout(segments: list[Segment]) -> bool:
+    """Whether no layer is called as a module."""
+    return all(isinstance(segment, list) for segment in segments)
+
+
+@eligibility.fused_as("transition")
+class Transition(nn.Sequential):
+    """norm, ReLU, 1×1 convolution and 2×2 average pooling between two blocks."""
+
+    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+        super().__init__()
+        num_input_features = arguments.integer("num_input_features", num_input_features)
+        num_output_features = arguments.integer("num_output_features", num_output_features)
+        self.norm = nn.BatchNorm2d(num_input_features)
+        self.relu = nn.ReLU(inplace=False)
+        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
+        if is_scripting():
+            return self.plain(input)
+        else:  # noqa: RET505
+            return routed(self, input, self.plain)
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The submodules called one by one."""
+        for module in self:
+            input = module(input)
+        return input
+
+    def run(self, input: Tensor) -> Tensor:
+        """The checked forward, fused if nothing is in the way."""
+        name = type(self).__name__
+        input_checks.images(name, input)
+        first = next(iter(self), None)
+        input_checks.channels(name, input, first)
+        synchronized.check_modules(self, input.device)
+        obstacle = eligibility.input(input) or self.obstacle(
+            input.shape[1], eligibility.parameter_type(input), input.device
+        )
+        if obstacle is not None:
+            input_checks.parameters(self, self, input)
+        image_sizes.check(name, self, input)
+        if obstacle is not None:
+            return self.plain(input)
+        step = DenseStep([], "bottleneck", self.parts())
+        return released(step.run(input), self.released_format(input))
+
+    def parts(self) -> TailParts:
+        """What the transition computes with."""
+        return TailParts(self.norm, self.conv)
+
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """What others' code gets the output in: as it is."""
+        return torch.preserve_format
+
+    def obstacle(
+        self, channels: int | None, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Why the submodules must be called one by one, or None. `channels` None: any number."""
+        parts: Any = self._modules
+        names = list(parts)
+        # A norm with its own ReLU has none behind it.
+        relu = "relu" in parts or not eligibility.norm_with_relu(parts.get("norm"))
+        if names != (["norm", "relu", "conv", "pool"] if relu else ["norm", "conv", "pool"]):
+            return f"its submodules are {', '.join(names)}"
+        norm, conv, pool = parts["norm"], parts["conv"], parts["pool"]
+        if (found := eligibility.conv(conv, eligibility.POINTWISE, dtype, device)) is not None:
+            return f"conv {found}"
+        read = eligibility.weight_shape(conv)[1]
+        if channels is not None and read != channels:
+            return f"conv reads {read} channels, not {channels}"
+        if (found := eligibility.norm(norm, read, dtype, device)) is not None:
+            return f"norm {found}"
+        if relu and (found := eligibility.exactly(parts["relu"], nn.ReLU)) is not None:
+            return f"relu {found}"
+        if (found := eligibility.average_pool(pool)) is not None:
+            return f"pool {found}"
+        return None

@@ -1,0 +1,196 @@
+"""The steps that a forward consists of: a module called, or several modules fused into one node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from densenet_fast.blocks import stem_convolution
+from densenet_fast.blocks.dense_block import (
+    FlatBlock,
+    conv_stem,
+    fused,
+    released,
+    stem_norm_relu_maxpool,
+)
+from densenet_fast.blocks.specs import (
+    AvgPoolTail,
+    Checkpoint,
+    ConvGeometry,
+    LayerSpec,
+    Tail,
+    TransitionTail,
+)
+from densenet_fast.modules.eligibility import Norm, leaves_input, parameter, weight_shape
+from densenet_fast.modules.layer_parts import LayerParts, TailParts
+from densenet_fast.modules.norm_specs import norm_spec
+
+FusedRun = list[LayerParts]
+Segment = FusedRun | nn.Module
+
+
+class Step(Protocol):
+    """One step of a forward."""
+
+    def run(self, input: Tensor) -> Tensor:
+        """The step's output."""
+
+
+@dataclass
+class ModuleStep:
+    """A module, called as such: its hooks run, its type decides.
+
+    One that may hand its input to others' code gets it in `memory_format`, and may write to it.
+    """
+
+    module: nn.Module
+    memory_format: torch.memory_format = torch.preserve_format
+
+    def run(self, input: Tensor) -> Tensor:
+        """The module's output."""
+        if not leaves_input(self.module):
+            input = released(input, self.memory_format)
+        return self.module(input)
+
+
+@dataclass
+class ConvStep:
+    """A convolution in front of a fused step, which wants its input's channels innermost.
+
+    A weight in that layout makes the convolution write its output so, without another copy of the
+    images: autograd keeps them as they came.
+    """
+
+    module: nn.Conv2d
+
+    def run(self, input: Tensor) -> Tensor:
+        """The module's output."""
+        state = self.module.__dict__
+        weight, bias = parameter(state, "weight"), parameter(state, "bias")
+        return stem_convolution.module_forward(self.module, input, weight, bias)
+
+
+@dataclass
+class StemStep:
+    """norm0, relu0 and pool0 as one node, with the convolution where that is recomputed."""
+
+    norm: Norm
+    conv: nn.Conv2d | None = None
+
+    def run(self, input: Tensor) -> Tensor:
+        """The pooled features."""
+        norm = norm_spec(self.norm, [])
+        weight = bias = geometry = None
+        if self.conv is not None:
+            conv: Any = self.conv.__dict__
+            geometry = ConvGeometry(
+                conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
+            )
+            weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+        if weight is None or geometry is None:
+            return stem_norm_relu_maxpool(input, norm)
+        return conv_stem(input, weight, bias, geometry, norm)
+
+
+@dataclass
+class DenseStep:
+    """A block's segments, and what is fused behind the last of them.
+
+    A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
+    of a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
+    layers whose bottlenecks are held for the backward (see `densenet_fast.blocks.memory_plan`). A
+    layer that is called returns the features so far with its own behind them, or with `lists` its
+    own, from a list of the block's input and what every layer before has added. It gets them as a
+    `ModuleStep` does.
+    """
+
+    segments: Sequence[Segment]
+    checkpoint: Checkpoint
+    tail: TailParts | None = None
+    hold: int = 0
+    lists: bool = False
+    memory_format: torch.memory_format = torch.preserve_format
+    _specs: dict[int, FlatBlock] = field(default_factory=dict, init=False, repr=False)
+
+    def run(self, input: Tensor, *, ours: bool = False, hold: int = 0) -> Tensor:
+        """The concatenated features, or what the tail makes of them.
+
+        `ours` says that nobody else has the input, to write to it before the backward. `hold`
+        counts bottlenecks that are held besides the step's own.
+        """
+        segments = list(self.segments)
+        last: FusedRun = []
+        if segments and isinstance(segments[-1], list):
+            last = segments[-1]
+            segments.pop()
+        features, views = [input], False
+        for segment in segments:
+            if isinstance(segment, list):
+                whole = self._fused(features, segment, None, ours, hold)
+                widths = [part.shape[1] for part in features]
+                widths += [weight_shape(layer.conv2)[0] for layer in segment]
+                features = list(whole.split(widths, 1)) if self.lists else [whole]
+                ours, views = True, self.lists
+                continue
+            if not leaves_input(segment):
+                # Autograd lets nobody write to one of several views.
+                copied = torch.clone if views else released
+                features = [copied(part, memory_format=self.memory_format) for part in features]
+                views = False
+            added = segment(features) if self.lists else segment(*features)
+            features = [*features, added] if self.lists else [added]
+            ours = False
+        if last or self.tail is not None:
+            return self._fused(features, last, self.tail, ours, hold)
+        return _joined(features)
+
+    def _fused(
+        self, features: list[Tensor], run: FusedRun, tail: TailParts | None, ours: bool, hold: int
+    ) -> Tensor:
+        input = _joined(features)
+        if self.checkpoint == "block" and not ours and input is features[0]:
+            if torch.is_grad_enabled():
+                input = input.clone()  # which the backward reads
+        return fused(input, self._flat(run, tail), self.checkpoint, self.hold + hold)
+
+    def _flat(self, run: FusedRun, tail: TailParts | None) -> FlatBlock:
+        """The specs of a run; made once, as the step is only kept while its modules stay the same.
+
+        But for averages over all steps: the weight of a step in these changes.
+        """
+        found = self._specs.get(id(run))
+        if found is not None:
+            return found
+        counted: list[Tensor] = []
+        layers = [_layer_spec(layer, counted) for layer in run]
+        norms = [norm for layer in run for norm in (layer.norm1, layer.norm2)]
+        behind: Tail | None = None
+        if tail is not None:
+            norms.append(tail.norm)
+            norm = norm_spec(tail.norm, counted)
+            if tail.conv is None:
+                behind = AvgPoolTail(norm)
+            else:
+                behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
+        flat = FlatBlock(layers, behind)
+        if all(norm.momentum is not None for norm in norms):
+            self._specs[id(run)] = flat
+        return flat
+
+
+def _joined(features: list[Tensor]) -> Tensor:
+    return features[0] if len(features) == 1 else torch.cat(features, 1)
+
+
+def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
+    return LayerSpec(
+        norm1=norm_spec(layer.norm1, counted),
+        conv1_weight=parameter(layer.conv1.__dict__, "weight"),
+        norm2=norm_spec(layer.norm2, counted),
+        conv2_weight=parameter(layer.conv2.__dict__, "weight"),
+        dropout=layer.dropout,
+    )

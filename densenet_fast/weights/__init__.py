@@ -1,0 +1,1 @@
+"""Weights: files, the names in them, and what fits. Knows no module of ours."""

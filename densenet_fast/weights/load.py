@@ -1,0 +1,272 @@
+"""Weights from checkpoint files of any library's DenseNet into a model of any library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from densenet_fast import arguments
+from densenet_fast.weights import checkpoint_files, key_layouts
+from densenet_fast.weights.comparison import Comparison, Conversion, WeightsError, compare
+from densenet_fast.weights.loading import unchanged_after_errors
+
+__all__ = ["WeightsError", "WeightsReport", "load_into", "load_weights"]
+
+# No weights, and not in every model: torchxrayvision's thresholds of its outputs.
+_OPTIONAL = ("op_threshs", "*.op_threshs")
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What `load_weights` did; `str()` gives lines to print.
+
+    Attributes:
+        source: the file, or what else the weights came from.
+        entry: where in the file they were, None if they are all of it.
+        layout: whose names the file uses: "torchvision" (also timm, torchxrayvision and this
+            package), "torchvision's first files", "MONAI", "efficient_densenet_pytorch" or
+            "unknown".
+        model_layout: whose names the model uses.
+        prefix: what stood before these names in the file.
+        loaded: the model's own names of all tensors that were loaded.
+        converted: those of another dtype in the file.
+        kept_counters: `num_batches_tracked` of the model, which files of before 2018 do not have.
+        ignored: what `ignore` left out: missing in the file, unexpected or not fitting. Also
+            torchxrayvision's `op_threshs`, without being named.
+        outside: keys of the file that do not begin with the given `prefix`.
+    """
+
+    source: str
+    entry: str | None
+    layout: str
+    model_layout: str
+    prefix: str
+    loaded: tuple[str, ...]
+    converted: tuple[Conversion, ...]
+    kept_counters: tuple[str, ...]
+    ignored: tuple[str, ...]
+    outside: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.loaded)
+
+    def __str__(self) -> str:
+        where = "" if self.entry is None else f", entry {self.entry!r}"
+        lines = [
+            f"{len(self.loaded)} tensors loaded from {self.source}{where}",
+            f"layout: {self.layout}, model: {self.model_layout}",
+        ]
+        if self.prefix:
+            lines.append(f"prefix: {self.prefix}")
+        pairs: dict[tuple[torch.dtype, torch.dtype], int] = {}
+        for change in self.converted:
+            pair = (change.found, change.expected)
+            pairs[pair] = pairs.get(pair, 0) + 1
+        lines += [f"converted: {n} from {found} to {to}" for (found, to), n in pairs.items()]
+        if self.kept_counters:
+            lines.append(f"not in the file, kept: {len(self.kept_counters)} num_batches_tracked")
+        lines += [f"ignored: {text}" for text in self.ignored]
+        if self.outside:
+            lines.append(f"outside the prefix: {', '.join(self.outside)}")
+        return "\n".join(lines)
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    ignore: str | Sequence[str] = (),
+    prefix: str | None = None,
+    entry: str | None = None,
+    cast: bool = False,
+) -> WeightsReport:
+    """Load a checkpoint file of any DenseNet into `model`, all of it or nothing.
+
+    The file may come from torchvision, timm, MONAI, torchxrayvision, efficient_densenet_pytorch or
+    this package, through `torch.save` or safetensors, bare or as an entry of a training script's
+    checkpoint, saved from a network as it is, compiled, under DistributedDataParallel or in a
+    LightningModule, as a state dict or as the whole network. The model may be any such network too,
+    whichever library its names are of. No code from the file is run, and nothing is made of what it
+    holds beside tensors. The model's tensors keep their device and dtype.
+
+    Args:
+        model: what is loaded into. Also a network with a DenseNet in it, as a U-Net's encoder.
+        path: the file.
+        ignore: a pattern or several (as `classifier.*`) of names that may be missing in the file,
+            unexpected in it or of another shape; the model's tensors of these names stay as they
+            are unless the file's fit. Matched against the model's own names and the file's. A
+            DenseNet's norm that the file has under another name is not left out.
+        prefix: reads the keys that begin with this alone, without it. For files with several
+            networks; usual prefixes are found without it.
+        entry: the state dict to take, for files with several (`"model_ema"`).
+        cast: permits conversions that lose precision, as from float32 to bfloat16. Those that do
+            not, as from float16 to float32, need no permission and are reported.
+
+    Returns:
+        What was found and done (`WeightsReport`).
+
+    Raises:
+        WeightsError: the file does not fit: every tensor that is missing, unexpected, or of
+            another shape or type, by its name in the file and in the model; or nothing of the file
+            is left to load. A RuntimeError.
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ValueError: the file is no checkpoint, is damaged, needs code, is empty, or holds several
+            state dicts; a pattern of `ignore` matches nothing; no key begins with `prefix`; tensors
+            of the model have no values yet (meta device, lazy modules).
+        ImportError: the file needs safetensors.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_weights expects a module, got {type(model).__name__}")
+    patterns = _patterns(ignore)
+    cast = arguments.flag("cast", cast)
+    for name, value in (("prefix", prefix), ("entry", entry)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be a string or None, got {value!r}")
+    state = checkpoint_files.read(path, entry)
+    return load_into(model, state, ignore=patterns, prefix=prefix, cast=cast)
+
+
+def load_into(
+    model: nn.Module,
+    state: checkpoint_files.StateDict,
+    *,
+    ignore: Sequence[str] = (),
+    prefix: str | None = None,
+    cast: bool = False,
+) -> WeightsReport:
+    """`load_weights` of a state dict that was read already."""
+    values, outside = _under(state, prefix)
+    own: dict[str, Any] = model.state_dict()
+    _check_model(model, own)
+    try:
+        file_names, model_names = key_layouts.names(list(values), list(own))
+    except key_layouts.SameTensorTwiceError as error:
+        advice = {
+            "file": "prefix= takes the keys under one prefix alone",
+            "model": "load into the part of the model that the file is for",
+        }
+        raise ValueError(f"{state.path}: {error}; {advice[error.side]}") from None
+    _check_patterns(ignore, file_names, model_names)
+
+    def ignored(*names: str) -> bool:
+        patterns = (*ignore, *_OPTIONAL)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    found = compare(file_names, values, model_names, own, ignored, cast)
+    if not found.fits:
+        raise WeightsError(_headline(model, state, file_names, model_names, values), found)
+    # What is not loaded is "loaded" from the model itself, so that torch checks every key again.
+    with unchanged_after_errors(model):
+        own.update({ours: values[theirs] for ours, theirs in found.pairs.items()})
+        model.load_state_dict(own)
+    return _report(state, prefix, file_names, model_names, found, outside)
+
+
+def _report(
+    state: checkpoint_files.StateDict,
+    prefix: str | None,
+    file: key_layouts.Names,
+    model: key_layouts.Names,
+    found: Comparison,
+    outside: list[str],
+) -> WeightsReport:
+    return WeightsReport(
+        source=state.path,
+        entry=state.entry,
+        layout=file.layout.name,
+        model_layout=model.layout.name,
+        prefix=_dotted(prefix) + file.prefix,
+        loaded=tuple(found.pairs),
+        converted=tuple(found.converted),
+        kept_counters=tuple(found.kept_counters),
+        ignored=tuple(found.ignored),
+        outside=tuple(outside),
+    )
+
+
+def _patterns(ignore: Any) -> tuple[str, ...]:
+    given = (ignore,) if isinstance(ignore, str) else ignore
+    if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+        raise TypeError(f"ignore must be a pattern or a sequence of patterns, got {ignore!r}")
+    return tuple(given)
+
+
+def _check_patterns(
+    patterns: Sequence[str], file: key_layouts.Names, model: key_layouts.Names
+) -> None:
+    """A pattern without any effect is a mistake in it."""
+    for pattern in patterns:
+        every = [names.spelled(one) for names in (file, model) for one in (*file.own, *model.own)]
+        if not any(fnmatchcase(name, pattern) for name in every):
+            examples = ", ".join([*model.own.values()][-2:]) or "none"
+            raise ValueError(
+                f"ignore: {pattern!r} matches no tensor of the model or the file "
+                f"(the model's last names are {examples})"
+            )
+
+
+def _dotted(prefix: str | None) -> str:
+    return f"{prefix.removesuffix('.')}." if prefix else ""
+
+
+def _under(
+    state: checkpoint_files.StateDict, prefix: str | None
+) -> tuple[Mapping[str, Any], list[str]]:
+    """The tensors below `prefix`, and the keys of the others."""
+    if not prefix:
+        return state.values, []
+    start = _dotted(prefix)
+    chosen = {k.removeprefix(start): v for k, v in state.values.items() if k.startswith(start)}
+    if not chosen:
+        known = ", ".join(repr(root) for root in key_layouts.roots(state.values)) or "none"
+        raise ValueError(
+            f"no key of {state.path} begins with prefix={start!r}; DenseNets are under {known}"
+        )
+    return chosen, [key for key in state.values if not key.startswith(start)]
+
+
+def _check_model(model: nn.Module, own: Mapping[str, Any]) -> None:
+    empty = [name for name, value in own.items() if nn.parameter.is_lazy(value) or _meta(value)]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} tensors of {type(model).__name__} have no values to load into "
+            f"({empty[0]}, ...): a model on the meta device needs model.to_empty(device=...) "
+            "first, a lazy one its first input"
+        )
+
+
+def _meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _headline(
+    model: nn.Module,
+    state: checkpoint_files.StateDict,
+    file: key_layouts.Names,
+    names: key_layouts.Names,
+    values: Mapping[str, Any],
+) -> str:
+    lines = [
+        f"{state.path} does not fit {type(model).__name__}, which is unchanged",
+        f"  file: {_kind(file, state.entry)}; model: {_kind(names, None)}",
+    ]
+    several = key_layouts.roots(values)
+    if len(several) > 1 and len(key_layouts.roots(names.own.values())) < 2:
+        where = ", ".join(map(repr, several))
+        lines.append(f"  the file holds several networks: prefix= must be one of {where}")
+    return "\n".join(lines)
+
+
+def _kind(names: key_layouts.Names, entry: str | None) -> str:
+    if names.layout is key_layouts.OTHER:
+        kind = "no DenseNet's names"
+    else:
+        kind = f"{names.layout.name} layout"
+    within = "" if entry is None else f" in entry {entry!r}"
+    return kind + within + (f" under {names.prefix}" if names.prefix else "")

@@ -1,0 +1,156 @@
+"""The fused nodes as PyTorch's dispatcher knows them: schema, fake tensors, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from densenet_fast import DenseBlock, EfficientDenseNet
+from densenet_fast.blocks import nodes
+from densenet_fast.blocks.dense_block import dense_block
+from densenet_fast.blocks.specs import (
+    CHECKPOINT_MODES,
+    AvgPoolTail,
+    Checkpoint,
+    ConvGeometry,
+    LayerSpec,
+    Tail,
+    TransitionTail,
+)
+from densenet_fast.blocks.stem import conv_stem, stem_norm_relu_maxpool
+from densenet_fast.modules.norm_specs import norm_spec
+
+OPERATORS = {"block_forward", "block_backward", "stem_forward", "stem_backward", "count_step"}
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+class Recorder(TorchDispatchMode):
+    """The arguments of every fused node that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "densenet_fast_nodes":
+            name = func._schema.name.split("::")[1]
+            self.calls[name] = (func, *torch.utils._pytree.tree_map(_detached, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def block_call(checkpoint: Checkpoint, tail: str, frozen: bool = False) -> Tensor:
+    torch.manual_seed(0)
+    counted: list[Tensor] = []
+    block = DenseBlock(2, 6, 2, 4, 0.2)
+    if frozen:
+        block.eval()
+    layers = [
+        LayerSpec(
+            norm_spec(layer.norm1, counted),
+            layer.conv1.weight,
+            norm_spec(layer.norm2, counted),
+            layer.conv2.weight,
+            0.2,
+        )
+        for layer in block.values()
+    ]
+    behind: Tail | None = None
+    if tail == "transition":
+        weight = nn.Parameter(torch.randn(5, 14, 1, 1))
+        behind = TransitionTail(norm_spec(nn.BatchNorm2d(14), counted), weight)
+    elif tail == "average":
+        behind = AvgPoolTail(norm_spec(nn.BatchNorm2d(14), counted))
+    input = torch.randn(2, 6, 5, 4, requires_grad=True)
+    return dense_block(input, layers, tail=behind, checkpoint=checkpoint, hold=1)
+
+
+def stem_call(convolution: bool) -> Tensor:
+    torch.manual_seed(0)
+    counted: list[Tensor] = []
+    norm = norm_spec(nn.BatchNorm2d(6), counted)
+    if not convolution:
+        input = torch.randn(2, 6, 9, 7, requires_grad=True)
+        return stem_norm_relu_maxpool(input, norm)
+    weight, bias = nn.Parameter(torch.randn(6, 3, 7, 7)), nn.Parameter(torch.randn(6))
+    geometry = ConvGeometry((2, 2), (3, 3), (1, 1), 1)
+    input = torch.randn(2, 3, 19, 16, requires_grad=True)
+    return conv_stem(input, weight, bias, geometry, norm)
+
+
+CASES = {
+    **{
+        f"{checkpoint}-{tail}": lambda c=checkpoint, t=tail: block_call(c, t)
+        for checkpoint in CHECKPOINT_MODES
+        for tail in ("none", "transition", "average")
+    },
+    "frozen": lambda: block_call("bottleneck", "transition", frozen=True),
+    "stem": lambda: stem_call(False),
+    "conv-stem": lambda: stem_call(True),
+}
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node is an operator, as in a graph."""
+    monkeypatch.setattr(nodes, "recorded", lambda _: True)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str) -> None:
+    with Recorder() as recorder:
+        CASES[case]().sum().backward()
+    kind = "stem" if "stem" in case else "block"
+    assert set(recorder.calls) - {"count_step"} == {f"{kind}_forward", f"{kind}_backward"}
+    for operator, *arguments in recorder.calls.values():
+        torch.library.opcheck(operator, tuple(arguments), test_utils=CHECKS)
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem"])
+def test_opcheck_of_graphs_for_any_size(case: str) -> None:
+    with Recorder() as recorder:
+        CASES[case]().sum()
+    for operator, *arguments in recorder.calls.values():
+        torch.library.opcheck(operator, tuple(arguments), test_utils=("test_aot_dispatch_dynamic",))
+
+
+def test_every_operator_is_covered() -> None:
+    defined = {
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("densenet_fast_nodes::")
+    }
+    assert defined == OPERATORS
+
+
+def test_eager_mode_does_not_use_them() -> None:
+    network = EfficientDenseNet(4, (2, 2), 8, num_classes=3)
+    with Recorder() as recorder:
+        network(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert not recorder.calls
+
+
+@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem"])
+def test_second_derivatives_are_refused(case: str) -> None:
+    output = CASES[case]()
+    wanted = [tensor for tensor in _leaves(output.grad_fn) if tensor.requires_grad]
+    gradients = torch.autograd.grad(output.square().sum(), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        gradients[0].sum().backward()
+
+
+def _leaves(node: Any) -> list[Tensor]:
+    """The tensors that a graph of autograd begins with."""
+    if hasattr(node, "variable"):
+        return [node.variable]
+    behind = [following for following, _ in node.next_functions if following is not None]
+    return [leaf for following in behind for leaf in _leaves(following)]

@@ -1,0 +1,212 @@
+"""What follows a block (transition, final average) and the stem's max-pool, against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from devices import BACKENDS, HALF, HALF_TYPES, device, on
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import CPU_TYPES, WIDE, Case, Norm, assert_close, nchw, nhwc, norm_sums
+from torch import Tensor
+
+from densenet_fast import operators
+
+Pixels = tuple[int, int, int]
+PIXELS = ((1, 2, 2), (2, 3, 2), (1, 2, 33), (2, 7, 13), (3, 8, 8))
+CHANNELS = ((1, 1), (17, 9), (100, 50))
+
+
+def leaf_and_activation(rows: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The rows as a float64 leaf, and relu(scale * x + shift) of it as [N, C, H, W]."""
+    exact = norm.exact()
+    leaf = rows.double().clone().requires_grad_()
+    return leaf, nchw(torch.relu(exact.scale * leaf + exact.shift))
+
+
+def check_gradient(
+    case: Case,
+    actual: tuple[Tensor, Tensor, Tensor],
+    exact_features: Tensor,
+    rows: Tensor,
+    norm: Norm,
+    length: int,
+) -> None:
+    grad_features, grad_gamma, grad_beta = actual
+    assert_close("grad_features", grad_features, exact_features, case.dtype, length)
+    exact, grad_norm = norm.exact(), exact_features / norm.exact().scale
+    exact_gamma, exact_beta = norm_sums(grad_norm, rows, norm)
+    standardised = ((rows.double() - exact.mean) * exact.rstd).abs()
+    size = grad_norm.abs().sum((0, 1, 2)).max()
+    assert_close("grad_beta", grad_beta, exact_beta, case.dtype, length, magnitude=size)
+    size = (grad_norm.abs() * standardised).sum((0, 1, 2)).max()
+    assert_close("grad_gamma", grad_gamma, exact_gamma, case.dtype, length, magnitude=size)
+
+
+def check_transition(
+    pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype, seed: int = 0
+) -> None:
+    case = Case(dtype, seed)
+    norm = case.norm(channels)
+    rows, weight = case.input(pixels, norm), case.weight(outputs, channels)
+    small = (pixels[0], pixels[1] // 2, pixels[2] // 2)
+    out, grad_out = case.rows(small, outputs), case.rows(small, outputs)
+    mean, var = case.vector(outputs), case.vector(outputs)
+    operators.transition_forward(rows, norm.scale, norm.shift, weight, out, mean, var)
+    leaf, activation = leaf_and_activation(rows, norm)
+    exact_weight = weight.double().clone().requires_grad_()
+    exact = F.avg_pool2d(F.conv2d(activation, exact_weight[:, :, None, None]), 2)
+    assert_close("out", out, nhwc(exact), dtype, channels)
+    values = out.double().flatten(0, 2)
+    size = values.abs().max()
+    assert_close("mean", mean, values.mean(0), case.statistics, 4, magnitude=size)
+    exact_var = values.var(0, correction=0)
+    assert_close("var", var, exact_var, case.statistics, 4, magnitude=size**2)
+
+    grad_features = case.rows(pixels, channels)
+    sums = case.vector(channels), case.vector(channels)
+    grad_weight = torch.empty_like(weight)
+    arguments = (grad_out, rows, *norm, weight, grad_features, *sums)
+    operators.transition_backward(*arguments, None)
+    operators.transition_backward(*arguments, grad_weight)
+    exact_features, exact_grad_weight = torch.autograd.grad(
+        exact, [leaf, exact_weight], nchw(grad_out.double())
+    )
+    check_gradient(case, (grad_features, *sums), exact_features, rows, norm, outputs)
+    count = out[..., 0].numel()
+    size = grad_out.double().abs().amax() * activation.detach().amax() * count**0.5
+    assert_close("grad_weight", grad_weight, exact_grad_weight, dtype, count, magnitude=size)
+    case.assert_guards()
+
+
+def check_average(pixels: Pixels, channels: int, dtype: torch.dtype, seed: int = 0) -> None:
+    case = Case(dtype, seed)
+    norm = case.norm(channels)
+    rows = case.input(pixels, norm)
+    out = torch.empty(pixels[0], channels, dtype=dtype, device=device())
+    operators.norm_relu_avgpool_forward(rows, norm.scale, norm.shift, out)
+    leaf, activation = leaf_and_activation(rows, norm)
+    exact = activation.mean((2, 3))
+    assert_close(
+        "out", out, exact, dtype, pixels[1] * pixels[2], magnitude=activation.detach().amax()
+    )
+
+    grad_out = case.randn(pixels[0], channels).to(dtype)
+    grad_features = case.rows(pixels, channels)
+    sums = case.vector(channels), case.vector(channels)
+    operators.norm_relu_avgpool_backward(grad_out, rows, *norm, grad_features, *sums)
+    (exact_features,) = torch.autograd.grad(exact, leaf, grad_out.double())
+    check_gradient(case, (grad_features, *sums), exact_features, rows, norm, 1)
+    case.assert_guards()
+
+
+def check_maxpool(
+    pixels: Pixels, channels: int, batch: bool, dtype: torch.dtype, seed: int = 0
+) -> None:
+    case = Case(dtype, seed)
+    norm = case.norm(channels)
+    rows = case.input(pixels, norm)
+    small = (pixels[0], (pixels[1] + 1) // 2, (pixels[2] + 1) // 2)
+    out, grad_out = case.rows(small, channels), case.rows(small, channels)
+    argmax = torch.empty(*small, channels, dtype=torch.uint8, device=device())
+    operators.norm_relu_maxpool_forward(rows, norm.scale, norm.shift, out, argmax)
+    leaf, activation = leaf_and_activation(rows, norm)
+    exact, index = F.max_pool2d(activation, 3, 2, padding=1, return_indices=True)
+    assert_close("out", out, nhwc(exact), dtype, 1)
+    row = index // pixels[2] - 2 * torch.arange(small[1], device=device())[:, None] + 1
+    column = index % pixels[2] - 2 * torch.arange(small[2], device=device()) + 1
+    if dtype in WIDE:  # rounding to half types makes ties of neighbours
+        assert torch.equal(argmax, nhwc(3 * row + column).to(torch.uint8))
+
+    grad_input = case.rows(pixels, channels)
+    sums = case.vector(channels), case.vector(channels)
+    operators.norm_relu_maxpool_backward(grad_out, argmax, rows, *norm, batch, grad_input, *sums)
+    if dtype in HALF:
+        return
+    (plain,) = torch.autograd.grad(exact, leaf, nchw(grad_out.double()))
+    precise = norm.exact()
+    grad_norm = plain / precise.scale
+    exact_gamma, exact_beta = norm_sums(grad_norm, rows, norm)
+    standardised = (rows.double() - precise.mean) * precise.rstd
+    count = rows[..., 0].numel()
+    if batch:
+        mean_part = (exact_beta + standardised * exact_gamma) / count
+        plain = precise.scale * (grad_norm - mean_part)
+    size = plain.abs().max() + grad_norm.abs().max()
+    assert_close("grad_input", grad_input, plain, dtype, count, magnitude=size)
+    size = grad_norm.abs().sum((0, 1, 2)).max()
+    assert_close("grad_beta", sums[1], exact_beta, dtype, 4, magnitude=size)
+    size = (grad_norm * standardised).abs().sum((0, 1, 2)).max()
+    assert_close("grad_gamma", sums[0], exact_gamma, dtype, 4, magnitude=size)
+    case.assert_guards()
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("pixels", PIXELS, ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
+def test_transition(
+    backend: str, dtype: torch.dtype, pixels: Pixels, channels: int, outputs: int
+) -> None:
+    check_transition(pixels, channels, outputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("pixels", [(1, 1, 1), *PIXELS], ids=str)
+@pytest.mark.parametrize("channels", [1, 17, 100])
+def test_average(backend: str, dtype: torch.dtype, pixels: Pixels, channels: int) -> None:
+    check_average(pixels, channels, dtype)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("pixels", [(1, 1, 1), (1, 1, 7), *PIXELS], ids=str)
+@pytest.mark.parametrize("channels", [1, 17, 64])
+@pytest.mark.parametrize("batch", [True, False], ids=["batch", "frozen"])
+def test_maxpool(
+    backend: str, dtype: torch.dtype, pixels: Pixels, channels: int, batch: bool
+) -> None:
+    check_maxpool(pixels, channels, batch, dtype)
+
+
+def test_maxpool_takes_the_first_of_equal_values_and_the_nan(backend: str) -> None:
+    rows = torch.full((1, 4, 4, 1), -1.0, device=device())
+    rows[0, 2, 2] = float("nan")
+    one, zero = torch.ones(1, device=device()), torch.zeros(1, device=device())
+    out = torch.empty(1, 2, 2, 1, device=device())
+    argmax = torch.empty_like(out, dtype=torch.uint8)
+    operators.norm_relu_maxpool_forward(rows, one, zero, out, argmax)
+    assert argmax.flatten()[:3].tolist() == [4, 3, 1]
+    assert argmax.flatten()[3] == 4
+    assert out.isnan().flatten().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
+def test_half_types(backend: str, dtype: torch.dtype) -> None:
+    check_transition((2, 5, 6), 17, 9, dtype)
+    check_average((2, 5, 6), 17, dtype)
+    check_maxpool((2, 5, 6), 17, True, dtype)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    pixels=st.tuples(st.integers(1, 3), st.integers(2, 11), st.integers(2, 11)),
+    channels=st.integers(1, 70),
+    outputs=st.integers(1, 40),
+    dtype=st.sampled_from(CPU_TYPES),
+    batch=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_any_shape(
+    name: str,
+    pixels: Pixels,
+    channels: int,
+    outputs: int,
+    dtype: torch.dtype,
+    batch: bool,
+    seed: int,
+) -> None:
+    with on(name):
+        check_transition(pixels, channels, outputs, dtype, seed)
+        check_average(pixels, channels, dtype, seed)
+        check_maxpool(pixels, channels, batch, dtype, seed)

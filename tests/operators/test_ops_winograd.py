@@ -1,0 +1,179 @@
+"""Winograd convolutions of the CPU kernels: every kind of tile, accuracy, and the switch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import CPU_TYPES, Case, assert_close, nchw, nhwc
+from test_ops_conv import check_conv3x3_backward, check_forward, plain_conv
+from torch import Tensor
+
+from densenet_fast import enable_winograd, operators, winograd_enabled
+from densenet_fast.operators import extension
+from densenet_fast.operators.backends import use_backend
+
+pytestmark = pytest.mark.skipif(not extension.LOADED, reason="no compiled kernels")
+
+Pixels = tuple[int, int, int]
+# One tile cut at the border; more runs of 48 tiles than one, that begin within rows and images;
+# more parts than one; and outputs that are a fraction of a vector, and as many as there may be.
+SHAPES: tuple[tuple[Pixels, int, int], ...] = (
+    ((1, 2, 2), 16, 12),
+    ((1, 3, 3), 5, 32),
+    ((5, 7, 7), 128, 32),
+    ((2, 20, 31), 48, 12),
+    ((3, 17, 40), 33, 48),
+    ((9, 32, 32), 20, 16),
+    ((1, 8, 10), 300, 24),
+    ((1, 6, 8), 130, 128),
+)
+
+
+@pytest.fixture(autouse=True)
+def cpu() -> Iterator[None]:
+    with use_backend("cpu"):
+        yield
+    enable_winograd(True)
+
+
+def uses_winograd(height: int, width: int, outputs: int) -> bool:
+    """The rule as documented."""
+    tiles = -(-height // 2) * -(-width // 2)
+    return (
+        min(height, width) > 2
+        and outputs <= 128
+        and 16 * tiles * (outputs + 6) < 9 * height * width * outputs
+    )
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
+@pytest.mark.parametrize(("pixels", "channels", "outputs"), SHAPES, ids=str)
+def test_against_plain_composition(
+    pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype, enabled: bool
+) -> None:
+    enable_winograd(enabled)
+    check_forward(3, pixels, channels, outputs, dtype)
+    check_conv3x3_backward(pixels, channels, outputs, dtype)
+
+
+@given(
+    pixels=st.tuples(st.integers(1, 5), st.integers(2, 19), st.integers(2, 19)),
+    channels=st.integers(1, 140),
+    outputs=st.integers(8, 64),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40)
+def test_any_shape(pixels: Pixels, channels: int, outputs: int, seed: int) -> None:
+    with use_backend("cpu"):
+        check_forward(3, pixels, channels, outputs, torch.float64, seed)
+        check_conv3x3_backward(pixels, channels, outputs, torch.float64, seed)
+
+
+def run(pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Forward and backward of one convolution."""
+    case = Case(dtype)
+    norm = case.norm(channels)
+    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, 3, 3)
+    grad_growth = case.rows(pixels, outputs)
+    out, mean, var = case.rows(pixels, outputs), case.vector(outputs), case.vector(outputs)
+    operators.conv3x3_forward(rows, norm.scale, norm.shift, weight, out, mean, var)
+    grad_norm, grad_weight = case.rows(pixels, channels), torch.empty_like(weight)
+    sums = case.vector(channels), case.vector(channels)
+    operators.conv3x3_backward(grad_growth, rows, *norm, weight, grad_norm, *sums, grad_weight)
+    return {"out": out, "mean": mean, "var": var, "grad_norm": grad_norm, "weight": grad_weight}
+
+
+@pytest.mark.parametrize(("pixels", "channels", "outputs"), SHAPES, ids=str)
+def test_same_bits_for_any_number_of_threads(pixels: Pixels, channels: int, outputs: int) -> None:
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(pixels, channels, outputs, torch.float32))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(other[name], value), name
+
+
+def test_the_switch() -> None:
+    assert winograd_enabled()
+    shape = ((2, 12, 12), 48, 32)
+    winograd = run(*shape, torch.float32)
+    enable_winograd(False)
+    assert not winograd_enabled()
+    direct = run(*shape, torch.float32)
+    for name in ("out", "grad_norm", "weight"):
+        assert not torch.equal(winograd[name], direct[name]), name
+    enable_winograd(True)
+    for name, value in run(*shape, torch.float32).items():
+        assert torch.equal(value, winograd[name]), name
+
+
+@pytest.mark.parametrize("value", [1, None, "off"])
+def test_the_switch_takes_a_bool(value: object) -> None:
+    with pytest.raises(TypeError, match=f"should be True or False, got {value!r}"):
+        enable_winograd(value)  # type: ignore[arg-type]
+    assert winograd_enabled()
+
+
+@pytest.mark.parametrize("size", range(1, 24))
+@pytest.mark.parametrize("outputs", [4, 12, 32])
+def test_the_rule(size: int, outputs: int) -> None:
+    """Both ways give the same bits just where the rule says that there is one way."""
+    shape = ((1, size, size), 16, outputs)
+    first = run(*shape, torch.float32)["out"]
+    enable_winograd(False)
+    assert torch.equal(first, run(*shape, torch.float32)["out"]) is not uses_winograd(
+        size, size, outputs
+    )
+
+
+@pytest.mark.parametrize(("pixels", "channels", "outputs"), SHAPES, ids=str)
+def test_as_accurate_as_plain_float32(pixels: Pixels, channels: int, outputs: int) -> None:
+    """Root mean square errors against float64: at most twice those of PyTorch's convolutions."""
+    case = Case(torch.float32)
+    norm = case.norm(channels)
+    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, 3, 3)
+    grad_growth = case.rows(pixels, outputs)
+
+    def error(actual: Tensor, exact: Tensor) -> float:
+        return float((actual.double() - exact).square().mean().sqrt())
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        scale, shift = norm.scale.to(dtype)[:, None, None], norm.shift.to(dtype)[:, None, None]
+        activated = torch.relu(nchw(rows.to(dtype)) * scale + shift).requires_grad_()
+        kernel = weight.to(dtype).requires_grad_()
+        out = F.conv2d(activated, kernel, padding=1)
+        grad, grad_weight = torch.autograd.grad(
+            out, [activated, kernel], nchw(grad_growth.to(dtype))
+        )
+        return [nhwc(out.detach()), nhwc(torch.where(activated > 0, grad, 0)), grad_weight]
+
+    exact = plain(torch.float64)
+    found = run(pixels, channels, outputs, torch.float32)
+    ours = [found["out"], found["grad_norm"], found["weight"]]
+    for actual, theirs, truth in zip(ours, plain(torch.float32), exact, strict=True):
+        assert error(actual, truth) <= 2 * error(theirs, truth)
+
+
+def test_nan_reaches_its_neighbours_alone() -> None:
+    """The pixels of the direct convolution at least, the tiles that touch them at most."""
+    case = Case(torch.float64)
+    norm = case.norm(16)
+    rows, weight = case.input((1, 12, 12), norm), case.weight(32, 16, 3, 3)
+    rows[0, 5, 6, 3] = torch.nan
+    out = case.rows((1, 12, 12), 32)
+    operators.conv3x3_forward(rows, norm.scale, norm.shift, weight, out, None, None)
+    exact = nhwc(plain_conv(rows, norm, weight))
+    bad = torch.isnan(out)
+    assert bad[torch.isnan(exact)].all()
+    assert not bad[:, :4].any() and not bad[:, 8:].any()
+    assert not bad[:, :, :4].any() and not bad[:, :, 8:].any()
+    assert_close("output", out[:, 8:], exact[:, 8:], torch.float64, 9 * 16)

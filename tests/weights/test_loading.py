@@ -1,0 +1,99 @@
+"""A state dict that does not fit leaves the network as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparison import SMALL, networks
+from torch import Tensor, nn
+
+from densenet_fast.modules.densenet import EfficientDenseNet
+
+State = dict[str, Any]
+
+
+def small(**kwargs: Any) -> EfficientDenseNet:
+    return EfficientDenseNet(**{**SMALL, **kwargs})
+
+
+def without(state: State, key: str) -> State:
+    return {name: value for name, value in state.items() if name != key}
+
+
+LAST = "features.norm5.weight"
+WRONG: dict[str, tuple[Callable[[State], State], str]] = {
+    "more classes": (lambda state: small(num_classes=6).state_dict(), "size mismatch"),
+    "other growth": (lambda state: small(growth_rate=5).state_dict(), "size mismatch"),
+    "fewer layers": (lambda state: small(block_config=(2, 3, 1)).state_dict(), "Missing key"),
+    "more layers": (lambda state: small(block_config=(2, 3, 3)).state_dict(), "Unexpected key"),
+    "other stem": (lambda state: small(small_inputs=True).state_dict(), "Missing key"),
+    "missing": (lambda state: without(state, LAST), f'Missing key.*"{LAST}"'),
+    "unexpected": (lambda state: {**state, "more": torch.ones(1)}, 'Unexpected key.*"more"'),
+    "not a tensor": (lambda state: {**state, LAST: "weight"}, "expected torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("name", WRONG)
+def test_state_dicts_that_do_not_fit(name: str, assign: bool) -> None:
+    make, message = WRONG[name]
+    network = small()
+    tensors = [*network.parameters(), *network.buffers()]
+    before = copy.deepcopy(network.state_dict())
+    given = make(copy.deepcopy(small().state_dict()))
+    with pytest.raises(RuntimeError, match=rf"(?s)Error\(s\) in loading state_dict.*{message}"):
+        network.load_state_dict(given, assign=assign)
+    assert_unchanged(network, tensors, before)
+    network(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+def assert_unchanged(network: nn.Module, tensors: list[Tensor], before: State) -> None:
+    """The same tensors with the same values, and parameters that still are some."""
+    after = [*network.parameters(), *network.buffers()]
+    assert all(a is b for a, b in zip(after, tensors, strict=True))
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_sizes_must_fit_even_when_keys_need_not() -> None:
+    network = small()
+    tensors = [*network.parameters(), *network.buffers()]
+    before = copy.deepcopy(network.state_dict())
+    given = without(small(num_classes=6).state_dict(), LAST)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        network.load_state_dict(given, strict=False)
+    assert_unchanged(network, tensors, before)
+
+
+def test_errors_of_hooks_change_nothing() -> None:
+    network = small()
+    tensors = [*network.parameters(), *network.buffers()]
+    before = copy.deepcopy(network.state_dict())
+
+    def refuse(module: nn.Module, keys: Any) -> None:
+        raise ArithmeticError("refused")
+
+    network.register_load_state_dict_post_hook(refuse)
+    with pytest.raises(ArithmeticError, match="refused"):
+        network.load_state_dict(small().state_dict())
+    assert_unchanged(network, tensors, before)
+
+
+def test_what_fits_is_loaded_as_ever() -> None:
+    expected, ours = networks()
+    given = without(expected.state_dict(), LAST)
+    keys = ours.load_state_dict({**given, "more": torch.ones(1)}, strict=False)
+    assert keys.missing_keys == [LAST]
+    assert keys.unexpected_keys == ["more"]
+    ours.load_state_dict(expected.state_dict(), assign=True)
+    assert ours.classifier.bias.data_ptr() == expected.classifier.bias.data_ptr()
+    with torch.device("meta"):
+        unborn = small().double()
+    unborn.load_state_dict(expected.state_dict(), assign=True)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert torch.equal(unborn.eval()(images), ours.eval()(images))
