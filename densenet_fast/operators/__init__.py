@@ -37,9 +37,7 @@ class _Compiled:
             self._kernel = getattr(torch.ops.densenet_fast, name).default
             torch.library.register_fake(f"densenet_fast::{name}", _fake)
 
-    def __call__(
-        self, first: Tensor, /, *args: Any, supported: bool = True, **kwargs: Any
-    ) -> None:
+    def __call__(self, first: Tensor, /, *args: Any, supported: bool = True, **kwargs: Any) -> None:
         """Run it; in plain PyTorch where its types are not `supported` by kernels."""
         backend = select(first)
         if backend == "reference" or not supported:
