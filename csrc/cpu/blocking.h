@@ -34,11 +34,14 @@ struct BlockGroup {
 
   BlockGroup(int64_t vecs_, int prefer_, int64_t group = 0, int64_t groups = 1)
       : vecs(vecs_), prefer(prefer_) {
-    const int64_t blocks = ceil_div(vecs, prefer);
-    int64_t index = 0;
+    // A last block may be wider than the others: there can be fewer than vecs / prefer.
+    int64_t blocks = 0, index = 0;
+    for_each_block(vecs, prefer, [&](int64_t, int) { ++blocks; });
+    const int64_t first = group * blocks / groups, last = (group + 1) * blocks / groups;
     for_each_block(vecs, prefer, [&](int64_t v, int nv) {
-      if (index == group * blocks / groups) begin = end = v;
-      if (index++ < (group + 1) * blocks / groups) end = v + nv;
+      if (index == first) begin = end = v;
+      if (index >= first && index < last) end = v + nv;
+      ++index;
     });
   }
 };

@@ -59,17 +59,17 @@ def _stem(
     rest = (numbers, stored, norm.eps, norm.batch_statistics, norm.group)
     parameters = (weight, bias, norm.weight, norm.bias)
     buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
-    images, channels, height, width = input.shape
-    if conv is not None and weight is not None:
-        channels, _, *kernel = weight.shape
-        size = (kernel[0], kernel[1])
-        height, width = stem_convolution.windows(
-            (height, width), size, conv.stride, conv.padding, conv.dilation
-        )
-    total = 2 * channels if norm.group else -1
-    place = norms.Place(norm, 0, channels, total, channels)
 
     def finish(statistics: Tensor) -> None:
+        images, channels, height, width = input.shape
+        if conv is not None and weight is not None:
+            channels, _, *kernel = weight.shape
+            size = (kernel[0], kernel[1])
+            height, width = stem_convolution.windows(
+                (height, width), size, conv.stride, conv.padding, conv.dilation
+            )
+        total = 2 * channels if norm.group else -1
+        place = norms.Place(norm, 0, channels, total, channels)
         nodes.record(statistics, norms.updates([place]), images * height * width)
 
     if torch.is_grad_enabled() and any(

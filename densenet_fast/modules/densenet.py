@@ -27,6 +27,8 @@ from densenet_fast.modules.steps import Step
 from densenet_fast.weights import pretrained
 from densenet_fast.weights.loading import unchanged_after_errors
 
+_SHAPES = 1000  # of images that are remembered to fit
+
 
 class EfficientDenseNet(nn.Module):
     """Densely connected convolutional network (arXiv 1608.06993), exact and memory-efficient.
@@ -149,9 +151,12 @@ class EfficientDenseNet(nn.Module):
             return self._compose(x)
 
         steps, pooled, accepted = fusing.planned(self, list(self.features), x)
-        if x.shape not in accepted:
+        if torch.compiler.is_compiling():
             self._check(owner, x, fusing.called_modules(steps))
-            fusing.accept(accepted, x)
+        elif x.shape not in accepted:
+            self._check(owner, x, fusing.called_modules(steps))
+            if len(accepted) < _SHAPES:
+                accepted.add(x.shape)
         if self._checkpoint == "auto" and torch.is_grad_enabled():
             plans = self._plans(steps, pooled, x)
             x = fusing.run(fusing.apply_plans(steps, plans), x, hold=False)

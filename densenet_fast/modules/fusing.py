@@ -141,12 +141,6 @@ def planned(owner: nn.Module, modules: Sequence[nn.Module], input: Tensor, **opt
     return kept(owner, (dtype, device, *options.items()), make)
 
 
-def accept(accepted: set[torch.Size], input: Tensor) -> None:
-    """Remember a shape of images, if it is a number's and there are not too many."""
-    if not torch.compiler.is_compiling() and len(accepted) < 1000:
-        accepted.add(input.shape)
-
-
 def steps(
     modules: Sequence[nn.Module],
     dtype: torch.dtype,
@@ -269,7 +263,10 @@ def _held_bottlenecks(planned: Sequence[Step], input: Tensor) -> Iterator[int]:
     if sizes is None or not (input.requires_grad or _trainable(steps[0])):
         return repeat(0)  # in a frozen block the fullest backward may not happen
     network = NetworkSize(StemSize(), tuple(sizes), HeadSize())
-    plans = _plans(network, tuple(step.checkpoint for step in steps))
+    modes = tuple(step.checkpoint for step in steps)
+    # Dynamo traces through caches, and says so.
+    plan = held_below_peak if torch.compiler.is_compiling() else _plans
+    plans = plan(network, modes)
     return iter([plan.hold for plan in plans])
 
 

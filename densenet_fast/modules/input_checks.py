@@ -106,7 +106,7 @@ def values_per_channel(module: nn.Module, n: int, h: int, w: int) -> None:
     for norm in module.modules():
         if not is_norm(norm) or not (norm.training or norm.running_mean is None):
             continue
-        if group_of(norm) is None:
+        if not group_of(norm):
             size = torch.Size([n, norm.num_features, h, w])
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {size}"

@@ -45,7 +45,8 @@ def test_other_libraries_compute_the_same_function(name: str) -> None:
 def test_peers_are_compared_where_they_can_build_the_network() -> None:
     settings = {"peers": list(peers.PEERS)}
     small = set(step_page.peers_of(settings, densenet_bc(22, 12, batch_size=2)))
-    anywhere = {"ours-converted", "compiled-naive", "compiled-ours", "onnxruntime", "openvino"}
+    ours = {"ours-converted", "compiled-ours", "ours-optimized"}
+    anywhere = {*ours, "compiled-naive", "onnxruntime", "openvino"}
     assert small == {*peers.BASIC_PEERS, *anywhere}
     assert step_page.peers_of(settings, NETWORKS["densenet121"]) == list(peers.PEERS)
     wide = step_page.peers_of(settings, NETWORKS["densenet161"])

@@ -22,7 +22,7 @@ dtype = torch.{dtype}
 eps = torch.finfo(dtype).eps
 for op in ARGUMENTS:
     given, expected = arguments(op, dtype), arguments(op, dtype)
-    getattr(ops, op)(*given.values())
+    getattr(operators, op)(*given.values())
     definition(op)(*expected.values())
     results = dict(tensors(given))
     for name, value in tensors(expected):
@@ -53,8 +53,8 @@ for op in ARGUMENTS:
     given, rounded = wide(arguments(op, torch.{dtype})), arguments(op, torch.{dtype})
     if given.keys().isdisjoint({{"weight", "parameters"}}) or op == "norm_coefficients":
         continue
-    getattr(ops, op)(*given.values())
-    getattr(ops, op)(*rounded.values())
+    getattr(operators, op)(*given.values())
+    getattr(operators, op)(*rounded.values())
     results = dict(tensors(given))
     for name, value in tensors(rounded):
         assert torch.equal(results[name].to(value.dtype), value), (op, name)
@@ -83,7 +83,7 @@ for op, absent in (
     given, expected = arguments(op), arguments(op)
     for name in absent:
         given[name] = expected[name] = None
-    getattr(ops, op)(**given)
+    getattr(operators, op)(**given)
     getattr(reference, op)(**expected)
     for name, value in expected.items():
         if isinstance(value, Tensor):
