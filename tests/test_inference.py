@@ -121,24 +121,6 @@ def test_converted_networks(library: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 2, 5, 16])
-def test_bottlenecks_of_odd_numbers_of_vectors(threads: int) -> None:
-    """Tasks share columns where rows are few, and never a column."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for growth in (12, 20, 28):  # bottlenecks of 3, 5 and 7 vectors of 16
-            plain = network(growth_rate=growth, bn_size=4, num_init_features=150)
-            given = images(1, 3, 36, 36)
-            assert_same(optimize_for_inference(plain), plain, given)
-            with torch.no_grad(), use_backend("reference"):
-                exact = plain(given)
-            torch.testing.assert_close(plain(given), exact, rtol=1e-4, atol=1e-4)
-    finally:
-        torch.set_num_threads(before)
-
-
-@needs_kernels
 def test_sizes_share_packed_weights() -> None:
     optimized = optimize_for_inference(network(growth_rate=32))
     for side in range(32, 64):

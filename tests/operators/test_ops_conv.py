@@ -323,3 +323,24 @@ def test_kernels_are_the_same_bits_for_any_number_of_threads_and_from_run_to_run
     for other in others:
         for expected, actual in zip(first, other, strict=True):
             assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("outputs", [48, 80, 112])  # 3, 5 and 7 vectors of 16
+@pytest.mark.parametrize("pixels", [(1, 8, 8), (1, 14, 14)], ids=str)
+@pytest.mark.skipif(not extension.LOADED, reason="no compiled kernels")
+def test_tasks_share_columns_and_make_none_twice(
+    outputs: int, pixels: tuple[int, int, int]
+) -> None:
+    """Two threads at one column would add to each other's sums, now and then."""
+    features, weight = torch.randn(*pixels, 600), torch.randn(outputs, 600)
+    norm = torch.rand(600), torch.randn(600)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, *(2, 8) * 40):
+            torch.set_num_threads(threads)
+            results.append(torch.empty(*pixels, outputs))
+            operators.conv1x1_forward(features, *norm, weight, results[-1], None, None)
+        assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(before)
