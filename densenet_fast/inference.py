@@ -156,7 +156,7 @@ def _prepared(network: nn.Module, images: Tensor) -> Prepared | None:
         if stage is None:
             return None
         stages = stage
-    if not stages or not isinstance(stages[-1], Block) or stages[-1].tail != "average":
+    if not stages or not isinstance(stages[-1], Block) or stages[-1].conv is not None:
         return None
     return Prepared(stages, head)
 
@@ -173,7 +173,7 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
         return None
     if isinstance(step, DenseStep) and len(step.segments) == 1 and before:
         segment = step.segments[0]
-        if isinstance(segment, list):
+        if isinstance(segment, list) and step.tail is not None:
             return [*before, Block(segment, step.tail, images)]
     return None
 
@@ -214,9 +214,7 @@ class Stem:
 class Block:
     """A dense block and what is fused behind it, with packed weights and coefficients."""
 
-    def __init__(
-        self, layers: Sequence[LayerParts], tail: TailParts | None, images: Tensor
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerParts], tail: TailParts, images: Tensor) -> None:
         """Copy what the kernels read; images have the type of `images`."""
         self.dtype = images.dtype
         like = torch.empty(0, dtype=statistics_dtype(images.dtype))
@@ -232,13 +230,11 @@ class Block:
         self.coefficients = torch.cat(pairs)
         self.widest = max(self.sizes[1::2])
         self.packed: dict[tuple[int, int], Tensor] = {}  # by the images' size
-        self.tail = "none" if tail is None else "average"
-        if tail is not None:
-            norm, conv = tail
-            self.tail_norm = _coefficients(norm_spec(norm, []), like)
-            if conv is not None:
-                self.tail, self.conv = "transition", conv.weight.flatten(1)
-                self.tail_packed = _packed(images, [self.conv], 0, 0)
+        norm, conv = tail
+        self.tail_norm = _coefficients(norm_spec(norm, []), like)
+        self.conv = None if conv is None else conv.weight.flatten(1)  # None: the average
+        if self.conv is not None:
+            self.tail_packed = _packed(images, [self.conv], 0, 0)
 
     def room(self, count: int, height: int, width: int) -> Tensor:
         """An empty feature buffer as rows [N, H, W, C]."""
@@ -260,7 +256,7 @@ class Block:
         _operators.dense_block_inference_(
             features, bottleneck, self.coefficients, packed, self.sizes
         )
-        if self.tail == "average":
+        if self.conv is None:
             out = features.new_empty(count, self.channels)
             operators.norm_relu_avgpool_forward(features, *self.tail_norm, out)
             return out

@@ -16,7 +16,7 @@ from library_networks import LIBRARIES, make
 from torch import Tensor, nn
 
 import densenet_fast
-from densenet_fast import EfficientDenseNet, OptimizedNetwork, optimize_for_inference
+from densenet_fast import DenseBlock, EfficientDenseNet, OptimizedNetwork, optimize_for_inference
 from densenet_fast.operators import extension
 from densenet_fast.operators.backends import use_backend
 
@@ -209,6 +209,12 @@ def test_what_stands_in_the_way_runs_as_usual() -> None:
     other.features.norm5 = nn.BatchNorm2d(8).eval()
     other.classifier = nn.Linear(8, 2)
     assert_same(optimize_for_inference(other), other, images())
+    joined = network()  # two blocks without anything between them
+    joined.features.transition1 = DenseBlock(1, 17, 2, 3, 0.0)
+    joined.features.denseblock2 = DenseBlock(1, 20, 2, 5, 0.0)
+    joined.features.norm5 = nn.BatchNorm2d(25)
+    joined.classifier = nn.Linear(25, 2)
+    assert_same(optimize_for_inference(joined), joined.eval(), images())
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
     assert_same(optimize_for_inference(plain), plain, images())
     whole = network()
