@@ -103,3 +103,19 @@ struct RunningUpdate {
 };
 
 }  // namespace densenet_fast
+
+// What a Device forwards to its kernels as it comes, DO(name) for each.
+#define DENSENET_FAST_KERNELS(DO) \
+  DO(channel_statistics)          \
+  DO(conv1x1_forward)             \
+  DO(conv1x1_backward)            \
+  DO(conv3x3_forward)             \
+  DO(conv3x3_backward)            \
+  DO(dropout)                     \
+  DO(finish_gradient)             \
+  DO(transition_forward)          \
+  DO(transition_backward)         \
+  DO(norm_relu_avgpool_forward)   \
+  DO(norm_relu_avgpool_backward)  \
+  DO(norm_relu_maxpool_forward)   \
+  DO(norm_relu_maxpool_backward)

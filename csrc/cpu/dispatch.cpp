@@ -174,19 +174,7 @@ class Device {
     with_element(context, [&](auto zero) { call(kernels<decltype(zero)>().name, arguments...); }); \
     (follow(context, arguments), ...);                                                             \
   }
-  DF_KERNEL(channel_statistics)
-  DF_KERNEL(conv1x1_forward)
-  DF_KERNEL(conv1x1_backward)
-  DF_KERNEL(conv3x3_forward)
-  DF_KERNEL(conv3x3_backward)
-  DF_KERNEL(dropout)
-  DF_KERNEL(finish_gradient)
-  DF_KERNEL(transition_forward)
-  DF_KERNEL(transition_backward)
-  DF_KERNEL(norm_relu_avgpool_forward)
-  DF_KERNEL(norm_relu_avgpool_backward)
-  DF_KERNEL(norm_relu_maxpool_forward)
-  DF_KERNEL(norm_relu_maxpool_backward)
+  DENSENET_FAST_KERNELS(DF_KERNEL)
 #undef DF_KERNEL
 
   // Vectors: a few KiB each, and compiled without contraction: as in PyTorch, each operation

@@ -98,23 +98,11 @@ class Device {
   static void name(const Context& context, const Arguments&... arguments) { \
     cuda::name(context, arguments...);                                      \
   }
-  DF_KERNEL(channel_statistics)
   DF_KERNEL(norm_coefficients)
   DF_KERNEL(norm_grad_coefficients)
   DF_KERNEL(pack_weights)
   DF_KERNEL(update_running_statistics)
-  DF_KERNEL(conv1x1_forward)
-  DF_KERNEL(conv1x1_backward)
-  DF_KERNEL(conv3x3_forward)
-  DF_KERNEL(conv3x3_backward)
-  DF_KERNEL(dropout)
-  DF_KERNEL(finish_gradient)
-  DF_KERNEL(transition_forward)
-  DF_KERNEL(transition_backward)
-  DF_KERNEL(norm_relu_avgpool_forward)
-  DF_KERNEL(norm_relu_avgpool_backward)
-  DF_KERNEL(norm_relu_maxpool_forward)
-  DF_KERNEL(norm_relu_maxpool_backward)
+  DENSENET_FAST_KERNELS(DF_KERNEL)
 #undef DF_KERNEL
 
   // body(context) with memory of one piece, as much as a run of it that launches nothing has asked
