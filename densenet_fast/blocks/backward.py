@@ -11,7 +11,6 @@ from torch import Tensor
 from densenet_fast import operators
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.forward import Block, Statistics, matrix, recompute_features
-from densenet_fast.blocks.norms import parameter_gradient
 from densenet_fast.operators.rows import as_rows, empty_channels_last, empty_rows, row_pitch
 
 Gradients = list[Tensor | None]
@@ -77,7 +76,10 @@ class BlockBackward:
         return empty_channels_last(shape, self.features, pitch).permute(0, 2, 3, 1)
 
     def run(self, grad_output: Tensor) -> Gradients:
-        """The input's gradient and the parameters', the tail's last."""
+        """The input's gradient and the parameters', the tail's last.
+
+        Where none is wanted there may be None, room without elements, or one made in passing.
+        """
         tail_gradients: Gradients = []
         if self.block.settings.tail == "none":
             self.grad_features.copy_(grad_output.permute(0, 2, 3, 1))
@@ -118,10 +120,10 @@ class BlockBackward:
         self.sums[start : start + sums.numel()].copy_(sums.view(-1))
 
     def _tail(self, grad_output: Tensor) -> Gradients:
-        block, at = self.block, 6 * self.geometry.layers
+        block = self.block
         forward = block.tail_coefficients(self.statistics)
         grad_gamma, grad_beta = self._vectors(self.geometry.channels)
-        found = [grad_gamma, grad_beta]
+        found: Gradients = [grad_gamma, grad_beta]
         if block.settings.tail == "transition":
             weight = matrix(block.parameters[-1])
             grad_weight = _like(weight) if self.needs[-1] else None
@@ -135,7 +137,7 @@ class BlockBackward:
                 grad_beta,
                 grad_weight,
             )
-            found.append(self.sums[:0] if grad_weight is None else grad_weight[..., None, None])
+            found.append(None if grad_weight is None else grad_weight[..., None, None])
         else:
             operators.norm_relu_avgpool_backward(
                 grad_output.contiguous(),
@@ -148,22 +150,13 @@ class BlockBackward:
         if block.settings.batch_statistics[-1]:
             self.sum_grad.addcmul_(forward.scale, grad_beta)
             self.sum_grad_x.addcmul_(forward.scale * forward.rstd, grad_gamma)
-        return self._wanted(found, at)
-
-    def _wanted(self, found: Sequence[Tensor], at: int = 0) -> Gradients:
-        """Those of the parameters' gradients that are needed, from parameter `at` on."""
-        return [
-            parameter_gradient(parameter, gradient) if need else None
-            for parameter, gradient, need in zip(
-                self.block.parameters[at:], found, self.needs[at:], strict=False
-            )
-        ]
+        return found
 
     def _layers(self) -> Gradients:
         geometry, layers, first = self.geometry, self.geometry.layers, 2 * max(self.lowest, 0)
         if first == 2 * layers:
             return [None] * (6 * layers)
-        gradients = [tensor for layer in range(layers) for tensor in self._room(layer)]
+        gradients: Any = [tensor for layer in range(layers) for tensor in self._room(layer)]
         like, vector = self.features, self.statistics.vector
         grad_growth = empty_rows((*geometry.pixels, max(geometry.growths)), like)
         grad_norm = empty_rows((*geometry.pixels, max(geometry.widths)), like)
@@ -191,7 +184,7 @@ class BlockBackward:
             operators.dense_block_backward_(*arguments, half, half + 1 if exchanges else 2 * layers)
             if exchanges and half % 2 == 1:
                 self._exchange_norm2(half // 2, gradients)
-        return self._wanted(gradients)
+        return gradients
 
     def _room(self, layer: int) -> Sequence[Tensor]:
         """Room for a layer's gradients, in the order of its parameters; some without elements."""

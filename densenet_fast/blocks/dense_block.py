@@ -90,9 +90,10 @@ class FlatBlock:
         self.parameters, self.buffers, self.settings = flattened(layers, tail)
         self._updates: norms.Updates | None = None
 
-    def updates(self, geometry: Geometry) -> norms.Updates:
-        """What a step changes of running statistics and counters."""
+    def updates(self, shape: Sequence[int]) -> norms.Updates:
+        """What a step on an input [N, C0, H, W] changes of running statistics and counters."""
         if self._updates is None:
+            geometry = Geometry(shape, self.parameters, self.settings)
             places = norm_places(geometry, block_norms(self.layers, self.tail))
             self._updates = norms.updates(places)
         return self._updates
@@ -108,12 +109,12 @@ def fused(input: Tensor, block: FlatBlock, checkpoint: Checkpoint, hold: int) ->
     parameters, buffers = block.parameters, block.buffers
     hold = len(block.layers) if checkpoint == "none" else hold
     settings = block.settings._replace(checkpoint=checkpoint, hold=hold)
-    geometry = Geometry(input.shape, parameters, settings)
     dropping = sum(dropout > 0 for dropout in settings.dropout)
     seeds = draw_seeds(dropping) if dropping else None
 
     def finish(statistics: Tensor) -> None:
-        nodes.record(statistics, block.updates(geometry), geometry.rows)
+        images, _, height, width = input.shape
+        nodes.record(statistics, block.updates(input.shape), images * height * width)
 
     try:
         if torch.is_grad_enabled() and (

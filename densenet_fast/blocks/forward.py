@@ -101,10 +101,8 @@ class Statistics:
         if half % 2 == 1:
             self.synchronise_features(layer + 1)
         elif group:
-            at, width = (
-                2 * (geometry.channels + sum(geometry.widths[:layer])),
-                geometry.widths[layer],
-            )
+            width = geometry.widths[layer]
+            at = 2 * (geometry.channels + sum(geometry.widths[:layer]))
             mean, var = self.vector[at : at + 2 * width].split(width)
             total = self.bottleneck_total(layer)
             synchronized.combine(group, geometry.rows, mean, var, total)

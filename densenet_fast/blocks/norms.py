@@ -61,10 +61,3 @@ def updates(places: Iterable[Place]) -> Updates:
             flat += place
             momenta.append(momentum)
     return running, counters, flat, momenta
-
-
-def parameter_gradient(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    """The gradient in the parameter's own type; None where there is no parameter or no gradient."""
-    if parameter is None or gradient is None:
-        return None
-    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)

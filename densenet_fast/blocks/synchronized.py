@@ -8,7 +8,6 @@ gradient for the batch's statistics; gradients of parameters stay each rank's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,11 +41,6 @@ def resolved(name: str) -> ProcessGroup:
     resolve: Any = distributed_c10d.__dict__["_resolve_process_group"]
     group: ProcessGroup = resolve(name)
     return group
-
-
-def exchanges(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of the modules is a norm that would take statistics over several ranks now."""
-    return active() and any(group_of(module) for module in modules)
 
 
 class OneGroup:

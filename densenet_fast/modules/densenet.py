@@ -151,11 +151,10 @@ class EfficientDenseNet(nn.Module):
             return self._compose(x)
 
         steps, pooled, accepted = fusing.planned(self, list(self.features), x)
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()  # a graph may be for any shape
+        if compiling or x.shape not in accepted:
             self._check(owner, x, fusing.called_modules(steps))
-        elif x.shape not in accepted:
-            self._check(owner, x, fusing.called_modules(steps))
-            if len(accepted) < _SHAPES:
+            if not compiling and len(accepted) < _SHAPES:
                 accepted.add(x.shape)
         if self._checkpoint == "auto" and torch.is_grad_enabled():
             plans = self._plans(steps, pooled, x)

@@ -62,11 +62,6 @@ def register(kind: type[nn.Module], reader: Reader) -> None:
     _READERS[kind] = reader
 
 
-def is_layer(module: nn.Module) -> bool:
-    """Whether there is a reader for the module's exact type."""
-    return type(module) in _READERS
-
-
 _NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
 
 

@@ -31,6 +31,7 @@ from densenet_fast.modules.norm_specs import norm_spec
 
 FusedRun = list[LayerParts]
 Segment = FusedRun | nn.Module
+_NOTHING: FusedRun = []  # always the same, as what is made of a run goes by it
 
 
 class Step(Protocol):
@@ -123,7 +124,7 @@ class DenseStep:
         counts bottlenecks that are held besides the step's own.
         """
         segments = list(self.segments)
-        last: FusedRun = []
+        last = _NOTHING
         if segments and isinstance(segments[-1], list):
             last = segments[-1]
             segments.pop()
