@@ -213,7 +213,9 @@ class BuildPerFile(BuildExtension):
 
             special = [s for s in sources if Path(s).stem in own_flags]
             plain = [s for s in sources if s not in special]
-            objects = compile_group(plain, output_dir, extra_postargs=common, **options)
+            objects: list[str] = []
+            if plain:  # ninja refuses to compile nothing
+                objects += compile_group(plain, output_dir, extra_postargs=common, **options)
             with ThreadPoolExecutor(jobs) as pool:
                 for compiled in pool.map(compile_one, special):
                     objects += compiled
