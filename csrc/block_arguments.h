@@ -59,9 +59,7 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
     };
     freeze(layer.norm1, 4 * i, start);
     freeze(layer.norm2, 4 * i + 2, width);
-    layer.bottleneck = call.mutable_image(bottlenecks[i], "bottleneck");
-    check_same_pixels(features, layer.bottleneck);
-    check_channels(layer.bottleneck, width, "bottleneck");
+    layer.bottleneck = call.mutable_image(bottlenecks[i], "bottleneck", features, width);
     if (static_cast<int64_t>(i) + 1 < reduced) {
       layer.growth = {block.vector(block.mean, start), block.vector(var, start)};
     }
@@ -101,8 +99,8 @@ void describe_gradients(const Call<Device>& call, Block& block, const Tensor& gr
       0 <= block.held && block.held <= count && -1 <= block.lowest && block.lowest <= count,
       "bottlenecks held: ", block.held, ", lowest layer: ", block.lowest, ", of ", count,
       " layers");
-  block.grad_features = call.mutable_image(grad_features, "grad_features");
-  check_same_shape(block.grad_features, block.features, "grad_features");
+  block.grad_features =
+      call.mutable_image(grad_features, "grad_features", block.features, block.features.c);
   const int64_t channels = block.features.c, rows = block.rows();
   int64_t thickest = 0;
   for (size_t i = 0; i < block.layers.size(); ++i) {

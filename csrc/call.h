@@ -1,5 +1,4 @@
-// One operator call: its tensors checked, as the arguments of operators.h. densenet_fast/operators/
-// has checked everything with better messages; this is the second line.
+// One operator call: its tensors checked, as the arguments of operators.h.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -37,6 +36,19 @@ class Call {
     a.data = t.mutable_data_ptr();
     return a;
   }
+  // Images of the same pixels as another.
+  ImageArgument image(const Tensor& t, const char* name, const ImageArgument& pixels,
+                      int64_t channels) const {
+    return checked(image(t, name), name, pixels, channels);
+  }
+  ImageArgument mutable_image(const Tensor& t, const char* name, const ImageArgument& pixels,
+                              int64_t channels) const {
+    return checked(mutable_image(t, name), name, pixels, channels);
+  }
+  ImageArgument mutable_image(const OptionalTensor& t, const char* name,
+                              const ImageArgument& like) const {
+    return t ? mutable_image(*t, name, like, like.c) : ImageArgument{};
+  }
 
   const void* vector(const Tensor& t, int64_t size, const char* name) const {
     check_vector(t, vector_type_, size, name);
@@ -47,7 +59,8 @@ class Call {
     return t ? vector(*t, size, name) : nullptr;
   }
   void* mutable_vector(const Tensor& t, int64_t size, const char* name) const {
-    return const_cast<void*>(vector(t, size, name));
+    vector(t, size, name);
+    return t.mutable_data_ptr();
   }
   void* mutable_vector(const OptionalTensor& t, int64_t size, const char* name) const {
     return t ? mutable_vector(*t, size, name) : nullptr;
@@ -60,7 +73,8 @@ class Call {
     return t.const_data_ptr();
   }
   void* mutable_matrix(const Tensor& t, int64_t size, const char* name) const {
-    return const_cast<void*>(matrix(t, size, name));
+    matrix(t, size, name);
+    return t.mutable_data_ptr();
   }
 
   NormArgument activation(const Tensor& scale, const Tensor& shift, int64_t channels) const {
@@ -93,7 +107,7 @@ class Call {
     const ScalarType type = t.scalar_type();
     STD_TORCH_CHECK(
         type == image_type_ || (type == ScalarType::Float && image_type_ != ScalarType::Double),
-        "weight must have the features' dtype or float32");
+        "`weight` should have type ", image_type_, ", or float32, got ", type);
     check_weight(t, kernel, in);
     check_device(t, "weight");
     WeightArgument w;
@@ -118,7 +132,8 @@ class Call {
   }
 
   void check_device(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.device() == place_, name, " is on another device than the first tensor");
+    STD_TORCH_CHECK(t.device() == place_, "`", name,
+                    "` should be on the device of the first tensor");
   }
 
  private:
@@ -143,6 +158,13 @@ class Call {
     check_device(t, name);
     Device::check_image(r, name);
     return {nullptr, r.n, r.h, r.w, r.c, r.pitch};
+  }
+  static ImageArgument checked(const ImageArgument& a, const char* name,
+                               const ImageArgument& pixels, int64_t channels) {
+    STD_TORCH_CHECK(a.n == pixels.n && a.h == pixels.h && a.w == pixels.w && a.c == channels, "`",
+                    name, "` should have shape [", pixels.n, ", ", pixels.h, ", ", pixels.w, ", ",
+                    channels, "], got [", a.n, ", ", a.h, ", ", a.w, ", ", a.c, "]");
+    return a;
   }
 
   torch::stable::Device place_;

@@ -8,6 +8,18 @@
 
 namespace densenet_fast {
 
+// Pixels behind a transition's pooling, and behind the stem's.
+inline ImageArgument halved(ImageArgument x) {
+  x.h /= 2;
+  x.w /= 2;
+  return x;
+}
+inline ImageArgument max_pooled(ImageArgument x) {
+  x.h = (x.h + 1) / 2;
+  x.w = (x.w + 1) / 2;
+  return x;
+}
+
 template <class Device>
 struct Operators {
   static void channel_statistics(const Tensor& features, const Tensor& mean, const Tensor& var) {
@@ -30,19 +42,6 @@ struct Operators {
     Device::norm_coefficients(call.context(), norms);
   }
 
-  static void conv1x1_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
-                              const Tensor& w, const Tensor& bottleneck, const OptionalTensor& mean,
-                              const OptionalTensor& var, bool allow_tf32) {
-    const Call<Device> call(features, allow_tf32);
-    const auto x = call.image(features, "features");
-    const auto z = call.mutable_image(bottleneck, "bottleneck");
-    const auto weight = call.weight(w, 1, x.c);
-    check_same_pixels(x, z);
-    check_channels(z, weight.out, "bottleneck");
-    Device::conv1x1_forward(call.context(), x, call.activation(scale, shift, x.c), weight, z,
-                            call.statistics(mean, var, z.c));
-  }
-
   static void conv1x1_backward(const Tensor& grad_norm, const Tensor& bottleneck,
                                const Tensor& coefficients, const Tensor& features,
                                const Tensor& scale, const Tensor& shift, const Tensor& mean,
@@ -52,17 +51,10 @@ struct Operators {
                                const OptionalTensor& grad_weight, bool allow_tf32) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
-    const auto z = call.image(bottleneck, "bottleneck");
-    const auto g = call.image(grad_norm, "grad_norm");
     const auto weight = call.weight(w, 1, x.c);
-    ImageArgument gx;
-    if (grad_features) {
-      gx = call.mutable_image(*grad_features, "grad_features");
-      check_same_shape(gx, x, "grad_features");
-    }
-    check_same_pixels(x, z);
-    check_same_shape(g, z, "grad_norm");
-    check_channels(z, weight.out, "bottleneck");
+    const auto z = call.image(bottleneck, "bottleneck", x, weight.out);
+    const auto g = call.image(grad_norm, "grad_norm", z, z.c);
+    const auto gx = call.mutable_image(grad_features, "grad_features", x);
     Device::conv1x1_backward(
         call.context(), g, z, call.vector(coefficients, 3 * z.c, "coefficients"), x,
         call.norm(scale, shift, mean, rstd, x.c), weight, gx,
@@ -70,17 +62,23 @@ struct Operators {
         call.weight_gradient(grad_weight, w));
   }
 
-  static void conv3x3_forward(const Tensor& bottleneck, const Tensor& scale, const Tensor& shift,
-                              const Tensor& w, const Tensor& growth, const OptionalTensor& mean,
-                              const OptionalTensor& var, bool allow_tf32) {
-    const Call<Device> call(bottleneck, allow_tf32);
-    const auto z = call.image(bottleneck, "bottleneck");
-    const auto y = call.mutable_image(growth, "growth");
-    const auto weight = call.weight(w, 3, z.c);
-    check_same_pixels(z, y);
-    check_channels(y, weight.out, "growth");
-    Device::conv3x3_forward(call.context(), z, call.activation(scale, shift, z.c), weight, y,
-                            call.statistics(mean, var, y.c));
+  // 1: of features, to a bottleneck; 3: of a bottleneck, to a growth.
+  template <int kernel>
+  static void conv_forward(const Tensor& input, const Tensor& scale, const Tensor& shift,
+                           const Tensor& w, const Tensor& output, const OptionalTensor& mean,
+                           const OptionalTensor& var, bool allow_tf32) {
+    constexpr bool pointwise = kernel == 1;
+    const Call<Device> call(input, allow_tf32);
+    const auto x = call.image(input, pointwise ? "features" : "bottleneck");
+    const auto weight = call.weight(w, kernel, x.c);
+    const auto y = call.mutable_image(output, pointwise ? "bottleneck" : "growth", x, weight.out);
+    const auto norm = call.activation(scale, shift, x.c);
+    const auto statistics = call.statistics(mean, var, weight.out);
+    if constexpr (pointwise) {
+      Device::conv1x1_forward(call.context(), x, norm, weight, y, statistics);
+    } else {
+      Device::conv3x3_forward(call.context(), x, norm, weight, y, statistics);
+    }
   }
 
   static void conv3x3_backward(const Tensor& grad_growth, const Tensor& bottleneck,
@@ -89,16 +87,10 @@ struct Operators {
                                const OptionalTensor& grad_gamma, const OptionalTensor& grad_beta,
                                const OptionalTensor& grad_weight, bool allow_tf32) {
     const Call<Device> call(bottleneck, allow_tf32);
-    const auto g = call.image(grad_growth, "grad_growth");
     const auto z = call.image(bottleneck, "bottleneck");
     const auto weight = call.weight(w, 3, z.c);
-    ImageArgument out;
-    if (grad_norm) {
-      out = call.mutable_image(*grad_norm, "grad_norm");
-      check_same_shape(out, z, "grad_norm");
-    }
-    check_same_pixels(z, g);
-    check_channels(g, weight.out, "grad_growth");
+    const auto g = call.image(grad_growth, "grad_growth", z, weight.out);
+    const auto out = call.mutable_image(grad_norm, "grad_norm", z);
     Device::conv3x3_backward(call.context(), g, z, call.norm(scale, shift, mean, rstd, z.c), weight,
                              out,
                              call.norm_gradient(grad_gamma, grad_beta, grad_norm.has_value(), z.c),
@@ -107,6 +99,7 @@ struct Operators {
 
   static void dropout(const Tensor& growth, int64_t seed, double p) {
     const Call<Device> call(growth);
+    STD_TORCH_CHECK(0 <= p && p <= 1, "`p` should be between 0 and 1, got ", p);
     Device::dropout(call.context(), call.mutable_image(growth, "growth"),
                     static_cast<uint64_t>(seed), p);
   }
@@ -116,10 +109,8 @@ struct Operators {
                               const Tensor& out) {
     const Call<Device> call(features);
     const auto x = call.image(features, "features");
-    const auto g = call.image(grad_features, "grad_features");
-    const auto to = call.mutable_image(out, "out");
-    check_same_shape(g, x, "grad_features");
-    check_same_shape(to, x, "out");
+    const auto g = call.image(grad_features, "grad_features", x, x.c);
+    const auto to = call.mutable_image(out, "out", x, x.c);
     Device::finish_gradient(call.context(), x, g, call.vector(mean, x.c, "mean"),
                             call.vector(sum_grad, x.c, "sum_grad"),
                             call.vector(sum_grad_x, x.c, "sum_grad_x"), to);
@@ -131,11 +122,9 @@ struct Operators {
                                  const OptionalTensor& packed) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
-    const auto to = call.mutable_image(out, "out");
     auto weight = call.weight(w, 1, x.c);
     if (packed) weight.packed[0] = Device::packed_weight(call, *packed, weight);
-    check_pooled(x, to);
-    check_channels(to, weight.out, "out");
+    const auto to = call.mutable_image(out, "out", halved(x), weight.out);
     Device::transition_forward(call.context(), x, call.activation(scale, shift, x.c), weight, to,
                                call.statistics(mean, var, to.c));
   }
@@ -146,13 +135,10 @@ struct Operators {
                                   const Tensor& grad_gamma, const Tensor& grad_beta,
                                   const OptionalTensor& grad_weight, bool allow_tf32) {
     const Call<Device> call(features, allow_tf32);
-    const auto g = call.image(grad_out, "grad_out");
     const auto x = call.image(features, "features");
-    const auto gx = call.mutable_image(grad_features, "grad_features");
     const auto weight = call.weight(w, 1, x.c);
-    check_pooled(x, g);
-    check_same_shape(gx, x, "grad_features");
-    check_channels(g, weight.out, "grad_out");
+    const auto g = call.image(grad_out, "grad_out", halved(x), weight.out);
+    const auto gx = call.mutable_image(grad_features, "grad_features", x, x.c);
     Device::transition_backward(call.context(), g, x, call.norm(scale, shift, mean, rstd, x.c),
                                 weight, gx, call.norm_gradient(grad_gamma, grad_beta, true, x.c),
                                 call.weight_gradient(grad_weight, w));
@@ -173,8 +159,7 @@ struct Operators {
                                          const Tensor& grad_beta) {
     const Call<Device> call(features);
     const auto x = call.image(features, "features");
-    const auto gx = call.mutable_image(grad_features, "grad_features");
-    check_same_shape(gx, x, "grad_features");
+    const auto gx = call.mutable_image(grad_features, "grad_features", x, x.c);
     Device::norm_relu_avgpool_backward(call.context(), call.matrix(grad_out, x.n * x.c, "grad_out"),
                                        x, call.norm(scale, shift, mean, rstd, x.c), gx,
                                        call.norm_gradient(grad_gamma, grad_beta, true, x.c));
@@ -185,9 +170,8 @@ struct Operators {
                                         const Tensor& argmax) {
     const Call<Device> call(input);
     const auto x = call.image(input, "input");
-    const auto to = call.mutable_image(out, "out");
-    check_max_pooled(x, to, argmax);
-    call.check_device(argmax, "argmax");
+    const auto to = call.mutable_image(out, "out", max_pooled(x), x.c);
+    check_argmax(call, argmax, to);
     Device::norm_relu_maxpool_forward(call.context(), x, call.activation(scale, shift, x.c), to,
                                       argmax.mutable_data_ptr<uint8_t>());
   }
@@ -199,12 +183,10 @@ struct Operators {
                                          const Tensor& grad_input, const Tensor& grad_gamma,
                                          const Tensor& grad_beta) {
     const Call<Device> call(input);
-    const auto g = call.image(grad_out, "grad_out");
     const auto x = call.image(input, "input");
-    const auto gx = call.mutable_image(grad_input, "grad_input");
-    check_max_pooled(x, g, argmax);
-    check_same_shape(gx, x, "grad_input");
-    call.check_device(argmax, "argmax");
+    const auto g = call.image(grad_out, "grad_out", max_pooled(x), x.c);
+    const auto gx = call.mutable_image(grad_input, "grad_input", x, x.c);
+    check_argmax(call, argmax, g);
     Device::norm_relu_maxpool_backward(call.context(), g, argmax.const_data_ptr<uint8_t>(), x,
                                        call.norm(scale, shift, mean, rstd, x.c), batch_statistics,
                                        gx, call.norm_gradient(grad_gamma, grad_beta, true, x.c));
@@ -266,13 +248,18 @@ struct Operators {
     Device::update_running_statistics(call.context(), updates, counts);
   }
 
+  static void check_argmax(const Call<Device>& call, const Tensor& t, const ImageArgument& pooled) {
+    check_vector(t, ScalarType::Byte, pooled.n * pooled.h * pooled.w * pooled.c, "argmax");
+    call.check_device(t, "argmax");
+  }
+
   template <class Library>
   static void add_to(Library& m) {
     m.impl("channel_statistics", TORCH_BOX(&Operators::channel_statistics));
     m.impl("norm_coefficients", TORCH_BOX(&Operators::norm_coefficients));
-    m.impl("conv1x1_forward", TORCH_BOX(&Operators::conv1x1_forward));
+    m.impl("conv1x1_forward", TORCH_BOX(&Operators::template conv_forward<1>));
     m.impl("conv1x1_backward", TORCH_BOX(&Operators::conv1x1_backward));
-    m.impl("conv3x3_forward", TORCH_BOX(&Operators::conv3x3_forward));
+    m.impl("conv3x3_forward", TORCH_BOX(&Operators::template conv_forward<3>));
     m.impl("conv3x3_backward", TORCH_BOX(&Operators::conv3x3_backward));
     m.impl("dropout_", TORCH_BOX(&Operators::dropout));
     m.impl("finish_gradient", TORCH_BOX(&Operators::finish_gradient));

@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "facts.h"
 
 namespace {
 
@@ -43,6 +44,11 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("address"), pybind11::arg("bytes"),
       "Ask the system for 2 MiB pages behind this memory");
+  using densenet_fast::Facts;
+  pybind11::class_<Facts>(m, "Facts", "Python objects as they were")
+      .def(pybind11::init<Facts::Objects, std::vector<pybind11::dict>, Facts::Objects>(),
+           pybind11::arg("typed"), pybind11::arg("dicts"), pybind11::arg("sized"))
+      .def("hold", &Facts::hold, "Whether they are what they were");
   m.def("compiler", &compiler, "The C++ compiler");
   m.def(
       "built_with_torch", [] { return std::string(DENSENET_FAST_BUILT_WITH_TORCH); },

@@ -161,7 +161,7 @@ class BlockBackward:
         grad_growth = empty_rows((*geometry.pixels, max(geometry.growths)), like)
         grad_norm = empty_rows((*geometry.pixels, max(geometry.widths)), like)
         parameters, frozen, *numbers = self.block.arguments(vector)
-        arguments: tuple[Any, ...] = (
+        arguments: Any = (
             self.features,
             self.grad_features,
             vector,
@@ -177,11 +177,12 @@ class BlockBackward:
             len(self.bottlenecks),
             self.lowest,
         )
+        run: Any = operators.dense_block_backward_
         exchanges = geometry.synchronised
         for half in reversed(range(first, 2 * layers) if exchanges else (first,)):
             if exchanges and half % 2 == 1:
                 self._exchange_features(half // 2 + 1)
-            operators.dense_block_backward_(*arguments, half, half + 1 if exchanges else 2 * layers)
+            run(*arguments, half, half + 1 if exchanges else 2 * layers)
             if exchanges and half % 2 == 1:
                 self._exchange_norm2(half // 2, gradients)
         return gradients

@@ -146,7 +146,11 @@ def _block(shape: Sequence[int], like: Tensor, args: Sequence[Any]) -> Block:
     weights = [*parameters[2 : 6 * len(settings.dropout) : 3]]
     if settings.tail == "transition":
         weights.append(parameters[-1])
-    if not taken.issuperset([weight.dtype for weight in weights]):
+    types = {weight.dtype for weight in weights}
+    if not types <= taken:
+        # Those of autocast alone: what another type means, nobody has said.
+        if types - taken - {torch.float32} or like.dtype not in autocast.CAST_TYPES:
+            raise RuntimeError(f"weights of {types} do not go with features of {like.dtype}")
         parameters = [
             p if p is None or p.dim() == 1 or p.dtype in taken else p.to(like.dtype)
             for p in parameters

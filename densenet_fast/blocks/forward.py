@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -108,6 +109,19 @@ class Statistics:
             synchronized.combine(group, geometry.rows, mean, var, total)
 
 
+_dtype = operator.attrgetter("dtype")
+
+
+def _readable(vectors: list[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether operators can read these as they are: asked without a line of Python for each."""
+    given: Any = vectors
+    return (
+        type(None) not in set(map(type, given))
+        and set(map(_dtype, given)) <= {dtype}
+        and all(map(Tensor.is_contiguous, given))
+    )
+
+
 class BlockArguments(NamedTuple):
     """What the block operators of both directions take: see `operators.reference_block`."""
 
@@ -139,24 +153,17 @@ class Block:
         """Lists for the operators, their vectors in the type and on the device of `vector`."""
         dtype, none, layers = vector.dtype, vector.new_empty(0), self.geometry.layers
 
-        def plain(tensor: Tensor | None) -> Tensor:
-            if tensor is None:
-                return none
-            if tensor.dtype is dtype and tensor.is_contiguous():
-                return tensor
-            return tensor.to(dtype).contiguous()
+        def plain(tensors: list[Tensor | None]) -> Any:
+            if _readable(tensors, dtype):
+                return tensors
+            return [none if t is None else t.to(dtype).contiguous() for t in tensors]
 
-        given = self.parameters[: 6 * layers]
-        vectors = [*given[::3], *given[1::3]]
-        if all(v is not None and v.dtype is dtype and v.is_contiguous() for v in vectors):
-            parameters: Any = list(given)
-        else:
-            parameters = [
-                tensor if index % 3 == 2 else plain(tensor) for index, tensor in enumerate(given)
-            ]
+        parameters: Any = list(self.parameters[: 6 * layers])
+        for at in (slice(0, None, 3), slice(1, None, 3)):
+            parameters[at] = plain(parameters[at])
         frozen: list[Tensor] = []
         if not all(self.settings.batch_statistics[: 2 * layers]):
-            frozen = [plain(tensor) for tensor in self.buffers[: 4 * layers]]
+            frozen = plain(list(self.buffers[: 4 * layers]))
         eps = self.settings.eps
         triples = zip(
             eps[: 2 * layers : 2], eps[1 : 2 * layers : 2], self.settings.dropout, strict=True

@@ -21,7 +21,13 @@ def coefficients(
     like: Tensor,
 ) -> Coefficients:
     """Coefficients from mean and biased variance, in the type of `like`."""
-    mean, var = mean.to(like.dtype).contiguous(), var.to(like.dtype).contiguous()
+
+    def plain(vector: Tensor) -> Tensor:
+        return vector.to(like.dtype).contiguous()
+
+    mean, var = plain(mean), plain(var)
+    weight = None if weight is None else plain(weight)
+    bias = None if bias is None else plain(bias)
     scale, shift, rstd = like.new_empty(3, len(mean)).unbind()
     operators.norm_coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
     return Coefficients(scale, shift, mean, rstd)

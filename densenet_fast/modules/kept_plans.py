@@ -1,14 +1,12 @@
 """Plans of fused forwards, kept between calls while nothing that they depend on has changed.
 
 Planning reads hundreds of modules, which at small images takes as long as computing. Whether they
-are what they were is asked in a few passes over all of them, without a line of Python for each.
+are what they were is asked without a line of Python for each.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Hashable, Iterable
-from itertools import chain
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from densenet_fast.blocks import synchronized
+from densenet_fast.operators import extension
 
 T = TypeVar("T")
 
@@ -24,50 +23,26 @@ _MISSES = 4  # in a row, after which a network is known to change between its ca
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _all_values(dicts: Iterable[dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, dicts)))
-
-
 class _Facts:
-    """What a network is: types, attributes, hooks, and the types and places of its tensors."""
+    """What a network is: its modules' types, attributes and hooks, and which tensors they hold.
+
+    Whether those have still the types and places to be used is asked where they are.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         """Note them. The root itself is not held."""
         modules = [module for module in root.modules() if module is not root]
-        self._modules = modules
-        self._states: list[Any] = [root.__dict__, *(module.__dict__ for module in modules)]
-        self._children = [state["_modules"] for state in self._states]
-        self._hooks = [state[name] for state in self._states for name in _HOOKS]
-        self._held = [state[name] for state in self._states for name in ("_parameters", "_buffers")]
-        tensors = [tensor for tensor in _all_values(self._held) if tensor is not None]
-        self._tensors = tensors
+        states: list[Any] = [root.__dict__, *(module.__dict__ for module in modules)]
+        held = [state[name] for state in states for name in ("_parameters", "_buffers")]
+        dicts = [*states, *(state["_modules"] for state in states), *held]
+        hooks = [state[name] for state in states for name in _HOOKS]
         self._root = type(root)
-        self._were = self._now()
-        self._objects = _all_values(self._children), _all_values(self._held)
-
-    def _now(self) -> list[Any]:
-        return [
-            list(map(type, self._modules)),
-            list(map(tuple, map(dict.values, self._states))),
-            list(chain.from_iterable(self._children)),
-            list(map(len, self._hooks)),
-            list(map(operator.attrgetter("dtype", "device"), self._tensors)),
-        ]
+        assert extension.C is not None
+        self._noted = extension.C.Facts(modules, dicts, hooks)
 
     def hold(self, root: nn.Module) -> bool:
         """Whether all is as it was."""
-        objects = _all_values(self._children), _all_values(self._held)
-        try:
-            return (
-                type(root) is self._root
-                and all(
-                    len(now) == len(were) and all(map(operator.is_, now, were))
-                    for now, were in zip(objects, self._objects, strict=True)
-                )
-                and self._now() == self._were
-            )
-        except Exception:
-            return False
+        return type(root) is self._root and bool(self._noted.hold())
 
 
 class _Entry:
@@ -86,7 +61,7 @@ def kept(root: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
 
     Nothing is kept at a network's first call: replicas have no second one.
     """
-    if torch.compiler.is_compiling() or synchronized.active():
+    if torch.compiler.is_compiling() or synchronized.active() or extension.C is None:
         return make()
     entry = _entries.get(root)
     if entry is None:

@@ -58,12 +58,12 @@ VECTORS = {"norm_coefficients", "update_running_statistics_"}
 
 @pytest.mark.parametrize("op", sorted(set(ARGUMENTS) - VECTORS))
 @compiled
-def test_empty_images_are_refused_behind_the_python_checks_too(backend: str, op: str) -> None:
+def test_empty_images_are_refused(backend: str, op: str) -> None:
     empty = [
         value[:0] if isinstance(value, Tensor) and value.dim() == 4 else value
         for value in arguments(op).values()
     ]
-    with pytest.raises(RuntimeError, match="must have at least one element"):
+    with pytest.raises(RuntimeError, match="should have at least one element"):
         operator(op)(*empty)
 
 
