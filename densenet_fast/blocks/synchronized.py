@@ -23,6 +23,12 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def world() -> tuple[str, int] | None:
+    """The group of all ranks, by name, and their number; None without process groups."""
+    group: Any = dist.group.WORLD if active() else None
+    return None if group is None else (group.group_name, dist.get_world_size(group))
+
+
 def group_of(norm: nn.Module) -> str:
     """The group whose values the statistics of a step made now are taken from, by name.
 

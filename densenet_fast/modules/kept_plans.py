@@ -61,8 +61,9 @@ def kept(root: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
 
     Nothing is kept at a network's first call: replicas have no second one.
     """
-    if torch.compiler.is_compiling() or synchronized.active() or extension.C is None:
+    if torch.compiler.is_compiling() or extension.C is None:
         return make()
+    key = (key, synchronized.world())  # whose statistics a SyncBatchNorm takes
     entry = _entries.get(root)
     if entry is None:
         if root not in _called:

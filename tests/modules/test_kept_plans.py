@@ -6,16 +6,19 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from library_networks import make
 from torch import Tensor, nn
 
 import densenet_fast
 from densenet_fast import EfficientDenseNet
 from densenet_fast.modules import fusing, kept_plans
+from densenet_fast.operators.backends import Setting, use_backend
 
 SHAPE = (2, 3, 40, 40)
 
@@ -182,6 +185,38 @@ def test_nothing_is_planned_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plans(model, monkeypatch, 5) == 0
     model.eval()
     assert plans(model, monkeypatch, 5) == 1
+
+
+def test_process_groups_are_planned_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = network()
+    step(model, model)
+    assert plans(model, monkeypatch, 3) == 1
+    for name in ("one", "two"):
+        store = dist.FileStore(str(tmp_path / name), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            assert plans(model, monkeypatch, 3) == (name == "one")
+        finally:
+            dist.destroy_process_group()
+    assert plans(model, monkeypatch, 3) == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_weight_of_another_type_is_refused(backend: Setting) -> None:
+    """Its parameter is the same object, so that the plan is kept."""
+    model = network()
+    with use_backend(backend):
+        for _ in range(3):
+            step(model, model)
+        weight = layer(model).conv2.weight
+        weight.data = weight.data.float()
+        before = [buffer.clone() for buffer in layer(model).buffers()]
+        with pytest.raises(TypeError, match=r"conv2\.weight should have the type of the input"):
+            model(images())
+        for buffer, expected in zip(layer(model).buffers(), before, strict=True):
+            assert torch.equal(buffer, expected)
+        weight.data = weight.data.double()
+        step(model, model)
 
 
 def test_a_network_that_always_changes_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
