@@ -29,6 +29,12 @@ from densenet_fast.modules.step_sizes import cpu_workspace
 
 NAIVE, EFFICIENT = "naive", "memory-efficient"
 OURS: tuple[Checkpoint, ...] = ("none", "bottleneck", "block")
+# The suites' peers, as they are called here.
+IMPLEMENTATIONS: dict[str, str] = {
+    "naive-channels-last": NAIVE,
+    "memory-efficient": EFFICIENT,
+    **{f"ours-{mode}": mode for mode in OURS},
+}
 
 
 def _norm(channels: int) -> int:

@@ -15,12 +15,12 @@ from benchmarks.memory import MemoryCase, measure_in_child
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.peers import BASIC_PEERS
 from benchmarks.prediction import memory_plan
+from benchmarks.prediction.memory_plan import IMPLEMENTATIONS
 from benchmarks.prediction.shapes import FORMATS, blocks, parameters
 from benchmarks.progress import Progress
 from benchmarks.search import Bracket, Measured, largest_within, search
 from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.capacity_page import figure, page
-from benchmarks.suites.predict import IMPLEMENTATIONS
 from densenet_fast.train.errors import UsageError
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]

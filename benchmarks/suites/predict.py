@@ -1,19 +1,24 @@
 """Prediction of a training step on GPUs that are not here: a roofline over counted operations.
 
-Nothing is measured. Bytes, FLOPs, kernels started and memory are counted from the networks' shapes
-(`benchmarks.prediction`) and set against the vendors' figures of each device.
+Bytes, FLOPs, kernels started and memory are counted from the networks' shapes
+(`benchmarks.prediction`) and set against the vendors' figures of each device. The host's time alone
+is measured, on this machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
+from benchmarks import host
+from benchmarks.measure import MeasurementError
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.devices import DEVICES, Device
 from benchmarks.prediction.fused import fused_step
+from benchmarks.prediction.memory_plan import IMPLEMENTATIONS
 from benchmarks.prediction.shapes import FORMATS, Format, Op, parameters
 from benchmarks.prediction.usual import usual_step
 from benchmarks.progress import Progress
@@ -21,22 +26,15 @@ from benchmarks.suites import Options, Record, Save
 from benchmarks.suites.predict_page import figure, page
 from densenet_fast.blocks.specs import Checkpoint
 
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
+__all__ = ["IMPLEMENTATIONS", "OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
 OPTIONS = frozenset({"networks", "parts"})
-PARTS = ("steps", "operations")
+PARTS = ("steps", "operations", "host")
 
-# An assumption, not a measurement: host time of one kernel started from PyTorch in Python.
-LAUNCH_SECONDS = 4e-6
+HOST_IMAGE, HOST_ROUNDS = 64, 25  # pixels: the host's time does not depend on images
 LARGE_BATCH = 256  # images; the full form
 
-# As peers of the other suites → how `memory_plan` calls them.
 OURS: dict[str, Checkpoint] = {f"ours-{mode}": mode for mode in memory_plan.OURS}
-IMPLEMENTATIONS = {
-    "naive-channels-last": memory_plan.NAIVE,
-    "memory-efficient": memory_plan.EFFICIENT,
-    **OURS,
-}
 DETAILED = ("naive-channels-last", "ours-bottleneck")  # operation by operation
 
 
@@ -52,16 +50,16 @@ def plan(options: Options) -> Record:
             "formats": [asdict(fmt) for fmt in FORMATS.values()],
             "devices": [asdict(device) for device in DEVICES],
             "parts": list(options.parts or PARTS),
-            "launch_seconds": LAUNCH_SECONDS,
         },
         "steps": [],
         "operations": [],
+        "host": [],
     }
 
 
 def failures(record: Record) -> list[str]:
-    """Counting cannot fail."""
-    return []
+    """Counting cannot fail; measuring the host can."""
+    return [f"host: {entry['error']}" for entry in record["host"] if "error" in entry]
 
 
 def count(spec: NetworkSpec, fmt: Format, name: str, device: Device) -> list[Op]:
@@ -92,24 +90,44 @@ def _totals(ops: Sequence[Op], fmt: Format, device: Device) -> dict[str, Any]:
 def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
     """Count every case."""
     settings = record["settings"]
-    record["steps"], record["operations"] = [], []  # counting again takes no time
+    record.update({part: [] for part in PARTS})  # counting again takes no time
     progress.start(len(settings["networks"]) * len(FORMATS))
+    if "host" in settings["parts"]:
+        progress.describe("the host's time")
+        record["host"] = _host(settings["networks"], options.seed)
     for data in settings["networks"]:
         spec = NetworkSpec.from_json(data)
         for fmt in FORMATS.values():
             # All devices or none: a row of the page has a figure of each.
             found = [_predict(spec, fmt, device, settings["parts"]) for device in DEVICES]
-            for part in PARTS:
+            for part in ("steps", "operations"):
                 record[part] += [entry for entries in found for entry in entries[part]]
             progress.advance()
         save()
+
+
+def _host(networks: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Seconds of a step of ours whose operators return at once, network by network."""
+    found = []
+    for data in {data["name"]: data for data in networks}.values():
+        size = min(HOST_IMAGE, data["image_size"])
+        spec = replace(NetworkSpec.from_json(data), batch_size=1, image_size=size)
+        try:
+            figures = host.measure(spec, list(OURS), HOST_ROUNDS, 1, seed)
+        except MeasurementError as error:
+            return [{"error": str(error)}]
+        found += [
+            {"network": spec.name, "implementation": f["peer"], "seconds": median(f["seconds"])}
+            for f in figures
+        ]
+    return found
 
 
 def _predict(
     spec: NetworkSpec, fmt: Format, device: Device, parts: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """The entries of one case, by part of the record."""
-    entries: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    entries: dict[str, list[dict[str, Any]]] = {"steps": [], "operations": []}
     for name, planned in IMPLEMENTATIONS.items():
         case = {
             "network": spec.title,

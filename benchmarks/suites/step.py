@@ -33,10 +33,10 @@ from benchmarks.memory import (
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
 from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
 from benchmarks.prediction import memory_plan
+from benchmarks.prediction.memory_plan import IMPLEMENTATIONS
 from benchmarks.prediction.shapes import FORMATS
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save, has
-from benchmarks.suites.predict import IMPLEMENTATIONS
 from benchmarks.suites.step_page import compared, figure, page
 from densenet_fast.train.errors import UsageError
 

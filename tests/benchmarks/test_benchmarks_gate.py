@@ -107,6 +107,7 @@ def test_a_suite_that_fails_does_not_stop_the_others(
     monkeypatch.setattr(cli, "SUITES_OF_ALL", ("step", "predict"))
     monkeypatch.setattr("benchmarks.suites.step.run", fails)
     monkeypatch.setattr("benchmarks.suites.predict.MAIN_NETWORKS", ("densenet-bc-100",))
+    monkeypatch.setattr("benchmarks.host.measure", lambda *_: [])
     arguments = ["all", "--no-progress", "--device", "cpu", "--output", str(tmp_path)]
     assert cli.main(arguments) == 1
     text = (tmp_path / "report.md").read_text()
