@@ -18,10 +18,11 @@ from densenet_fast.blocks.memory_plan import (
 )
 from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint
 from densenet_fast.fusion import fusion_report
-from densenet_fast.modules import eligibility, fusing, image_sizes, input_checks
+from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.layers import DenseBlock
 from densenet_fast.modules.step_sizes import network_size
+from densenet_fast.reports import table
 
 __all__ = ["DoesNotFitError", "MemoryEstimate", "PartMemory", "estimate"]
 
@@ -57,14 +58,7 @@ class MemoryEstimate:
             sizes = _mib(part.kept), _mib(part.scratch), _mib(part.peak)
             rows.append((part.name, mode, held, *sizes))
         rows.append(("step", "", "", _mib(self.kept), "", _mib(self.peak)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                text.ljust(width) if at < 2 else text.rjust(width)
-                for at, (text, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return "\n".join(table(rows, left=2))
 
 
 def _mib(size: int) -> str:
@@ -137,8 +131,7 @@ def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, in
     if len(sizes) != 4:
         raise ValueError(f"input_size must be (N, C, H, W), got {sizes}")
     images = torch.empty(sizes, device="meta")
-    input_checks.channels("estimate", images, next(iter(model.features), None))
-    image_sizes.check("estimate", model.features, images)
+    input_checks.chain("estimate", model.features, images)
     return sizes
 
 

@@ -9,10 +9,10 @@ or None. They run for every layer of every forward, hence the direct reading of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeGuard, TypeVar
+from typing import Any, Literal, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn.modules import module as _module
@@ -29,7 +29,7 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
-# kernel_size, stride, padding, dilation, groups, padding_mode
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
@@ -48,26 +48,19 @@ _CALL = nn.Module.__call__
 def touched(module: nn.Module) -> str | None:
     """What makes calling `module` more than running its class's forward."""
     state = module.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or state.get("_compiled_call_impl") is not None
-    ):
-        return _touched_how(state)
-    return None
-
-
-def _touched_how(state: dict[str, Any]) -> str:
     if "forward" in state:
         return "has its own forward"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled by itself"
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    hooked = [kind for kind in kinds if state[f"_{kind}_hooks"]]
-    return f"has a {hooked[0]} hook"
+    if state["_forward_hooks"]:
+        return "has a forward hook"
+    if state["_forward_pre_hooks"]:
+        return "has a forward_pre hook"
+    if state["_backward_hooks"]:
+        return "has a backward hook"
+    if state["_backward_pre_hooks"]:
+        return "has a backward_pre hook"
+    return None
 
 
 def other_type(module: nn.Module | None, kind: type[nn.Module]) -> str:
@@ -88,52 +81,29 @@ def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return touched(module)
 
 
-Kind = Literal["layer", "block", "transition"]
-_KINDS: dict[type[nn.Module], Kind] = {}
-Class = TypeVar("Class", bound=type[nn.Module])
+# What modules of exactly these types run fused as; their subclasses may do anything.
+KINDS: dict[type[nn.Module], Literal["layer", "block", "transition"]] = {}
 
 
-def fused_as(kind: Kind) -> Callable[[Class], Class]:
-    """Decorates a class whose modules run fused as a `kind`; its subclasses may do anything."""
-
-    def register(cls: Class) -> Class:
-        _KINDS[cls] = kind
-        return cls
-
-    return register
-
-
-def kind_of(module: nn.Module) -> Kind | None:
-    """What modules of this exact type run fused as."""
-    return _KINDS.get(type(module))
-
-
-def of_kind(module: nn.Module, kind: Kind, expected: type[nn.Module]) -> str | None:
+def of_kind(module: nn.Module, kind: str, expected: type[nn.Module]) -> str | None:
     """An untouched module whose exact type runs fused as a `kind`."""
-    if kind_of(module) != kind:
+    if KINDS.get(type(module)) != kind:
         return other_type(module, expected)
     return touched(module)
 
 
 # Subclasses of BatchNorm2d with a ReLU of their own, and what may be in the way of taking one of
-# them for BatchNorm2d and ReLU.
-_NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
-
-
-def register_norm_with_relu(
-    kind: type[nn.BatchNorm2d], obstacle: Callable[[Any], str | None]
-) -> None:
-    """Let norms of exactly this type be computed as a norm and a ReLU where `obstacle` is None."""
-    _NORMS_WITH_RELU[kind] = obstacle
+# exactly this type for BatchNorm2d and ReLU.
+NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
 
 
 def norm_with_relu(module: nn.Module | None) -> bool:
     """Whether the module is of a type with a ReLU of its own."""
-    return type(module) in _NORMS_WITH_RELU
+    return type(module) in NORMS_WITH_RELU
 
 
 # The forwards that neither write to their input nor return it or a view of it.
-_OUT_OF_PLACE = {
+OUT_OF_PLACE = {
     nn.modules.batchnorm._BatchNorm.forward,
     nn.SyncBatchNorm.forward,
     nn.modules.instancenorm._InstanceNorm.forward,
@@ -144,18 +114,13 @@ _OUT_OF_PLACE = {
 }
 
 
-def register_out_of_place(kind: type[nn.Module]) -> None:
-    """Say that modules with the forward of this type leave their input alone."""
-    _OUT_OF_PLACE.add(kind.forward)
-
-
 def leaves_input(module: nn.Module | None) -> bool:
     """Whether nobody gets at the module's input, to write to it, by calling the module."""
     if module is None or touched(module) is not None:
         return False
-    if type(module) is nn.Sequential or kind_of(module) == "transition":
+    if type(module) is nn.Sequential or KINDS.get(type(module)) == "transition":
         return leaves_input(next(iter(module._modules.values()), None))
-    return type(module).forward in _OUT_OF_PLACE
+    return KINDS.get(type(module)) == "layer" or type(module).forward in OUT_OF_PLACE
 
 
 def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -163,9 +128,7 @@ def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | N
         return f"holds a {type(tensor).__name__}"
     if tensor.dtype is not dtype:
         return f"is {tensor.dtype}, not {dtype}"
-    if tensor.device != device:
-        return f"is on {tensor.device}, not {device}"
-    return None
+    return None if tensor.device == device else f"is on {tensor.device}, not {device}"
 
 
 def parameter(state: dict[str, Any], name: str) -> Any:
@@ -194,43 +157,38 @@ def setting(state: dict[str, Any], name: str) -> Any:
 
 def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
     """Whether fused blocks know this type of norm."""
-    return type(module) in NORMS or type(module) in _NORMS_WITH_RELU
+    return type(module) in NORMS or norm_with_relu(module)
 
 
-def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def norm(
+    module: nn.Module, channels: int | None, dtype: torch.dtype, device: torch.device
+) -> str | None:
     """Obstacle to computing a norm of this many channels (a ReLU behind it is harmless)."""
     if not is_norm(module):
         return other_type(module, nn.BatchNorm2d)
-    with_relu = _NORMS_WITH_RELU.get(type(module))
+    with_relu = NORMS_WITH_RELU.get(type(module))
     obstacle = touched(module) or (None if with_relu is None else with_relu(module))
     if obstacle is not None:
         return obstacle
     state = module.__dict__
-    if state["num_features"] != channels:
+    if channels is not None and state["num_features"] != channels:
         return f"normalises {state['num_features']} channels, not {channels}"
     if not state["eps"] > 0:
         return f"has eps={state['eps']}"
     if state["momentum"] is None and torch.compiler.is_compiling():
         return "averages over all steps, whose number is not known to torch.compile"
+    buffers = state["_buffers"]
     try:
         weight, bias = parameter(state, "weight"), parameter(state, "bias")
-        buffers = state["_buffers"]
-        mean, var, _ = (
-            buffers["running_mean"],
-            buffers["running_var"],
-            buffers["num_batches_tracked"],
-        )
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        buffers["num_batches_tracked"]
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
     if (mean is None) is not (var is None):
         return "has only one of running_mean and running_var"
     for tensor in (weight, bias, mean, var):
-        if tensor is not None and (
-            type(tensor) not in PLAIN_TENSORS
-            or tensor.dtype is not dtype
-            or tensor.device != device
-        ):
-            return _tensor(tensor, dtype, device)
+        if tensor is not None and (found := _tensor(tensor, dtype, device)) is not None:
+            return found
     return None
 
 
@@ -251,18 +209,9 @@ def conv(
         return f"has no registered {missing.args[0]}"
     if bias is not None:
         return "has a bias"
-    actual = (
-        state["kernel_size"],
-        state["stride"],
-        state["padding"],
-        state["dilation"],
-        state["groups"],
-        setting(state, "padding_mode"),
-    )
+    actual = tuple(setting(state, name) for name in _SETTINGS)
     if actual != settings:
-        return (
-            "has kernel_size {}, stride {}, padding {}, dilation {}, groups {}, padding_mode {}"
-        ).format(*actual)
+        return "has " + ", ".join(map("{} {}".format, _SETTINGS, actual))
     return _tensor(weight, dtype, device)
 
 
@@ -332,6 +281,16 @@ def surroundings() -> str | None:
         if kind.forward is not forward:
             return f"{kind.__name__}.forward is patched"
     return None
+
+
+def routed(module: Any, input: Any, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    """The forward of a fused module: `plain` into a graph that records it, else its `run`.
+
+    In such a graph, of torch.export, torch.jit or torch.fx, shapes may stand for any shape.
+    """
+    recorded = torch.compiler.is_exporting() or isinstance(input, fx.Proxy) or is_tracing()
+    output: Tensor = plain(input) if recorded else module.run(input)
+    return output
 
 
 def autocast(device: torch.device) -> str | None:

@@ -52,33 +52,26 @@ class TailParts(NamedTuple):
     conv: nn.Conv2d | None = None
 
 
-# The parts of a layer of that exact type, or what is in the way of finding them.
-Reader = Callable[[nn.Module], LayerParts | str]
-_READERS: dict[type[nn.Module], Reader] = {}
+# By a layer's exact type: what gives its parts, or what is in the way of finding them.
+READERS: dict[type[nn.Module], Callable[[nn.Module], LayerParts | str]] = {}
 
 
-def register(kind: type[nn.Module], reader: Reader) -> None:
-    """Let layers of exactly this type run fused."""
-    _READERS[kind] = reader
-
-
-_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
-
-
-def named_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
+def named_parts(
+    modules: dict[str, Any], dropout: float, activations: Sequence[str] = ("relu1", "relu2")
+) -> LayerParts | str:
     """Parts under torchvision's names."""
     try:
-        norm1, relu1, conv1 = modules["norm1"], modules["relu1"], modules["conv1"]
-        norm2, relu2, conv2 = modules["norm2"], modules["relu2"], modules["conv2"]
+        relus = [(name, modules[name]) for name in activations]
+        norm1, conv1 = modules["norm1"], modules["conv1"]
+        norm2, conv2 = modules["norm2"], modules["conv2"]
     except KeyError as missing:
         return f"{missing.args[0]} is missing"
-    activations = (("relu1", relu1), ("relu2", relu2))
-    return LayerParts(norm1, conv1, norm2, conv2, activations, dropout)  # type: ignore[arg-type]
+    return LayerParts(norm1, conv1, norm2, conv2, relus, dropout)
 
 
-def sequential_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
+def sequential_parts(modules: dict[str, Any], dropout: float) -> LayerParts | str:
     """The same parts as all that a Sequential runs, which is what it has, in that order."""
-    if tuple(modules) != _NAMES:
+    if tuple(modules) != ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2"):
         return f"its submodules are {', '.join(modules)}"
     return named_parts(modules, dropout)
 
@@ -95,9 +88,20 @@ def dropout(state: dict[str, Any]) -> float:
     return rate
 
 
+def fusable(
+    parts: LayerParts | str, channels: int | None, dtype: torch.dtype, device: torch.device
+) -> LayerParts | str:
+    """The parts, or why they cannot be fused on an input of so many channels; None: of theirs."""
+    if isinstance(parts, str):
+        return parts
+    if channels is None:
+        channels = getattr(parts.norm1, "num_features", 0)
+    return parts.obstacle(channels, dtype, device) or parts
+
+
 def read(layer: nn.Module, expected: type[nn.Module]) -> LayerParts | str:
     """The layer's parts, or the obstacle to calling it as anything but a module."""
-    reader = _READERS.get(type(layer))
+    reader = READERS.get(type(layer))
     if reader is None:
         return eligibility.other_type(layer, expected)
     return eligibility.touched(layer) or reader(layer)
