@@ -22,7 +22,7 @@ def share(name: str, value: Any, *, zero: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     number = float(value)
-    if not (0.0 <= number if zero else 0.0 < number) or number > 1.0:
+    if not (number >= 0.0 if zero else number > 0.0) or number > 1.0:
         bounds = "between 0 and 1" if zero else "above 0 and at most 1"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return number

@@ -74,7 +74,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 class _Visitor:
     def __init__(self, dtype: torch.dtype, device: torch.device, backend: str) -> None:
-        self.where = (dtype, device)
+        self.expected = eligibility.Expected(dtype, device)
         self.rows: list[FusionRow] = []
         self.backend = backend
         self.everywhere = eligibility.autocast(device) or eligibility.surroundings()
@@ -94,10 +94,10 @@ class _Visitor:
         """Rows of what is below `module`; `head` follows it if it is a converted chain."""
         prefix = f"{name}." if name else ""
         if isinstance(module, (DenseLayer, Transition)):
-            step = module.step(None, None, *self.where)
+            step = module.step(None, None, self.expected)
             self.add(name or type(module).__name__, step, eligibility.touched(module))
         elif isinstance(module, FusedBlock):
-            parts = module.parts(*self.where)
+            parts = module.parts(self.expected)
             for (part, layer), found in zip(module._modules.items(), parts, strict=True):
                 if isinstance(layer, DenseLayer) and eligibility.touched(layer) is not None:
                     self.visit(f"{prefix}{part}", layer)
@@ -123,7 +123,7 @@ class _Visitor:
         """A row for everything that `fusing.steps` could fuse; `whole` is why it fuses nothing."""
         obstacles: dict[int, str] = {}
         modules: dict[str, Any] = features._modules
-        fusing.steps(list(modules.values()), *self.where, head=head, obstacles=obstacles)
+        fusing.steps(list(modules.values()), self.expected, head=head, obstacles=obstacles)
         for at, (name, module) in enumerate(modules.items()):
             if isinstance(module, eligibility.NORMS) or name in ("norm0", "norm5"):
                 self.add(prefix + name, whole or obstacles.get(at))

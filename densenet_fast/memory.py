@@ -20,6 +20,7 @@ from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint
 from densenet_fast.fusion import fusion_report
 from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.eligibility import Expected
 from densenet_fast.modules.layers import DenseBlock
 from densenet_fast.modules.step_sizes import network_size
 from densenet_fast.reports import table
@@ -140,7 +141,9 @@ def _network(
 ) -> NetworkSize:
     parameter = model.classifier.weight
     modules = list(model.features)
-    steps, pooled = fusing.steps(modules, parameter.dtype, parameter.device, recompute=recompute)
+    steps, pooled = fusing.steps(
+        modules, Expected(parameter.dtype, parameter.device), recompute=recompute
+    )
     network = None
     if pooled and eligibility.exactly(model.features, torch.nn.Sequential) is None:
         network = network_size(steps, model.classifier, shape, dtype, parameter.device)

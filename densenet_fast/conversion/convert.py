@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,8 +18,8 @@ from densenet_fast.conversion.parts import (
     ConvertedNetwork,
     is_converted,
 )
-from densenet_fast.conversion.report import ConversionReport, ConversionRow
 from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.reports import NamedRow, Report, table
 
 # The library's module that defines the classes → the adapter's name.
 _LIBRARIES = {
@@ -27,6 +28,46 @@ _LIBRARIES = {
     "monai.networks.nets.densenet": "monai",
     "torchxrayvision.models": "torchxrayvision",
 }
+
+
+@dataclass(frozen=True)
+class ConversionRow(NamedRow):
+    """One module that `convert` knows: `reason` says why it was left as it is, or None."""
+
+    type: str  # library and class, as it came
+    reason: str | None
+
+    @property
+    def converted(self) -> bool:
+        """Whether the module runs through densenet_fast now."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class ConversionReport(Report[ConversionRow]):
+    """Every network, block and transition that was found. `str()` gives a table.
+
+    Whether what was converted also runs fused, layer by layer, with the parameters' type, device
+    and hooks of now, says `densenet_fast.fusion_report(model)`.
+    """
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left as it is."""
+        return all(row.converted for row in self.rows)
+
+    def __str__(self) -> str:
+        converted = sum(row.converted for row in self.rows)
+        rows = [
+            (
+                row.name or "(the model)",
+                row.type,
+                "converted" if row.converted else f"left as it is: {row.reason}",
+            )
+            for row in self.rows
+        ]
+        lines = [f"{converted} of {len(self.rows)} parts converted", *table(rows, left=3)]
+        return "\n".join(lines)
 
 
 def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> ConversionReport:

@@ -155,17 +155,12 @@ class ConvertedNetwork(Converted):
         pooled = self.pooled(input)
         return self.plain(input) if pooled is None else self.head(pooled)
 
-    def fused_features(self) -> ConvertedFeatures | None:
-        """The network's chain of features, if it is converted."""
-        features = self._modules.get("features")
-        return features if isinstance(features, ConvertedFeatures) else None
-
     def known_head(self) -> fusing.Head:
-        """What is known to happen behind the last norm."""
-        features = self.fused_features()
-        if features is None or eligibility.touched(features) or not self.head_is_known():
+        """What is known to happen behind the last norm of converted features."""
+        features = self._modules.get("features")
+        if not isinstance(features, ConvertedFeatures) or eligibility.touched(features):
             return None
-        return self.pooling
+        return self.pooling if self.head_is_known() else None
 
     def pooled(self, input: Tensor) -> Tensor | None:
         """The pooled features [N, C]. None, and nothing computed, where the library makes them."""
@@ -177,9 +172,9 @@ class ConvertedNetwork(Converted):
         self, x: Tensor
     ) -> tuple[Sequence[Step], Callable[[Tensor], Tensor]] | None:
         """The steps to the pooled features and what follows them; None: not all of it is fused."""
-        head, features = self.known_head(), self.fused_features()
-        planned = features.planned(x, head) if features is not None and head else None
-        return (planned[0], self.head) if planned is not None and planned[1] else None
+        head, features = self.known_head(), self._modules.get("features")
+        planned: Any = head and features.planned(x, head)  # type: ignore[union-attr, operator]
+        return (planned[0], self.head) if planned and planned[1] else None
 
     def head_is_known(self) -> bool:
         """Whether the modules between the features and what `head` does are what they were."""

@@ -169,9 +169,7 @@ class EfficientDenseNet(nn.Module):
         """The steps to the pooled features and what follows them; None: not all of it is fused."""
         if eligibility.exactly(self.features, nn.Sequential) is not None:
             return None
-        steps, pooled = fusing.steps(
-            list(self.features), eligibility.parameter_type(x), x.device, recompute=True
-        )
+        steps, pooled = fusing.steps(list(self.features), eligibility.expected(x), recompute=True)
         return (steps, self.classifier) if pooled else None
 
     def _plans(self, steps: Sequence[Step], pooled: bool, x: Tensor) -> list[Plan]:

@@ -9,22 +9,19 @@ or None. They run for every layer of every forward, hence the direct reading of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
-from torch.nn.modules import module as _module
 
 from densenet_fast.blocks.autocast import CAST_TYPES
 from densenet_fast.blocks.autocast import enabled as autocast_enabled
+from densenet_fast.operators import torch_internals
 from densenet_fast.operators.backends import backend_for, get_backend
 
-_functorch: Any = torch._C._functorch
-
 # Tensors of a FakeTensorMode have shapes and no values: fused nodes know what to make of them.
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+PLAIN_TENSORS = (Tensor, nn.Parameter, torch_internals.FakeTensor)
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -45,6 +42,13 @@ _FORWARDS = tuple(
 _CALL = nn.Module.__call__
 
 
+class Expected(NamedTuple):
+    """What parameters have to be."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
 def touched(module: nn.Module) -> str | None:
     """What makes calling `module` more than running its class's forward."""
     state = module.__dict__
@@ -61,6 +65,11 @@ def touched(module: nn.Module) -> str | None:
     if state["_backward_pre_hooks"]:
         return "has a backward_pre hook"
     return None
+
+
+def named(name: str, obstacle: str | None) -> str | None:
+    """The obstacle as one of the part of that name."""
+    return None if obstacle is None else f"{name} {obstacle}"
 
 
 def other_type(module: nn.Module | None, kind: type[nn.Module]) -> str:
@@ -104,9 +113,9 @@ def norm_with_relu(module: nn.Module | None) -> bool:
 
 # The forwards that neither write to their input nor return it or a view of it.
 OUT_OF_PLACE = {
-    nn.modules.batchnorm._BatchNorm.forward,
+    torch_internals.BatchNorm.forward,
     nn.SyncBatchNorm.forward,
-    nn.modules.instancenorm._InstanceNorm.forward,
+    torch_internals.InstanceNorm.forward,
     nn.GroupNorm.forward,
     nn.Conv2d.forward,
     nn.AvgPool2d.forward,
@@ -123,12 +132,14 @@ def leaves_input(module: nn.Module | None) -> bool:
     return KINDS.get(type(module)) == "layer" or type(module).forward in OUT_OF_PLACE
 
 
-def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
+def _tensor(tensor: Tensor, expected: Expected) -> str | None:
     if type(tensor) not in PLAIN_TENSORS:
         return f"holds a {type(tensor).__name__}"
-    if tensor.dtype is not dtype:
-        return f"is {tensor.dtype}, not {dtype}"
-    return None if tensor.device == device else f"is on {tensor.device}, not {device}"
+    if tensor.dtype is not expected.dtype:
+        return f"is {tensor.dtype}, not {expected.dtype}"
+    if tensor.device != expected.device:
+        return f"is on {tensor.device}, not {expected.device}"
+    return None
 
 
 def parameter(state: dict[str, Any], name: str) -> Any:
@@ -160,9 +171,7 @@ def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
     return type(module) in NORMS or norm_with_relu(module)
 
 
-def norm(
-    module: nn.Module, channels: int | None, dtype: torch.dtype, device: torch.device
-) -> str | None:
+def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | None:
     """Obstacle to computing a norm of this many channels (a ReLU behind it is harmless)."""
     if not is_norm(module):
         return other_type(module, nn.BatchNorm2d)
@@ -187,7 +196,7 @@ def norm(
     if (mean is None) is not (var is None):
         return "has only one of running_mean and running_var"
     for tensor in (weight, bias, mean, var):
-        if tensor is not None and (found := _tensor(tensor, dtype, device)) is not None:
+        if tensor is not None and (found := _tensor(tensor, expected)) is not None:
             return found
     return None
 
@@ -195,8 +204,7 @@ def norm(
 def conv(
     module: nn.Module,
     settings: tuple[Any, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    expected: Expected,
 ) -> str | None:
     """Obstacle to computing a convolution without bias and with these settings."""
     obstacle = exactly(module, nn.Conv2d)
@@ -212,7 +220,7 @@ def conv(
     actual = tuple(setting(state, name) for name in _SETTINGS)
     if actual != settings:
         return "has " + ", ".join(map("{} {}".format, _SETTINGS, actual))
-    return _tensor(weight, dtype, device)
+    return _tensor(weight, expected)
 
 
 def any_conv(module: nn.Module) -> str | None:
@@ -259,21 +267,15 @@ def _pool(module: nn.Module, settings: dict[str, Any], what: str) -> str | None:
 
 def surroundings() -> str | None:
     """Obstacle in the state of the process: hooks on all modules, tracing, transforms."""
-    if (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    ):
+    if torch_internals.hooked_globally():
         return "hooks on all modules are registered"
     if torch.compiler.is_exporting():
         return "torch.export is tracing"
     if is_tracing():
         return "torch.jit is tracing"
-    # Not `is not None`, to which torch.compile has no answer.
-    if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):
+    if torch_internals.transformed():
         return "a torch.func transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if torch_internals.forward_mode():
         return "forward-mode differentiation is active"
     if nn.Module.__call__ is not _CALL:
         return "nn.Module.__call__ is patched"
@@ -303,11 +305,10 @@ def autocast(device: torch.device) -> str | None:
     return f"autocast is active on {device.type}, where there are no kernels for {dtype}"
 
 
-def parameter_type(input: Tensor) -> torch.dtype:
-    """The type that parameters should have for this input: under autocast float32."""
-    if autocast_enabled(input.device.type) and input.dtype in CAST_TYPES:
-        return torch.float32
-    return input.dtype
+def expected(input: Tensor) -> Expected:
+    """What parameters should be for this input: under autocast float32."""
+    cast = autocast_enabled(input.device.type) and input.dtype in CAST_TYPES
+    return Expected(torch.float32 if cast else input.dtype, input.device)
 
 
 def input(tensor: Tensor) -> str | None:

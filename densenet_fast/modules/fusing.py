@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from densenet_fast.blocks import synchronized
 from densenet_fast.modules import eligibility, step_sizes
+from densenet_fast.modules.eligibility import Expected, named
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layer_parts import TailParts
 from densenet_fast.modules.layers import DenseBlock, FusedBlock, Transition
@@ -21,22 +22,17 @@ from densenet_fast.modules.steps import ConvStep, DenseStep, ModuleStep, StemSte
 Head = Literal["relu and average", "average"] | None
 
 
-def _stem_obstacle(
-    modules: Sequence[nn.Module], length: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
+def _stem_obstacle(modules: Sequence[nn.Module], length: int, expected: Expected) -> str | None:
     """Why the first `length` modules are no stem's norm, ReLU and max-pooling to fuse, or None."""
     if len(modules) < length:
         return "is not followed by a ReLU and a max-pooling"
     norm, *relu, pool = modules[:length]
     if not eligibility.is_norm(norm):
         return eligibility.other_type(norm, nn.BatchNorm2d)
-    if (found := eligibility.norm(norm, None, dtype, device)) is not None:
-        return f"the norm {found}"
-    if relu and (found := eligibility.exactly(relu[0], nn.ReLU)) is not None:
-        return f"the ReLU {found}"
-    if (found := eligibility.max_pool(pool)) is not None:
-        return f"the pooling {found}"
-    return None
+    found = named("the norm", eligibility.norm(norm, None, expected))
+    for module in relu:
+        found = found or named("the ReLU", eligibility.exactly(module, nn.ReLU))
+    return found or named("the pooling", eligibility.max_pool(pool))
 
 
 def _block_obstacle(block: nn.Module) -> str | None:
@@ -44,18 +40,16 @@ def _block_obstacle(block: nn.Module) -> str | None:
     return eligibility.of_kind(block, "block", DenseBlock)
 
 
-def _tail(
-    module: nn.Module, head: Head, dtype: torch.dtype, device: torch.device
-) -> DenseStep | str:
+def _tail(module: nn.Module, head: Head, expected: Expected) -> DenseStep | str:
     """A transition, or a last norm and the head, as a step behind a block; or why it is none."""
     if isinstance(module, Transition):
         obstacle = eligibility.of_kind(module, "transition", Transition)
-        return module.step(obstacle, None, dtype, device)
+        return module.step(obstacle, None, expected)
     if head is None:
         return "what follows it is not known to be ReLU and the average over all pixels"
     if head == "average" and not eligibility.norm_with_relu(module):
         return f"is a {type(module).__name__} without a ReLU of its own"
-    found = eligibility.norm(module, None, dtype, device)
+    found = eligibility.norm(module, None, expected)
     return found or DenseStep([], "bottleneck", TailParts(module))  # type: ignore[arg-type]
 
 
@@ -100,18 +94,17 @@ class Chain(NamedTuple):
 
 def planned(owner: nn.Module, modules: Sequence[nn.Module], input: Tensor, **options: Any) -> Chain:
     """What `steps` gives for `modules`, which are below `owner`; kept while nothing changes."""
-    dtype, device = eligibility.parameter_type(input), input.device
+    expected = eligibility.expected(input)
 
     def make() -> Chain:
-        return Chain(*steps(modules, dtype, device, **options), set())
+        return Chain(*steps(modules, expected, **options), set())
 
-    return kept(owner, (dtype, device, *options.items()), make)
+    return kept(owner, (expected, *options.items()), make)
 
 
 def steps(
     modules: Sequence[nn.Module],
-    dtype: torch.dtype,
-    device: torch.device,
+    expected: Expected,
     *,
     recompute: bool | None = None,
     head: Head = "relu and average",
@@ -132,16 +125,16 @@ def steps(
         if isinstance(module, FusedBlock):
             obstacle = _block_obstacle(module)
             if obstacle is None:
-                step = module.step(None, None, dtype, device)
+                step = module.step(None, None, expected)
                 step.memory_format = memory_format
                 if step.segments and isinstance(step.segments[0], list):
                     _channels_innermost(planned)
                 planned.append(step)
         elif isinstance(module, Transition) or at + 1 == len(modules):
-            obstacle = _fuse_behind(planned, _tail(module, head, dtype, device))
+            obstacle = _fuse_behind(planned, _tail(module, head, expected))
         else:
             length = 2 if eligibility.norm_with_relu(module) else 3
-            obstacle = _stem_obstacle(modules[at:], length, dtype, device)
+            obstacle = _stem_obstacle(modules[at:], length, expected)
             if obstacle is None:
                 _channels_innermost(planned)
                 taken = length

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from densenet_fast.modules import eligibility
+from densenet_fast.modules.eligibility import Expected, named
 
 
 class LayerParts(NamedTuple):
@@ -25,24 +25,22 @@ class LayerParts(NamedTuple):
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float
 
-    def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    def obstacle(self, channels: int, expected: Expected) -> str | None:
         """Why the parts cannot be fused on an input of so many channels, or None."""
         norm1, conv1, norm2, conv2, activations, _ = self
-        if (found := eligibility.conv(conv1, eligibility.POINTWISE, dtype, device)) is not None:
-            return f"conv1 {found}"
-        if (found := eligibility.conv(conv2, eligibility.SPATIAL, dtype, device)) is not None:
-            return f"conv2 {found}"
+        pointwise, spatial = eligibility.POINTWISE, eligibility.SPATIAL
+        found = named("conv1", eligibility.conv(conv1, pointwise, expected))
+        found = found or named("conv2", eligibility.conv(conv2, spatial, expected))
+        if found is not None:
+            return found
         bottleneck, read, *_ = eligibility.weight_shape(conv1)
         if read != channels or eligibility.weight_shape(conv2)[1] != bottleneck:
             return "the shapes of the convolutions do not fit together"
-        if (found := eligibility.norm(norm1, channels, dtype, device)) is not None:
-            return f"norm1 {found}"
-        if (found := eligibility.norm(norm2, bottleneck, dtype, device)) is not None:
-            return f"norm2 {found}"
+        found = named("norm1", eligibility.norm(norm1, channels, expected))
+        found = found or named("norm2", eligibility.norm(norm2, bottleneck, expected))
         for name, module in activations:
-            if (found := eligibility.exactly(module, nn.ReLU)) is not None:
-                return f"{name} {found}"
-        return None
+            found = found or named(name, eligibility.exactly(module, nn.ReLU))
+        return found
 
 
 class TailParts(NamedTuple):
@@ -88,15 +86,13 @@ def dropout(state: dict[str, Any]) -> float:
     return rate
 
 
-def fusable(
-    parts: LayerParts | str, channels: int | None, dtype: torch.dtype, device: torch.device
-) -> LayerParts | str:
+def fusable(parts: LayerParts | str, channels: int | None, expected: Expected) -> LayerParts | str:
     """The parts, or why they cannot be fused on an input of so many channels; None: of theirs."""
     if isinstance(parts, str):
         return parts
     if channels is None:
         channels = getattr(parts.norm1, "num_features", 0)
-    return parts.obstacle(channels, dtype, device) or parts
+    return parts.obstacle(channels, expected) or parts
 
 
 def read(layer: nn.Module, expected: type[nn.Module]) -> LayerParts | str:

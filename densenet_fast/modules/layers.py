@@ -17,7 +17,7 @@ from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import released
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.modules import eligibility, input_checks, layer_parts
-from densenet_fast.modules.eligibility import routed
+from densenet_fast.modules.eligibility import Expected, named, routed
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
 from densenet_fast.modules.steps import DenseStep, Segment
 
@@ -38,8 +38,7 @@ class FusedModule(nn.Module):
         input_checks.images(owner, input)
         input_checks.channels(owner, input, self.first_reader())
         synchronized.check_modules(self, input.device)
-        obstacle, channels = eligibility.input(input), input.shape[1]
-        step = self.step(obstacle, channels, eligibility.parameter_type(input), input.device)
+        step = self.step(eligibility.input(input), input.shape[1], eligibility.expected(input))
         if isinstance(step, str) or not step.fused_throughout:
             input_checks.parameters(self, self, input)
         chain = self if isinstance(self, Transition) else [self]
@@ -50,7 +49,7 @@ class FusedModule(nn.Module):
         return released(step.run(input), memory_format)
 
     def step(
-        self, obstacle: str | None, channels: int | None, dtype: torch.dtype, device: torch.device
+        self, obstacle: str | None, channels: int | None, expected: Expected
     ) -> DenseStep | str:
         """The step on so many channels (None: any number), or why there is none.
 
@@ -130,11 +129,11 @@ class DenseLayer(Checkpointed):
         self.conv2 = nn.Conv2d(bottleneck, growth, kernel_size=3, padding=1, bias=False)
 
     def step(
-        self, obstacle: str | None, channels: int | None, dtype: torch.dtype, device: torch.device
+        self, obstacle: str | None, channels: int | None, expected: Expected
     ) -> DenseStep | str:
         """The layer alone."""
         own = layer_parts.usual_parts(self)
-        parts = obstacle or layer_parts.fusable(own, channels, dtype, device)
+        parts = obstacle or layer_parts.fusable(own, channels, expected)
         return parts if isinstance(parts, str) else DenseStep([[parts]], self._checkpoint)
 
     def first_reader(self) -> nn.Module | None:
@@ -189,7 +188,7 @@ class FusedBlock(Checkpointed):
         parts = "there is none" if first is None else layer_parts.read(first, DenseLayer)
         return None if isinstance(parts, str) else parts.norm1
 
-    def parts(self, dtype: torch.dtype, device: torch.device) -> list[LayerParts | str]:
+    def parts(self, expected: Expected) -> list[LayerParts | str]:
         """What each layer computes with, or why it must be called as a module.
 
         Behind such a one the number of channels is unknown, and taken from the next layer.
@@ -198,7 +197,7 @@ class FusedBlock(Checkpointed):
         found: list[LayerParts | str] = []
         for layer in self.layers():
             own = layer_parts.read(layer, DenseLayer)
-            parts = layer_parts.fusable(own, channels, dtype, device)
+            parts = layer_parts.fusable(own, channels, expected)
             found.append(parts)
             channels = None
             if not isinstance(parts, str):
@@ -206,9 +205,7 @@ class FusedBlock(Checkpointed):
                 channels = read[1] + growth[0]
         return found
 
-    def step(
-        self, obstacle: str | None, channels: int | None, dtype: torch.dtype, device: torch.device
-    ) -> DenseStep:
+    def step(self, obstacle: str | None, channels: int | None, expected: Expected) -> DenseStep:
         """Longest runs of layers to fuse, and single layers to call, in order.
 
         The layers of a run share the features' statistics, so those are of one process group.
@@ -219,7 +216,7 @@ class FusedBlock(Checkpointed):
             return DenseStep(segments, self._checkpoint, lists=self.lists)
         run: list[LayerParts] = []
         group = synchronized.OneGroup()
-        for layer, parts in zip(self.layers(), self.parts(dtype, device), strict=True):
+        for layer, parts in zip(self.layers(), self.parts(expected), strict=True):
             if isinstance(parts, str):
                 segments.append(layer)
                 run = []
@@ -297,7 +294,7 @@ class Transition(FusedModule, nn.Sequential):
         return input
 
     def step(
-        self, obstacle: str | None, channels: int | None, dtype: torch.dtype, device: torch.device
+        self, obstacle: str | None, channels: int | None, expected: Expected
     ) -> DenseStep | str:
         """The transition as the tail of a block without layers."""
         if obstacle is not None:
@@ -309,18 +306,16 @@ class Transition(FusedModule, nn.Sequential):
         if names != (["norm", "relu", "conv", "pool"] if relu else ["norm", "conv", "pool"]):
             return f"its submodules are {', '.join(names)}"
         norm, conv, pool = parts["norm"], parts["conv"], parts["pool"]
-        if (found := eligibility.conv(conv, eligibility.POINTWISE, dtype, device)) is not None:
+        if (found := eligibility.conv(conv, eligibility.POINTWISE, expected)) is not None:
             return f"conv {found}"
         read = eligibility.weight_shape(conv)[1]
         if channels is not None and read != channels:
             return f"conv reads {read} channels, not {channels}"
-        if (found := eligibility.norm(norm, read, dtype, device)) is not None:
-            return f"norm {found}"
-        if relu and (found := eligibility.exactly(parts["relu"], nn.ReLU)) is not None:
-            return f"relu {found}"
-        if (found := eligibility.average_pool(pool)) is not None:
-            return f"pool {found}"
-        return DenseStep([], "bottleneck", TailParts(norm, conv))
+        found = named("norm", eligibility.norm(norm, read, expected))
+        if relu:
+            found = found or named("relu", eligibility.exactly(parts["relu"], nn.ReLU))
+        found = found or named("pool", eligibility.average_pool(pool))
+        return found or DenseStep([], "bottleneck", TailParts(norm, conv))
 
 
 eligibility.KINDS.update({DenseLayer: "layer", DenseBlock: "block", Transition: "transition"})

@@ -16,17 +16,15 @@ from densenet_fast.conversion.parts import (
     averages,
 )
 from densenet_fast.modules import eligibility, layer_parts
+from densenet_fast.modules.eligibility import named
 from densenet_fast.modules.layer_parts import LayerParts
 
 
 def norm_obstacle(norm: Any) -> str | None:
     """Why a norm is not a batch normalisation and a ReLU, or None."""
     modules = norm.__dict__["_modules"]
-    if (found := eligibility.exactly(modules.get("drop"), nn.Identity)) is not None:
-        return f"drop {found}"
-    if (found := eligibility.exactly(modules.get("act"), nn.ReLU)) is not None:
-        return f"act {found}"
-    return None
+    found = named("drop", eligibility.exactly(modules.get("drop"), nn.Identity))
+    return found or named("act", eligibility.exactly(modules.get("act"), nn.ReLU))
 
 
 def parts(layer: nn.Module) -> LayerParts | str:
