@@ -311,16 +311,6 @@ def _densenet(
     if weights is None:
         return EfficientDenseNet(**{**shape, **kwargs})
     chosen = pretrained.Pretrained(name, weights)
-    needed = {**shape, **_AS_PRETRAINED, "num_classes": chosen.num_classes}
-    chosen.check_arguments(needed, kwargs)
-    model = EfficientDenseNet(**{**needed, **kwargs})
+    model = EfficientDenseNet(**chosen.arguments(shape, kwargs))
     chosen.load(model, progress)
     return model
-
-
-_AS_PRETRAINED: dict[str, Any] = {
-    "bn_size": 4,
-    "compression": 0.5,
-    "in_channels": 3,
-    "small_inputs": False,
-}

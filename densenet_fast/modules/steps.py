@@ -119,16 +119,11 @@ class StemStep:
     def run(self, input: Tensor) -> Tensor:
         """The pooled features."""
         norm = norm_spec(self.norm, [])
-        weight = bias = geometry = None
-        if self.conv is not None:
-            conv: Any = self.conv.__dict__
-            geometry = ConvGeometry(
-                conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
-            )
-            weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
-        if weight is None or geometry is None:
+        if self.conv is None:
             return stem_norm_relu_maxpool(input, norm)
-        return conv_stem(input, weight, bias, geometry, norm)
+        conv: Any = self.conv.__dict__
+        geometry = ConvGeometry(conv["stride"], conv["padding"], conv["dilation"], conv["groups"])
+        return conv_stem(input, parameter(conv, "weight"), parameter(conv, "bias"), geometry, norm)
 
 
 @dataclass

@@ -69,6 +69,10 @@ _PART = r"(?:conv0|norm0|norm5|norm_final|denseblock\d+|transition\d+)\."
 _DENSENET = re.compile(_START + r"(?:features\." + _PART + r"|denselayer\d+\.)")
 _ROOT = re.compile(r"((?:[^.]+\.)*?)features\." + _PART)
 _WRAPPERS = ("module.", "model.", "net.")  # DistributedDataParallel and LightningModules
+_ADVICE = {
+    "file": "prefix= takes the keys under one prefix alone",
+    "model": "load into the part of the model that the file is for",
+}
 _COMPILED = re.compile(_START + r"_orig_mod\.")  # torch.compile, of a network or of its parts
 
 
@@ -85,14 +89,6 @@ class Names:
         return self.own.get(common, self.prefix + self.layout.to_own(common))
 
 
-class SameTensorTwiceError(ValueError):
-    """Two keys of the file or of the model stand for the same tensor."""
-
-    def __init__(self, side: str, first: str, second: str, common: str) -> None:
-        super().__init__(f"{first} and {second} of the {side} both stand for {common}")
-        self.side = side
-
-
 def roots(keys: Iterable[str]) -> list[str]:
     """What stands before `features.` in each DenseNet among `keys`: "" or a name and a dot."""
     matches = (_ROOT.match(_COMPILED.sub("", key)) for key in keys)
@@ -106,7 +102,7 @@ def names(file: Sequence[str], model: Sequence[str]) -> tuple[Names, Names]:
     as with a U-Net's `encoder.` and a file of the encoder alone, it is taken away as well.
 
     Raises:
-        SameTensorTwiceError: two keys of one side stand for the same tensor.
+        ValueError: two keys of one side stand for the same tensor.
     """
     (outer, inner), (model_outer, model_inner) = _prefix(file), _prefix(model)
     if inner != model_inner:
@@ -144,7 +140,9 @@ def _names(side: str, keys: Sequence[str], prefix: str) -> Names:
         for layout in _OTHERS:
             common = layout.to_common(common)
         if common in own:
-            raise SameTensorTwiceError(side, own[common], key, common)
+            raise ValueError(
+                f"{own[common]} and {key} of the {side} both stand for {common}; {_ADVICE[side]}"
+            )
         own[common] = key
     return Names(_layout(inner.values()), _written(inner, prefix), own)
 

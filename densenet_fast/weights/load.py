@@ -152,12 +152,8 @@ def load_into(
     _check_values(model, own)
     try:
         file_names, model_names = key_layouts.names(list(values), list(own))
-    except key_layouts.SameTensorTwiceError as error:
-        advice = {
-            "file": "prefix= takes the keys under one prefix alone",
-            "model": "load into the part of the model that the file is for",
-        }
-        raise ValueError(f"{state.path}: {error}; {advice[error.side]}") from None
+    except ValueError as error:
+        raise ValueError(f"{state.path}: {error}") from None
     _check_patterns(ignore, file_names, model_names)
 
     def ignored(*names: str) -> bool:
@@ -208,17 +204,17 @@ def _check_patterns(
 
 
 def _check_values(model: nn.Module, own: Mapping[str, Any]) -> None:
-    empty = [name for name, value in own.items() if nn.parameter.is_lazy(value) or _meta(value)]
+    empty = [
+        name
+        for name, value in own.items()
+        if nn.parameter.is_lazy(value) or getattr(value, "is_meta", False)
+    ]
     if empty:
         raise ValueError(
             f"{len(empty)} tensors of {type(model).__name__} have no values to load into "
             f"({empty[0]}, ...): a model on the meta device needs model.to_empty(device=...) "
             "first, a lazy one its first input"
         )
-
-
-def _meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
 
 
 def _kind(names: key_layouts.Names, entry: str | None) -> str:

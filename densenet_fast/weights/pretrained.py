@@ -22,6 +22,7 @@ _ENUMS = {
     "densenet169": "DenseNet169_Weights",
     "densenet201": "DenseNet201_Weights",
 }
+_DEFAULTS = {"bn_size": 4, "compression": 0.5, "in_channels": 3, "small_inputs": False}
 
 
 class Pretrained:
@@ -46,24 +47,19 @@ class Pretrained:
         self._network = network
         self._chosen: Any = _member(_ENUMS[network], weights)
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes the weights distinguish."""
-        return len(self._chosen.meta["categories"])
-
-    def check_arguments(self, needed: dict[str, Any], given: dict[str, Any]) -> None:
-        """Raise ValueError if a given argument is another one than the weights need."""
+    def arguments(self, shape: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """All of the network's; ValueError if a given one is another than the weights need."""
+        needed = {**shape, **_DEFAULTS, "num_classes": len(self._chosen.meta["categories"])}
         for name, expected in needed.items():
             value = given.get(name, expected)
-            same = tuple(value) if isinstance(value, list) else value
-            if same != expected:
-                hint = ""
-                if name == "num_classes":
-                    hint = "; for other classes, replace model.classifier afterwards"
+            if (tuple(value) if isinstance(value, list) else value) != expected:
+                hint = "; for other classes, replace model.classifier afterwards"
                 raise ValueError(
                     f"{name}={value!r} does not fit the weights {self._chosen!r} of "
-                    f"{self._network}, which need {name}={expected!r}{hint}"
+                    f"{self._network}, which need {name}={expected!r}"
+                    f"{hint if name == 'num_classes' else ''}"
                 )
+        return {**given, **needed}
 
     def load(self, model: nn.Module, progress: bool) -> None:
         """Load the weights from torch.hub's cache, where they are downloaded to if need be."""
