@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,18 +154,15 @@ def _network(
     return network
 
 
-def _parts(network: NetworkSize, plans: Sequence[Plan], names: Sequence[str]) -> list[PartMemory]:
+def _parts(
+    network: NetworkSize, plans: Sequence[Plan], names: Sequence[str]
+) -> Iterator[PartMemory]:
     stem, head = network.stem, network.head
-    parts = [
-        PartMemory(
-            "stem", None, None, stem.kept(plans), stem.scratch(plans), network.stem_backward(plans)
-        )
-    ]
+    first = stem.kept(plans), stem.scratch(plans), network.stem_backward(plans)
+    yield PartMemory("stem", None, None, *first)
     peaks = network.backwards(plans)
     for name, block, plan, peak in zip(names, network.blocks, plans, peaks, strict=True):
-        parts.append(
-            PartMemory(name, plan.mode, plan.hold, block.kept(plan), block.backward(plan), peak)
-        )
+        sizes = block.kept(plan), block.backward(plan), peak
+        yield PartMemory(name, plan.mode, plan.hold, *sizes)
     peak = network.kept(plans) + head.weights
-    parts.append(PartMemory("classifier", None, None, head.kept, head.weights, peak))
-    return parts
+    yield PartMemory("classifier", None, None, head.kept, head.weights, peak)

@@ -25,8 +25,8 @@ class LayerParts(NamedTuple):
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float
 
-    def obstacle(self, channels: int, expected: Expected) -> str | None:
-        """Why the parts cannot be fused on an input of so many channels, or None."""
+    def obstacle(self, channels: int | None, expected: Expected) -> str | None:
+        """Why they cannot be fused on an input of so many channels (None: of norm1's), or None."""
         norm1, conv1, norm2, conv2, activations, _ = self
         pointwise, spatial = eligibility.POINTWISE, eligibility.SPATIAL
         found = named("conv1", eligibility.conv(conv1, pointwise, expected))
@@ -34,6 +34,7 @@ class LayerParts(NamedTuple):
         if found is not None:
             return found
         bottleneck, read, *_ = eligibility.weight_shape(conv1)
+        channels = getattr(norm1, "num_features", 0) if channels is None else channels
         if read != channels or eligibility.weight_shape(conv2)[1] != bottleneck:
             return "the shapes of the convolutions do not fit together"
         found = named("norm1", eligibility.norm(norm1, channels, expected))
@@ -87,12 +88,8 @@ def dropout(state: dict[str, Any]) -> float:
 
 
 def fusable(parts: LayerParts | str, channels: int | None, expected: Expected) -> LayerParts | str:
-    """The parts, or why they cannot be fused on an input of so many channels; None: of theirs."""
-    if isinstance(parts, str):
-        return parts
-    if channels is None:
-        channels = getattr(parts.norm1, "num_features", 0)
-    return parts.obstacle(channels, expected) or parts
+    """The parts, or why they cannot be fused on an input of so many channels (None: of norm1's)."""
+    return parts if isinstance(parts, str) else parts.obstacle(channels, expected) or parts
 
 
 def read(layer: nn.Module, expected: type[nn.Module]) -> LayerParts | str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,6 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
         group="" if type(norm) is nn.BatchNorm2d else synchronized.group_of(norm),
         counter=counter,
     )
-
-
-class Step(Protocol):
-    """One step of a forward."""
-
-    def run(self, input: Tensor) -> Tensor:
-        """The step's output."""
 
 
 @dataclass
@@ -220,6 +213,9 @@ class DenseStep:
         if all(norm.momentum is not None for norm in norms):
             self._specs[id(run)] = flat
         return flat
+
+
+Step = ModuleStep | ConvStep | StemStep | DenseStep
 
 
 def _joined(features: list[Tensor]) -> Tensor:
