@@ -127,9 +127,10 @@ def leaves_input(module: nn.Module | None) -> bool:
     """Whether nobody gets at the module's input, to write to it, by calling the module."""
     if module is None or touched(module) is not None:
         return False
-    if type(module) is nn.Sequential or KINDS.get(type(module)) == "transition":
+    kind = KINDS.get(type(module))
+    if type(module) is nn.Sequential or kind == "transition":
         return leaves_input(next(iter(module._modules.values()), None))
-    return KINDS.get(type(module)) == "layer" or type(module).forward in OUT_OF_PLACE
+    return kind == "layer" or type(module).forward in OUT_OF_PLACE
 
 
 def _tensor(tensor: Tensor, expected: Expected) -> str | None:
@@ -267,16 +268,12 @@ def _pool(module: nn.Module, settings: dict[str, Any], what: str) -> str | None:
 
 def surroundings() -> str | None:
     """Obstacle in the state of the process: hooks on all modules, tracing, transforms."""
-    if torch_internals.hooked_globally():
-        return "hooks on all modules are registered"
     if torch.compiler.is_exporting():
         return "torch.export is tracing"
     if is_tracing():
         return "torch.jit is tracing"
-    if torch_internals.transformed():
-        return "a torch.func transform is active"
-    if torch_internals.forward_mode():
-        return "forward-mode differentiation is active"
+    if (found := torch_internals.altered()) is not None:
+        return found
     if nn.Module.__call__ is not _CALL:
         return "nn.Module.__call__ is patched"
     for kind, forward in _FORWARDS:

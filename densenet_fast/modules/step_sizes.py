@@ -24,8 +24,8 @@ from densenet_fast.blocks.memory_plan import (
 from densenet_fast.blocks.nodes import planned_shape
 from densenet_fast.modules import eligibility, input_checks
 from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
-from densenet_fast.operators import torch_internals
 from densenet_fast.operators.rows import row_pitch
+from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 
 _LABEL = 8  # bytes
 _MOST_PARTS = 16  # of the CPU kernels' backward, each with a weight gradient of its own
@@ -127,7 +127,7 @@ def _gradient_bytes(weights: Sequence[Tensor]) -> tuple[int, int]:
     lasting = [
         weight
         for weight in wanted
-        if weight.is_leaf and weight.grad is None and not torch_internals.hooked_gradient(weight)
+        if weight.is_leaf and weight.grad is None and not getattr(weight, GRADIENT_HOOKS, None)
     ]
     return sum(weight.nbytes for weight in wanted), sum(weight.nbytes for weight in lasting)
 

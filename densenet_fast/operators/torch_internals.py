@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._utils import IMPORT_MAPPING as IMPORT_MAPPING
 from torch._utils import NAME_MAPPING as NAME_MAPPING
@@ -18,31 +18,24 @@ from torch.nn.modules import module as _module
 __all__ = ["IMPORT_MAPPING", "NAME_MAPPING", "FakeTensor", "allowed_globals"]
 _functorch: Any = torch._C._functorch
 
+# The attribute of a parameter with what is called when its gradient is there, and may free it.
+GRADIENT_HOOKS = "_post_accumulate_grad_hooks"
 BatchNorm: type[nn.Module] = nn.modules.batchnorm._BatchNorm
 InstanceNorm: type[nn.Module] = nn.modules.instancenorm._InstanceNorm
 
 
-def hooked_globally() -> bool:
-    """Whether hooks on all modules are registered."""
-    return bool(
+def altered() -> str | None:
+    """What makes the call of any module, or any tensor, more than it says; None if nothing does."""
+    if (
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
-    )
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform is active."""
+    ):
+        return "hooks on all modules are registered"
     # Not `is not None`, to which torch.compile has no answer.
-    return isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter)
-
-
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is active."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def hooked_gradient(parameter: Tensor) -> bool:
-    """Whether something is called when the parameter's gradient is there, and may free it."""
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None

@@ -13,7 +13,7 @@ from densenet_fast.operators import torch_internals
 
 
 def test_hooks_on_all_modules() -> None:
-    assert not torch_internals.hooked_globally()
+    assert torch_internals.altered() is None
     for register in (
         torch_module.register_module_forward_hook,
         torch_module.register_module_forward_pre_hook,
@@ -21,38 +21,38 @@ def test_hooks_on_all_modules() -> None:
         torch_module.register_module_full_backward_pre_hook,
     ):
         handle = register(lambda *args: None)
-        assert torch_internals.hooked_globally()
+        assert torch_internals.altered() == "hooks on all modules are registered"
         handle.remove()
-        assert not torch_internals.hooked_globally()
+        assert torch_internals.altered() is None
 
 
 def test_transforms() -> None:
-    seen: list[bool] = []
+    seen: list[str | None] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(torch_internals.transformed())
+        seen.append(torch_internals.altered())
         return x.sum()
 
     look(torch.ones(2))
     torch.func.grad(look)(torch.ones(2))
     torch.func.vmap(look)(torch.ones(2, 2))
-    assert seen == [False, True, True]
+    assert seen == [None, *2 * ["a torch.func transform is active"]]
 
 
 def test_forward_mode() -> None:
-    assert not torch_internals.forward_mode()
+    assert torch_internals.altered() is None
     with forward_ad.dual_level():
-        assert torch_internals.forward_mode()
-    assert not torch_internals.forward_mode()
+        assert torch_internals.altered() == "forward-mode differentiation is active"
+    assert torch_internals.altered() is None
 
 
-def test_hooked_gradients() -> None:
+def test_hooks_of_a_gradient() -> None:
     parameter = nn.Parameter(torch.ones(2))
-    assert not torch_internals.hooked_gradient(parameter)
+    assert not getattr(parameter, torch_internals.GRADIENT_HOOKS)
     handle = parameter.register_post_accumulate_grad_hook(lambda _: None)
-    assert torch_internals.hooked_gradient(parameter)
+    assert getattr(parameter, torch_internals.GRADIENT_HOOKS)
     handle.remove()
-    assert not torch_internals.hooked_gradient(parameter)
+    assert not getattr(parameter, torch_internals.GRADIENT_HOOKS)
 
 
 def test_classes() -> None:
