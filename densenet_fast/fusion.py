@@ -64,11 +64,13 @@ def fusion_report(model: nn.Module) -> FusionReport:
         raise TypeError(f"fusion_report expects a module, got {type(model).__name__}")
     example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     dtype, device = example.dtype, example.device
-    chosen = backend_for(device, autocast.computed_type(dtype, device.type))
-    forced = get_backend()
-    visitor = _Visitor(dtype, device, str(chosen.backend) if forced == "auto" else forced)
+    backend: str = get_backend()
+    note: str | None = "forced"
+    if backend != "reference":
+        chosen = backend_for(device, autocast.computed_type(dtype, device.type))
+        backend, note = chosen.backend if backend == "auto" else backend, chosen.reason
+    visitor = _Visitor(dtype, device, backend)
     visitor.visit("", model)
-    note = "forced" if forced == "reference" else chosen.reason
     return FusionReport(tuple(visitor.rows), dtype, device, note)
 
 
