@@ -17,25 +17,14 @@ def integer(name: str, value: Any, minimum: int = 1) -> int:
     return int(value)
 
 
-def _real(name: str, value: Any) -> float:
+def share(name: str, value: Any, *, zero: bool) -> float:
+    """`value` as a float in [0, 1], or in (0, 1] without `zero`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    return float(value)
-
-
-def probability(name: str, value: Any) -> float:
-    """`value` as a float in [0, 1]."""
-    number = _real(name, value)
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    return number
-
-
-def compression(value: Any) -> float:
-    """The share of channels that a transition keeps, in (0, 1]."""
-    number = _real("compression", value)
-    if not 0.0 < number <= 1.0:
-        raise ValueError(f"compression must be above 0 and at most 1, got {value}")
+    number = float(value)
+    if not (number >= 0.0 if zero else number > 0.0) or number > 1.0:
+        bounds = "between 0 and 1" if zero else "above 0 and at most 1"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
     return number
 
 
@@ -75,13 +64,11 @@ Choice = TypeVar("Choice", bound=str)
 
 def one_of(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
     """`value` if it is one of the strings `choices`."""
-    known = ", ".join(map(repr, choices))
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {known}, got {value!r}")
     for choice in choices:
         if value == choice:
             return choice
-    raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    wrong = ValueError if isinstance(value, str) else TypeError
+    raise wrong(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def memory_budget(mode: str, value: Any) -> int | None:

@@ -21,8 +21,7 @@ from densenet_fast.conversion.parts import ConvertedNetwork
 from densenet_fast.modules import eligibility
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
-from densenet_fast.modules.norm_specs import norm_spec
-from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
+from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step, norm_spec
 from densenet_fast.operators import extension, winograd
 from densenet_fast.operators.backends import select
 from densenet_fast.operators.rows import as_rows, empty_channels_last, row_pitch, statistics_dtype

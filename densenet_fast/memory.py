@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,12 @@ from densenet_fast.blocks.memory_plan import (
 )
 from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint
 from densenet_fast.fusion import fusion_report
-from densenet_fast.modules import eligibility, fusing, image_sizes, input_checks
+from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.eligibility import Expected
 from densenet_fast.modules.layers import DenseBlock
 from densenet_fast.modules.step_sizes import network_size
+from densenet_fast.reports import table
 
 __all__ = ["DoesNotFitError", "MemoryEstimate", "PartMemory", "estimate"]
 
@@ -57,14 +59,7 @@ class MemoryEstimate:
             sizes = _mib(part.kept), _mib(part.scratch), _mib(part.peak)
             rows.append((part.name, mode, held, *sizes))
         rows.append(("step", "", "", _mib(self.kept), "", _mib(self.peak)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                text.ljust(width) if at < 2 else text.rjust(width)
-                for at, (text, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return "\n".join(table(rows, left=2))
 
 
 def _mib(size: int) -> str:
@@ -137,8 +132,7 @@ def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, in
     if len(sizes) != 4:
         raise ValueError(f"input_size must be (N, C, H, W), got {sizes}")
     images = torch.empty(sizes, device="meta")
-    input_checks.channels("estimate", images, next(iter(model.features), None))
-    image_sizes.check("estimate", model.features, images)
+    input_checks.chain("estimate", model.features, images)
     return sizes
 
 
@@ -147,7 +141,9 @@ def _network(
 ) -> NetworkSize:
     parameter = model.classifier.weight
     modules = list(model.features)
-    steps, pooled = fusing.steps(modules, parameter.dtype, parameter.device, recompute=recompute)
+    steps, pooled = fusing.steps(
+        modules, Expected(parameter.dtype, parameter.device), recompute=recompute
+    )
     network = None
     if pooled and eligibility.exactly(model.features, torch.nn.Sequential) is None:
         network = network_size(steps, model.classifier, shape, dtype, parameter.device)
@@ -158,18 +154,15 @@ def _network(
     return network
 
 
-def _parts(network: NetworkSize, plans: Sequence[Plan], names: Sequence[str]) -> list[PartMemory]:
+def _parts(
+    network: NetworkSize, plans: Sequence[Plan], names: Sequence[str]
+) -> Iterator[PartMemory]:
     stem, head = network.stem, network.head
-    parts = [
-        PartMemory(
-            "stem", None, None, stem.kept(plans), stem.scratch(plans), network.stem_backward(plans)
-        )
-    ]
+    first = stem.kept(plans), stem.scratch(plans), network.stem_backward(plans)
+    yield PartMemory("stem", None, None, *first)
     peaks = network.backwards(plans)
     for name, block, plan, peak in zip(names, network.blocks, plans, peaks, strict=True):
-        parts.append(
-            PartMemory(name, plan.mode, plan.hold, block.kept(plan), block.backward(plan), peak)
-        )
+        sizes = block.kept(plan), block.backward(plan), peak
+        yield PartMemory(name, plan.mode, plan.hold, *sizes)
     peak = network.kept(plans) + head.weights
-    parts.append(PartMemory("classifier", None, None, head.kept, head.weights, peak))
-    return parts
+    yield PartMemory("classifier", None, None, head.kept, head.weights, peak)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "densenet_fast"
 # From below. Rooms of one floor do not import each other; `__init__` is what the package exports.
 FLOORS = (
-    ("_version", "arguments", "operators"),
+    ("_version", "arguments", "operators", "reports"),
     ("blocks",),
     ("weights",),
     ("modules",),

@@ -1,6 +1,5 @@
 """Other libraries' DenseNets made efficient in place."""
 
-from densenet_fast.conversion.convert import convert, revert
-from densenet_fast.conversion.report import ConversionReport, ConversionRow
+from densenet_fast.conversion.convert import ConversionReport, ConversionRow, convert, revert
 
 __all__ = ["ConversionReport", "ConversionRow", "convert", "revert"]

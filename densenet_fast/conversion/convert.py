@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from types import ModuleType
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,14 +11,15 @@ from torch import nn
 from densenet_fast import arguments
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.conversion.parts import (
+    ADAPTERS,
     OWN_ATTRIBUTES,
     ConvertedBlock,
     ConvertedFeatures,
     ConvertedNetwork,
     is_converted,
 )
-from densenet_fast.conversion.report import ConversionReport, ConversionRow
 from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.reports import NamedRow, Report, table
 
 # The library's module that defines the classes → the adapter's name.
 _LIBRARIES = {
@@ -28,6 +28,46 @@ _LIBRARIES = {
     "monai.networks.nets.densenet": "monai",
     "torchxrayvision.models": "torchxrayvision",
 }
+
+
+@dataclass(frozen=True)
+class ConversionRow(NamedRow):
+    """One module that `convert` knows: `reason` says why it was left as it is, or None."""
+
+    type: str  # library and class, as it came
+    reason: str | None
+
+    @property
+    def converted(self) -> bool:
+        """Whether the module runs through densenet_fast now."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class ConversionReport(Report[ConversionRow]):
+    """Every network, block and transition that was found. `str()` gives a table.
+
+    Whether what was converted also runs fused, layer by layer, with the parameters' type, device
+    and hooks of now, says `densenet_fast.fusion_report(model)`.
+    """
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was left as it is."""
+        return all(row.converted for row in self.rows)
+
+    def __str__(self) -> str:
+        converted = sum(row.converted for row in self.rows)
+        rows = [
+            (
+                row.name or "(the model)",
+                row.type,
+                "converted" if row.converted else f"left as it is: {row.reason}",
+            )
+            for row in self.rows
+        ]
+        lines = [f"{converted} of {len(self.rows)} parts converted", *table(rows, left=3)]
+        return "\n".join(lines)
 
 
 def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> ConversionReport:
@@ -52,17 +92,15 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert expects a module, got {type(model).__name__}")
     checkpoint = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
-    adapters = _adapters(model)
+    _import_adapters(model)
     rows: list[ConversionRow] = []
     planned: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in model.named_modules():
-        found = _plan(module, adapters)
-        if found is None:
-            continue
-        adapter, reason = found
-        rows.append(ConversionRow(name, _type_text(module), reason))
-        if adapter is not None:
+        adapter, reason = _plan(module)
+        if adapter is not None and reason is None:
             planned.append((module, adapter))
+        if reason is not None or adapter is not None:
+            rows.append(ConversionRow(name, _type_text(module), reason))
     if not rows:
         raise ValueError(
             f"convert found no DenseNet of torchvision, timm, MONAI or torchxrayvision in "
@@ -70,11 +108,14 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
         )
     for module, adapter in planned:
         module.__class__ = adapter
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, ConvertedBlock):
             module.checkpoint = checkpoint
-    for module in _chains(model):
-        module.__class__ = ConvertedFeatures
+        # Plain Sequentials with a converted block among their modules.
+        if type(module) is nn.Sequential and any(
+            isinstance(child, ConvertedBlock) for child in module._modules.values()
+        ):
+            module.__class__ = ConvertedFeatures
     return ConversionReport(tuple(rows))
 
 
@@ -96,51 +137,40 @@ def revert(model: nn.Module) -> None:
             module.__dict__.pop(name, None)
 
 
-def _adapters(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-    """Adapters by the library's class, for the libraries that the model comes from."""
-    names = {
-        _LIBRARIES[kind.__module__]
-        for module in model.modules()
-        for kind in type(module).__mro__
-        if kind.__module__ in _LIBRARIES
-    }
-    return {
-        adapter.__dict__["converted_from"]: adapter
-        for name in sorted(names)
-        for adapter in _library(name).ADAPTERS
-    }
+def _import_adapters(model: nn.Module) -> None:
+    """Register the adapters of the libraries that the model comes from."""
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__module__ in _LIBRARIES:
+                library = _LIBRARIES[kind.__module__]
+                importlib.import_module(f"densenet_fast.conversion.adapters.{library}")
 
 
-def _library(name: str) -> ModuleType:
-    return importlib.import_module(f"densenet_fast.conversion.adapters.{name}")
-
-
-def _plan(
-    module: nn.Module, adapters: dict[type[nn.Module], type[nn.Module]]
-) -> tuple[type[nn.Module] | None, str | None] | None:
-    """The class that `module` gets, and why it gets none; None for modules of no interest."""
+def _plan(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
+    """The class that `module` gets, and why it does not; None and None: it is of no interest."""
     kind = type(module)
-    if is_converted(module):
-        return None if isinstance(module, ConvertedFeatures) else (None, None)
+    if isinstance(module, ConvertedFeatures):
+        return None, None
     if isinstance(module, EfficientDenseNet):
         return None, "it is densenet_fast's own network"
     if isinstance(module, torch.jit.ScriptModule):
         if module.original_name.lstrip("_") in ("DenseNet", "DenseBlock"):
             return None, "it is a TorchScript module, whose code is fixed: convert before scripting"
-        return None
-    adapter = adapters.get(kind)
-    if adapter is not None:
-        reason = _dimensions(module)
-        return (adapter, None) if reason is None else (None, reason)
-    base = next((base for base in kind.__mro__ if base in adapters), None)
+        return None, None
+    if is_converted(module):
+        return kind, None
+    if kind in ADAPTERS:
+        return ADAPTERS[kind], _dimensions(module)
+    base = next((base for base in kind.__mro__ if base in ADAPTERS), None)
     if base is None:
-        return None
-    if issubclass(adapters[base], ConvertedNetwork):
-        return None, (
+        return None, None
+    reason = f"it is a subclass of {base.__name__}, which may do anything"
+    if issubclass(ADAPTERS[base], ConvertedNetwork):
+        reason = (
             f"it is a subclass of {base.__name__} whose forward is its own; blocks and transitions "
             "in it are converted"
         )
-    return None, f"it is a subclass of {base.__name__}, which may do anything"
+    return None, reason
 
 
 def _dimensions(module: nn.Module) -> str | None:
@@ -150,15 +180,6 @@ def _dimensions(module: nn.Module) -> str | None:
             if isinstance(part, kind):
                 return f"its convolutions are {text}: only 2-D networks are supported"
     return None
-
-
-def _chains(model: nn.Module) -> Iterator[nn.Module]:
-    """Plain Sequentials with a converted block among their modules."""
-    for module in list(model.modules()):
-        if type(module) is nn.Sequential and any(
-            isinstance(child, ConvertedBlock) for child in module._modules.values()
-        ):
-            yield module
 
 
 def _type_text(module: nn.Module) -> str:

@@ -19,8 +19,8 @@ from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import released
 from densenet_fast.conversion import tensor_subclasses
 from densenet_fast.modules import eligibility, fusing
-from densenet_fast.modules.graph_routing import routed
-from densenet_fast.modules.layers import FusedBlock
+from densenet_fast.modules.eligibility import routed
+from densenet_fast.modules.layers import FusedBlock, FusedModule
 from densenet_fast.modules.layers import Transition as FusedTransition
 from densenet_fast.modules.steps import Step
 from densenet_fast.operators.rows import is_channels_last
@@ -48,6 +48,10 @@ def _fused_forward(library: Callable[..., Any]) -> Callable[..., Any]:
     return functools.update_wrapper(fused, library)
 
 
+# By a library's class: the one that its modules get.
+ADAPTERS: dict[type[nn.Module], type[Converted]] = {}
+
+
 class Converted(nn.Module):
     """A module of a library, whose class `convert` has exchanged for this one.
 
@@ -57,12 +61,17 @@ class Converted(nn.Module):
     converted_from: type[nn.Module]
 
     def __init_subclass__(cls) -> None:
-        """Dress an adapter as what it is converted from."""
+        """Register an adapter, dressed as what it is converted from."""
         super().__init_subclass__()
-        library = cls.__dict__.get("converted_from")
-        if library is not None:
-            cls.__name__ = library.__name__
-            cls.forward = _fused_forward(library.forward)
+        library: Any = cls.__bases__[-1]
+        if issubclass(library, (Converted, FusedModule)):
+            return
+        cls.converted_from = library
+        cls.__name__ = library.__name__
+        cls.forward = _fused_forward(library.forward)
+        ADAPTERS[library] = cls
+        if issubclass(cls, ConvertedPart):
+            eligibility.KINDS[cls] = "block" if issubclass(cls, FusedBlock) else "transition"
 
     def plain(self, input: Any) -> Any:
         """The library's own forward."""
@@ -84,33 +93,23 @@ def _given(input: Tensor, conv: Any) -> torch.memory_format:
     return _layout(is_channels_last(input) or (known and is_channels_last(weight)))
 
 
-def _run(
-    module: ConvertedBlock | ConvertedTransition, fused: Callable[[Tensor], Tensor], input: Tensor
-) -> Tensor:
-    """`fused`, our own module's run, of any input that the library's module takes.
-
-    Ours refuse what holds nothing; the libraries' need not.
-    """
-    if isinstance(input, Tensor) and not input.numel():
-        output: Tensor = module.plain(input)
-        return output
-    return tensor_subclasses.restored(fused(tensor_subclasses.plain(input)), input)
-
-
-class ConvertedBlock(Converted, FusedBlock):
-    """A library's dense block, run as ours. The layers stay what they are."""
+class ConvertedPart(Converted):
+    """A block or transition of a library, run as ours."""
 
     def run(self, input: Tensor) -> Tensor:
         """The forward outside any graph, checked and fused where nothing is in the way."""
-        return _run(self, super().run, input)
+        if isinstance(input, Tensor) and not input.numel():
+            return self.plain(input)  # ours refuse what holds nothing; the libraries' need not
+        output = super().run(tensor_subclasses.plain(input))  # type: ignore[misc]
+        return tensor_subclasses.restored(output, input)
 
 
-class ConvertedTransition(Converted, FusedTransition):
-    """A library's transition, run as ours."""
+class ConvertedBlock(ConvertedPart, FusedBlock):
+    """A library's dense block. The layers stay what they are."""
 
-    def run(self, input: Tensor) -> Tensor:
-        """The forward outside any graph, checked and fused if nothing is in the way."""
-        return _run(self, super().run, input)
+
+class ConvertedTransition(ConvertedPart, FusedTransition):
+    """A library's transition."""
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`."""
@@ -120,15 +119,12 @@ class ConvertedTransition(Converted, FusedTransition):
 class ConvertedFeatures(Converted, nn.Sequential):
     """A network's chain of stem, blocks and transitions, fused across their borders."""
 
-    converted_from = nn.Sequential
-
     def run(self, input: Tensor) -> Tensor:
         """[N, C, H, W] to [N, C', H', W'], outside any graph."""
         images = tensor_subclasses.plain(input)
-        planned = self._planned(images, None)
+        planned = self.planned(images, None)
         if planned is None:
-            output: Tensor = self.plain(input)
-            return output
+            return self.plain(input)
         output = released(fusing.run(planned[0], images), self.released_format(images))
         return tensor_subclasses.restored(output, input)
 
@@ -136,55 +132,49 @@ class ConvertedFeatures(Converted, nn.Sequential):
         """The layout of what the library gives for `input`."""
         return _given(input, next(iter(self._modules.values()), None))
 
-    def pooled(self, input: Tensor, final: fusing.FinalObstacle) -> Tensor | None:
-        """[N, C']: the features behind ReLU and the average over all pixels.
-
-        None, and nothing computed, where the last norm is not fused with these two.
-        """
-        images = tensor_subclasses.plain(input)
-        steps, pooled = self._planned(images, final) or ([], False)
-        return tensor_subclasses.restored(fusing.run(steps, images), input) if pooled else None
-
-    def _planned(
-        self, input: Tensor, final: fusing.FinalObstacle | None
-    ) -> tuple[Sequence[Step], bool] | None:
+    def planned(self, input: Tensor, head: fusing.Head) -> tuple[Sequence[Step], bool] | None:
         """What `fusing.steps` says, or None where the modules must be called one by one."""
         if not isinstance(input, Tensor) or eligibility.input(input) is not None:
             return None
         synchronized.check_modules(self, input.device)
         modules: list[Any] = list(self._modules.values())
         memory_format = self.released_format(input)
-        return fusing.planned(self, modules, input, final=final, memory_format=memory_format)[:2]
+        return fusing.planned(self, modules, input, head=head, memory_format=memory_format)[:2]
+
+
+del ADAPTERS[nn.Sequential]  # only one with a converted block in it is such a chain
 
 
 class ConvertedNetwork(Converted):
-    """A library's network whose head is known to be ReLU, average over all pixels, and the rest."""
+    """A library's network whose head is known to be the average over all pixels, and the rest."""
 
-    final: fusing.FinalObstacle = staticmethod(fusing.final_norm_obstacle)
+    pooling: fusing.Head = "relu and average"
 
     def run(self, input: Tensor) -> Tensor:
         """What the library's own forward gives, outside any graph."""
         pooled = self.pooled(input)
         return self.plain(input) if pooled is None else self.head(pooled)
 
-    def pooled(self, input: Tensor) -> Tensor | None:
-        """The pooled features [N, C], or None where the library's forward must make them."""
+    def known_head(self) -> fusing.Head:
+        """What is known to happen behind the last norm of converted features."""
         features = self._modules.get("features")
         if not isinstance(features, ConvertedFeatures) or eligibility.touched(features):
             return None
-        if not self.head_is_known():
-            return None
-        return features.pooled(input, self.final)
+        return self.pooling if self.head_is_known() else None
+
+    def pooled(self, input: Tensor) -> Tensor | None:
+        """The pooled features [N, C]. None, and nothing computed, where the library makes them."""
+        images = tensor_subclasses.plain(input)
+        found = self.inference_steps(images)
+        return found and tensor_subclasses.restored(fusing.run(found[0], images), input)
 
     def inference_steps(
         self, x: Tensor
     ) -> tuple[Sequence[Step], Callable[[Tensor], Tensor]] | None:
         """The steps to the pooled features and what follows them; None: not all of it is fused."""
-        features = self._modules.get("features")
-        if not isinstance(features, ConvertedFeatures) or eligibility.touched(features):
-            return None
-        planned = features._planned(x, self.final) if self.head_is_known() else None
-        return (planned[0], self.head) if planned is not None and planned[1] else None
+        head, features = self.known_head(), self._modules.get("features")
+        planned: Any = head and features.planned(x, head)  # type: ignore[union-attr, operator]
+        return (planned[0], self.head) if planned and planned[1] else None
 
     def head_is_known(self) -> bool:
         """Whether the modules between the features and what `head` does are what they were."""
@@ -202,3 +192,14 @@ OWN_ATTRIBUTES = ("_checkpoint",)
 def is_converted(module: nn.Module) -> bool:
     """Whether the module's exact class is one of the adapters."""
     return "converted_from" in type(module).__dict__
+
+
+def averages(pool: nn.Module | None, flatten: nn.Module | None) -> bool:
+    """Whether these two give the flattened average over all pixels."""
+    return (
+        type(pool) is nn.AdaptiveAvgPool2d
+        and type(flatten) is nn.Flatten
+        and not (eligibility.touched(pool) or eligibility.touched(flatten))
+        and pool.output_size in (1, (1, 1))
+        and (flatten.start_dim, flatten.end_dim) == (1, -1)
+    )

@@ -19,13 +19,13 @@ from densenet_fast.blocks.autocast import computed_type
 from densenet_fast.blocks.memory_plan import Plan, within_budget
 from densenet_fast.blocks.nodes import planned_shape
 from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint, NetworkMode
-from densenet_fast.modules import eligibility, fusing, image_sizes, input_checks
-from densenet_fast.modules.graph_routing import routed
+from densenet_fast.modules import eligibility, fusing, input_checks
+from densenet_fast.modules.eligibility import routed
 from densenet_fast.modules.layers import DenseBlock, DenseLayer, Transition
-from densenet_fast.modules.step_sizes import network_size
+from densenet_fast.modules.step_sizes import apply_plans, network_size
 from densenet_fast.modules.steps import Step
 from densenet_fast.weights import pretrained
-from densenet_fast.weights.loading import unchanged_after_errors
+from densenet_fast.weights.load import unchanged_after_errors
 
 _SHAPES = 1000  # of images that are remembered to fit
 
@@ -74,9 +74,9 @@ class EfficientDenseNet(nn.Module):
         blocks = arguments.block_config(block_config)
         num_features = arguments.integer("num_init_features", num_init_features)
         bn_size = arguments.integer("bn_size", bn_size)
-        drop_rate = arguments.probability("drop_rate", drop_rate)
+        drop_rate = arguments.share("drop_rate", drop_rate, zero=True)
         num_classes = arguments.integer("num_classes", num_classes)
-        compression = arguments.compression(compression)
+        compression = arguments.share("compression", compression, zero=False)
         in_channels = arguments.integer("in_channels", in_channels)
         mode = arguments.one_of("checkpoint", checkpoint, NETWORK_MODES)
         self._checkpoint = mode if arguments.flag("memory_efficient", memory_efficient) else "none"
@@ -158,7 +158,7 @@ class EfficientDenseNet(nn.Module):
                 accepted.add(x.shape)
         if self._checkpoint == "auto" and torch.is_grad_enabled():
             plans = self._plans(steps, pooled, x)
-            x = fusing.run(fusing.apply_plans(steps, plans), x, hold=False)
+            x = fusing.run(apply_plans(steps, plans), x, hold=False)
         else:
             x = fusing.run(steps, x)
         return self.classifier(x if pooled else _relu_and_average(x))
@@ -169,9 +169,7 @@ class EfficientDenseNet(nn.Module):
         """The steps to the pooled features and what follows them; None: not all of it is fused."""
         if eligibility.exactly(self.features, nn.Sequential) is not None:
             return None
-        steps, pooled = fusing.steps(
-            list(self.features), eligibility.parameter_type(x), x.device, recompute=True
-        )
+        steps, pooled = fusing.steps(list(self.features), eligibility.expected(x), recompute=True)
         return (steps, self.classifier) if pooled else None
 
     def _plans(self, steps: Sequence[Step], pooled: bool, x: Tensor) -> list[Plan]:
@@ -196,8 +194,7 @@ class EfficientDenseNet(nn.Module):
         if type(self.features) is not nn.Sequential or eligibility.touched(self.features):
             return
         modules = list(self.features)
-        input_checks.channels(owner, x, modules[0] if modules else None)
-        known = image_sizes.check(owner, modules, x)
+        known = input_checks.chain(owner, modules, x)
         reached = {id(part) for module in known for part in (module, *module.children())}
         for module in called:
             if id(module) in reached and not eligibility.touched(module):
@@ -314,16 +311,6 @@ def _densenet(
     if weights is None:
         return EfficientDenseNet(**{**shape, **kwargs})
     chosen = pretrained.Pretrained(name, weights)
-    needed = {**shape, **_AS_PRETRAINED, "num_classes": chosen.num_classes}
-    chosen.check_arguments(needed, kwargs)
-    model = EfficientDenseNet(**{**needed, **kwargs})
+    model = EfficientDenseNet(**chosen.arguments(shape, kwargs))
     chosen.load(model, progress)
     return model
-
-
-_AS_PRETRAINED: dict[str, Any] = {
-    "bn_size": 4,
-    "compression": 0.5,
-    "in_channels": 3,
-    "small_inputs": False,
-}

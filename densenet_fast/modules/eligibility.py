@@ -9,27 +9,24 @@ or None. They run for every layer of every forward, hence the direct reading of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeGuard, TypeVar
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, fx, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
-from torch.nn.modules import module as _module
 
 from densenet_fast.blocks.autocast import CAST_TYPES
 from densenet_fast.blocks.autocast import enabled as autocast_enabled
+from densenet_fast.operators import torch_internals
 from densenet_fast.operators.backends import backend_for, get_backend
 
-_functorch: Any = torch._C._functorch
-
 # Tensors of a FakeTensorMode have shapes and no values: fused nodes know what to make of them.
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+PLAIN_TENSORS = (Tensor, nn.Parameter, torch_internals.FakeTensor)
 
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
-# kernel_size, stride, padding, dilation, groups, padding_mode
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
@@ -45,29 +42,34 @@ _FORWARDS = tuple(
 _CALL = nn.Module.__call__
 
 
+class Expected(NamedTuple):
+    """What parameters have to be."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
 def touched(module: nn.Module) -> str | None:
     """What makes calling `module` more than running its class's forward."""
     state = module.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or state.get("_compiled_call_impl") is not None
-    ):
-        return _touched_how(state)
-    return None
-
-
-def _touched_how(state: dict[str, Any]) -> str:
     if "forward" in state:
         return "has its own forward"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled by itself"
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    hooked = [kind for kind in kinds if state[f"_{kind}_hooks"]]
-    return f"has a {hooked[0]} hook"
+    if state["_forward_hooks"]:
+        return "has a forward hook"
+    if state["_forward_pre_hooks"]:
+        return "has a forward_pre hook"
+    if state["_backward_hooks"]:
+        return "has a backward hook"
+    if state["_backward_pre_hooks"]:
+        return "has a backward_pre hook"
+    return None
+
+
+def named(name: str, obstacle: str | None) -> str | None:
+    """The obstacle as one of the part of that name."""
+    return None if obstacle is None else f"{name} {obstacle}"
 
 
 def other_type(module: nn.Module | None, kind: type[nn.Module]) -> str:
@@ -88,55 +90,32 @@ def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return touched(module)
 
 
-Kind = Literal["layer", "block", "transition"]
-_KINDS: dict[type[nn.Module], Kind] = {}
-Class = TypeVar("Class", bound=type[nn.Module])
+# What modules of exactly these types run fused as; their subclasses may do anything.
+KINDS: dict[type[nn.Module], Literal["layer", "block", "transition"]] = {}
 
 
-def fused_as(kind: Kind) -> Callable[[Class], Class]:
-    """Decorates a class whose modules run fused as a `kind`; its subclasses may do anything."""
-
-    def register(cls: Class) -> Class:
-        _KINDS[cls] = kind
-        return cls
-
-    return register
-
-
-def kind_of(module: nn.Module) -> Kind | None:
-    """What modules of this exact type run fused as."""
-    return _KINDS.get(type(module))
-
-
-def of_kind(module: nn.Module, kind: Kind, expected: type[nn.Module]) -> str | None:
+def of_kind(module: nn.Module, kind: str, expected: type[nn.Module]) -> str | None:
     """An untouched module whose exact type runs fused as a `kind`."""
-    if kind_of(module) != kind:
+    if KINDS.get(type(module)) != kind:
         return other_type(module, expected)
     return touched(module)
 
 
 # Subclasses of BatchNorm2d with a ReLU of their own, and what may be in the way of taking one of
-# them for BatchNorm2d and ReLU.
-_NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
-
-
-def register_norm_with_relu(
-    kind: type[nn.BatchNorm2d], obstacle: Callable[[Any], str | None]
-) -> None:
-    """Let norms of exactly this type be computed as a norm and a ReLU where `obstacle` is None."""
-    _NORMS_WITH_RELU[kind] = obstacle
+# exactly this type for BatchNorm2d and ReLU.
+NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
 
 
 def norm_with_relu(module: nn.Module | None) -> bool:
     """Whether the module is of a type with a ReLU of its own."""
-    return type(module) in _NORMS_WITH_RELU
+    return type(module) in NORMS_WITH_RELU
 
 
 # The forwards that neither write to their input nor return it or a view of it.
-_OUT_OF_PLACE = {
-    nn.modules.batchnorm._BatchNorm.forward,
+OUT_OF_PLACE = {
+    torch_internals.BatchNorm.forward,
     nn.SyncBatchNorm.forward,
-    nn.modules.instancenorm._InstanceNorm.forward,
+    torch_internals.InstanceNorm.forward,
     nn.GroupNorm.forward,
     nn.Conv2d.forward,
     nn.AvgPool2d.forward,
@@ -144,27 +123,23 @@ _OUT_OF_PLACE = {
 }
 
 
-def register_out_of_place(kind: type[nn.Module]) -> None:
-    """Say that modules with the forward of this type leave their input alone."""
-    _OUT_OF_PLACE.add(kind.forward)
-
-
 def leaves_input(module: nn.Module | None) -> bool:
     """Whether nobody gets at the module's input, to write to it, by calling the module."""
     if module is None or touched(module) is not None:
         return False
-    if type(module) is nn.Sequential or kind_of(module) == "transition":
+    kind = KINDS.get(type(module))
+    if type(module) is nn.Sequential or kind == "transition":
         return leaves_input(next(iter(module._modules.values()), None))
-    return type(module).forward in _OUT_OF_PLACE
+    return kind == "layer" or type(module).forward in OUT_OF_PLACE
 
 
-def _tensor(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str | None:
+def _tensor(tensor: Tensor, expected: Expected) -> str | None:
     if type(tensor) not in PLAIN_TENSORS:
         return f"holds a {type(tensor).__name__}"
-    if tensor.dtype is not dtype:
-        return f"is {tensor.dtype}, not {dtype}"
-    if tensor.device != device:
-        return f"is on {tensor.device}, not {device}"
+    if tensor.dtype is not expected.dtype:
+        return f"is {tensor.dtype}, not {expected.dtype}"
+    if tensor.device != expected.device:
+        return f"is on {tensor.device}, not {expected.device}"
     return None
 
 
@@ -194,51 +169,43 @@ def setting(state: dict[str, Any], name: str) -> Any:
 
 def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
     """Whether fused blocks know this type of norm."""
-    return type(module) in NORMS or type(module) in _NORMS_WITH_RELU
+    return type(module) in NORMS or norm_with_relu(module)
 
 
-def norm(module: nn.Module, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | None:
     """Obstacle to computing a norm of this many channels (a ReLU behind it is harmless)."""
     if not is_norm(module):
         return other_type(module, nn.BatchNorm2d)
-    with_relu = _NORMS_WITH_RELU.get(type(module))
+    with_relu = NORMS_WITH_RELU.get(type(module))
     obstacle = touched(module) or (None if with_relu is None else with_relu(module))
     if obstacle is not None:
         return obstacle
     state = module.__dict__
-    if state["num_features"] != channels:
+    if channels is not None and state["num_features"] != channels:
         return f"normalises {state['num_features']} channels, not {channels}"
     if not state["eps"] > 0:
         return f"has eps={state['eps']}"
     if state["momentum"] is None and torch.compiler.is_compiling():
         return "averages over all steps, whose number is not known to torch.compile"
+    buffers = state["_buffers"]
     try:
         weight, bias = parameter(state, "weight"), parameter(state, "bias")
-        buffers = state["_buffers"]
-        mean, var, _ = (
-            buffers["running_mean"],
-            buffers["running_var"],
-            buffers["num_batches_tracked"],
-        )
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        buffers["num_batches_tracked"]
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
     if (mean is None) is not (var is None):
         return "has only one of running_mean and running_var"
     for tensor in (weight, bias, mean, var):
-        if tensor is not None and (
-            type(tensor) not in PLAIN_TENSORS
-            or tensor.dtype is not dtype
-            or tensor.device != device
-        ):
-            return _tensor(tensor, dtype, device)
+        if tensor is not None and (found := _tensor(tensor, expected)) is not None:
+            return found
     return None
 
 
 def conv(
     module: nn.Module,
     settings: tuple[Any, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    expected: Expected,
 ) -> str | None:
     """Obstacle to computing a convolution without bias and with these settings."""
     obstacle = exactly(module, nn.Conv2d)
@@ -251,19 +218,10 @@ def conv(
         return f"has no registered {missing.args[0]}"
     if bias is not None:
         return "has a bias"
-    actual = (
-        state["kernel_size"],
-        state["stride"],
-        state["padding"],
-        state["dilation"],
-        state["groups"],
-        setting(state, "padding_mode"),
-    )
+    actual = tuple(setting(state, name) for name in _SETTINGS)
     if actual != settings:
-        return (
-            "has kernel_size {}, stride {}, padding {}, dilation {}, groups {}, padding_mode {}"
-        ).format(*actual)
-    return _tensor(weight, dtype, device)
+        return "has " + ", ".join(map("{} {}".format, _SETTINGS, actual))
+    return _tensor(weight, expected)
 
 
 def any_conv(module: nn.Module) -> str | None:
@@ -310,28 +268,28 @@ def _pool(module: nn.Module, settings: dict[str, Any], what: str) -> str | None:
 
 def surroundings() -> str | None:
     """Obstacle in the state of the process: hooks on all modules, tracing, transforms."""
-    if (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    ):
-        return "hooks on all modules are registered"
     if torch.compiler.is_exporting():
         return "torch.export is tracing"
     if is_tracing():
         return "torch.jit is tracing"
-    # Not `is not None`, to which torch.compile has no answer.
-    if isinstance(_functorch.peek_interpreter_stack(), _functorch.CInterpreter):
-        return "a torch.func transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
+    if (found := torch_internals.altered()) is not None:
+        return found
     if nn.Module.__call__ is not _CALL:
         return "nn.Module.__call__ is patched"
     for kind, forward in _FORWARDS:
         if kind.forward is not forward:
             return f"{kind.__name__}.forward is patched"
     return None
+
+
+def routed(module: Any, input: Any, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    """The forward of a fused module: `plain` into a graph that records it, else its `run`.
+
+    In such a graph, of torch.export, torch.jit or torch.fx, shapes may stand for any shape.
+    """
+    recorded = torch.compiler.is_exporting() or isinstance(input, fx.Proxy) or is_tracing()
+    output: Tensor = plain(input) if recorded else module.run(input)
+    return output
 
 
 def autocast(device: torch.device) -> str | None:
@@ -344,11 +302,10 @@ def autocast(device: torch.device) -> str | None:
     return f"autocast is active on {device.type}, where there are no kernels for {dtype}"
 
 
-def parameter_type(input: Tensor) -> torch.dtype:
-    """The type that parameters should have for this input: under autocast float32."""
-    if autocast_enabled(input.device.type) and input.dtype in CAST_TYPES:
-        return torch.float32
-    return input.dtype
+def expected(input: Tensor) -> Expected:
+    """What parameters should be for this input: under autocast float32."""
+    cast = autocast_enabled(input.device.type) and input.dtype in CAST_TYPES
+    return Expected(torch.float32 if cast else input.dtype, input.device)
 
 
 def input(tensor: Tensor) -> str | None:

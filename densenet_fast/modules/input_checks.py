@@ -1,14 +1,23 @@
-"""Inputs are refused here, in plain words, before anything is computed."""
+"""Inputs are refused here, in plain words, before anything is computed; and what size they get."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from densenet_fast.blocks.stem_convolution import Size, windows
 from densenet_fast.blocks.synchronized import group_of
-from densenet_fast.modules.eligibility import NORMS, is_norm, touched
+from densenet_fast.modules.eligibility import (
+    KINDS,
+    NORMS,
+    is_norm,
+    norm_with_relu,
+    setting,
+    touched,
+)
 
 
 def images(owner: str, input: Any) -> None:
@@ -50,6 +59,23 @@ def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
 _CHECKED = (nn.Conv2d, *NORMS, nn.Linear)
 _CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
 _REDUCED = (torch.float16, torch.bfloat16)
+_KEEP_SIZE = (
+    nn.BatchNorm2d,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.SyncBatchNorm,
+    nn.ReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.ELU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+)
+# A search for the smallest image gives up here: some module takes no image that is reasonable.
+_LARGEST_SEARCHED = 4096
 
 
 def parameters(owner: nn.Module, module: nn.Module, input: Tensor) -> None:
@@ -58,40 +84,36 @@ def parameters(owner: nn.Module, module: nn.Module, input: Tensor) -> None:
     Modules of other types, and hooked ones, are left out with all they contain: they may convert
     or move tensors themselves.
     """
-    if input.is_quantized or not input.is_floating_point():
+    if not input.is_floating_point():
         return
     device = input.device.type
     any_dtype = device != "meta" and torch.is_autocast_enabled(device)
-    _parameters(owner, module, input, any_dtype)
+    for part in _checked(module):
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            # Not the tensor's method: some subclasses have none (per-sample gradients).
+            if tensor is None or not tensor.dtype.is_floating_point:
+                continue
+            mixed = is_norm(part) and tensor.dtype == torch.float32 and input.dtype in _REDUCED
+            if tensor.device != input.device:
+                raise ValueError(
+                    f"{type(owner).__name__}: the input is on {input.device}, but "
+                    f"{_path(owner, part)}{name} is on {tensor.device}; move one of them with .to()"
+                )
+            if tensor.dtype != input.dtype and not any_dtype and not mixed:
+                raise TypeError(
+                    f"{type(owner).__name__}: the input is {input.dtype}, but "
+                    f"{_path(owner, part)}{name} is {tensor.dtype}; convert one of them with .to()"
+                )
 
 
-def _parameters(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: bool) -> None:
+def _checked(module: nn.Module) -> list[nn.Module]:
+    """The modules below whose tensors are known to meet the input as they are."""
     if type(module) in _CHECKED:
-        if not touched(module):
-            _tensors(owner, module, input, any_dtype)
-    elif type(module).__module__.startswith("densenet_fast.") or type(module) in _CONTAINERS:
-        for child in module.children():
-            if not touched(child):
-                _parameters(owner, child, input, any_dtype)
-
-
-def _tensors(owner: nn.Module, module: nn.Module, input: Tensor, any_dtype: bool) -> None:
-    norm = is_norm(module)
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        # Not the tensor's method: some subclasses have none (per-sample gradients).
-        if tensor is None or not tensor.dtype.is_floating_point:
-            continue
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{type(owner).__name__}: the input is on {input.device}, but "
-                f"{_path(owner, module)}{name} is on {tensor.device}; move one of them with .to()"
-            )
-        mixed_norm = norm and tensor.dtype == torch.float32 and input.dtype in _REDUCED
-        if tensor.dtype != input.dtype and not any_dtype and not mixed_norm:
-            raise TypeError(
-                f"{type(owner).__name__}: the input is {input.dtype}, but "
-                f"{_path(owner, module)}{name} is {tensor.dtype}; convert one of them with .to()"
-            )
+        return [] if touched(module) else [module]
+    if type(module).__module__.startswith("densenet_fast.") or type(module) in _CONTAINERS:
+        children = [child for child in module.children() if not touched(child)]
+        return [part for child in children for part in _checked(child)]
+    return []
 
 
 def _path(owner: nn.Module, part: nn.Module) -> str:
@@ -99,15 +121,75 @@ def _path(owner: nn.Module, part: nn.Module) -> str:
     return f"{names[0]}." if names and names[0] else ""
 
 
-def values_per_channel(module: nn.Module, n: int, h: int, w: int) -> None:
+def output_size(module: nn.Module, size: Size) -> Size | None:
+    """Height and width behind `module`, or None where that cannot be known."""
+    if touched(module):
+        return None
+    kind, own = type(module), KINDS.get(type(module))
+    if own in ("block", "layer") or kind in _KEEP_SIZE or norm_with_relu(module):
+        return size
+    if own == "transition":
+        through: Size | None = size
+        for child in module._modules.values():
+            if through is None or child is None:
+                return None
+            through = output_size(child, through)
+        return through
+    if kind not in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
+        return None
+    state: Any = module.__dict__
+    stride = _pair(state["stride"])
+    if setting(state, "ceil_mode") or isinstance(state["padding"], str) or min(stride) < 1:
+        return None  # of a stride of 0, PyTorch's error is to come
+    kernel, padding = _pair(state["kernel_size"]), _pair(state["padding"])
+    return windows(size, kernel, stride, padding, _pair(setting(state, "dilation")))
+
+
+def _pair(value: Any) -> Size:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _through(modules: list[nn.Module], size: Size) -> tuple[list[tuple[nn.Module, Size]], bool]:
+    """The modules, each with the size of its input, as far as known; and whether pixels stay."""
+    known: list[tuple[nn.Module, Size]] = []
+    through: Size | None = size
+    for module in modules:
+        if through is None:
+            break
+        known.append((module, through))
+        through = output_size(module, through)
+        if through is not None and min(through) < 1:
+            return known, False
+    return known, True
+
+
+def chain(owner: str, modules: Iterable[nn.Module], input: Tensor) -> list[nn.Module]:
+    """Refuse other channels, images too small for pooling, and norms that would see one value each.
+
+    Returns the modules whose input size is known.
+    """
+    called = list(modules)
+    channels(owner, input, called[0] if called else None)
+    n, _, h, w = input.shape
+    known, fit = _through(called, (h, w))
+    if not fit:
+        edges = range(1, _LARGEST_SEARCHED)
+        minimum = next((edge for edge in edges if _through(called, (edge, edge))[1]), None)
+        raise ValueError(
+            f"{owner} got images too small for its pooling: {h}×{w}, "
+            f"expected at least {minimum}×{minimum}"
+        )
+    for module, (height, width) in known:
+        if n * height * width == 1:
+            _values_per_channel(module, height, width)
+    return [module for module, _ in known]
+
+
+def _values_per_channel(module: nn.Module, h: int, w: int) -> None:
     """BatchNorm's own error, if a norm below `module` would take statistics of a single value."""
-    if n * h * w != 1:
-        return
     for norm in module.modules():
-        if not is_norm(norm) or not (norm.training or norm.running_mean is None):
-            continue
-        if not group_of(norm):
-            size = torch.Size([n, norm.num_features, h, w])
+        if is_norm(norm) and (norm.training or norm.running_mean is None) and not group_of(norm):
+            size = torch.Size([1, norm.num_features, h, w])
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {size}"
             )

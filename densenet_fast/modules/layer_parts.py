@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from densenet_fast.modules import eligibility
+from densenet_fast.modules.eligibility import Expected, named
 
 
 class LayerParts(NamedTuple):
@@ -25,24 +25,23 @@ class LayerParts(NamedTuple):
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float
 
-    def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why the parts cannot be fused on an input of so many channels, or None."""
+    def obstacle(self, channels: int | None, expected: Expected) -> str | None:
+        """Why they cannot be fused on an input of so many channels (None: of norm1's), or None."""
         norm1, conv1, norm2, conv2, activations, _ = self
-        if (found := eligibility.conv(conv1, eligibility.POINTWISE, dtype, device)) is not None:
-            return f"conv1 {found}"
-        if (found := eligibility.conv(conv2, eligibility.SPATIAL, dtype, device)) is not None:
-            return f"conv2 {found}"
+        pointwise, spatial = eligibility.POINTWISE, eligibility.SPATIAL
+        found = named("conv1", eligibility.conv(conv1, pointwise, expected))
+        found = found or named("conv2", eligibility.conv(conv2, spatial, expected))
+        if found is not None:
+            return found
         bottleneck, read, *_ = eligibility.weight_shape(conv1)
+        channels = getattr(norm1, "num_features", 0) if channels is None else channels
         if read != channels or eligibility.weight_shape(conv2)[1] != bottleneck:
             return "the shapes of the convolutions do not fit together"
-        if (found := eligibility.norm(norm1, channels, dtype, device)) is not None:
-            return f"norm1 {found}"
-        if (found := eligibility.norm(norm2, bottleneck, dtype, device)) is not None:
-            return f"norm2 {found}"
+        found = named("norm1", eligibility.norm(norm1, channels, expected))
+        found = found or named("norm2", eligibility.norm(norm2, bottleneck, expected))
         for name, module in activations:
-            if (found := eligibility.exactly(module, nn.ReLU)) is not None:
-                return f"{name} {found}"
-        return None
+            found = found or named(name, eligibility.exactly(module, nn.ReLU))
+        return found
 
 
 class TailParts(NamedTuple):
@@ -52,33 +51,26 @@ class TailParts(NamedTuple):
     conv: nn.Conv2d | None = None
 
 
-# The parts of a layer of that exact type, or what is in the way of finding them.
-Reader = Callable[[nn.Module], LayerParts | str]
-_READERS: dict[type[nn.Module], Reader] = {}
+# By a layer's exact type: what gives its parts, or what is in the way of finding them.
+READERS: dict[type[nn.Module], Callable[[nn.Module], LayerParts | str]] = {}
 
 
-def register(kind: type[nn.Module], reader: Reader) -> None:
-    """Let layers of exactly this type run fused."""
-    _READERS[kind] = reader
-
-
-_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
-
-
-def named_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
+def named_parts(
+    modules: dict[str, Any], dropout: float, activations: Sequence[str] = ("relu1", "relu2")
+) -> LayerParts | str:
     """Parts under torchvision's names."""
     try:
-        norm1, relu1, conv1 = modules["norm1"], modules["relu1"], modules["conv1"]
-        norm2, relu2, conv2 = modules["norm2"], modules["relu2"], modules["conv2"]
+        relus = [(name, modules[name]) for name in activations]
+        norm1, conv1 = modules["norm1"], modules["conv1"]
+        norm2, conv2 = modules["norm2"], modules["conv2"]
     except KeyError as missing:
         return f"{missing.args[0]} is missing"
-    activations = (("relu1", relu1), ("relu2", relu2))
-    return LayerParts(norm1, conv1, norm2, conv2, activations, dropout)  # type: ignore[arg-type]
+    return LayerParts(norm1, conv1, norm2, conv2, relus, dropout)
 
 
-def sequential_parts(modules: dict[str, nn.Module | None], dropout: float) -> LayerParts | str:
+def sequential_parts(modules: dict[str, Any], dropout: float) -> LayerParts | str:
     """The same parts as all that a Sequential runs, which is what it has, in that order."""
-    if tuple(modules) != _NAMES:
+    if tuple(modules) != ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2"):
         return f"its submodules are {', '.join(modules)}"
     return named_parts(modules, dropout)
 
@@ -95,9 +87,14 @@ def dropout(state: dict[str, Any]) -> float:
     return rate
 
 
+def fusable(parts: LayerParts | str, channels: int | None, expected: Expected) -> LayerParts | str:
+    """The parts, or why they cannot be fused on an input of so many channels (None: of norm1's)."""
+    return parts if isinstance(parts, str) else parts.obstacle(channels, expected) or parts
+
+
 def read(layer: nn.Module, expected: type[nn.Module]) -> LayerParts | str:
     """The layer's parts, or the obstacle to calling it as anything but a module."""
-    reader = _READERS.get(type(layer))
+    reader = READERS.get(type(layer))
     if reader is None:
         return eligibility.other_type(layer, expected)
     return eligibility.touched(layer) or reader(layer)

@@ -16,27 +16,92 @@ from densenet_fast import arguments
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import released
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
-from densenet_fast.modules import eligibility, image_sizes, input_checks, layer_parts
-from densenet_fast.modules.graph_routing import routed
+from densenet_fast.modules import eligibility, input_checks, layer_parts
+from densenet_fast.modules.eligibility import Expected, named, routed
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
 from densenet_fast.modules.steps import DenseStep, Segment
 
 
-def mode_of(memory_efficient: bool, checkpoint: Any) -> Checkpoint:
-    """The checkpoint mode that a constructor's two arguments mean together."""
-    mode = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
-    return mode if arguments.flag("memory_efficient", memory_efficient) else "none"
+class FusedModule(nn.Module):
+    """A module that runs as one step wherever nothing is in the way."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The output of `input` [N, C, H, W]."""
+        if is_scripting():
+            return self.plain(input)
+        else:  # noqa: RET505 (what TorchScript does not compile)
+            return routed(self, input, self.plain)
+
+    def run(self, input: Tensor) -> Tensor:
+        """The checked forward, fused where nothing is in the way."""
+        owner = type(self).__name__
+        input_checks.images(owner, input)
+        input_checks.channels(owner, input, self.first_reader())
+        synchronized.check_modules(self, input.device)
+        step = self.step(eligibility.input(input), input.shape[1], eligibility.expected(input))
+        if isinstance(step, str) or not step.fused_throughout:
+            input_checks.parameters(self, self, input)
+        chain = self if isinstance(self, Transition) else [self]
+        input_checks.chain(owner, chain, input)
+        if isinstance(step, str):
+            return self.plain(input)
+        step.memory_format = memory_format = self.released_format(input)
+        return released(step.run(input), memory_format)
+
+    def step(
+        self, obstacle: str | None, channels: int | None, expected: Expected
+    ) -> DenseStep | str:
+        """The step on so many channels (None: any number), or why there is none.
+
+        `obstacle` is one that lies outside.
+        """
+        raise NotImplementedError
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The forward without anything fused."""
+        raise NotImplementedError
+
+    def first_reader(self) -> nn.Module | None:
+        """The module that decides how many channels are expected, if one does."""
+        return next(iter(self._modules.values()), None)
+
+    def released_format(self, input: Tensor) -> torch.memory_format:
+        """What others' code gets features in: as they are, if they are to stay channels last."""
+        return torch.preserve_format
 
 
-@eligibility.fused_as("layer")
-class DenseLayer(nn.Module):
+class Checkpointed(FusedModule):
+    """A layer or block, of which a mode says what is kept for the backward."""
+
+    __jit_unused_properties__ = ("checkpoint",)
+    __jit_ignored_attributes__ = ("_checkpoint",)
+    _checkpoint: Checkpoint
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is kept for the backward: "none", "bottleneck" or "block" (see the README)."""
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, mode: Checkpoint) -> None:
+        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
+        for layer in self._modules.values():
+            if isinstance(layer, DenseLayer):
+                layer.checkpoint = mode
+
+    def _set_mode(self, memory_efficient: bool, checkpoint: Checkpoint) -> None:
+        """The mode that a constructor's two arguments mean together."""
+        mode = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
+        kept = arguments.flag("memory_efficient", memory_efficient)
+        self._checkpoint = mode if kept else "none"
+
+
+class DenseLayer(Checkpointed):
     """norm, ReLU, 1×1 convolution, norm, ReLU, 3×3 convolution, concatenated to the input.
 
     Emits its `num_input_features` channels and `k * growth_rate` new ones. The bottleneck between
     the convolutions has `bn_size * growth_rate` channels whatever `k` is.
     """
-
-    __jit_unused_properties__ = ("checkpoint",)
 
     def __init__(
         self,
@@ -54,61 +119,28 @@ class DenseLayer(nn.Module):
         growth_rate = arguments.integer("growth_rate", growth_rate)
         bottleneck = arguments.integer("bn_size", bn_size) * growth_rate
         growth = arguments.integer("k", k) * growth_rate
-        drop_rate = arguments.probability("drop_rate", drop_rate)
-        mode = mode_of(memory_efficient, checkpoint)
-
+        self.drop_rate = arguments.share("drop_rate", drop_rate, zero=True)
+        self._set_mode(memory_efficient, checkpoint)
         self.norm1 = nn.BatchNorm2d(num_input_features)
         self.relu1 = nn.ReLU(inplace=False)
         self.conv1 = nn.Conv2d(num_input_features, bottleneck, kernel_size=1, bias=False)
         self.norm2 = nn.BatchNorm2d(bottleneck)
         self.relu2 = nn.ReLU(inplace=False)
         self.conv2 = nn.Conv2d(bottleneck, growth, kernel_size=3, padding=1, bias=False)
-        self.drop_rate = drop_rate
-        self._checkpoint = mode
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """What is kept for the backward: "none", "bottleneck" or "block" (see the README)."""
-        return self._checkpoint
+    def step(
+        self, obstacle: str | None, channels: int | None, expected: Expected
+    ) -> DenseStep | str:
+        """The layer alone."""
+        own = layer_parts.usual_parts(self)
+        parts = obstacle or layer_parts.fusable(own, channels, expected)
+        return parts if isinstance(parts, str) else DenseStep([[parts]], self._checkpoint)
 
-    @checkpoint.setter
-    def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
+    def first_reader(self) -> nn.Module | None:
+        """The first norm."""
+        return self._modules.get("norm1")
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`input` [N, C, H, W] and the new channels behind it."""
-        if is_scripting():
-            return self._compose(input)
-        else:  # noqa: RET505 (what TorchScript does not compile)
-            return routed(self, input, self._compose)
-
-    def run(self, input: Tensor) -> Tensor:
-        """The checked forward, fused if nothing is in the way."""
-        input_checks.images(type(self).__name__, input)
-        input_checks.channels(type(self).__name__, input, self._modules.get("norm1"))
-        synchronized.check_modules(self, input.device)
-        obstacle = eligibility.input(input) or self.obstacle(
-            input.shape[1], eligibility.parameter_type(input), input.device
-        )
-        if obstacle is not None:
-            input_checks.parameters(self, self, input)
-        input_checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
-        if obstacle is not None:
-            return self._compose(input)
-        parts = self.parts()
-        assert not isinstance(parts, str)
-        return released(DenseStep([[parts]], self._checkpoint).run(input))
-
-    def obstacle(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why the submodules must be called one by one, or None."""
-        parts = self.parts()
-        return parts if isinstance(parts, str) else parts.obstacle(channels, dtype, device)
-
-    def parts(self) -> LayerParts | str:
-        """What the layer computes with now, or which part is missing."""
-        return layer_parts.usual_parts(self)
-
-    def _compose(self, input: Tensor) -> Tensor:
+    def plain(self, input: Tensor) -> Tensor:
         """The submodules called one by one."""
         # The input is emitted too: what stands for norm1 must not write to it.
         if is_scripting():
@@ -134,29 +166,10 @@ class DenseLayer(nn.Module):
         return f"drop_rate={self.drop_rate}, checkpoint={self._checkpoint!r}"
 
 
-layer_parts.register(DenseLayer, DenseLayer.parts)  # type: ignore[arg-type]
-eligibility.register_out_of_place(DenseLayer)
-
-
-class FusedBlock(nn.Module):
+class FusedBlock(Checkpointed):
     """A module whose children are the layers of a dense block, in order, whatever their types."""
 
-    __jit_unused_properties__ = ("checkpoint",)
-    __jit_ignored_attributes__ = ("_checkpoint",)
-    _checkpoint: Checkpoint
     lists = False  # whether layers take a list of features and return their own alone
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """What is kept for the backward: "none", "bottleneck" or "block" (see the README)."""
-        return self._checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
-        for layer in self.layers():
-            if isinstance(layer, DenseLayer):
-                layer.checkpoint = mode
 
     def forward(self, init_features: Tensor) -> Tensor:
         """`init_features` [N, C, H, W] and the features of all layers behind them."""
@@ -165,41 +178,34 @@ class FusedBlock(nn.Module):
         else:  # noqa: RET505
             return routed(self, init_features, self.plain)
 
-    def run(self, input: Tensor) -> Tensor:
-        """The checked forward, fused where nothing is in the way."""
-        input_checks.images(type(self).__name__, input)
-        input_checks.channels(type(self).__name__, input, self.first_reader())
-        synchronized.check_modules(self, input.device)
-        obstacle = eligibility.input(input)
-        segments = self.segments(obstacle, eligibility.parameter_type(input), input.device)
-        if not fused_throughout(segments):
-            input_checks.parameters(self, self, input)
-        input_checks.values_per_channel(self, input.shape[0], input.shape[2], input.shape[3])
-        memory_format = self.released_format(input)
-        step = DenseStep(segments, self._checkpoint, lists=self.lists, memory_format=memory_format)
-        return released(step.run(input), memory_format)
-
-    def released_format(self, input: Tensor) -> torch.memory_format:
-        """What others' code gets features in: as they are, if they are to stay channels last."""
-        return torch.preserve_format
-
-    def plain(self, input: Tensor) -> Tensor:
-        """The forward without anything fused."""
-        raise NotImplementedError
-
     def layers(self) -> list[nn.Module]:
         """The layers in order, one that is used twice as often."""
         return list(self._modules.values())  # type: ignore[arg-type]
 
     def first_reader(self) -> nn.Module | None:
-        """The module that decides how many channels the block expects, if one does."""
+        """The first layer's first norm, if that is known."""
         first = next(iter(self.layers()), None)
         parts = "there is none" if first is None else layer_parts.read(first, DenseLayer)
         return None if isinstance(parts, str) else parts.norm1
 
-    def segments(
-        self, obstacle: str | None, dtype: torch.dtype, device: torch.device
-    ) -> list[Segment]:
+    def parts(self, expected: Expected) -> list[LayerParts | str]:
+        """What each layer computes with, or why it must be called as a module.
+
+        Behind such a one the number of channels is unknown, and taken from the next layer.
+        """
+        channels: int | None = None
+        found: list[LayerParts | str] = []
+        for layer in self.layers():
+            own = layer_parts.read(layer, DenseLayer)
+            parts = layer_parts.fusable(own, channels, expected)
+            found.append(parts)
+            channels = None
+            if not isinstance(parts, str):
+                read, growth = map(eligibility.weight_shape, (parts.conv1, parts.conv2))
+                channels = read[1] + growth[0]
+        return found
+
+    def step(self, obstacle: str | None, channels: int | None, expected: Expected) -> DenseStep:
         """Longest runs of layers to fuse, and single layers to call, in order.
 
         The layers of a run share the features' statistics, so those are of one process group.
@@ -207,27 +213,24 @@ class FusedBlock(nn.Module):
         segments: list[Segment] = []
         if obstacle is not None:
             segments.extend(self.layers())
-            return segments
+            return DenseStep(segments, self._checkpoint, lists=self.lists)
         run: list[LayerParts] = []
         group = synchronized.OneGroup()
-        channels = None
-        for layer in self.layers():
-            channels, found = fusable_parts(layer, channels, dtype, device)
-            if isinstance(found, str):
+        for layer, parts in zip(self.layers(), self.parts(expected), strict=True):
+            if isinstance(parts, str):
                 segments.append(layer)
                 run = []
                 group = synchronized.OneGroup()
             else:
-                if not group.admits(found.norm1):
+                if not group.admits(parts.norm1):
                     run = []
-                    group = synchronized.OneGroup(found.norm1)
+                    group = synchronized.OneGroup(parts.norm1)
                 if not run:
                     segments.append(run)
-                run.append(found)
-        return segments
+                run.append(parts)
+        return DenseStep(segments, self._checkpoint, lists=self.lists)
 
 
-@eligibility.fused_as("block")
 class DenseBlock(FusedBlock, nn.ModuleDict):
     """Layers that each read the concatenation of all features so far.
 
@@ -249,7 +252,7 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
         checkpoint: Checkpoint = "bottleneck",
     ) -> None:
         super().__init__()
-        self._checkpoint = mode_of(memory_efficient, checkpoint)
+        self._set_mode(memory_efficient, checkpoint)
         num_input_features = arguments.integer("num_input_features", num_input_features)
         growth_rate = arguments.integer("growth_rate", growth_rate)
         for i in range(arguments.integer("num_layers", num_layers)):
@@ -269,32 +272,11 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
         return input
 
 
-def fusable_parts(
-    layer: nn.Module, channels: int | None, dtype: torch.dtype, device: torch.device
-) -> tuple[int | None, LayerParts | str]:
-    """Channels behind `layer`, if known, and its parts, or why it must be called as a module.
+class Transition(FusedModule, nn.Sequential):
+    """norm, ReLU, 1×1 convolution and 2×2 average pooling between two blocks.
 
-    `channels` are those before it; None means unknown, as behind a layer of another type.
+    [N, C, H, W] to [N, num_output_features, H // 2, W // 2].
     """
-    parts = layer_parts.read(layer, DenseLayer)
-    if isinstance(parts, str):
-        return None, parts
-    if channels is None:
-        channels = getattr(parts.norm1, "num_features", 0)
-    found = parts.obstacle(channels, dtype, device)
-    if found is not None:
-        return None, found
-    return channels + eligibility.weight_shape(parts.conv2)[0], parts
-
-
-def fused_throughout(segments: list[Segment]) -> bool:
-    """Whether no layer is called as a module."""
-    return all(isinstance(segment, list) for segment in segments)
-
-
-@eligibility.fused_as("transition")
-class Transition(nn.Sequential):
-    """norm, ReLU, 1×1 convolution and 2×2 average pooling between two blocks."""
 
     def __init__(self, num_input_features: int, num_output_features: int) -> None:
         super().__init__()
@@ -305,49 +287,18 @@ class Transition(nn.Sequential):
         self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
-        if is_scripting():
-            return self.plain(input)
-        else:  # noqa: RET505
-            return routed(self, input, self.plain)
-
     def plain(self, input: Tensor) -> Tensor:
         """The submodules called one by one."""
         for module in self:
             input = module(input)
         return input
 
-    def run(self, input: Tensor) -> Tensor:
-        """The checked forward, fused if nothing is in the way."""
-        name = type(self).__name__
-        input_checks.images(name, input)
-        first = next(iter(self), None)
-        input_checks.channels(name, input, first)
-        synchronized.check_modules(self, input.device)
-        obstacle = eligibility.input(input) or self.obstacle(
-            input.shape[1], eligibility.parameter_type(input), input.device
-        )
+    def step(
+        self, obstacle: str | None, channels: int | None, expected: Expected
+    ) -> DenseStep | str:
+        """The transition as the tail of a block without layers."""
         if obstacle is not None:
-            input_checks.parameters(self, self, input)
-        image_sizes.check(name, self, input)
-        if obstacle is not None:
-            return self.plain(input)
-        step = DenseStep([], "bottleneck", self.parts())
-        return released(step.run(input), self.released_format(input))
-
-    def parts(self) -> TailParts:
-        """What the transition computes with."""
-        return TailParts(self.norm, self.conv)
-
-    def released_format(self, input: Tensor) -> torch.memory_format:
-        """What others' code gets the output in: as it is."""
-        return torch.preserve_format
-
-    def obstacle(
-        self, channels: int | None, dtype: torch.dtype, device: torch.device
-    ) -> str | None:
-        """Why the submodules must be called one by one, or None. `channels` None: any number."""
+            return obstacle
         parts: Any = self._modules
         names = list(parts)
         # A norm with its own ReLU has none behind it.
@@ -355,15 +306,17 @@ class Transition(nn.Sequential):
         if names != (["norm", "relu", "conv", "pool"] if relu else ["norm", "conv", "pool"]):
             return f"its submodules are {', '.join(names)}"
         norm, conv, pool = parts["norm"], parts["conv"], parts["pool"]
-        if (found := eligibility.conv(conv, eligibility.POINTWISE, dtype, device)) is not None:
+        if (found := eligibility.conv(conv, eligibility.POINTWISE, expected)) is not None:
             return f"conv {found}"
         read = eligibility.weight_shape(conv)[1]
         if channels is not None and read != channels:
             return f"conv reads {read} channels, not {channels}"
-        if (found := eligibility.norm(norm, read, dtype, device)) is not None:
-            return f"norm {found}"
-        if relu and (found := eligibility.exactly(parts["relu"], nn.ReLU)) is not None:
-            return f"relu {found}"
-        if (found := eligibility.average_pool(pool)) is not None:
-            return f"pool {found}"
-        return None
+        found = named("norm", eligibility.norm(norm, read, expected))
+        if relu:
+            found = found or named("relu", eligibility.exactly(parts["relu"], nn.ReLU))
+        found = found or named("pool", eligibility.average_pool(pool))
+        return found or DenseStep([], "bottleneck", TailParts(norm, conv))
+
+
+eligibility.KINDS.update({DenseLayer: "layer", DenseBlock: "block", Transition: "transition"})
+layer_parts.READERS[DenseLayer] = layer_parts.usual_parts

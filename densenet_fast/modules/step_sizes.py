@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import repeat
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from densenet_fast.blocks import stem_convolution
+from densenet_fast.blocks.autocast import computed_type
 from densenet_fast.blocks.memory_plan import (
     BlockSize,
     HeadSize,
     NetworkSize,
+    Plan,
     StemSize,
+    held_below_peak,
     statistics_bytes,
 )
-from densenet_fast.modules import image_sizes
-from densenet_fast.modules.fusing import block_sizes, gradient_bytes
+from densenet_fast.blocks.nodes import planned_shape
+from densenet_fast.modules import eligibility, input_checks
 from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
 from densenet_fast.operators.rows import row_pitch
+from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 
 _LABEL = 8  # bytes
 _MOST_PARTS = 16  # of the CPU kernels' backward, each with a weight gradient of its own
 _LEAST_ROWS, _LEAST_TILES = 384, 64  # of a part: pixels, and Winograd's 2×2 tiles
+
+
+_plans = lru_cache(64)(held_below_peak)  # of sizes alone: most steps are as the one before
+
+
+def held_bottlenecks(planned: Sequence[Step], input: Tensor) -> Iterator[int]:
+    """How many bottlenecks each block holds: some if there is nothing here but fused blocks."""
+    steps = [step for step in planned if isinstance(step, DenseStep)]
+    if len(steps) < len(planned) or all(step.checkpoint == "none" for step in steps):
+        return repeat(0)
+    stored = computed_type(input.dtype, input.device.type)
+    sizes = _block_sizes(steps, planned_shape(input.shape), stored.itemsize)
+    if sizes is None or not (input.requires_grad or _trainable(steps[0])):
+        return repeat(0)  # in a frozen block the fullest backward may not happen
+    network = NetworkSize(StemSize(), tuple(sizes), HeadSize())
+    modes = tuple(step.checkpoint for step in steps)
+    # Dynamo traces through caches, and says so.
+    plan = held_below_peak if torch.compiler.is_compiling() else _plans
+    plans = plan(network, modes)
+    return iter([plan.hold for plan in plans])
 
 
 def network_size(
@@ -45,7 +71,7 @@ def network_size(
     stem = _stem(before, shape, stored, device)
     if stem is None:
         return None
-    sizes = block_sizes(blocks, stem[1], stored.itemsize)
+    sizes = _block_sizes(blocks, stem[1], stored.itemsize)
     if sizes is None:
         return None
     sizes = [
@@ -57,6 +83,80 @@ def network_size(
         for size in sizes
     ]
     return NetworkSize(stem[0], sizes, _head(classifier, shape[0], sizes[-1].end, stored))
+
+
+def _block_sizes(
+    steps: Sequence[DenseStep], shape: Sequence[int], itemsize: int
+) -> list[BlockSize] | None:
+    """Sizes of blocks behind one another, the first one's input [N, C, H, W] being `shape`.
+
+    None where some layer is not fused. `itemsize` is that of a feature, in bytes.
+    """
+    images, channels, height, width = shape
+    sizes: list[BlockSize] = []
+    for step in steps:
+        layers = step.segments[0] if len(step.segments) == 1 else None
+        if not isinstance(layers, list):
+            return None
+        widths = [eligibility.weight_shape(layer.conv1)[0] for layer in layers]
+        growths = [eligibility.weight_shape(layer.conv2)[0] for layer in layers]
+        convolutions = [conv for layer in layers for conv in (layer.conv1, layer.conv2)]
+        end, pixels = channels + sum(growths), images * height * width
+        if step.tail is not None and step.tail.conv is not None:
+            behind = eligibility.weight_shape(step.tail.conv)[0]
+            convolutions.append(step.tail.conv)
+            height, width = height // 2, width // 2
+            output = images * height * width * behind
+        else:
+            behind, output = end, images * end if step.tail is not None else pixels * end
+        gradients = _gradient_bytes([conv.weight for conv in convolutions])
+        sizes.append(
+            BlockSize(
+                pixels, channels, end, tuple(widths), max(growths), output, itemsize, *gradients
+            )
+        )
+        channels = behind
+    return sizes
+
+
+def _gradient_bytes(weights: Sequence[Tensor]) -> tuple[int, int]:
+    """Bytes of the weights' gradients, and of those that are new and stay."""
+    wanted = [weight for weight in weights if weight.requires_grad]
+    if torch.compiler.is_compiling():  # a graph hands over all its gradients when it is done
+        return (sum(weight.nbytes for weight in wanted),) * 2
+    lasting = [
+        weight
+        for weight in wanted
+        if weight.is_leaf and weight.grad is None and not getattr(weight, GRADIENT_HOOKS, None)
+    ]
+    return sum(weight.nbytes for weight in wanted), sum(weight.nbytes for weight in lasting)
+
+
+def _trainable(step: DenseStep) -> bool:
+    layers = step.segments[0]
+    assert isinstance(layers, list)
+    return any(
+        parameter.requires_grad
+        for layer in layers
+        for part in (layer.norm1, layer.conv1, layer.norm2, layer.conv2)
+        for parameter in part.parameters()
+    )
+
+
+def apply_plans(planned: Sequence[Step], plans: Sequence[Plan]) -> list[Step]:
+    """The steps with each block's mode and held bottlenecks as planned."""
+    applied: list[Step] = []
+    blocks = iter(plans)
+    keep_stem = bool(plans) and plans[0].mode == "none"
+    for step in planned:
+        if isinstance(step, DenseStep):
+            mode, hold = next(blocks)
+            step = replace(step, checkpoint=mode, hold=hold)
+        elif isinstance(step, StemStep) and step.conv is not None and keep_stem:
+            applied.append(ConvStep(step.conv))
+            step = StemStep(step.norm)
+        applied.append(step)
+    return applied
 
 
 def _stem(
@@ -71,10 +171,10 @@ def _stem(
     if conv is None or len(steps) != 1 + (norm is not None and norm.conv is None):
         return None
     images, channels, height, width = shape
-    size = image_sizes.output_size(conv, (height, width))
+    size = input_checks.output_size(conv, (height, width))
     if size is None:
         return None
-    weights, lasting = gradient_bytes([conv.weight])
+    weights, lasting = _gradient_bytes([conv.weight])
     e, out = stored.itemsize, conv.out_channels
     image, pixels = channels * height * width, size[0] * size[1] * out
     computed = stem_convolution.fast_type(stored, device)
@@ -113,7 +213,7 @@ def _head(classifier: nn.Linear, images: int, channels: int, stored: torch.dtype
     rounded = parameter.numel() * stored.itemsize if parameter.dtype != stored else 0
     loss = images * (classifier.out_features * parameter.itemsize + _LABEL) + parameter.itemsize
     kept = images * channels * stored.itemsize + loss + rounded
-    return HeadSize(kept, *gradient_bytes([parameter]))
+    return HeadSize(kept, *_gradient_bytes([parameter]))
 
 
 def cpu_workspace(block: BlockSize) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.blocks import stem_convolution
+from densenet_fast.blocks import stem_convolution, synchronized
 from densenet_fast.blocks.dense_block import (
     FlatBlock,
     conv_stem,
@@ -22,23 +22,50 @@ from densenet_fast.blocks.specs import (
     Checkpoint,
     ConvGeometry,
     LayerSpec,
+    NormSpec,
     Tail,
     TransitionTail,
 )
-from densenet_fast.modules.eligibility import Norm, leaves_input, parameter, weight_shape
+from densenet_fast.modules.eligibility import Norm, leaves_input, parameter, setting, weight_shape
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
-from densenet_fast.modules.norm_specs import norm_spec
 
 FusedRun = list[LayerParts]
 Segment = FusedRun | nn.Module
 _NOTHING: FusedRun = []  # always the same, as what is made of a run goes by it
 
 
-class Step(Protocol):
-    """One step of a forward."""
+def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
+    """What `norm` would do if it were called now, as in its class's `forward`.
 
-    def run(self, input: Tensor) -> Tensor:
-        """The step's output."""
+    `counted` are the counters that the same step will have counted in before, to which the norm's
+    own is added.
+    """
+    # Every norm in every step: nn.Module.__getattr__ would be most of the work.
+    state = norm.__dict__
+    buffers = state["_buffers"]
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    momentum = counter = None
+    if state["training"] and setting(state, "track_running_stats"):
+        momentum = state["momentum"]
+        counter = buffers["num_batches_tracked"]
+        if counter is not None:
+            counted.append(counter)
+            if momentum is None:
+                momentum = 1.0 / (int(counter) + sum(one is counter for one in counted))
+        # Neither a momentum nor a counter: BatchNorm leaves the running statistics alone then.
+        if mean is None:
+            momentum = None
+    return NormSpec(
+        weight=parameter(state, "weight"),
+        bias=parameter(state, "bias"),
+        running_mean=mean,
+        running_var=var,
+        eps=state["eps"],
+        batch_statistics=state["training"] or mean is None,
+        momentum=momentum,
+        group="" if type(norm) is nn.BatchNorm2d else synchronized.group_of(norm),
+        counter=counter,
+    )
 
 
 @dataclass
@@ -85,16 +112,11 @@ class StemStep:
     def run(self, input: Tensor) -> Tensor:
         """The pooled features."""
         norm = norm_spec(self.norm, [])
-        weight = bias = geometry = None
-        if self.conv is not None:
-            conv: Any = self.conv.__dict__
-            geometry = ConvGeometry(
-                conv["stride"], conv["padding"], conv["dilation"], conv["groups"]
-            )
-            weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
-        if weight is None or geometry is None:
+        if self.conv is None:
             return stem_norm_relu_maxpool(input, norm)
-        return conv_stem(input, weight, bias, geometry, norm)
+        conv: Any = self.conv.__dict__
+        geometry = ConvGeometry(conv["stride"], conv["padding"], conv["dilation"], conv["groups"])
+        return conv_stem(input, parameter(conv, "weight"), parameter(conv, "bias"), geometry, norm)
 
 
 @dataclass
@@ -116,6 +138,16 @@ class DenseStep:
     lists: bool = False
     memory_format: torch.memory_format = torch.preserve_format
     _specs: dict[int, FlatBlock] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def fused_throughout(self) -> bool:
+        """Whether no layer is called as a module."""
+        return all(isinstance(segment, list) for segment in self.segments)
+
+    @property
+    def ends_fused(self) -> bool:
+        """Whether there are layers, of which the last is not called as a module."""
+        return bool(self.segments) and isinstance(self.segments[-1], list)
 
     def run(self, input: Tensor, *, ours: bool = False, hold: int = 0) -> Tensor:
         """The concatenated features, or what the tail makes of them.
@@ -181,6 +213,9 @@ class DenseStep:
         if all(norm.momentum is not None for norm in norms):
             self._specs[id(run)] = flat
         return flat
+
+
+Step = ModuleStep | ConvStep | StemStep | DenseStep
 
 
 def _joined(features: list[Tensor]) -> Tensor:

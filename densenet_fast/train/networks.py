@@ -11,7 +11,7 @@ from torch import nn
 
 import densenet_fast
 from densenet_fast.memory import DoesNotFitError, estimate
-from densenet_fast.modules import image_sizes, input_checks
+from densenet_fast.modules import input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train.architecture import BC, Architecture
 from densenet_fast.train.checkpoints import is_checkpoint, read
@@ -109,8 +109,7 @@ def check_images(model: EfficientDenseNet, batch: int, channels: int, size: int)
     """
     images = torch.empty((batch, channels, size, size), device="meta")
     try:
-        input_checks.channels("the network", images, next(iter(model.features), None))
-        image_sizes.check("the network", model.features, images)
+        input_checks.chain("the network", model.features, images)
     except ValueError as error:
         raise UsageError(f"images of {size}×{size}, {batch} at a time: {error}") from error
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,8 +45,10 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> StateDict:
             would run code, has no such entry, no tensors, or several entries to choose from.
     """
     file = _existing(path)
-    head, size = _head(file)
-    if _looks_like_safetensors(head, size):
+    with file.open("rb") as stream:
+        head, size = stream.read(9), os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(head[:8], "little")
+    if head[8:] == b"{" and 2 <= length <= size - 8:  # the length of a JSON header, and that
         content: Any = _read_safetensors(file)
     elif file.suffix == _SAFETENSORS:
         raise ValueError(f"{file} is called {_SAFETENSORS}, but its content is not of that format")
@@ -64,19 +66,6 @@ def _existing(path: Any) -> Path:
     if not file.exists():
         raise FileNotFoundError(f"there is no file {file} (looked for in {Path.cwd()})")
     return file
-
-
-def _head(file: Path) -> tuple[bytes, int]:
-    with file.open("rb") as stream:
-        return stream.read(9), os.fstat(stream.fileno()).st_size
-
-
-def _looks_like_safetensors(head: bytes, size: int) -> bool:
-    """Whether a length and a JSON header of that length come first."""
-    if len(head) < 9 or head[8:9] != b"{":
-        return False
-    (length,) = struct.unpack("<Q", head[:8])
-    return 2 <= length <= size - 8
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -97,26 +86,25 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def _read_torch(file: Path, zipped: bool) -> Any:
     try:
         return _unpickled(str(file), mmap=zipped and mappable(file))
-    except pickle.UnpicklingError as error:
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed is None:
-            raise ValueError(f"{file} is not a checkpoint of torch.save, or damaged") from error
-        raise ValueError(
-            f"{file} holds Python objects ({needed[1]}) beside tensors; loading them would run "
-            "code from the file. If you trust it, load it once with torch.load(path, "
-            "weights_only=False) where their classes are installed, and save the state_dict()"
-        ) from error
     except Exception as error:  # KeyError, EOFError, RuntimeError, ...: whatever it meets first
-        if "TorchScript" in str(error):
-            raise ValueError(
+        refused = isinstance(error, pickle.UnpicklingError)
+        needed = re.search(r"GLOBAL (\S+)", str(error)) if refused else None
+        first = str(error).split(". ")[0].partition("\n")[0]
+        kind = type(error).__name__
+        what = "" if refused else f" ({kind}: {first})" if first else f" ({kind})"
+        message = f"{file} is not a checkpoint of torch.save, or damaged{what}"
+        if needed is not None:
+            message = (
+                f"{file} holds Python objects ({needed[1]}) beside tensors; loading them would run "
+                "code from the file. If you trust it, load it once with torch.load(path, "
+                "weights_only=False) where their classes are installed, and save the state_dict()"
+            )
+        elif "TorchScript" in str(error) and not refused:
+            message = (
                 f"{file} is a TorchScript archive: load it with torch.jit.load and save its "
                 "state_dict()"
-            ) from error
-        first = str(error).split(". ")[0].partition("\n")[0]
-        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        raise ValueError(
-            f"{file} is not a checkpoint of torch.save, or damaged ({what})"
-        ) from error
+            )
+        raise ValueError(message) from error
 
 
 def mappable(file: Path) -> bool:
@@ -135,19 +123,13 @@ def mappable(file: Path) -> bool:
 
 def _unpickled(file: str, mmap: bool) -> Any:
     """The content; where torch refuses it, its tensors with nothing made of what is beside them."""
+    load = functools.partial(torch.load, file, map_location="cpu", mmap=mmap)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return load(weights_only=True)
     except pickle.UnpicklingError as refusal:
         try:
-            return inert_pickle.plain(
-                torch.load(
-                    file,
-                    map_location="cpu",
-                    pickle_module=inert_pickle,
-                    weights_only=False,  # the pickle module is the restriction
-                    mmap=mmap,
-                )
-            )
+            # Here the pickle module is the restriction.
+            return inert_pickle.plain(load(pickle_module=inert_pickle, weights_only=False))
         except pickle.UnpicklingError:
             raise
         except Exception as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,16 @@ class Misfit:
     found: str
     expected: str
 
+    def __str__(self) -> str:
+        file, model = self.file_name, self.model_name
+        if self.found and self.expected:
+            if file == model:
+                return f"{file}: {self.found} in the file, {self.expected} in the model"
+            return f"{file} {self.found} in the file, {model} {self.expected} in the model"
+        if self.found:
+            return f"{file} {self.found}" + ("" if file == model else f" (in the model: {model})")
+        return f"{model} {self.expected}" + ("" if file == model else f" (in the file: {file})")
+
 
 @dataclass
 class Comparison:
@@ -53,11 +63,14 @@ class Comparison:
     castable: bool = False  # whether `cast` would permit some of the types
 
     @property
-    def fits(self) -> bool:
-        """Whether something can be loaded and nothing is in the way."""
-        return bool(self.pairs) and not (
-            self.missing or self.unexpected or self.shapes or self.types
-        )
+    def misfits(self) -> dict[str, list[Misfit]]:
+        """All that is in the way, by headings."""
+        return {
+            "missing in the file": self.missing,
+            "unexpected in the file": self.unexpected,
+            "of another shape": self.shapes,
+            "of another type": self.types,
+        }
 
 
 class WeightsError(RuntimeError):
@@ -71,30 +84,15 @@ class WeightsError(RuntimeError):
     """
 
     def __init__(self, headline: str, found: Comparison) -> None:
-        self.missing = tuple(found.missing)
-        self.unexpected = tuple(found.unexpected)
-        self.shapes = tuple(found.shapes)
-        self.types = tuple(found.types)
         self._arguments = (headline, found)
+        misfits = found.misfits
+        self.missing, self.unexpected, self.shapes, self.types = map(tuple, misfits.values())
         lines = [headline]
         if not found.pairs:
             lines.append("  no tensor of the file can be loaded into the model")
-        lines += _section(
-            "missing in the file",
-            [
-                f"{one.model_name} {one.expected}{_other('in the file: ', one.file_name, one)}"
-                for one in self.missing
-            ],
-        )
-        lines += _section(
-            "unexpected in the file",
-            [
-                f"{one.file_name} {one.found}{_other('in the model: ', one.model_name, one)}"
-                for one in self.unexpected
-            ],
-        )
-        lines += _section("of another shape", [_both(one) for one in self.shapes])
-        lines += _section("of another type", [_both(one) for one in self.types])
+        for title, some in misfits.items():
+            if some:
+                lines += [f"  {title} ({len(some)}):", *(f"    {one}" for one in some)]
         lines += [
             f"  {theirs} in the file may be {ours}: ignore= does not leave out a renamed norm"
             for theirs, ours in found.renamed.items()
@@ -106,21 +104,6 @@ class WeightsError(RuntimeError):
 
     def __reduce__(self) -> Any:
         return type(self), self._arguments
-
-
-def _section(title: str, lines: list[str]) -> list[str]:
-    return [f"  {title} ({len(lines)}):", *(f"    {line}" for line in lines)] if lines else []
-
-
-def _other(where: str, name: str, one: Misfit) -> str:
-    """The tensor's name on the side where it is not, if it is another one there."""
-    return "" if one.file_name == one.model_name else f" ({where}{name})"
-
-
-def _both(one: Misfit) -> str:
-    if one.file_name == one.model_name:
-        return f"{one.file_name}: {one.found} in the file, {one.expected} in the model"
-    return f"{one.file_name} {one.found} in the file, {one.model_name} {one.expected} in the model"
 
 
 def compare(
@@ -135,51 +118,39 @@ def compare(
 
     `ignored` is asked with both names of what does not fit.
     """
-    result = Comparison(renamed=_renamed(file, values, model, own))
-    renamed = {*result.renamed, *result.renamed.values()}
-
-    def left_out(common: str, *names: str) -> bool:
-        return common.rpartition(".")[0] not in renamed and ignored(*names)
-
+    theirs, ours = _norms(file, model, values), _norms(model, file, own)
+    renamed = {norm: ours[place] for place, norm in theirs.items() if place in ours}
+    norms = {*renamed, *renamed.values()}
+    result = Comparison(renamed=renamed)
     old = not any(name.rpartition(".")[2] == _COUNTER for name in file.own)
-    for common, name in model.own.items():
-        theirs = file.own.get(common)
-        if theirs is not None:
-            _compare_pair(result, Misfit(theirs, name, "", ""), values, own, ignored, cast)
-        elif old and name.rpartition(".")[2] == _COUNTER:
-            result.kept_counters.append(name)
-        elif left_out(common, name, file.spelled(common)):
-            result.ignored.append(f"{name} {_shape(own[name])}, missing in the file")
+    for common in (*model.own, *(name for name in file.own if name not in model.own)):
+        mine, norm = model.own.get(common), common.rpartition(".")[0]
+        pair = Misfit(file.spelled(common), model.spelled(common), "", "")
+        left_out = norm not in norms and ignored(pair.model_name, pair.file_name)
+        if common in file.own and mine is not None:
+            _compare_pair(result, pair, values, own, ignored, cast)
+        elif mine is None:
+            shape = _shape(values[pair.file_name])
+            if left_out:
+                result.ignored.append(f"{pair.file_name} {shape}, not in the model")
+            else:
+                result.unexpected.append(replace(pair, found=shape))
+        elif old and mine.rpartition(".")[2] == _COUNTER:
+            result.kept_counters.append(mine)
+        elif left_out:
+            result.ignored.append(f"{mine} {_shape(own[mine])}, missing in the file")
         else:
-            misfit = Misfit(file.spelled(common), name, "", _shape(own[name]))
-            result.missing.append(misfit)
-    for common, theirs in file.own.items():
-        if common in model.own:
-            continue
-        name = model.spelled(common)
-        if left_out(common, name, theirs):
-            result.ignored.append(f"{theirs} {_shape(values[theirs])}, not in the model")
-        else:
-            result.unexpected.append(Misfit(theirs, name, _shape(values[theirs]), ""))
+            result.missing.append(replace(pair, expected=_shape(own[mine])))
     return result
 
 
-def _renamed(
-    file: Names, values: Mapping[str, Any], model: Names, own: Mapping[str, Any]
-) -> dict[str, str]:
-    """Norms of a DenseNet that file and model have at the same place, under different names."""
-    theirs = _norms(file.own.keys() - model.own.keys(), file, values)
-    ours = _norms(model.own.keys() - file.own.keys(), model, own)
-    return {norm: ours[place] for place, norm in theirs.items() if place in ours}
-
-
-def _norms(names: Set[str], side: Names, tensors: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """The norms among `names`, by what they are part of and their channels."""
+def _norms(side: Names, other: Names, tensors: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """The norms of a DenseNet that the other side lacks, by what they are part of and channels."""
     found: dict[tuple[str, str], str] = {}
     for name, own in side.own.items():
         norm, _, tensor = name.rpartition(".")
         part = norm.rpartition(".")[0]
-        if name in names and tensor == "running_mean" and "features" in part.split("."):
+        if name not in other.own and tensor == "running_mean" and "features" in part.split("."):
             found[part, _shape(tensors[own])] = norm
     return found
 
@@ -193,74 +164,60 @@ def _compare_pair(
     cast: bool,
 ) -> None:
     value, mine = values[pair.file_name], own[pair.model_name]
-    problems, shown = result.types, _type
+    problems, shown, lossy = result.types, _type, False
     if isinstance(value, Tensor) and isinstance(mine, Tensor):
+        fits = _type(value) == _type(mine)
         if value.shape != mine.shape:
-            problems, shown = result.shapes, _shape
-        elif _type(value) == _type(mine) or _convertible(value, mine, cast):
-            if value.dtype != mine.dtype:
-                change = Conversion(pair.model_name, value.dtype, mine.dtype)
-                result.converted.append(change)
-            result.pairs[pair.model_name] = pair.file_name
-            return
-    elif type(value) is type(mine):  # extra states, which the module itself reads
+            problems, shown, fits = result.shapes, _shape, False
+        elif not fits and _plain(value) and _plain(mine):
+            fits, lossy = _conversion(value.dtype, mine.dtype)
+            if lossy and cast:
+                fits = bool((value.to(mine.dtype).isfinite() | ~value.isfinite()).all())
+        if fits and value.dtype != mine.dtype:
+            result.converted.append(Conversion(pair.model_name, value.dtype, mine.dtype))
+    else:
+        fits = type(value) is type(mine)  # extra states, which the module itself reads
+    if fits:
         result.pairs[pair.model_name] = pair.file_name
         return
     found, expected = shown(value), shown(mine)
-    if problems is result.types and _lossy(value, mine):
+    if lossy:
         result.castable |= not cast
         found += " with values beyond its range" if cast else ""
     if ignored(pair.model_name, pair.file_name):
         result.ignored.append(f"{pair.model_name} {expected}, {found} in the file")
     else:
-        problems.append(Misfit(pair.file_name, pair.model_name, found, expected))
+        problems.append(replace(pair, found=found, expected=expected))
 
 
-def _convertible(value: Tensor, mine: Tensor, cast: bool) -> bool:
-    """Whether copying keeps every value, or what it loses is permitted and none overflows."""
-    if not _plain(value) or not _plain(mine):
-        return False
-    if _lossy(value, mine):
-        return cast and bool((value.to(mine.dtype).isfinite() | ~value.isfinite()).all())
-    if value.dtype.is_floating_point and mine.dtype.is_floating_point:
-        return True
-    if _integer(value.dtype) and _integer(mine.dtype):
-        narrow, wide = torch.iinfo(value.dtype), torch.iinfo(mine.dtype)
-        return wide.min <= narrow.min and wide.max >= narrow.max
-    return False
-
-
-def _lossy(value: Any, mine: Any) -> bool:
-    """Whether both are floating-point tensors and not every value has its like in `mine`'s type."""
-    if not isinstance(value, Tensor) or not isinstance(mine, Tensor) or not _plain(value):
-        return False
-    if not value.dtype.is_floating_point or not mine.dtype.is_floating_point:
-        return False
-    found, wanted = torch.finfo(value.dtype), torch.finfo(mine.dtype)
-    kept = wanted.eps <= found.eps and wanted.max >= found.max
-    return not kept or wanted.smallest_normal > found.smallest_normal
+def _conversion(found: torch.dtype, wanted: torch.dtype) -> tuple[bool, bool]:
+    """Whether every value has its like in the other type; if not, whether it has one nearby."""
+    if found.is_floating_point and wanted.is_floating_point:
+        a, b = torch.finfo(found), torch.finfo(wanted)
+        kept = b.eps <= a.eps and b.max >= a.max and b.smallest_normal <= a.smallest_normal
+        return kept, not kept
+    if any(one.is_floating_point or one.is_complex or one is torch.bool for one in (found, wanted)):
+        return False, False
+    narrow, wide = torch.iinfo(found), torch.iinfo(wanted)
+    return wide.min <= narrow.min and wide.max >= narrow.max, False
 
 
 def _plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
-def _integer(dtype: torch.dtype) -> bool:
-    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
-
-
 def _shape(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return str(list(value.shape))
-    return f"({type(value).__name__}, not a tensor)"
+    return str(list(value.shape)) if isinstance(value, Tensor) else _no_tensor(value)
 
 
 def _type(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return f"({type(value).__name__}, not a tensor)"
+        return _no_tensor(value)
     kind = str(value.dtype).removeprefix("torch.")
     if value.is_meta:
         return f"{kind} without values (meta device)"
-    if value.layout != torch.strided:
-        return f"{kind} of layout {value.layout}"
-    return kind
+    return kind if value.layout == torch.strided else f"{kind} of layout {value.layout}"
+
+
+def _no_tensor(value: Any) -> str:
+    return f"({type(value).__name__}, not a tensor)"

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any, ClassVar
 
 from torch import Tensor
-from torch._utils import IMPORT_MAPPING, NAME_MAPPING
-from torch._weights_only_unpickler import _get_allowed_globals
+
+from densenet_fast.operators.torch_internals import IMPORT_MAPPING, NAME_MAPPING, allowed_globals
 
 # In Python, as torch's own: what is built can be restricted, and an index in a damaged file takes
 # no memory.
@@ -89,7 +89,7 @@ class Unpickler(_Unpickler):
         # torch writes the names of Python 2.
         renamed = IMPORT_MAPPING.get(module, module), name
         called = ".".join(NAME_MAPPING.get((module, name), renamed))
-        harmless = _get_allowed_globals()
+        harmless = allowed_globals()
         return harmless[called] if called in harmless else type(name, (Inert,), {"called": called})
 
     def load_build(self) -> None:

@@ -68,7 +68,11 @@ _OTHERS = (MONAI, FIRST_FILES, EFFICIENT)
 _PART = r"(?:conv0|norm0|norm5|norm_final|denseblock\d+|transition\d+)\."
 _DENSENET = re.compile(_START + r"(?:features\." + _PART + r"|denselayer\d+\.)")
 _ROOT = re.compile(r"((?:[^.]+\.)*?)features\." + _PART)
-_WRAPPERS = ("module.", "model.", "net.")  # DistributedDataParallel and LightningModules
+_WRAPPED = re.compile(r"((module|model|net)\.)*")  # DistributedDataParallel, LightningModules
+_ADVICE = {
+    "file": "prefix= takes the keys under one prefix alone",
+    "model": "load into the part of the model that the file is for",
+}
 _COMPILED = re.compile(_START + r"_orig_mod\.")  # torch.compile, of a network or of its parts
 
 
@@ -85,14 +89,6 @@ class Names:
         return self.own.get(common, self.prefix + self.layout.to_own(common))
 
 
-class SameTensorTwiceError(ValueError):
-    """Two keys of the file or of the model stand for the same tensor."""
-
-    def __init__(self, side: str, first: str, second: str, common: str) -> None:
-        super().__init__(f"{first} and {second} of the {side} both stand for {common}")
-        self.side = side
-
-
 def roots(keys: Iterable[str]) -> list[str]:
     """What stands before `features.` in each DenseNet among `keys`: "" or a name and a dot."""
     matches = (_ROOT.match(_COMPILED.sub("", key)) for key in keys)
@@ -106,7 +102,7 @@ def names(file: Sequence[str], model: Sequence[str]) -> tuple[Names, Names]:
     as with a U-Net's `encoder.` and a file of the encoder alone, it is taken away as well.
 
     Raises:
-        SameTensorTwiceError: two keys of one side stand for the same tensor.
+        ValueError: two keys of one side stand for the same tensor.
     """
     (outer, inner), (model_outer, model_inner) = _prefix(file), _prefix(model)
     if inner != model_inner:
@@ -127,34 +123,29 @@ def _prefix(keys: Sequence[str]) -> tuple[str, str]:
 
 
 def _wrappers(keys: Sequence[str]) -> str:
-    prefix = ""
-    while True:
-        longer = [prefix + wrapper for wrapper in _WRAPPERS]
-        shared = [long for long in longer if keys and all(key.startswith(long) for key in keys)]
-        if not shared:
-            return prefix
-        prefix = shared[0]
+    match = _WRAPPED.match(keys[0]) if keys else None
+    prefix = match[0] if match else ""
+    while not all(key.startswith(prefix) for key in keys):
+        prefix = prefix[: prefix[:-1].rfind(".") + 1]
+    return prefix
 
 
 def _names(side: str, keys: Sequence[str], prefix: str) -> Names:
     inner = {key: _COMPILED.sub("", key).removeprefix(prefix) for key in keys}
     own: dict[str, str] = {}
-    for key, name in inner.items():
-        common = name
+    used = set()
+    for key, common in inner.items():
         for layout in _OTHERS:
-            common = layout.to_common(common)
+            name, common = common, layout.to_common(common)
+            used |= {layout} if name != common else set()
         if common in own:
-            raise SameTensorTwiceError(side, own[common], key, common)
+            raise ValueError(
+                f"{own[common]} and {key} of the {side} both stand for {common}; {_ADVICE[side]}"
+            )
         own[common] = key
-    return Names(_layout(inner.values()), _written(inner, prefix), own)
-
-
-def _layout(inner: Iterable[str]) -> Layout:
-    inner = list(inner)
-    for layout in _OTHERS:
-        if any(layout.to_common(name) != name for name in inner):
-            return layout
-    return TORCHVISION if any(_DENSENET.search(name) for name in inner) else OTHER
+    usual = TORCHVISION if any(map(_DENSENET.search, inner.values())) else OTHER
+    found = next((layout for layout in _OTHERS if layout in used), usual)
+    return Names(found, _written(inner, prefix), own)
 
 
 def _written(inner: Mapping[str, str], prefix: str) -> str:

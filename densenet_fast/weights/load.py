@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from densenet_fast import arguments
 from densenet_fast.weights import checkpoint_files, key_layouts
-from densenet_fast.weights.comparison import Comparison, Conversion, WeightsError, compare
-from densenet_fast.weights.loading import unchanged_after_errors
+from densenet_fast.weights.comparison import Conversion, WeightsError, compare
 
 __all__ = ["WeightsError", "WeightsReport", "load_into", "load_weights"]
 
@@ -64,10 +65,7 @@ class WeightsReport:
         ]
         if self.prefix:
             lines.append(f"prefix: {self.prefix}")
-        pairs: dict[tuple[torch.dtype, torch.dtype], int] = {}
-        for change in self.converted:
-            pair = (change.found, change.expected)
-            pairs[pair] = pairs.get(pair, 0) + 1
+        pairs = Counter((change.found, change.expected) for change in self.converted)
         lines += [f"converted: {n} from {found} to {to}" for (found, to), n in pairs.items()]
         if self.kept_counters:
             lines.append(f"not in the file, kept: {len(self.kept_counters)} num_batches_tracked")
@@ -123,7 +121,9 @@ def load_weights(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights expects a module, got {type(model).__name__}")
-    patterns = _patterns(ignore)
+    patterns = (ignore,) if isinstance(ignore, str) else ignore
+    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+        raise TypeError(f"ignore must be a pattern or a sequence of patterns, got {ignore!r}")
     cast = arguments.flag("cast", cast)
     for name, value in (("prefix", prefix), ("entry", entry)):
         if value is not None and not isinstance(value, str):
@@ -141,17 +141,19 @@ def load_into(
     cast: bool = False,
 ) -> WeightsReport:
     """`load_weights` of a state dict that was read already."""
-    values, outside = _under(state, prefix)
+    start = f"{prefix.removesuffix('.')}." if prefix else ""
+    values = {k.removeprefix(start): v for k, v in state.values.items() if k.startswith(start)}
+    if start and not values:
+        known = ", ".join(map(repr, key_layouts.roots(state.values))) or "none"
+        raise ValueError(
+            f"no key of {state.path} begins with prefix={start!r}; DenseNets are under {known}"
+        )
     own: dict[str, Any] = model.state_dict()
-    _check_model(model, own)
+    _check_values(model, own)
     try:
         file_names, model_names = key_layouts.names(list(values), list(own))
-    except key_layouts.SameTensorTwiceError as error:
-        advice = {
-            "file": "prefix= takes the keys under one prefix alone",
-            "model": "load into the part of the model that the file is for",
-        }
-        raise ValueError(f"{state.path}: {error}; {advice[error.side]}") from None
+    except ValueError as error:
+        raise ValueError(f"{state.path}: {error}") from None
     _check_patterns(ignore, file_names, model_names)
 
     def ignored(*names: str) -> bool:
@@ -159,50 +161,40 @@ def load_into(
         return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
     found = compare(file_names, values, model_names, own, ignored, cast)
-    if not found.fits:
-        raise WeightsError(_headline(model, state, file_names, model_names, values), found)
+    if not found.pairs or any(found.misfits.values()):
+        lines = [
+            f"{state.path} does not fit {type(model).__name__}, which is unchanged",
+            f"  file: {_kind(file_names, state.entry)}; model: {_kind(model_names, None)}",
+        ]
+        several = key_layouts.roots(values)
+        if len(several) > 1 and len(key_layouts.roots(own)) < 2:
+            where = ", ".join(map(repr, several))
+            lines.append(f"  the file holds several networks: prefix= must be one of {where}")
+        raise WeightsError("\n".join(lines), found)
     # What is not loaded is "loaded" from the model itself, so that torch checks every key again.
     with unchanged_after_errors(model):
         own.update({ours: values[theirs] for ours, theirs in found.pairs.items()})
         model.load_state_dict(own)
-    return _report(state, prefix, file_names, model_names, found, outside)
-
-
-def _report(
-    state: checkpoint_files.StateDict,
-    prefix: str | None,
-    file: key_layouts.Names,
-    model: key_layouts.Names,
-    found: Comparison,
-    outside: list[str],
-) -> WeightsReport:
     return WeightsReport(
         source=state.path,
         entry=state.entry,
-        layout=file.layout.name,
-        model_layout=model.layout.name,
-        prefix=_dotted(prefix) + file.prefix,
+        layout=file_names.layout.name,
+        model_layout=model_names.layout.name,
+        prefix=start + file_names.prefix,
         loaded=tuple(found.pairs),
         converted=tuple(found.converted),
         kept_counters=tuple(found.kept_counters),
         ignored=tuple(found.ignored),
-        outside=tuple(outside),
+        outside=tuple(key for key in state.values if not key.startswith(start)),
     )
-
-
-def _patterns(ignore: Any) -> tuple[str, ...]:
-    given = (ignore,) if isinstance(ignore, str) else ignore
-    if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
-        raise TypeError(f"ignore must be a pattern or a sequence of patterns, got {ignore!r}")
-    return tuple(given)
 
 
 def _check_patterns(
     patterns: Sequence[str], file: key_layouts.Names, model: key_layouts.Names
 ) -> None:
     """A pattern without any effect is a mistake in it."""
+    every = [names.spelled(one) for names in (file, model) for one in (*file.own, *model.own)]
     for pattern in patterns:
-        every = [names.spelled(one) for names in (file, model) for one in (*file.own, *model.own)]
         if not any(fnmatchcase(name, pattern) for name in every):
             examples = ", ".join([*model.own.values()][-2:]) or "none"
             raise ValueError(
@@ -211,28 +203,12 @@ def _check_patterns(
             )
 
 
-def _dotted(prefix: str | None) -> str:
-    return f"{prefix.removesuffix('.')}." if prefix else ""
-
-
-def _under(
-    state: checkpoint_files.StateDict, prefix: str | None
-) -> tuple[Mapping[str, Any], list[str]]:
-    """The tensors below `prefix`, and the keys of the others."""
-    if not prefix:
-        return state.values, []
-    start = _dotted(prefix)
-    chosen = {k.removeprefix(start): v for k, v in state.values.items() if k.startswith(start)}
-    if not chosen:
-        known = ", ".join(repr(root) for root in key_layouts.roots(state.values)) or "none"
-        raise ValueError(
-            f"no key of {state.path} begins with prefix={start!r}; DenseNets are under {known}"
-        )
-    return chosen, [key for key in state.values if not key.startswith(start)]
-
-
-def _check_model(model: nn.Module, own: Mapping[str, Any]) -> None:
-    empty = [name for name, value in own.items() if nn.parameter.is_lazy(value) or _meta(value)]
+def _check_values(model: nn.Module, own: Mapping[str, Any]) -> None:
+    empty = [
+        name
+        for name, value in own.items()
+        if nn.parameter.is_lazy(value) or getattr(value, "is_meta", False)
+    ]
     if empty:
         raise ValueError(
             f"{len(empty)} tensors of {type(model).__name__} have no values to load into "
@@ -241,32 +217,33 @@ def _check_model(model: nn.Module, own: Mapping[str, Any]) -> None:
         )
 
 
-def _meta(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_meta
-
-
-def _headline(
-    model: nn.Module,
-    state: checkpoint_files.StateDict,
-    file: key_layouts.Names,
-    names: key_layouts.Names,
-    values: Mapping[str, Any],
-) -> str:
-    lines = [
-        f"{state.path} does not fit {type(model).__name__}, which is unchanged",
-        f"  file: {_kind(file, state.entry)}; model: {_kind(names, None)}",
-    ]
-    several = key_layouts.roots(values)
-    if len(several) > 1 and len(key_layouts.roots(names.own.values())) < 2:
-        where = ", ".join(map(repr, several))
-        lines.append(f"  the file holds several networks: prefix= must be one of {where}")
-    return "\n".join(lines)
-
-
 def _kind(names: key_layouts.Names, entry: str | None) -> str:
-    if names.layout is key_layouts.OTHER:
-        kind = "no DenseNet's names"
-    else:
-        kind = f"{names.layout.name} layout"
+    known = names.layout is not key_layouts.OTHER
+    kind = f"{names.layout.name} layout" if known else "no DenseNet's names"
     within = "" if entry is None else f" in entry {entry!r}"
     return kind + within + (f" under {names.prefix}" if names.prefix else "")
+
+
+@contextmanager
+def unchanged_after_errors(module: nn.Module) -> Iterator[None]:
+    """Puts all parameters and buffers back if the `with` block raises.
+
+    `nn.Module.load_state_dict` copies what fits before it complains about the rest: a network
+    would be left with half of another one's parameters.
+    """
+    held: list[Any] = [
+        one for part in module.modules() for one in (part._parameters, part._buffers)
+    ]
+    registered: list[dict[str, Tensor | None]] = [{**one} for one in held]
+    tensors = {id(t): t for one in registered for t in one.values() if t is not None}
+    values = [(t, t.detach().clone()) for t in tensors.values() if not nn.parameter.is_lazy(t)]
+    try:
+        yield
+    except BaseException:
+        # Loading with assign=True replaces the tensors, otherwise their values change.
+        for one, before in zip(held, registered, strict=True):
+            one.update(before)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise

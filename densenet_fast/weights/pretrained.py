@@ -22,6 +22,7 @@ _ENUMS = {
     "densenet169": "DenseNet169_Weights",
     "densenet201": "DenseNet201_Weights",
 }
+_DEFAULTS = {"bn_size": 4, "compression": 0.5, "in_channels": 3, "small_inputs": False}
 
 
 class Pretrained:
@@ -46,33 +47,32 @@ class Pretrained:
         self._network = network
         self._chosen: Any = _member(_ENUMS[network], weights)
 
-    @property
-    def num_classes(self) -> int:
-        """How many classes the weights distinguish."""
-        return len(self._chosen.meta["categories"])
-
-    def check_arguments(self, needed: dict[str, Any], given: dict[str, Any]) -> None:
-        """Raise ValueError if a given argument is another one than the weights need."""
+    def arguments(self, shape: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """All of the network's; ValueError if a given one is another than the weights need."""
+        needed = {**shape, **_DEFAULTS, "num_classes": len(self._chosen.meta["categories"])}
         for name, expected in needed.items():
             value = given.get(name, expected)
-            same = tuple(value) if isinstance(value, list) else value
-            if same != expected:
-                hint = ""
-                if name == "num_classes":
-                    hint = "; for other classes, replace model.classifier afterwards"
+            if (tuple(value) if isinstance(value, list) else value) != expected:
+                hint = "; for other classes, replace model.classifier afterwards"
                 raise ValueError(
                     f"{name}={value!r} does not fit the weights {self._chosen!r} of "
-                    f"{self._network}, which need {name}={expected!r}{hint}"
+                    f"{self._network}, which need {name}={expected!r}"
+                    f"{hint if name == 'num_classes' else ''}"
                 )
+        return {**given, **needed}
 
     def load(self, model: nn.Module, progress: bool) -> None:
         """Load the weights from torch.hub's cache, where they are downloaded to if need be."""
         url = str(self._chosen.url)
         file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
-        expected = _hash_prefix(file.name)
-        if file.exists():
-            _check_cached(file, url, expected)
+        match = torch.hub.HASH_REGEX.search(file.name)
+        expected = match[1] if match else ""
         try:
+            # torch.hub compares hashes when it downloads, not when it finds a file in its cache.
+            if expected and file.exists():
+                found = hashlib.sha256(file.read_bytes()).hexdigest()[: len(expected)]
+                if found != expected:
+                    raise ValueError(f"its SHA-256 begins with {found}, expected {expected}")
             state = self._chosen.get_state_dict(
                 progress=progress, check_hash=True, map_location="cpu", weights_only=True
             )
@@ -85,7 +85,13 @@ class Pretrained:
                 f"Without network, put the file from {url} to {file}{wanted}"
             ) from error
         except Exception as error:  # what torch.load raises on damaged files is of many types
-            raise RuntimeError(_damaged(file, url, str(error))) from error
+            message = f"the download from {url} was damaged and has not been kept: {error}"
+            if file.exists():
+                message = (
+                    f"the cached weights {file} are damaged: {error}. Delete the file; it is from "
+                    f"{url}"
+                )
+            raise RuntimeError(message) from error
         load_into(model, StateDict(str(file), None, state))
 
 
@@ -107,32 +113,3 @@ def _member(enum_name: str, weights: Any) -> Any:
         choices = ", ".join(map(repr, known.__members__))
         raise ValueError(f"there are no weights {weights!r} in {enum_name}, which has {choices}")
     return known[name]
-
-
-def _hash_prefix(file_name: str) -> str | None:
-    match = torch.hub.HASH_REGEX.search(file_name)
-    return match[1] if match else None
-
-
-def _check_cached(file: Path, url: str, expected: str | None) -> None:
-    """torch.hub compares hashes when it downloads, not when it finds the file in its cache."""
-    if expected is None:
-        return
-    try:
-        with file.open("rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(2**20):
-                digest.update(block)
-    except OSError as error:
-        raise RuntimeError(f"the cached weights {file} cannot be read: {error}") from error
-    if not digest.hexdigest().startswith(expected):
-        found = digest.hexdigest()[: len(expected)]
-        raise RuntimeError(
-            _damaged(file, url, f"its SHA-256 begins with {found}, expected {expected}")
-        )
-
-
-def _damaged(file: Path, url: str, why: str) -> str:
-    if file.exists():
-        return f"the cached weights {file} are damaged: {why}. Delete the file; it is from {url}"
-    return f"the download from {url} was damaged and has not been kept: {why}"

@@ -22,7 +22,7 @@ from densenet_fast.blocks.specs import (
     TransitionTail,
 )
 from densenet_fast.blocks.stem import conv_stem, stem_norm_relu_maxpool
-from densenet_fast.modules.norm_specs import norm_spec
+from densenet_fast.modules.steps import norm_spec
 
 OPERATORS = {"block_forward", "block_backward", "stem_forward", "stem_backward", "count_step"}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -19,7 +19,7 @@ from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import dense_block
 from densenet_fast.blocks.stem import stem_norm_relu_maxpool
 from densenet_fast.modules.layers import DenseBlock, DenseLayer, Transition
-from densenet_fast.modules.norm_specs import norm_spec
+from densenet_fast.modules.steps import norm_spec
 from densenet_fast.operators import reference
 from densenet_fast.operators.backends import use_backend
 

@@ -11,6 +11,7 @@ from densenet_fast.conversion.parts import (
     ConvertedBlock,
     ConvertedNetwork,
     ConvertedTransition,
+    averages,
 )
 from densenet_fast.modules import eligibility, layer_parts
 from densenet_fast.modules.layer_parts import LayerParts
@@ -31,34 +32,23 @@ def parts(layer: nn.Module) -> LayerParts | str:
     return layer_parts.sequential_parts(modules, 0.0)
 
 
-@eligibility.fused_as("block")
 class Block(ConvertedBlock, densenet._DenseBlock):
     """MONAI's block."""
 
-    converted_from = densenet._DenseBlock
 
-
-@eligibility.fused_as("transition")
 class Transition(ConvertedTransition, densenet._Transition):
     """MONAI's transition."""
-
-    converted_from = densenet._Transition
-
-
-_HEAD = {"relu": nn.ReLU, "pool": nn.AdaptiveAvgPool2d, "flatten": nn.Flatten}
 
 
 class _Network(ConvertedNetwork):
     def head_is_known(self) -> bool:
         """Whether the classifier's first modules are ReLU, average over all pixels, flatten."""
         layers: Any = self._modules["class_layers"]
-        parts = layers._modules
         return (
             eligibility.exactly(layers, nn.Sequential) is None
-            and list(parts) == [*_HEAD, "out"]
-            and all(eligibility.exactly(parts[name], kind) is None for name, kind in _HEAD.items())
-            and parts["pool"].output_size in (1, (1, 1))
-            and (parts["flatten"].start_dim, parts["flatten"].end_dim) == (1, -1)
+            and list(layers._modules) == ["relu", "pool", "flatten", "out"]
+            and eligibility.exactly(layers.relu, nn.ReLU) is None
+            and averages(layers.pool, layers.flatten)
         )
 
     def head(self, pooled: Tensor) -> Tensor:
@@ -71,32 +61,21 @@ class _Network(ConvertedNetwork):
 class Network(_Network, densenet.DenseNet):
     """MONAI's network."""
 
-    converted_from = densenet.DenseNet
-
 
 class Network121(_Network, densenet.DenseNet121):
     """MONAI's DenseNet-121."""
-
-    converted_from = densenet.DenseNet121
 
 
 class Network169(_Network, densenet.DenseNet169):
     """MONAI's DenseNet-169."""
 
-    converted_from = densenet.DenseNet169
-
 
 class Network201(_Network, densenet.DenseNet201):
     """MONAI's DenseNet-201."""
-
-    converted_from = densenet.DenseNet201
 
 
 class Network264(_Network, densenet.DenseNet264):
     """MONAI's DenseNet-264."""
 
-    converted_from = densenet.DenseNet264
 
-
-layer_parts.register(densenet._DenseLayer, parts)
-ADAPTERS = (Block, Transition, Network, Network121, Network169, Network201, Network264)
+layer_parts.READERS[densenet._DenseLayer] = parts

@@ -5,12 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchxrayvision import models, utils
 
-from densenet_fast.conversion.parts import (
-    ConvertedBlock,
-    ConvertedNetwork,
-    ConvertedTransition,
-)
-from densenet_fast.modules import eligibility, layer_parts
+from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
+from densenet_fast.modules import layer_parts
 from densenet_fast.modules.layer_parts import LayerParts
 
 
@@ -20,29 +16,20 @@ def parts(layer: nn.Module) -> LayerParts | str:
     return layer_parts.sequential_parts(state["_modules"], layer_parts.dropout(state))
 
 
-@eligibility.fused_as("block")
 class Block(ConvertedBlock, models._DenseBlock):
     """torchxrayvision's block."""
 
-    converted_from = models._DenseBlock
 
-
-@eligibility.fused_as("transition")
 class Transition(ConvertedTransition, models._Transition):
     """torchxrayvision's transition."""
-
-    converted_from = models._Transition
 
 
 class Network(ConvertedNetwork, models.DenseNet):
     """torchxrayvision's network: resizing, sigmoid and thresholds stay its own."""
 
-    converted_from = models.DenseNet
-
     def run(self, input: Tensor) -> Tensor:
         """The library's forward, which asks `features2` for the pooled features."""
-        output: Tensor = models.DenseNet.forward(self, input)
-        return output
+        return self.plain(input)
 
     def features2(self, x: Tensor) -> Tensor:
         """The pooled features [N, C] of images [N, C, H, W]."""
@@ -55,5 +42,4 @@ class Network(ConvertedNetwork, models.DenseNet):
         return pooled
 
 
-layer_parts.register(models._DenseLayer, parts)
-ADAPTERS = (Block, Transition, Network)
+layer_parts.READERS[models._DenseLayer] = parts
