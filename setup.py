@@ -1,7 +1,8 @@
 """Builds `densenet_fast._C` (schemas, CPU kernels) and `densenet_fast._cuda` (CUDA kernels).
 
 `_cuda` is built where torch has CUDA and a toolkit is found, see setup_cuda.py. In the environment
-DENSENET_FAST_CUDA=0 leaves it out and DENSENET_FAST_CUDA=1 makes leaving it out an error.
+DENSENET_FAST_CUDA=0 leaves it out, DENSENET_FAST_CUDA=1 makes leaving it out an error, and
+DENSENET_FAST_CUDA=all does so too and compiles for every architecture.
 
 Everything is compiled against the LibTorch Stable ABI, so that one binary runs under every torch
 from TORCH_TARGET on, whichever torch it was built with. Everything else about the package is in
@@ -99,6 +100,7 @@ def flags_by_source() -> dict[str, list[str]]:
         cuda_module = [
             f'-DDENSENET_FAST_FINGERPRINT="{cuda_fingerprint}"',
             f'-DDENSENET_FAST_CUDA_ARCHITECTURES="{";".join(map(str, CUDA.architectures))}"',
+            f'-DDENSENET_FAST_CUDA_REASON="{_literal(CUDA.reason)}"',
             f'-DDENSENET_FAST_NVCC="{CUDA.toolkit.version}"',
         ]
     return {
@@ -123,11 +125,12 @@ class Cuda:
     def __init__(self) -> None:
         """Look for the toolkit, unless the environment forbids it."""
         self.toolkit: setup_cuda.Toolkit | None = None
-        self.architectures: list[setup_cuda.Architecture] = []
+        self.architectures: tuple[setup_cuda.Architecture, ...] = ()
+        self.reason = ""  # why these
         self.missing = ""
         try:
             self.wanted = setup_cuda.setting(os.environ)
-            if self.wanted is False:
+            if self.wanted == "0":
                 self.give_up("DENSENET_FAST_CUDA=0 was set")
                 return
             if torch.version.cuda is None:
@@ -135,7 +138,8 @@ class Cuda:
                     f"torch {torch.__version__} is built without CUDA"
                 )
             toolkit = setup_cuda.find_toolkit(os.environ)
-            self.architectures = setup_cuda.architectures(os.environ, toolkit)
+            choice = setup_cuda.choose(os.environ, toolkit)
+            self.architectures, self.reason = choice.architectures, choice.reason
             self.toolkit = toolkit
         except setup_cuda.BadSettingError as error:
             raise SystemExit(f"densenet_fast: {error}") from error
@@ -144,9 +148,10 @@ class Cuda:
 
     def give_up(self, reason: str) -> None:
         """Go on without CUDA kernels, or not at all where they are a must."""
-        if self.wanted:
+        if self.wanted not in ("", "0"):
             raise SystemExit(
-                f"densenet_fast: no CUDA kernels, which DENSENET_FAST_CUDA=1 demands: {reason}"
+                "densenet_fast: no CUDA kernels, which "
+                f"DENSENET_FAST_CUDA={self.wanted} demands: {reason}"
             )
         self.toolkit, self.missing = None, reason
 
@@ -156,7 +161,10 @@ class Cuda:
             print(f"densenet_fast: no CUDA kernels: {self.missing}")
             return
         names = " ".join(map(str, self.architectures))
-        print(f"densenet_fast: CUDA kernels for {names} with nvcc {self.toolkit.version}")
+        print(
+            f"densenet_fast: CUDA kernels for {names} ({self.reason}) "
+            f"with nvcc {self.toolkit.version}"
+        )
         if self.toolkit.version.split(".")[0] != str(torch.version.cuda).split(".")[0]:
             print(
                 f"densenet_fast: torch has CUDA {torch.version.cuda}; the kernels bring a runtime "
