@@ -58,8 +58,19 @@ def command(sanitizer: str, tool: str, pytest_arguments: Sequence[str] = ()) -> 
         options += ["--kernel-name", "kernel_substring=densenet_fast"]
     selection = list(pytest_arguments) or list(SELECTION)
     # Without the project's options for pytest, one of which is pytest-benchmark's.
-    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "cuda", "-q", TESTS, *selection]
-    return [sanitizer, *options, *pytest]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-m",
+        "cuda",
+        "-q",
+        TESTS,
+        *selection,
+    ]
+    return [sanitizer, *options, *pytest, *selection]
 
 
 def environment(tool: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """torchvision's DenseNet in plain PyTorch, for machines without torchvision.
 
-`install()` puts it in torchvision's place for this process: the same names, signatures, parameters
-and arithmetic, memory_efficient included, for everything that compares with torchvision's.
+`install()` puts it in torchvision's place for this process: the same names, parameters and
+arithmetic, memory_efficient included, for everything that compares with torchvision's.
 """
 
 from __future__ import annotations
@@ -69,44 +69,26 @@ class _Transition(nn.Sequential):
         self.pool = nn.AvgPool2d(2)
 
 
-class DenseNet(nn.Module):
-    """DenseNet-BC with the ImageNet stem (arXiv 1608.06993)."""
+def DenseNet(  # noqa: N802
+    growth_rate: int = 32,
+    block_config: tuple[int, ...] = (6, 12, 24, 16),
+    num_init_features: int = 64,
+    bn_size: int = 4,
+    drop_rate: float = 0.0,
+    num_classes: int = 1000,
+    memory_efficient: bool = False,
+) -> nn.Module:
+    """The benchmarks' network of these blocks and transitions."""
+    from benchmarks.networks import NetworkSpec
+    from benchmarks.peers import PlainDenseNet
 
-    def __init__(
-        self,
-        growth_rate: int = 32,
-        block_config: tuple[int, ...] = (6, 12, 24, 16),
-        num_init_features: int = 64,
-        bn_size: int = 4,
-        drop_rate: float = 0,
-        num_classes: int = 1000,
-        memory_efficient: bool = False,
-    ) -> None:
-        super().__init__()
-        channels = num_init_features
-        self.features = nn.Sequential()
-        self.features.add_module("conv0", nn.Conv2d(3, channels, 7, 2, padding=3, bias=False))
-        self.features.add_module("norm0", nn.BatchNorm2d(channels))
-        self.features.add_module("relu0", nn.ReLU(inplace=True))
-        self.features.add_module("pool0", nn.MaxPool2d(3, 2, padding=1))
-        for index, layers in enumerate(block_config, 1):
-            made = _DenseBlock(layers, channels, bn_size, growth_rate, drop_rate, memory_efficient)
-            self.features.add_module(f"denseblock{index}", made)
-            channels += layers * growth_rate
-            if index < len(block_config):
-                self.features.add_module(f"transition{index}", _Transition(channels, channels // 2))
-                channels //= 2
-        self.features.add_module("norm5", nn.BatchNorm2d(channels))
-        self.classifier = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores [N, num_classes] of images [N, 3, H, W]."""
-        features = F.relu(self.features(images), inplace=True)
-        return self.classifier(F.adaptive_avg_pool2d(features, 1).flatten(1))
+    sizes = (growth_rate, block_config, num_init_features)
+    spec = NetworkSpec("", *sizes, 224, 1, bn_size=bn_size, num_classes=num_classes)
+    network = PlainDenseNet(spec, memory_efficient=memory_efficient)
+    for layer in network.modules():
+        if isinstance(layer, _DenseLayer):
+            layer.drop = drop_rate
+    return network
 
 
 def install() -> None:
@@ -118,6 +100,6 @@ def install() -> None:
         module.__path__ = []  # a package
         sys.modules[name] = module
     top, models, densenet = (sys.modules[name] for name in names)
-    top.models, models.densenet = models, densenet  # type: ignore[attr-defined]
-    for part in (DenseNet, _DenseBlock, _DenseLayer, _Transition):
-        setattr(densenet, part.__name__, part)
+    vars(top)["models"], vars(models)["densenet"] = models, densenet
+    parts = (DenseNet, _DenseBlock, _DenseLayer, _Transition)
+    vars(densenet).update({part.__name__: part for part in parts})
