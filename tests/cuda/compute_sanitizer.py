@@ -58,18 +58,7 @@ def command(sanitizer: str, tool: str, pytest_arguments: Sequence[str] = ()) -> 
         options += ["--kernel-name", "kernel_substring=densenet_fast"]
     selection = list(pytest_arguments) or list(SELECTION)
     # Without the project's options for pytest, one of which is pytest-benchmark's.
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-o",
-        "addopts=",
-        "-m",
-        "cuda",
-        "-q",
-        TESTS,
-        *selection,
-    ]
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "cuda", "-q", TESTS]
     return [sanitizer, *options, *pytest, *selection]
 
 

@@ -36,7 +36,7 @@ def page(parts: Mapping[str, Entries]) -> str:
 
 def _environment(found: Mapping[str, Any]) -> list[str]:
     own, versions = found.get("densenet_fast", {}), found.get("versions", {})
-    missing = "none: the project's own naive network (tests/cuda/naive_torchvision.py) stands for it"
+    missing = "none: the project's own naive network stands for it, tests/cuda/naive_torchvision.py"
     rows = {
         "device": found.get("device_name") or found.get("device"),
         "torch": versions.get("torch"),
@@ -96,17 +96,17 @@ def _kernels(entries: list[Mapping[str, Any]]) -> list[str]:
                 lost,
                 f"{e['kernel']}, {e['shape']}, {e['type']}",
                 *(f"{x * 1e6:.0f}" for x in (busy, e["seconds"], least)),
-                f"{e['moved'] / busy / 1e9:.0f} ({e['moved'] / busy / bandwidth:.0%})",
-                f"{e['flops'] / busy / 1e12:.1f} ({e['flops'] / busy / rates[e['type']]:.0%})",
+                f"{e['moved'] / busy / 1e9:.3g} ({e['moved'] / busy / bandwidth:.0%})",
+                f"{e['flops'] / busy / 1e12:.3g} ({e['flops'] / busy / rates[e['type']]:.0%})",
                 f"{lost * 1e3:.2f}",
                 names,
             )
         )
     rows.sort(key=lambda row: -row[0])
-    rate = ", ".join(f"{label} {value / 1e12:.1f} TFLOP/s" for label, value in rates.items())
+    rate = ", ".join(f"{label} {value / 1e12:.3g} TFLOP/s" for label, value in rates.items())
     columns = ("operator", "kernels, µs", "call, µs", "roofline, µs", "GB/s", "TFLOP/s")
     return [
-        f"This device's copy: {bandwidth / 1e9:.0f} GB/s; product: {rate}. Lost: time beyond the "
+        f"This device's copy: {bandwidth / 1e9:.4g} GB/s; product: {rate}. Lost: time beyond the "
         "roofline of these two, for all layers of the block.",
         _table((*columns, "lost, ms a step", "its kernels, µs"), (r[1:] for r in rows[:SHOWN])),
     ]
