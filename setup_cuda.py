@@ -165,7 +165,8 @@ def choose(environment: Mapping[str, str], toolkit: Toolkit) -> Choice:
     listed = environment.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if listed:
         chosen = _listed(listed)
-        unknown = [str(a) for a in chosen if f"sm_{a.number}" not in toolkit.codes]
+        # nvcc lists none with a suffix.
+        unknown = [str(a) for a in chosen if f"sm_{a.major}{a.minor}" not in toolkit.codes]
         if unknown:
             raise CudaMissingError(
                 f"TORCH_CUDA_ARCH_LIST asks for {', '.join(unknown)}, which nvcc "

@@ -12,7 +12,7 @@ from densenet_fast.operators.cuda_device import covers
 from setup_cuda import BadSettingError, CudaMissingError, Toolkit
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-CODES = ("75", "80", "86", "87", "88", "89", "90", "90a", "100", "103", "110", "120", "121")
+CODES = ("75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121")
 TOOLKIT = Toolkit(Path("/toolkit"), "13.0.88", tuple(f"sm_{code}" for code in CODES))
 OLDER = Toolkit(
     Path("/toolkit"), "12.2.0", tuple(f"sm_{code}" for code in ("50", "70", *CODES[:7]))

@@ -103,7 +103,8 @@ class Results:
 
 def run_cases(results: Results, number: int, device_name: str, *, tiny: bool) -> int:
     """Run the cases of a part that have not begun yet."""
-    if importlib.util.find_spec("torchvision") is None:
+    stands_in = importlib.util.find_spec("torchvision") is None
+    if stands_in:
         import naive_torchvision
 
         naive_torchvision.install()
@@ -113,7 +114,7 @@ def run_cases(results: Results, number: int, device_name: str, *, tiny: bool) ->
     from benchmarks import environment
 
     device = torch.device(device_name)
-    results.add(0, "environment", **environment.describe(device))
+    results.add(0, "environment", stands_in=stands_in, **environment.describe(device))
     begun = results.of(number)
     with first_run_cases.on(device):
         for name, call in first_run_cases.PARTS[number](device, tiny=tiny):
@@ -179,7 +180,7 @@ def _said(status: int | None) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all parts or some; returns the exit status."""
     parser = argparse.ArgumentParser(description="The first ten minutes on a GPU.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("first_run"))
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results/first_run"))
     parser.add_argument("--only", type=int, action="append", choices=list(PARTS), metavar="N")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(

@@ -5,7 +5,7 @@
 #
 #     bash tests/cuda/first_run.sh [FOLDER] [--only N ...]
 #
-# FOLDER (first_run) gets results.jsonl and log.txt as the results come, and first_run.md, a page of
-# them. Each part has a limit of time; what fails in one keeps the others from nothing.
+# FOLDER (results/first_run) gets results.jsonl and log.txt as the results come, and first_run.md, a page of
+# them. Each part has a limit of time, and goes on where another one fails. About nine minutes.
 set -euo pipefail
 exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/first_run.py" "$@"

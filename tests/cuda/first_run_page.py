@@ -40,7 +40,7 @@ def _environment(found: Mapping[str, Any]) -> list[str]:
     rows = {
         "device": found.get("device_name") or found.get("device"),
         "torch": versions.get("torch"),
-        "torchvision": versions.get("torchvision") or missing,
+        "torchvision": missing if found.get("stands_in") else versions.get("torchvision"),
         "CUDA kernels for": own.get("cuda_architectures"),
         "chosen": own.get("cuda_architectures_reason"),
         "CUDA kernels run": own.get("cuda") or own.get("cuda_reason"),
