@@ -52,7 +52,7 @@ def _environment(found: Mapping[str, Any]) -> list[str]:
 
 def _accuracy(entries: list[Mapping[str, Any]]) -> list[str]:
     rows = [
-        (e["case"], f"{e['torchvision']:.3g}", f"{e['error']:.3g}")
+        (e["case"], f"{e['torchvision']:.3g}", f"{e['ours']:.3g}")
         for e in entries
         if "torchvision" in e
     ]
