@@ -50,10 +50,7 @@ def error(actual: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def assert_as_accurate(
-    dtype: torch.dtype,
-    context: AbstractContextManager[None],
-    checkpoint: Checkpoint,
-    seeds: int = 9,
+    dtype: torch.dtype, context: AbstractContextManager[None], checkpoint: Checkpoint
 ) -> tuple[float, float]:
     """At most twice torchvision's error against float64, in the median of several networks.
 
@@ -61,7 +58,7 @@ def assert_as_accurate(
     Returns torchvision's error and ours.
     """
     errors: tuple[list[float], list[float]] = ([], [])
-    for seed in range(seeds):
+    for seed in range(9):
         expected, ours = networks(dtype, seed=seed, checkpoint=checkpoint, growth_rate=8)
         images = torch.randn(8, 3, 32, 32).to(device(), dtype)
         truth = results(copy.deepcopy(expected).double(), images.double())
