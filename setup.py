@@ -33,6 +33,8 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10
 
 Compile = Callable[..., list[str]]  # sources and options -> object files
 
+BOTH_AT_ONCE = 8  # compiler processes with which the modules are compiled beside each other
+
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -61,6 +63,11 @@ ISA_FLAGS: dict[str, dict[str, list[str]]] = {
     },
     "aarch64": {"neon": [], "baseline": []},
 }
+
+
+def compiler_processes() -> int:
+    """As many as MAX_JOBS allows, or processors."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -184,20 +191,28 @@ class BuildPerFile(BuildExtension):
 
     def build_extensions(self) -> None:
         CUDA.announce()
+        with ThreadPoolExecutor(1) as pool:
+            self.kernels = pool.submit(self._compile_kernels)
+            if compiler_processes() < BOTH_AT_ONCE:
+                self.kernels.result()
+            super().build_extensions()
+
+    def _compile_kernels(self) -> None:
         for ext in [e for e in self.extensions if e.name == "densenet_fast._cuda"]:
             assert CUDA.toolkit is not None
             directory = Path(self.build_temp).resolve() / "cuda_kernels"
             try:
                 ext.extra_objects = setup_cuda.compile_kernels(
-                    CUDA.toolkit, CUDA.architectures, ROOT, directory
+                    CUDA.toolkit, CUDA.architectures, ROOT, directory, compiler_processes()
                 )
             except setup_cuda.CudaMissingError as error:
                 CUDA.give_up(str(error))
                 CUDA.announce()
                 self.extensions.remove(ext)
-        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "densenet_fast._cuda":
+            self.kernels.result()
         compile_group = self.compiler.compile
         self.compiler.compile = self._compile_per_file(compile_group)
         try:
@@ -206,20 +221,23 @@ class BuildPerFile(BuildExtension):
             self.compiler.compile = compile_group
 
     def _compile_per_file(self, compile_group: Compile) -> Compile:
-        own_flags = flags_by_source()
+        stems = flags_by_source().keys()
         # torch's ninja-less path swaps attributes of the shared compiler object: one thread then.
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) if self.use_ninja else 1
+        jobs = compiler_processes() if self.use_ninja else 1
 
         def compile_all(sources: list[str], output_dir: str, **options: Any) -> list[str]:
             common = options.pop("extra_postargs")
 
             def compile_one(source: str) -> list[str]:
                 stem = Path(source).stem
-                flags = {lang: args + own_flags[stem] for lang, args in common.items()}
+                if stem == "module":  # it says why there are no kernels
+                    self.kernels.result()
+                own = flags_by_source()[stem]
+                flags = {lang: args + own for lang, args in common.items()}
                 directory = os.path.join(output_dir, stem)
                 return compile_group([source], directory, extra_postargs=flags, **options)
 
-            special = [s for s in sources if Path(s).stem in own_flags]
+            special = [s for s in sources if Path(s).stem in stems]
             plain = [s for s in sources if s not in special]
             objects: list[str] = []
             if plain:  # ninja refuses to compile nothing

@@ -7,7 +7,6 @@ links them with csrc/cuda/*.cpp. Nothing here imports torch.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -299,13 +298,12 @@ def _path(text: str) -> str:
 
 
 def compile_kernels(
-    toolkit: Toolkit, chosen: Sequence[Architecture], root: Path, directory: Path
+    toolkit: Toolkit, chosen: Sequence[Architecture], root: Path, directory: Path, jobs: int
 ) -> list[str]:
     """Compile every csrc/cuda/*.cu into `directory`, as far as it is out of date."""
     ninja = shutil.which("ninja")
     if ninja is None:
         raise CudaMissingError("the CUDA kernels are built with ninja, which is not on the PATH")
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     sources = sorted((root / "csrc" / "cuda").glob("*.cu"))
     text, objects = ninja_file(toolkit, chosen, root, sources, jobs)
     directory.mkdir(parents=True, exist_ok=True)
