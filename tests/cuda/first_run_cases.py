@@ -183,7 +183,7 @@ def _step(spec: NetworkSpec, peer: str, precision: str, device: torch.device) ->
     return figures
 
 
-def _graph(step: Callable[[], None], device: torch.device) -> Figures:
+def _graph(step: Callable[..., object], device: torch.device) -> Figures:
     release_cached(device)
     before = torch.cuda.memory_reserved(device)
     graph = devices.captured(step, warm_up=1)
