@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-sys.path.insert(0, str(CSRC.parent))  # a script does not look there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script does not look there
 import setup_cuda  # noqa: E402
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = (80, 90)
 # Sources of kernels with products; the others are small.
 PRODUCTS = ("conv1x1_forward", "conv1x1_backward", "conv3x3_forward", "conv3x3_backward")
