@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script does not look there
-import setup_cuda  # noqa: E402
+import setup_cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = (80, 90)
