@@ -111,7 +111,7 @@ def run_cases(results: Results, number: int, device_name: str, *, tiny: bool) ->
     import first_run_cases
     import torch
 
-    from benchmarks import environment
+    from benchmarks import environment, measure
 
     device = torch.device(device_name)
     results.add(0, "environment", stands_in=stands_in, **environment.describe(device))
@@ -128,9 +128,8 @@ def run_cases(results: Results, number: int, device_name: str, *, tiny: bool) ->
                 traceback.print_exc()
                 error = f"{type(raised).__name__}: {raised}"[:2000]
             try:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                    torch.cuda.empty_cache()
+                measure.synchronize(device)
+                measure.release_cached(device)
             except RuntimeError as lost:
                 results.add(number, name, error=f"{error or ''} {lost}".strip()[:2000])
                 return LOST

@@ -7,6 +7,7 @@ cases with the smallest shapes, which test this file on the CPU.
 from __future__ import annotations
 
 import contextlib
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -274,7 +275,7 @@ def _profiled(call: Callable[[], object], device: torch.device) -> tuple[list[An
 def _short(name: str) -> str:
     for part in ("void ", "densenet_fast::cuda::", "(anonymous namespace)::"):
         name = name.replace(part, "")
-    return name.split("(")[0][:90]
+    return re.sub(r"\(\w+\)(?=-?\d)", "", name).split("(")[0][:120]  # (Into)0, (bool)1
 
 
 # ---- 6: where the host is in front

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import compute_sanitizer
 import first_run
+import first_run_cases
 import first_run_page
 import pytest
 import torch
@@ -168,3 +169,13 @@ torch.save(found, sys.stdout.buffer)
     for found in torch.load(io.BytesIO(done.stdout)):
         for one, two in zip(found, expected, strict=True):
             assert_close(one, two, "naive")
+
+
+def test_names_of_kernels() -> None:
+    name = (
+        "void densenet_fast::cuda::rows_product<densenet_fast::cuda::HalfPolicy, "
+        "densenet_fast::cuda::MaskedGradient<(densenet_fast::cuda::Into)0>, 128>(int, long)"
+    )
+    assert first_run_cases._short(name) == "rows_product<HalfPolicy, MaskedGradient<0>, 128>"
+    name = "void (anonymous namespace)::softmax<(bool)1, float>(float*)"
+    assert first_run_cases._short(name) == "softmax<1, float>"
