@@ -1,7 +1,8 @@
 """Builds `densenet_fast._C` (schemas, CPU kernels) and `densenet_fast._cuda` (CUDA kernels).
 
 `_cuda` is built where torch has CUDA and a toolkit is found, see setup_cuda.py. In the environment
-DENSENET_FAST_CUDA=0 leaves it out and DENSENET_FAST_CUDA=1 makes leaving it out an error.
+DENSENET_FAST_CUDA=0 leaves it out, DENSENET_FAST_CUDA=1 makes leaving it out an error, and
+DENSENET_FAST_CUDA=all does so too and compiles for every architecture.
 
 Everything is compiled against the LibTorch Stable ABI, so that one binary runs under every torch
 from TORCH_TARGET on, whichever torch it was built with. Everything else about the package is in
@@ -32,6 +33,8 @@ TORCH_TARGET = "0x020a000000000000"  # 2.10
 
 Compile = Callable[..., list[str]]  # sources and options -> object files
 
+BOTH_AT_ONCE = 8  # compiler processes with which the modules are compiled beside each other
+
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -60,6 +63,11 @@ ISA_FLAGS: dict[str, dict[str, list[str]]] = {
     },
     "aarch64": {"neon": [], "baseline": []},
 }
+
+
+def compiler_processes() -> int:
+    """As many as MAX_JOBS allows, or processors."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -99,6 +107,7 @@ def flags_by_source() -> dict[str, list[str]]:
         cuda_module = [
             f'-DDENSENET_FAST_FINGERPRINT="{cuda_fingerprint}"',
             f'-DDENSENET_FAST_CUDA_ARCHITECTURES="{";".join(map(str, CUDA.architectures))}"',
+            f'-DDENSENET_FAST_CUDA_REASON="{_literal(CUDA.reason)}"',
             f'-DDENSENET_FAST_NVCC="{CUDA.toolkit.version}"',
         ]
     return {
@@ -123,11 +132,12 @@ class Cuda:
     def __init__(self) -> None:
         """Look for the toolkit, unless the environment forbids it."""
         self.toolkit: setup_cuda.Toolkit | None = None
-        self.architectures: list[setup_cuda.Architecture] = []
+        self.architectures: tuple[setup_cuda.Architecture, ...] = ()
+        self.reason = ""  # why these
         self.missing = ""
         try:
             self.wanted = setup_cuda.setting(os.environ)
-            if self.wanted is False:
+            if self.wanted == "0":
                 self.give_up("DENSENET_FAST_CUDA=0 was set")
                 return
             if torch.version.cuda is None:
@@ -135,7 +145,8 @@ class Cuda:
                     f"torch {torch.__version__} is built without CUDA"
                 )
             toolkit = setup_cuda.find_toolkit(os.environ)
-            self.architectures = setup_cuda.architectures(os.environ, toolkit)
+            choice = setup_cuda.choose(os.environ, toolkit)
+            self.architectures, self.reason = choice.architectures, choice.reason
             self.toolkit = toolkit
         except setup_cuda.BadSettingError as error:
             raise SystemExit(f"densenet_fast: {error}") from error
@@ -144,9 +155,10 @@ class Cuda:
 
     def give_up(self, reason: str) -> None:
         """Go on without CUDA kernels, or not at all where they are a must."""
-        if self.wanted:
+        if self.wanted not in ("", "0"):
             raise SystemExit(
-                f"densenet_fast: no CUDA kernels, which DENSENET_FAST_CUDA=1 demands: {reason}"
+                "densenet_fast: no CUDA kernels, which "
+                f"DENSENET_FAST_CUDA={self.wanted} demands: {reason}"
             )
         self.toolkit, self.missing = None, reason
 
@@ -156,7 +168,10 @@ class Cuda:
             print(f"densenet_fast: no CUDA kernels: {self.missing}")
             return
         names = " ".join(map(str, self.architectures))
-        print(f"densenet_fast: CUDA kernels for {names} with nvcc {self.toolkit.version}")
+        print(
+            f"densenet_fast: CUDA kernels for {names} ({self.reason}) "
+            f"with nvcc {self.toolkit.version}"
+        )
         if self.toolkit.version.split(".")[0] != str(torch.version.cuda).split(".")[0]:
             print(
                 f"densenet_fast: torch has CUDA {torch.version.cuda}; the kernels bring a runtime "
@@ -176,20 +191,28 @@ class BuildPerFile(BuildExtension):
 
     def build_extensions(self) -> None:
         CUDA.announce()
+        with ThreadPoolExecutor(1) as pool:
+            self.kernels = pool.submit(self._compile_kernels)
+            if compiler_processes() < BOTH_AT_ONCE:
+                self.kernels.result()
+            super().build_extensions()
+
+    def _compile_kernels(self) -> None:
         for ext in [e for e in self.extensions if e.name == "densenet_fast._cuda"]:
             assert CUDA.toolkit is not None
             directory = Path(self.build_temp).resolve() / "cuda_kernels"
             try:
                 ext.extra_objects = setup_cuda.compile_kernels(
-                    CUDA.toolkit, CUDA.architectures, ROOT, directory
+                    CUDA.toolkit, CUDA.architectures, ROOT, directory, compiler_processes()
                 )
             except setup_cuda.CudaMissingError as error:
                 CUDA.give_up(str(error))
                 CUDA.announce()
                 self.extensions.remove(ext)
-        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "densenet_fast._cuda":
+            self.kernels.result()
         compile_group = self.compiler.compile
         self.compiler.compile = self._compile_per_file(compile_group)
         try:
@@ -198,20 +221,23 @@ class BuildPerFile(BuildExtension):
             self.compiler.compile = compile_group
 
     def _compile_per_file(self, compile_group: Compile) -> Compile:
-        own_flags = flags_by_source()
+        stems = flags_by_source().keys()
         # torch's ninja-less path swaps attributes of the shared compiler object: one thread then.
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) if self.use_ninja else 1
+        jobs = compiler_processes() if self.use_ninja else 1
 
         def compile_all(sources: list[str], output_dir: str, **options: Any) -> list[str]:
             common = options.pop("extra_postargs")
 
             def compile_one(source: str) -> list[str]:
                 stem = Path(source).stem
-                flags = {lang: args + own_flags[stem] for lang, args in common.items()}
+                if stem == "module":  # it says why there are no kernels
+                    self.kernels.result()
+                own = flags_by_source()[stem]
+                flags = {lang: args + own for lang, args in common.items()}
                 directory = os.path.join(output_dir, stem)
                 return compile_group([source], directory, extra_postargs=flags, **options)
 
-            special = [s for s in sources if Path(s).stem in own_flags]
+            special = [s for s in sources if Path(s).stem in stems]
             plain = [s for s in sources if s not in special]
             objects: list[str] = []
             if plain:  # ninja refuses to compile nothing

@@ -7,7 +7,6 @@ links them with csrc/cuda/*.cpp. Nothing here imports torch.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,8 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# For releases, and where no GPU is visible: binaries run on later devices of their generation, and
+# PTX on every newer one.
+EVERY_ARCHITECTURE = ("7.5", "8.0+PTX", "8.6", "8.9", "9.0", "10.0", "12.0")
+EVERY_GENERATION = ("7.5", "8.0+PTX", "9.0", "10.0", "12.0")
 OLDEST = (7, 5)  # the kernels' tensor-core instructions
+# What the sources tell apart (`__CUDA_ARCH__`). Translated to PTX once for each of these, and from
+# there to the binaries of all newer devices, they take half the time.
+SOURCES_KNOW = ((7, 5), (8, 0))
 _NAMES = {
     "Turing": "7.5",
     "Ampere": "8.0;8.6",
@@ -79,16 +84,23 @@ class Architecture:
         """As nvcc writes it: 80, 90a."""
         return f"{self.major}{self.minor}{self.suffix}"
 
+    @property
+    def virtual(self) -> str:
+        """The architecture whose PTX its binary is made from."""
+        if self.suffix:
+            return self.number
+        return "{}{}".format(*max(v for v in SOURCES_KNOW if v <= (self.major, self.minor)))
+
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}{self.suffix}{'+PTX' if self.ptx else ''}"
 
 
-def setting(environment: Mapping[str, str]) -> bool | None:
-    """DENSENET_FAST_CUDA: True for "1" (must), False for "0" (never), None for "if possible"."""
+def setting(environment: Mapping[str, str]) -> str:
+    """DENSENET_FAST_CUDA: "0" for never, "1" and "all" for must, "" for "if possible"."""
     value = environment.get("DENSENET_FAST_CUDA", "").strip()
-    if value not in ("", "0", "1"):
-        raise BadSettingError(f"DENSENET_FAST_CUDA should be 0, 1 or unset, got {value!r}")
-    return {"": None, "0": False, "1": True}[value]
+    if value not in ("", "0", "1", "all"):
+        raise BadSettingError(f"DENSENET_FAST_CUDA should be 0, 1, all or unset, got {value!r}")
+    return value
 
 
 def find_toolkit(environment: Mapping[str, str]) -> Toolkit:
@@ -139,26 +151,74 @@ def _toolkit(root: Path) -> Toolkit:
     return toolkit
 
 
-def architectures(environment: Mapping[str, str], toolkit: Toolkit) -> list[Architecture]:
-    """TORCH_CUDA_ARCH_LIST, or all default ones that the toolkit knows, the newest with PTX."""
+@dataclass(frozen=True)
+class Choice:
+    """What to compile for, and why that."""
+
+    architectures: tuple[Architecture, ...]
+    reason: str  # "for the GPUs that nvidia-smi sees"
+
+
+def choose(environment: Mapping[str, str], toolkit: Toolkit) -> Choice:
+    """The architectures that the environment names; else those of the GPUs here; else for all."""
     listed = environment.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if listed:
         chosen = _listed(listed)
-        unknown = [str(a) for a in chosen if f"sm_{a.number}" not in toolkit.codes]
+        # nvcc lists none with a suffix.
+        unknown = [str(a) for a in chosen if f"sm_{a.major}{a.minor}" not in toolkit.codes]
         if unknown:
             raise CudaMissingError(
                 f"TORCH_CUDA_ARCH_LIST asks for {', '.join(unknown)}, which nvcc "
                 f"{toolkit.version} does not know (it knows {', '.join(toolkit.codes)})"
             )
-        return chosen
-    known = [a for a in map(parse, DEFAULT_ARCHITECTURES) if f"sm_{a.number}" in toolkit.codes]
+        return Choice(tuple(chosen), "as TORCH_CUDA_ARCH_LIST says")
+    if setting(environment) == "all":
+        return Choice(_known(EVERY_ARCHITECTURE, toolkit), "as DENSENET_FAST_CUDA=all says")
+    gpus = visible_gpus(environment)
+    if gpus:
+        return Choice(_of_gpus(gpus, toolkit), "for the GPUs that nvidia-smi sees")
+    return Choice(
+        _known(EVERY_GENERATION, toolkit), "one of each generation, as nvidia-smi sees no GPU"
+    )
+
+
+def _known(names: Sequence[str], toolkit: Toolkit) -> tuple[Architecture, ...]:
+    known = tuple(a for a in map(parse, names) if f"sm_{a.number}" in toolkit.codes)
     if not known:
         raise CudaMissingError(
-            f"nvcc {toolkit.version} knows none of the architectures "
-            f"{', '.join(DEFAULT_ARCHITECTURES)}"
+            f"nvcc {toolkit.version} knows none of the architectures {', '.join(names)}"
         )
-    newest = known[-1]
-    return [*known[:-1], Architecture(newest.major, newest.minor, ptx=True)]
+    return known
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs in this machine, as nvidia-smi tells them."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if program is None:
+        return []
+    try:
+        text = _output(program, "--query-gpu=compute_cap", "--format=csv,noheader")
+    except CudaMissingError:  # no driver
+        return []
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", text, re.MULTILINE)
+    return sorted({(int(major), int(minor)) for major, minor in found})
+
+
+def _of_gpus(gpus: Sequence[tuple[int, int]], toolkit: Toolkit) -> tuple[Architecture, ...]:
+    """Their own architectures; the newest older one as PTX for a GPU that nvcc does not know."""
+    codes = [re.fullmatch(r"sm_(\d+)(\d)", code) for code in toolkit.codes]
+    known = {(int(c[1]), int(c[2])) for c in codes if c}
+    chosen = []
+    for gpu in (gpu for gpu in gpus if gpu >= OLDEST):
+        usable = [k for k in known if OLDEST <= k <= gpu]
+        if usable:
+            chosen.append(Architecture(*max(usable), ptx=gpu not in known))
+    if not chosen:
+        raise CudaMissingError(
+            f"the GPUs here have compute capability {', '.join(f'{a}.{b}' for a, b in gpus)}: the "
+            f"kernels need {OLDEST[0]}.{OLDEST[1]}, or nvcc {toolkit.version} is too new for them"
+        )
+    return tuple(dict.fromkeys(chosen))
 
 
 def _listed(value: str) -> list[Architecture]:
@@ -197,7 +257,7 @@ def code_flags(chosen: Sequence[Architecture]) -> list[str]:
     """What tells nvcc to compile for these architectures."""
     flags = []
     for a in chosen:
-        flags.append(f"-gencode=arch=compute_{a.number},code=sm_{a.number}")
+        flags.append(f"-gencode=arch=compute_{a.virtual},code=sm_{a.number}")
         if a.ptx:
             flags.append(f"-gencode=arch=compute_{a.number},code=compute_{a.number}")
     return flags
@@ -238,13 +298,12 @@ def _path(text: str) -> str:
 
 
 def compile_kernels(
-    toolkit: Toolkit, chosen: Sequence[Architecture], root: Path, directory: Path
+    toolkit: Toolkit, chosen: Sequence[Architecture], root: Path, directory: Path, jobs: int
 ) -> list[str]:
     """Compile every csrc/cuda/*.cu into `directory`, as far as it is out of date."""
     ninja = shutil.which("ninja")
     if ninja is None:
         raise CudaMissingError("the CUDA kernels are built with ninja, which is not on the PATH")
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     sources = sorted((root / "csrc" / "cuda").glob("*.cu"))
     text, objects = ninja_file(toolkit, chosen, root, sources, jobs)
     directory.mkdir(parents=True, exist_ok=True)

@@ -42,8 +42,9 @@ def build_info() -> BuildInfo:
     - ``cpu_threads``: threads of the CPU kernels, which follow `torch.set_num_threads`
     - ``cuda``: whether there are CUDA kernels that can run on the current GPU; ``cuda_reason``: why
       not, and how to get them
-    - ``cuda_extension``, ``cuda_architectures``, ``cuda_nvcc``: path of their module, compute
-      capabilities compiled in, and the compiler; empty if there is none
+    - ``cuda_extension``, ``cuda_architectures``, ``cuda_architectures_reason``, ``cuda_nvcc``: path
+      of their module, compute capabilities compiled in, why these, and the compiler; empty if there
+      is none
     """
     module, cuda = extension.C, extension.CUDA
     obstacle = cuda_device.obstacle()
@@ -64,5 +65,6 @@ def build_info() -> BuildInfo:
         cuda_reason=obstacle,
         cuda_extension=cuda.__file__ if cuda else None,
         cuda_architectures=cuda_device.architectures(),
+        cuda_architectures_reason=cuda.architectures_reason() if cuda else None,
         cuda_nvcc=cuda.nvcc() if cuda else None,
     )

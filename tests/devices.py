@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,17 @@ def on(backend: Setting) -> Iterator[None]:
             yield
         finally:
             _device = before
+
+
+def captured(run: Callable[[], Any], warm_up: int = 3) -> torch.cuda.CUDAGraph:
+    """A graph of `run`, which has run before on a side stream, as PyTorch asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm_up):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph

@@ -30,13 +30,14 @@ except ImportError:  # Python 3.10, where pytest brings it
 TOP_FOLDERS = (".ci", "benchmarks", "csrc", "densenet_fast", "docs", "examples", "tests")
 # Programs of others whose arguments are not checked, but for paths.
 OTHERS = ("cat", "cd", "clang-format", "cp", "echo", "export", "find", "git", "ls", "mkdir")
-OTHERS += ("mkdocs", "mypy", "ruff", "source", ".", "head", "tail", "nvidia-smi")
+OTHERS += ("mkdocs", "mypy", "ruff", "source", ".", "head", "tail", "nvidia-smi", "bash")
+OTHERS += ("auditwheel",)
 PYTEST_FLAGS = ("-n", "--dist", "-m", "-k", "-x", "-q", "-v", "-s", "-rs", "--durations")
 PYTEST_FLAGS += ("--benchmark-save", "--benchmark-compare", "--benchmark-only", "-p", "--lf")
 PYTEST_WITH_VALUE = ("-n", "--dist", "-m", "-k", "-p")
 # Flags named in texts that belong to programs of others.
 OTHER_FLAGS = ("--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend", "--standalone")
-OTHER_FLAGS += ("--rdzv-endpoint", "--rdzv-id")
+OTHER_FLAGS += ("--rdzv-endpoint", "--rdzv-id", "--only")
 # What inline code must begin with to be a command; a name alone is none.
 INLINE = re.compile(r"(densenet-fast|python|pip install|pytest|\.ci/run)\s+\S")
 _PATH = re.compile(r"[\w.*/+-]+")

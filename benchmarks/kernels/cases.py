@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,18 +53,18 @@ class Norm:
 class Operands:
     """Random operands from one seed."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        """Draw on the CPU, for `device`."""
-        self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
+    def __init__(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Features and weights are of `dtype`, vectors of float32."""
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.device, self.dtype = device, dtype
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers."""
-        return torch.randn(shape, generator=self.generator).to(self.device)
+        return torch.randn(shape, generator=self.generator, device=self.device)
 
     def features(self, shape: Shape, channels: int, start: int = 0) -> Tensor:
         """Rows [N, H, W, C] in a block's buffer, where other channels lie between them."""
-        like = torch.empty(0, device=self.device)
+        like = self.empty(0)
         size = (shape.images, shape.buffer, shape.size, shape.size)
         pitch = row_pitch(shape.buffer, like.itemsize, cuda=like.is_cuda)
         buffer = empty_channels_last(size, like, pitch)
@@ -73,27 +74,38 @@ class Operands:
     def rows(self, shape: Shape, channels: int, size: int | None = None) -> Tensor:
         """Dense rows [N, H, W, C]."""
         size = size or shape.size
-        return self.randn(shape.images, size, size, channels)
+        return self.randn(shape.images, size, size, channels).to(self.dtype)
 
     def norm(self, rows: Tensor) -> Norm:
         """A norm of these rows."""
-        var, mean = torch.var_mean(rows, (0, 1, 2), correction=0)
+        var, mean = torch.var_mean(rows.float(), (0, 1, 2), correction=0)
         channels = rows.shape[3]
         gamma, beta = 1 + 0.2 * self.randn(channels), 0.1 * self.randn(channels)
         return Norm(gamma, beta, mean, (var + EPS).rsqrt())
 
     def weight(self, *shape: int) -> Tensor:
         """A convolution's weight."""
-        return 0.05 * self.randn(*shape)
+        return (0.05 * self.randn(*shape)).to(self.dtype)
 
     def empty(self, *shape: int) -> Tensor:
         """Room for a result."""
-        return torch.empty(shape, device=self.device)
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+    def vectors(self, channels: int) -> tuple[Tensor, Tensor]:
+        """Room for two results of each channel."""
+        first, second = torch.empty(2, channels, device=self.device)
+        return first, second
 
 
-def make(kernel: str, shape: Shape, seed: int, device: torch.device) -> Case:
+def make(
+    kernel: str,
+    shape: Shape,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     """The kernel of that name with new operands."""
-    return _MAKERS[kernel](Operands(seed, device), shape)
+    return _MAKERS[kernel](Operands(seed, device, dtype), shape)
 
 
 def _moved(*operands: Tensor | None) -> int:
@@ -146,11 +158,15 @@ def _usual_backward(
     function: Callable[..., Tensor], rows: Tensor, norm: Norm, grad_rows: Tensor, *weight: Tensor
 ) -> Callable[[], Sequence[Tensor]]:
     """Gradients of the input, the norm's parameters and the weight, over a graph that is kept."""
-    parameters = (_images(rows), norm.gamma, norm.beta, *weight)
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in parameters]
-    output, gradient = function(*leaves), _images(grad_rows)
+
+    @functools.cache
+    def graph() -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        parameters = (_images(rows), norm.gamma, norm.beta, *weight)
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in parameters]
+        return function(*leaves), leaves, _images(grad_rows)
 
     def call() -> Sequence[Tensor]:
+        output, leaves, gradient = graph()
         return torch.autograd.grad(output, leaves, gradient, retain_graph=True)
 
     return call
@@ -163,7 +179,7 @@ def _conv1x1_forward(make: Operands, shape: Shape) -> Case:
     features = make.features(shape, shape.channels)
     norm, weight = make.norm(features), make.weight(shape.outputs, shape.channels)
     bottleneck = make.empty(*features.shape[:3], shape.outputs)
-    mean, var = make.empty(2, shape.outputs)
+    mean, var = make.vectors(shape.outputs)
     arguments = (features, *norm.forward, weight, bottleneck, mean, var)
     return Case(
         2 * shape.rows * weight.numel(),
@@ -180,8 +196,9 @@ def _conv1x1_backward(make: Operands, shape: Shape) -> Case:
     grad_norm, bottleneck = (make.rows(shape, shape.outputs) for _ in range(2))
     coefficients = make.randn(3, shape.outputs)
     p, q, s = coefficients
+    grad_bottleneck = (p * grad_norm + q * bottleneck + s).to(make.dtype)
     grad_features = make.features(shape, shape.channels)
-    grad_gamma, grad_beta = make.empty(2, shape.channels)
+    grad_gamma, grad_beta = make.vectors(shape.channels)
     grad_weight = torch.empty_like(weight)
     arguments = (
         *(grad_norm, bottleneck, coefficients, features, *norm.all, weight),
@@ -191,7 +208,7 @@ def _conv1x1_backward(make: Operands, shape: Shape) -> Case:
         4 * shape.rows * weight.numel(),
         _moved(*arguments, grad_features),  # it is added to
         lambda: operators.conv1x1_backward(*arguments),
-        _usual_backward(_conv1x1, features, norm, p * grad_norm + q * bottleneck + s, weight),
+        _usual_backward(_conv1x1, features, norm, grad_bottleneck, weight),
         (None, grad_gamma, grad_beta, grad_weight),
     )
 
@@ -200,7 +217,7 @@ def _conv3x3_forward(make: Operands, shape: Shape) -> Case:
     bottleneck = make.rows(shape, shape.channels)
     norm, weight = make.norm(bottleneck), make.weight(shape.outputs, shape.channels, 3, 3)
     growth = make.features(shape, shape.outputs, shape.buffer - shape.outputs)
-    mean, var = make.empty(2, shape.outputs)
+    mean, var = make.vectors(shape.outputs)
     arguments = (bottleneck, *norm.forward, weight, growth, mean, var)
     return Case(
         2 * shape.rows * weight.numel(),
@@ -216,7 +233,7 @@ def _conv3x3_backward(make: Operands, shape: Shape) -> Case:
     norm, weight = make.norm(bottleneck), make.weight(shape.outputs, shape.channels, 3, 3)
     grad_growth = make.rows(shape, shape.outputs)
     grad_norm = torch.empty_like(bottleneck)
-    grad_gamma, grad_beta = make.empty(2, shape.channels)
+    grad_gamma, grad_beta = make.vectors(shape.channels)
     grad_weight = torch.empty_like(weight)
     arguments = (
         *(grad_growth, bottleneck, *norm.all, weight),
@@ -252,7 +269,7 @@ def _transition_backward(make: Operands, shape: Shape) -> Case:
     half = shape.size // 2
     grad_out = make.rows(shape, shape.outputs, half)
     grad_features = make.features(shape, shape.channels)
-    grad_gamma, grad_beta = make.empty(2, shape.channels)
+    grad_gamma, grad_beta = make.vectors(shape.channels)
     grad_weight = torch.empty_like(weight)
     arguments = (
         *(grad_out, features, *norm.all, weight),
@@ -272,7 +289,7 @@ def _transition_backward(make: Operands, shape: Shape) -> Case:
 
 def _channel_statistics(make: Operands, shape: Shape) -> Case:
     features = make.features(shape, shape.channels)
-    mean, var = make.empty(2, shape.channels)
+    mean, var = make.vectors(shape.channels)
     images = _images(features.contiguous())  # what a norm of the usual network reads is dense
     return Case(
         0,
@@ -322,7 +339,7 @@ def _maxpool_backward(make: Operands, shape: Shape) -> Case:
     input, norm, out, argmax = _pooled(make, shape)
     operators.norm_relu_maxpool_forward(input, *norm.forward, out, argmax)
     grad_out, grad_input = make.rows(shape, shape.channels, out.shape[1]), torch.empty_like(input)
-    grad_gamma, grad_beta = make.empty(2, shape.channels)
+    grad_gamma, grad_beta = make.vectors(shape.channels)
     read, written = (grad_out, argmax, input, *norm.all), (grad_input, grad_gamma, grad_beta)
     return Case(
         0,

@@ -56,11 +56,16 @@ def _precision_of_convolutions() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def matmul_peak(sizes: Iterable[int], device: torch.device, rounds: int = ROUNDS) -> float:
+def matmul_peak(
+    sizes: Iterable[int],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """FLOP/s of `torch.mm` on the size it is fastest on, in its fastest round."""
     best = 0.0
     for size in sizes:
-        a, b, out = (torch.ones(size, size, device=device) for _ in range(3))
+        a, b, out = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(3))
 
         def multiply(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
             torch.mm(a, b, out=out)

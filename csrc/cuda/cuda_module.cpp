@@ -28,6 +28,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "architectures", [] { return std::string(DENSENET_FAST_CUDA_ARCHITECTURES); },
       "Compute capabilities compiled in, separated by semicolons");
+  m.def("architectures_reason", [] { return std::string(DENSENET_FAST_CUDA_REASON); }, "Why these");
   m.def("nvcc", [] { return std::string(DENSENET_FAST_NVCC); }, "Version of the CUDA compiler");
   m.def(
       "fingerprint", [] { return std::string(DENSENET_FAST_FINGERPRINT); },

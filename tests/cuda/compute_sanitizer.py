@@ -57,8 +57,9 @@ def command(sanitizer: str, tool: str, pytest_arguments: Sequence[str] = ()) -> 
     if tool != "initcheck":  # which must see who wrote a value, PyTorch's kernels too
         options += ["--kernel-name", "kernel_substring=densenet_fast"]
     selection = list(pytest_arguments) or list(SELECTION)
-    pytest = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", TESTS, *selection]
-    return [sanitizer, *options, *pytest]
+    # Without the project's options for pytest, one of which is pytest-benchmark's.
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-m", "cuda", "-q", TESTS]
+    return [sanitizer, *options, *pytest, *selection]
 
 
 def environment(tool: str) -> dict[str, str]:

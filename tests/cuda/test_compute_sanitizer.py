@@ -37,7 +37,7 @@ def test_all_tools(sanitizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ]
     for line, tool in zip(lines, compute_sanitizer.TOOLS, strict=True):
         assert f"--tool {tool} --error-exitcode 86" in line
-        assert f"-m pytest -m cuda -q {compute_sanitizer.TESTS} -k conv1x1 or " in line
+        assert f"-m pytest -o addopts= -m cuda -q {compute_sanitizer.TESTS} -k conv1x1 or " in line
         assert ("kernel_substring=densenet_fast" in line) == (tool != "initcheck")
     assert "racecheck has findings\nsynccheck: exit 1\n" in capfd.readouterr().out
 

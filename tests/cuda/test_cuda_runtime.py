@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from block_cases import TAILS, Block, gradients, make_block
 from comparison import SMALL, assert_close, networks, step
-from devices import device, on
+from devices import captured, device, on
 from ops_arguments import ARGUMENTS, arguments, tensors
 from test_bad_input import MODULES, refuses
 from torch import Tensor
@@ -38,20 +37,6 @@ def several_devices() -> None:
 
 
 # ---- Graphs
-
-
-def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A graph of `run`, which has run before on a side stream, as PyTorch asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

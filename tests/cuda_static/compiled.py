@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass
@@ -19,12 +20,17 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script does not look there
+import setup_cuda
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = (80, 90)
 # Sources of kernels with products; the others are small.
 PRODUCTS = ("conv1x1_forward", "conv1x1_backward", "conv3x3_forward", "conv3x3_backward")
 SOURCES = (*PRODUCTS, "transition", "weights", "pointwise", "pooling")
-FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
+# As the module is built: newer binaries come from the PTX of older architectures.
+CODES = setup_cuda.code_flags([setup_cuda.Architecture(a // 10, a % 10) for a in ARCHITECTURES])
+FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *CODES]
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,8 @@ def _compile(compiler: str, source: str, target: Path) -> None:
     if target.exists() and report.exists():
         return
     made = target.with_suffix(f".{os.getpid()}.o")
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     file = CSRC / "cuda" / f"{source}.cu"
-    command = [compiler, *FLAGS, *codes, "-c", str(file), "-o", str(made)]
+    command = [compiler, *FLAGS, "-c", str(file), "-o", str(made)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report.write_text(done.stderr)
