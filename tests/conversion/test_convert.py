@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from library_networks import (
     LIBRARIES,
@@ -403,6 +403,7 @@ def test_memory_kept_is_that_of_our_network() -> None:
     size=st.integers(16, 40),
     seed=st.integers(0, 99),
 )
+@example("torchvision", 4, [1, 3, 3], "none", [3, 6], [7], 16, 21)  # variances of 1e-5
 def test_any_network_step_is_the_same(
     library: str,
     growth: int,
