@@ -1,4 +1,4 @@
-// Kernels without products: one thread a channel of a pixel, neighbours side by side in memory.
+// Kernels without products: neighbouring threads have neighbours in memory.
 #pragma once
 
 #include "arguments.cuh"
@@ -37,6 +37,50 @@ inline LaunchConfig flat(const Context& context, const char* name, int64_t threa
 
 __device__ __forceinline__ int64_t flat_index() {
   return int64_t{blockIdx.x} * kThreads + threadIdx.x;
+}
+
+// One thread a 16-byte piece of a row; as many pieces side by side as there are, up to 32.
+template <class E>
+LaunchConfig pieces(const Context& context, const char* name, int64_t rows, int64_t channels) {
+  const int64_t across = ceil_div(channels, kPieceElements<E>);
+  unsigned wide = 1;
+  while (wide < 32 && wide < across) wide *= 2;
+  const unsigned high = kThreads / wide;
+  return {name,
+          dim3(static_cast<unsigned>(ceil_div(rows, high)),
+               static_cast<unsigned>(ceil_div(across, wide))),
+          dim3(wide, high), 0, context.stream};
+}
+
+// Its place.
+template <class E>
+struct PieceIndex {
+  int64_t row;
+  int channel, valid;  // elements
+
+  __device__ PieceIndex(int64_t rows, int channels)
+      : row(int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
+        channel(static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kPieceElements<E>),
+        valid(row < rows ? channels - channel : 0) {}
+  template <class Image>
+  __device__ int64_t in(const Image& image) const {
+    return row * image.pitch + channel;
+  }
+};
+
+constexpr int kTileColumns = 32;  // channels of a block that reduces rows
+constexpr int kTileRuns = 8;      // of rows side by side
+
+// The sum over the runs, in order; for everyone.
+template <class A>
+__device__ A sum_of_runs(A value, unsigned char* shared) {
+  A* sums = reinterpret_cast<A*>(shared) + threadIdx.x;
+  __syncthreads();
+  sums[threadIdx.y * kTileColumns] = value;
+  __syncthreads();
+  A sum = 0;
+  for (int r = 0; r < kTileRuns; ++r) sum += sums[r * kTileColumns];
+  return sum;
 }
 
 // Pixels that pooling cuts off (odd sizes) get no gradient.

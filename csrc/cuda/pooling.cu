@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
     gradient.data[p * gradient.pitch + c] = narrow<E>(scale * d);
   }
   partial.sum[i] = sum;
-  partial.sum_centred[i] = centred;
+  partial.centred[i] = centred;
 }
 
 // 3x3, stride 2, padding 1; the first of equal maxima, the last NaN, as PyTorch's.
@@ -87,20 +87,18 @@ constexpr int kUnpoolRows = 256;  // pixels of one tile of sums
 
 // d of one pixel: every window that holds it (at most four) is asked whether it was its maximum.
 template <class E>
-__global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
+__global__ void __launch_bounds__(kTileColumns* kTileRuns)
     unpool_kernel(Image<const E> grad_out, const uint8_t* argmax, Image<const E> x,
                   Norm<Accumulator<E>> norm, Image<E> gradient, TileSums<Accumulator<E>> partial) {
   using A = Accumulator<E>;
   DF_DYNAMIC_SHARED(shared);
-  A* sums = reinterpret_cast<A*>(shared);
-  A* centreds = sums + kReduceColumns * kReduceRuns;
-  const int c = blockIdx.y * kReduceColumns + threadIdx.x, run = threadIdx.y;
+  const int c = blockIdx.y * kTileColumns + threadIdx.x, run = threadIdx.y;
   const int64_t begin = int64_t{blockIdx.x} * kUnpoolRows;
   const int64_t end = begin + kUnpoolRows < x.rows() ? begin + kUnpoolRows : x.rows();
   A sum = 0, centred = 0;
   if (c < x.c) {
     const A scale = norm.scale[c], shift = norm.shift[c], mean = norm.mean[c];
-    for (int64_t pixel = begin + run; pixel < end; pixel += kReduceRuns) {
+    for (int64_t pixel = begin + run; pixel < end; pixel += kTileRuns) {
       const int px = static_cast<int>(pixel % x.w), py = static_cast<int>(pixel / x.w % x.h);
       const int64_t n = pixel / x.w / x.h;
       A g = 0;
@@ -120,16 +118,8 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
       gradient.data[pixel * gradient.pitch + c] = narrow<E>(d);
     }
   }
-  sums[run * kReduceColumns + threadIdx.x] = sum;
-  centreds[run * kReduceColumns + threadIdx.x] = centred;
-  __syncthreads();
-  if (run != 0 || c >= x.c) return;
-  for (int r = 1; r < kReduceRuns; ++r) {
-    sum += sums[r * kReduceColumns + threadIdx.x];
-    centred += centreds[r * kReduceColumns + threadIdx.x];
-  }
-  partial.sum[int64_t{blockIdx.x} * x.c + c] = sum;
-  partial.sum_centred[int64_t{blockIdx.x} * x.c + c] = centred;
+  const Sums<A> all{sum_of_runs(sum, shared), sum_of_runs(centred, shared)};
+  if (run == 0 && c < x.c) partial.store(blockIdx.x, c, x.c, all);
 }
 
 // gradient = scale * (d - beta / M - xhat * gamma / M), in place over d.
@@ -138,14 +128,20 @@ __global__ void __launch_bounds__(kThreads)
     norm_gradient_kernel(Image<const E> x, Norm<Accumulator<E>> norm, const Accumulator<E>* gamma,
                          const Accumulator<E>* beta, Accumulator<E> inverse, Image<E> gradient) {
   using A = Accumulator<E>;
-  const int64_t i = flat_index();
-  if (i >= x.rows() * x.c) return;
-  const int64_t row = i / x.c;
-  const int c = static_cast<int>(i % x.c);
-  const A centred = widen(x.data[row * x.pitch + c]) - norm.mean[c];
-  E& g = gradient.data[row * gradient.pitch + c];
-  const A d = widen(g) - beta[c] * inverse - centred * (gamma[c] * inverse * norm.rstd[c]);
-  g = narrow<E>(norm.scale[c] * d);
+  const PieceIndex<E> at(x.rows(), x.c);
+  if (at.valid <= 0) return;
+  const auto value = load_piece<E>(x.data + at.in(x), at.valid, x.alignment);
+  E* const to = gradient.data + at.in(gradient);
+  auto piece = load_piece<E>(to, at.valid, gradient.alignment);
+#pragma unroll
+  for (int v = 0; v < kPieceElements<E>; ++v) {
+    const int c = v < at.valid ? at.channel + v : at.channel;
+    const A centred = widen(value.element[v]) - norm.mean[c];
+    const A d = widen(piece.element[v]) - beta[c] * inverse -
+                centred * (gamma[c] * inverse * norm.rstd[c]);
+    piece.element[v] = narrow<E>(norm.scale[c] * d);
+  }
+  store_piece<E>(to, piece, at.valid, gradient.alignment);
 }
 
 }  // namespace
@@ -174,7 +170,7 @@ void norm_relu_avgpool_backward(const Context& context, const void* grad_out,
            flat(context, "norm_relu_avgpool_backward", int64_t{x.n} * x.c),
            static_cast<const E*>(grad_out), x, norm<A>(norm_argument), image<E>(grad_features),
            partial);
-    run_finish_sums<A>(context, partial, x.n, x.c, norm_argument, grad_affine);
+    run_finish_sums<A>(context, partial, x.n, 1, x.c, norm_argument, grad_affine);
   });
 }
 
@@ -203,13 +199,14 @@ void norm_relu_maxpool_backward(const Context& context, const ImageArgument& gra
     const auto partial = allocate_sums<A>(context, tiles, x.c);
     launch(&unpool_kernel<E>,
            LaunchConfig{"norm_relu_maxpool_backward",
-                        dim3(static_cast<unsigned>(tiles), reduce_grid(x.c).x),
-                        dim3(kReduceColumns, kReduceRuns),
-                        2 * sizeof(A) * kReduceColumns * kReduceRuns, context.stream},
+                        dim3(static_cast<unsigned>(tiles),
+                             static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
+                        dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns,
+                        context.stream},
            image<const E>(grad_out), argmax, x, norm<A>(norm_argument), gradient, partial);
-    run_finish_sums<A>(context, partial, tiles, x.c, norm_argument, grad_affine);
+    run_finish_sums<A>(context, partial, tiles, 1, x.c, norm_argument, grad_affine);
     const double inverse = batch_statistics ? 1.0 / static_cast<double>(x.rows()) : 0.0;
-    launch(&norm_gradient_kernel<E>, flat(context, "norm_gradient", x.rows() * x.c), x,
+    launch(&norm_gradient_kernel<E>, pieces<E>(context, "norm_gradient", x.rows(), x.c), x,
            norm<A>(norm_argument), static_cast<const A*>(grad_affine.gamma),
            static_cast<const A*>(grad_affine.beta), static_cast<A>(inverse), gradient);
   });
