@@ -22,18 +22,17 @@ void run_tap_gradient(const Context& context, const PlainSource<P>& grad,
   const Image<const typename P::Element>& z = bottleneck.x;
   const TileGrid grid(count, parts, z.n, z.h, z.w);
   const auto limit = static_cast<size_t>(device.shared_bytes_per_block);
-  const int stages = tap_shared_bytes<P>(grid.shape, 2) <= limit ? 2 : 1;
+  const int stages = tap_shared_bytes<P>(grid, 2) <= limit ? 2 : 1;
   A* partial =
       static_cast<A*>(context.workspace->allocate(sizeof(A) * chosen.splits * 9 * out * in));
   launch(&tap_product<P>,
          LaunchConfig{"conv3x3_wgrad",
                       dim3(static_cast<unsigned>(chosen.across), static_cast<unsigned>(chosen.down),
                            static_cast<unsigned>(chosen.splits)),
-                      dim3(kTapThreads), tap_shared_bytes<P>(grid.shape, stages), context.stream},
+                      dim3(kTapThreads), tap_shared_bytes<P>(grid, stages), context.stream},
          grad, bottleneck, partial, grid, static_cast<int>(count.tiles() * parts),
          static_cast<int>(chosen.units), stages);
-  leave_splits(context,
-               {partial, static_cast<int>(chosen.splits), 9 * out * in, 9, grad_weight});
+  leave_splits(context, {partial, static_cast<int>(chosen.splits), 9 * out * in, 9, grad_weight});
 }
 
 }  // namespace

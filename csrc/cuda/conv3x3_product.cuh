@@ -10,6 +10,7 @@ namespace densenet_fast::cuda {
 // Images in tiles of 128 pixels, each of which is some parts: a block's.
 struct TileGrid {
   TileShape shape;  // of a part
+  int pixels, halo_pixels;
   int n, h, w;
   int tile_images, tile_rows;
   int log_columns, log_image;  // of a part's pixels, which are powers of two
@@ -19,6 +20,8 @@ struct TileGrid {
   TileGrid() = default;
   TileGrid(const TileCount& count, int of, int n_, int h_, int w_)
       : shape(count.shape.part(of)),
+        pixels(shape.pixels()),
+        halo_pixels(shape.halo_pixels()),
         n(n_),
         h(h_),
         w(w_),
@@ -105,45 +108,51 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   static_assert(Source::kRaw == 1, "one raw piece per halo piece");
   constexpr int kTaps = kTapsPerStage<T>, kGroups = 9 / kTaps;
   constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
-  constexpr int kPieces = (most_halo_pixels(kRows) + Pieces::kRows - 1) / Pieces::kRows;
+  constexpr int kPieces = (kMostHaloPixels<kRows> + Pieces::kRows - 1) / Pieces::kRows;
   DF_DYNAMIC_SHARED(shared);
   const WarpPlace<T> warp;
   const Pieces own;
   const int block_column = blockIdx.y * kColumns;
   const TilePlace place(grid, blockIdx.x);
-  const int halo_pixels = grid.shape.halo_pixels();
+  const int halo_pixels = grid.halo_pixels;
   const int half = static_cast<int>(halo_bytes<P, T, Source>(halo_pixels));  // of two halos
   const int vectors_at = halo_pixels * kRowBytes + warp.warp * kVectorBytes<E, Source>;
   const int first = blockIdx.z * split_steps;
   const int last = first + split_steps < weight.steps ? first + split_steps : weight.steps;
 
+  const auto place_of = [&](int i) {
+    const int p = own.row + i * Pieces::kRows;
+    return source.place(p < halo_pixels ? place.halo_pixel(p) : -1);
+  };
   typename Source::Place places[kPieces];
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
+  for (int i = 0; i < kPieces; ++i) places[i] = place_of(i);
+  // Calls body(raw) with where piece i is in shared memory, if there is one.
+  const auto at_piece = [&](unsigned char* halo, int i, const auto& body) {
     const int p = own.row + i * Pieces::kRows;
-    places[i] = source.place(p < halo_pixels ? place.halo_pixel(p) : -1);
-  }
-  const auto for_each_halo_piece = [&](unsigned char* halo, const auto& body) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int p = own.row + i * Pieces::kRows;
-      if (p >= halo_pixels) continue;
-      unsigned char* raw[1] = {halo + p * kRowBytes + own.column * kPieceBytes};
-      body(raw, places[i]);
-    }
+    unsigned char* raw[1] = {halo + p * kRowBytes + own.column * kPieceBytes};
+    if (p < halo_pixels) body(raw);
   };
   const auto start_halo = [&](int step) {
     unsigned char* halo = shared + (step - first) % 2 * half;
-    const int channel = step * kStep<E>;
-    start_coefficients<E>(halo + vectors_at, source, channel, warp.lane);
-    for_each_halo_piece(halo, [&](auto& raw, const auto& at) {
-      source.start(raw, at, channel + own.column * kPieceElements<E>);
-    });
+    const int channel = step * kStep<E> + own.column * kPieceElements<E>;
+    start_coefficients<E>(halo + vectors_at, source, step * kStep<E>, warp.lane);
+    if (source.whole((step + 1) * kStep<E>)) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        at_piece(halo, i, [&](auto& raw) { source.template start<true>(raw, places[i], channel); });
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPieces; ++i) {
+        at_piece(halo, i,
+                 [&](auto& raw) { source.template start<false>(raw, place_of(i), channel); });
+      }
+    }
   };
   // Weights come in groups of taps, which lie one behind the other for all steps.
   unsigned char* const ring = shared + 2 * half;
-  const E* weights =
-      weight.data + (int64_t{first} * 9 * weight.columns + block_column) * kStep<E>;
+  const E* weights = weight.data + (int64_t{first} * 9 * weight.columns + block_column) * kStep<E>;
   int left = (last - first) * kGroups, filled = 0;
   const auto next = [](int group) {
     return group == (kTapRing - 1) * kWeightBytes ? 0 : group + kWeightBytes;
@@ -185,9 +194,12 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
           __syncwarp();  // the coefficients are those that its lanes have copied
           coefficients.load(halo + vectors_at, kStep<E>, own.column * kPieceElements<E>);
         }
-        for_each_halo_piece(halo, [&](auto& raw, const auto& at) {
-          source.finish(raw, coefficients, Source::exists(at));
-        });
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          // Outside the image there is no pixel to activate: relu(shift) would be wrong.
+          if (!Source::exists(places[i])) continue;
+          at_piece(halo, i, [&](auto& raw) { source.finish(raw, coefficients); });
+        }
       }
       __syncthreads();
       // The next step's pixels: not before everyone is done with the step whose place they take.
@@ -196,8 +208,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         multiply_step<P, T::NT>(acc, halo + place.tap_offset(g * kTaps + t) * kRowBytes, a_row,
-                                ring + group + (t * kColumns + warp.column) * kRowBytes,
-                                warp.lane);
+                                ring + group + (t * kColumns + warp.column) * kRowBytes, warp.lane);
       }
       group = next(group);
     }
@@ -219,7 +230,7 @@ void run_conv3x3_product(const char* name, const Source& source,
     const TileGrid grid(count, cut.parts, x.n, x.h, x.w);
     launch(&conv3x3_product<P, Source, Sink, T::kRows, T::kColumns>,
            LaunchConfig{name, product_grid<T>(cut, weight.columns), dim3(T::kThreads),
-                        conv3x3_shared_bytes<P, T, Source>(grid.shape.halo_pixels()), stream},
+                        conv3x3_shared_bytes<P, T, Source>(grid.halo_pixels), stream},
            source, weight, sink, grid, static_cast<int>(ceil_div(weight.steps, cut.splits)));
   });
 }

@@ -13,8 +13,7 @@ template <int kTileRows, int kTileColumns>
 struct Tile {
   static constexpr int kRows = kTileRows, kColumns = kTileColumns;
   static constexpr int kRowWarps = kRows / kWarpRows;
-  static constexpr int kColumnWarps =
-      8 / kRowWarps < kColumns / 16 ? 8 / kRowWarps : kColumns / 16;
+  static constexpr int kColumnWarps = 8 / kRowWarps < kColumns / 16 ? 8 / kRowWarps : kColumns / 16;
   static constexpr int kWarps = kRowWarps * kColumnWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlocks = 16 / kWarps;  // that should share a multiprocessor
@@ -92,7 +91,8 @@ __device__ __forceinline__ void for_each_slice(const WarpTile<P, NT>& acc, unsig
     __syncwarp();
     A pairs[2][2][4];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) pairs[i / 8][i / 4 % 2][i % 4] = acc[i / 8][2 * s + i / 4 % 2][i % 4];
+    for (int i = 0; i < 16; ++i)
+      pairs[i / 8][i / 4 % 2][i % 4] = acc[i / 8][2 * s + i / 4 % 2][i % 4];
     for_each_pair(pairs, lane, [&](int row, int column, A first, A second) {
       *reinterpret_cast<Vector<A, 2>*>(tile + Slice<E>::at(row, column)) = {first, second};
     });
@@ -129,9 +129,7 @@ struct WarpPartials {
 
   __device__ explicit WarpPartials(unsigned char* shared)
       : data(reinterpret_cast<M*>(shared + T::kWarps * Slice<E>::kBytes)) {}
-  __device__ M& at(int row_warp, int column) const {
-    return data[row_warp * T::kColumns + column];
-  }
+  __device__ M& at(int row_warp, int column) const { return data[row_warp * T::kColumns + column]; }
   // The tile's, to where tiles leave theirs.
   template <class Partial>
   __device__ void finish(const Partial& out, int tile, int block_column, int columns) const {

@@ -66,8 +66,7 @@ __device__ __forceinline__ typename P::Element operand(Accumulator<typename P::E
 }
 
 template <class P>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (P::kTf32) {
     ptx::mma_m16n8k8_tf32(d, a, b);
   } else {

@@ -1,4 +1,5 @@
-// Weights rearranged for the products' tiles: steps zero padded, 16-byte aligned, in the images' type.
+// Weights rearranged for the products' tiles: steps zero padded, 16-byte aligned, in the images'
+// type.
 #pragma once
 
 #include "reductions.cuh"

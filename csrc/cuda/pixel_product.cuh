@@ -44,10 +44,11 @@ struct PixelOperand {
     }
   }
   // A thread has one column of pieces: body(raw, row) for its rows.
-  template <class Body>
+  template <int kUnroll = 4, class Body>
   __device__ __forceinline__ void for_each_piece(unsigned char* tile, int pixels,
                                                  const Body& body) const {
     constexpr int kRows = kBlockThreads / kPieces;
+#pragma unroll kUnroll
     for (int first = 0; first < pixels; first += kRows) {
       const int row = first + threadIdx.x / kPieces;
       if (pixels % kRows != 0 && row >= pixels) break;
@@ -64,9 +65,15 @@ struct PixelOperand {
   __device__ __forceinline__ void start(unsigned char* tile, int pixels,
                                         const PixelOf& pixel_of) const {
     const int channel = block_channel + static_cast<int>(threadIdx.x) % kPieces * kPieceElements<E>;
-    for_each_piece(tile, pixels, [&](auto& raw, int row) {
-      source.start(raw, source.place(pixel_of(row)), channel);
-    });
+    if (source.whole(block_channel + kWidth)) {
+      for_each_piece<Source::kRaw == 1 ? 4 : 1>(tile, pixels, [&](auto& raw, int row) {
+        source.template start<true>(raw, source.place(pixel_of(row)), channel);
+      });
+    } else {
+      for_each_piece<1>(tile, pixels, [&](auto& raw, int row) {
+        source.template start<false>(raw, source.place(pixel_of(row)), channel);
+      });
+    }
   }
   template <class PixelOf>
   __device__ __forceinline__ void finish(unsigned char* tile, int pixels,
@@ -74,7 +81,7 @@ struct PixelOperand {
     Coefficients<P, Source::kVectors> coefficients;
     coefficients.load(vectors, kWidth, threadIdx.x % kPieces * kPieceElements<E>);
     for_each_piece(tile, pixels, [&](auto& raw, int row) {
-      source.finish(raw, coefficients, pixel_of(row) >= 0);
+      if (pixel_of(row) >= 0) source.finish(raw, coefficients);
     });
   }
 };
@@ -141,7 +148,8 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (stages == 2) start(other, row + kPixels);
     const unsigned char* a = stage + warp_row * 32 * sizeof(E);
-    const unsigned char* b = stage + kPlaneJ + warp_column * T::NT * 8 * static_cast<int>(sizeof(E));
+    const unsigned char* b =
+        stage + kPlaneJ + warp_column * T::NT * 8 * static_cast<int>(sizeof(E));
 #pragma unroll
     for (int p0 = 0; p0 < kPixels; p0 += kPixelStep) {
       multiply_pixels<P, T::NT>(
@@ -184,15 +192,15 @@ struct TapTile {
 };
 
 template <class P>
-__host__ __device__ constexpr size_t tap_stage_bytes(const TileShape& shape) {
+__host__ __device__ constexpr size_t tap_stage_bytes(const TileGrid& grid) {
   using T = TapTile<P>;
-  return static_cast<size_t>(shape.pixels()) * T::I::kPitch +
-         static_cast<size_t>(shape.halo_pixels()) * T::J::kPitch;
+  return static_cast<size_t>(grid.pixels) * T::I::kPitch +
+         static_cast<size_t>(grid.halo_pixels) * T::J::kPitch;
 }
 
 template <class P>
-__host__ __device__ constexpr size_t tap_shared_bytes(const TileShape& shape, int stages) {
-  return stages * tap_stage_bytes<P>(shape) + TapTile<P>::J::kVectorBytes;
+__host__ __device__ constexpr size_t tap_shared_bytes(const TileGrid& grid, int stages) {
+  return stages * tap_stage_bytes<P>(grid) + TapTile<P>::J::kVectorBytes;
 }
 
 // partial[split, tap, o, c] = sum over the split's tiles of grad[pixel, o] * act(Z)[pixel + tap,
@@ -205,9 +213,9 @@ __global__ void __launch_bounds__(kTapThreads)
   using T = TapTile<P>;
   DF_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % 32, tap = threadIdx.x / 32;
-  const int pixels = grid.shape.pixels(), halo_pixels = grid.shape.halo_pixels();
+  const int pixels = grid.pixels, halo_pixels = grid.halo_pixels;
   const int plane_j = pixels * T::I::kPitch;
-  const int stage_bytes = static_cast<int>(tap_stage_bytes<P>(grid.shape));
+  const int stage_bytes = static_cast<int>(tap_stage_bytes<P>(grid));
   const typename T::I operand_i{grad, static_cast<int>(blockIdx.x) * T::BI, nullptr};
   const typename T::J operand_j{bottleneck, static_cast<int>(blockIdx.y) * T::BJ,
                                 shared + stages * stage_bytes};

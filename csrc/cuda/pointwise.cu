@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kTileColumns* kTileRuns)
     }
   }
   m2 = sum_of_runs(m2, shared);
-  if (run == 0 && c < x.c) partial.store(blockIdx.x, c, x.c, {static_cast<A>(end - begin), mean, m2});
+  if (run == 0 && c < x.c)
+    partial.store(blockIdx.x, c, x.c, {static_cast<A>(end - begin), mean, m2});
 }
 
 template <class A>
@@ -177,11 +178,10 @@ void run_tile_statistics(const Context& context, const Image<E>& x, int tile_row
   TileStatistics<A> partial;
   if (statistics.mean) partial = allocate_statistics<A>(context, tiles, x.c);
   launch(&tile_statistics<E>,
-         LaunchConfig{split ? "add_row_splits" : "tile_statistics",
-                      dim3(static_cast<unsigned>(tiles),
-                           static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
-                      dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns,
-                      context.stream},
+         LaunchConfig{
+             split ? "add_row_splits" : "tile_statistics",
+             dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
+             dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns, context.stream},
          x, x.rows(), tile_rows, static_cast<const A*>(split), splits, partial);
   if (statistics.mean) run_finish_statistics<A>(context, partial, tiles, 1, x.c, statistics);
 }

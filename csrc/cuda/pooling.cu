@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int v = 0; v < kPieceElements<E>; ++v) {
     const int c = v < at.valid ? at.channel + v : at.channel;
     const A centred = widen(value.element[v]) - norm.mean[c];
-    const A d = widen(piece.element[v]) - beta[c] * inverse -
-                centred * (gamma[c] * inverse * norm.rstd[c]);
+    const A d =
+        widen(piece.element[v]) - beta[c] * inverse - centred * (gamma[c] * inverse * norm.rstd[c]);
     piece.element[v] = narrow<E>(norm.scale[c] * d);
   }
   store_piece<E>(to, piece, at.valid, gradient.alignment);
@@ -197,13 +197,13 @@ void norm_relu_maxpool_backward(const Context& context, const ImageArgument& gra
     const auto gradient = image<E>(grad_input);
     const int64_t tiles = (x.rows() + kUnpoolRows - 1) / kUnpoolRows;
     const auto partial = allocate_sums<A>(context, tiles, x.c);
-    launch(&unpool_kernel<E>,
-           LaunchConfig{"norm_relu_maxpool_backward",
-                        dim3(static_cast<unsigned>(tiles),
-                             static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
-                        dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns,
-                        context.stream},
-           image<const E>(grad_out), argmax, x, norm<A>(norm_argument), gradient, partial);
+    launch(
+        &unpool_kernel<E>,
+        LaunchConfig{
+            "norm_relu_maxpool_backward",
+            dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
+            dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns, context.stream},
+        image<const E>(grad_out), argmax, x, norm<A>(norm_argument), gradient, partial);
     run_finish_sums<A>(context, partial, tiles, 1, x.c, norm_argument, grad_affine);
     const double inverse = batch_statistics ? 1.0 / static_cast<double>(x.rows()) : 0.0;
     launch(&norm_gradient_kernel<E>, pieces<E>(context, "norm_gradient", x.rows(), x.c), x,

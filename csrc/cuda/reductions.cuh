@@ -170,12 +170,12 @@ LaunchConfig reduction(const Context& context, const char* name, int64_t channel
 template <class A>
 void run_finish_statistics(const Context& context, const TileStatistics<A>& partial, int64_t tiles,
                            int parts, int64_t channels, const StatisticsResult& out) {
-  launch(&finish_statistics<A>,
-         reduction<Moments<A>>(context, "finish_statistics",
-                               out.next ? out.next->channels : channels),
-         partial, static_cast<int>(tiles), parts, static_cast<int>(channels),
-         static_cast<A*>(out.mean), static_cast<A*>(out.var),
-         out.next ? norm_recipe<A>(*out.next) : NormRecipe<A>{});
+  launch(
+      &finish_statistics<A>,
+      reduction<Moments<A>>(context, "finish_statistics", out.next ? out.next->channels : channels),
+      partial, static_cast<int>(tiles), parts, static_cast<int>(channels),
+      static_cast<A*>(out.mean), static_cast<A*>(out.var),
+      out.next ? norm_recipe<A>(*out.next) : NormRecipe<A>{});
 }
 
 template <class A>

@@ -84,8 +84,7 @@ __device__ __forceinline__ void start_weights(unsigned char* to, const E* from, 
 
 // A step's coefficients, for this warp alone.
 template <class E, class Source>
-constexpr int kVectorBytes =
-    Source::kVectors* kStep<E>* static_cast<int>(sizeof(Accumulator<E>));
+constexpr int kVectorBytes = Source::kVectors * kStep<E> * static_cast<int>(sizeof(Accumulator<E>));
 
 template <class E, class Source>
 __device__ __forceinline__ void start_coefficients(unsigned char* to, const Source& source,
@@ -135,23 +134,23 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   const int first = blockIdx.z * split_steps;
   const int last = first + split_steps < weight.steps ? first + split_steps : weight.steps;
 
-  typename Source::Place places[kRows / Pieces::kRows];
-#pragma unroll
-  for (int i = 0; i < kRows / Pieces::kRows; ++i) {
+  constexpr int kPieces = kRows / Pieces::kRows;  // of a thread
+  const auto place_of = [&](int i) {
     const int64_t row = first_row + own.row + i * Pieces::kRows;
-    places[i] = source.place(row < rows ? row : int64_t{-1});
-  }
-  const auto for_each_piece = [&](unsigned char* stage, const auto& body) {
+    return source.place(row < rows ? row : int64_t{-1});
+  };
+  typename Source::Place places[kPieces];
 #pragma unroll
-    for (int i = 0; i < kRows / Pieces::kRows; ++i) {
-      unsigned char* raw[Source::kRaw];
+  for (int i = 0; i < kPieces; ++i) places[i] = place_of(i);
+  // Calls body(raw) with where piece i is in shared memory.
+  const auto at_piece = [&](unsigned char* stage, int i, const auto& body) {
+    unsigned char* raw[Source::kRaw];
 #pragma unroll
-      for (int r = 0; r < Source::kRaw; ++r) {
-        raw[r] = stage + r * kOperandBytes + (own.row + i * Pieces::kRows) * kRowBytes +
-                 own.column * kPieceBytes;
-      }
-      body(raw, places[i]);
+    for (int r = 0; r < Source::kRaw; ++r) {
+      raw[r] = stage + r * kOperandBytes + (own.row + i * Pieces::kRows) * kRowBytes +
+               own.column * kPieceBytes;
     }
+    body(raw);
   };
   const auto next = [&](int stage) {
     return stage + kStageBytes == stages * kStageBytes ? 0 : stage + kStageBytes;
@@ -162,12 +161,22 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   const auto start_step = [&] {
     if (started < last) {
       unsigned char* stage = shared + filled;
-      const int channel = started * kStep<E>;
+      const int channel = started * kStep<E> + own.column * kPieceElements<E>;
       start_coefficients<E>(stage + kVectorsAt + place.warp * kVectorBytes<E, Source>, source,
-                            channel, place.lane);
-      for_each_piece(stage, [&](auto& raw, const auto& at) {
-        source.start(raw, at, channel + own.column * kPieceElements<E>);
-      });
+                            started * kStep<E>, place.lane);
+      if (source.whole((started + 1) * kStep<E>)) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          at_piece(stage, i,
+                   [&](auto& raw) { source.template start<true>(raw, places[i], channel); });
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kPieces; ++i) {
+          at_piece(stage, i,
+                   [&](auto& raw) { source.template start<false>(raw, place_of(i), channel); });
+        }
+      }
       start_weights<kColumns, T::kThreads>(stage + Source::kRaw * kOperandBytes, weights,
                                            weight.columns - block_column);
       weights += int64_t{weight.columns} * kStep<E>;
@@ -201,14 +210,14 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
     Coefficients<P, Source::kVectors> coefficients;
     if constexpr (Source::kVectors > 0) {
       __syncwarp();  // the coefficients are those that its lanes have copied
-      coefficients.load(
-          shared + stage + kVectorsAt + place.warp * kVectorBytes<E, Source>, kStep<E>,
-          own.column * kPieceElements<E>);
+      coefficients.load(shared + stage + kVectorsAt + place.warp * kVectorBytes<E, Source>,
+                        kStep<E>, own.column * kPieceElements<E>);
     }
     // Rows and channels outside are zeros with weights or coefficients of zero: nobody sees them.
-    for_each_piece(shared + stage, [&](auto& raw, const auto&) {
-      source.finish(raw, coefficients, true);
-    });
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      at_piece(shared + stage, i, [&](auto& raw) { source.finish(raw, coefficients); });
+    }
     __syncthreads();  // the stage is whole; everyone is done with the one before
     if (!single) start_step();
     const unsigned char* operand = shared + stage;

@@ -1,7 +1,8 @@
 // How the rows of a product's operand come to be. A Source names the raw pieces to fetch for one
 // 16-byte piece of the operand, and turns them into it: once per loaded element, in shared memory,
 // by the thread that fetched them, so that no barrier stands between. Where a row's pieces are is
-// found once, as a Place; `kVectors` coefficients of each channel are handed to `finish`.
+// found once, as a Place (where pieces are not `whole` every time); `kVectors` coefficients of each
+// channel are handed to `finish`, which is for rows that exist: the others' pieces are zeros.
 #pragma once
 
 #include "epilogue.cuh"
@@ -26,12 +27,23 @@ struct Coefficients {
 };
 
 // Starts the copy of the piece at `channel` of the row that begins at element `place`; -1: zeros.
-template <class E>
+// kWhole: pieces are there or they are not, and aligned.
+template <bool kWhole, class E>
 __device__ __forceinline__ void start_piece(unsigned char* to, const Image<const E>& x,
                                             int64_t place, int channel) {
-  const bool exists = place >= 0;
-  start_piece<E>(to, exists ? x.data + place + channel : x.data, exists ? x.c - channel : 0,
-                 x.alignment);
+  const bool exists = place >= 0 && channel < x.c;
+  const E* from = exists || kWhole ? x.data + place + channel : x.data;
+  if constexpr (kWhole) {
+    ptx::cp_async<16>(to, from, exists ? 16 : 0);
+  } else {
+    start_parts(to, from, exists ? x.c - channel : 0, x.alignment);
+  }
+}
+
+// Whether the pieces of channels up to `end` are whole and aligned.
+template <class E>
+__device__ __forceinline__ bool whole_pieces(const Image<const E>& x, int end) {
+  return x.alignment == 16 && (end <= x.c || x.c % kPieceElements<E> == 0);
 }
 
 // relu(scale * x + shift).
@@ -45,22 +57,21 @@ struct ActivatedSource {
   Activation<A> act;
 
   __device__ int channels() const { return x.c; }
+  __device__ bool whole(int end) const { return whole_pieces(x, end); }
   __device__ const A* vector(int i) const { return i ? act.shift : act.scale; }
   __device__ Place place(int64_t row) const { return row < 0 ? -1 : row * x.pitch; }
   __device__ static bool exists(Place place) { return place >= 0; }
+  template <bool kWhole>
   __device__ void start(unsigned char* (&to)[1], Place place, int channel) const {
-    start_piece<E>(to[0], x, place, channel);
+    start_piece<kWhole>(to[0], x, place, channel);
   }
-  __device__ void finish(unsigned char* (&raw)[1], const Coefficients<P, 2>& c,
-                         bool exists) const {
+  __device__ void finish(unsigned char* (&raw)[1], const Coefficients<P, 2>& c) const {
     auto* piece = reinterpret_cast<Piece<E>*>(raw[0]);
     Piece<E> value = *piece;
 #pragma unroll
     for (int v = 0; v < kPieceElements<E>; ++v) {
-      const A activated =
-          relu(multiply_add(c.of[0].value[v], A(widen(value.element[v])), c.of[1].value[v]));
-      // Outside the image there is no pixel to activate: relu(shift) would be wrong.
-      value.element[v] = operand<P>(exists ? activated : A(0));
+      value.element[v] = operand<P>(
+          relu(multiply_add(c.of[0].value[v], A(widen(value.element[v])), c.of[1].value[v])));
     }
     *piece = value;
   }
@@ -78,20 +89,21 @@ struct PooledSource {
   PooledPixels pooled;
 
   __device__ int channels() const { return x.c; }
+  __device__ bool whole(int end) const { return whole_pieces(x, end); }
   __device__ const A* vector(int i) const { return i ? act.shift : act.scale; }
   __device__ Place place(int64_t row) const {
     return row < 0 ? -1 : pooled.first_of_four(row) * x.pitch;
   }
   __device__ static bool exists(Place place) { return place >= 0; }
+  template <bool kWhole>
   __device__ void start(unsigned char* (&to)[4], Place place, int channel) const {
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       const int64_t from = place + (corner / 2 * x.w + corner % 2) * x.pitch;
-      start_piece<E>(to[corner], x, place < 0 ? -1 : from, channel);
+      start_piece<kWhole>(to[corner], x, place < 0 ? -1 : from, channel);
     }
   }
-  __device__ void finish(unsigned char* (&raw)[4], const Coefficients<P, 2>& c,
-                         bool exists) const {
+  __device__ void finish(unsigned char* (&raw)[4], const Coefficients<P, 2>& c) const {
     constexpr int V = kPieceElements<E>;
     A sum[V] = {};
 #pragma unroll
@@ -105,7 +117,7 @@ struct PooledSource {
     }
     Piece<E> out;
 #pragma unroll
-    for (int v = 0; v < V; ++v) out.element[v] = operand<P>(exists ? A(0.25) * sum[v] : A(0));
+    for (int v = 0; v < V; ++v) out.element[v] = operand<P>(A(0.25) * sum[v]);
     *reinterpret_cast<Piece<E>*>(raw[0]) = out;
   }
 };
@@ -124,27 +136,30 @@ struct NormGradientSource {
   const A* coefficients;  // [3, channels]
 
   __device__ int channels() const { return bottleneck.c; }
+  __device__ bool whole(int end) const {
+    return whole_pieces(grad_norm, end) && whole_pieces(bottleneck, end);
+  }
   __device__ const A* vector(int i) const { return coefficients + int64_t{i} * bottleneck.c; }
   __device__ Place place(int64_t row) const {
     if (row < 0) return {-1, -1};
     return {row * grad_norm.pitch, row * bottleneck.pitch};
   }
   __device__ static bool exists(const Place& place) { return place.grad >= 0; }
+  template <bool kWhole>
   __device__ void start(unsigned char* (&to)[2], const Place& place, int channel) const {
-    start_piece<E>(to[0], grad_norm, place.grad, channel);
-    start_piece<E>(to[1], bottleneck, place.z, channel);
+    start_piece<kWhole>(to[0], grad_norm, place.grad, channel);
+    start_piece<kWhole>(to[1], bottleneck, place.z, channel);
   }
-  __device__ void finish(unsigned char* (&raw)[2], const Coefficients<P, 3>& c,
-                         bool exists) const {
+  __device__ void finish(unsigned char* (&raw)[2], const Coefficients<P, 3>& c) const {
     const auto dn = *reinterpret_cast<const Piece<E>*>(raw[0]);
     const auto z = *reinterpret_cast<const Piece<E>*>(raw[1]);
     Piece<E> out;
 #pragma unroll
     for (int v = 0; v < kPieceElements<E>; ++v) {
-      const A value = multiply_add(
-          c.of[0].value[v], A(widen(dn.element[v])),
-          multiply_add(c.of[1].value[v], A(widen(z.element[v])), c.of[2].value[v]));
-      out.element[v] = operand<P>(exists ? value : A(0));
+      const A value =
+          multiply_add(c.of[0].value[v], A(widen(dn.element[v])),
+                       multiply_add(c.of[1].value[v], A(widen(z.element[v])), c.of[2].value[v]));
+      out.element[v] = operand<P>(value);
     }
     *reinterpret_cast<Piece<E>*>(raw[0]) = out;
   }
@@ -160,13 +175,15 @@ struct PlainSource {
   Image<const E> x;
 
   __device__ int channels() const { return x.c; }
+  __device__ bool whole(int end) const { return whole_pieces(x, end); }
   __device__ const A* vector(int) const { return nullptr; }
   __device__ Place place(int64_t row) const { return row < 0 ? -1 : row * x.pitch; }
   __device__ static bool exists(Place place) { return place >= 0; }
+  template <bool kWhole>
   __device__ void start(unsigned char* (&to)[1], Place place, int channel) const {
-    start_piece<E>(to[0], x, place, channel);
+    start_piece<kWhole>(to[0], x, place, channel);
   }
-  __device__ void finish(unsigned char* (&raw)[1], const Coefficients<P, 0>&, bool) const {
+  __device__ void finish(unsigned char* (&raw)[1], const Coefficients<P, 0>&) const {
     if constexpr (P::kTf32) {
       auto* piece = reinterpret_cast<Piece<E>*>(raw[0]);
 #pragma unroll

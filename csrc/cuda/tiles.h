@@ -19,7 +19,8 @@ constexpr int kLeastSteps = 4;  // of a part of a 1x1 convolution's reduction
 // The tiles that there are of each kind of product, the cheapest for large images first.
 inline constexpr TileSize kRowsTiles[] = {{128, 128}, {128, 64}, {64, 64}, {32, 32}};
 inline constexpr TileSize kForwardTiles[] = {{128, 32}, {64, 32}, {32, 32}, {128, 64}, {64, 64}};
-// Four raw pieces an operand piece: narrow tiles leave shared memory for them everywhere.
+// Of pooled pixels. Four raw pieces an operand piece, or four pixels a row of the result: narrow
+// tiles leave shared memory and registers for them.
 inline constexpr TileSize kPooledTiles[] = {{128, 64}, {64, 64}, {32, 32}};
 inline constexpr TileSize kPlainTiles[] = {{128, 64}, {32, 32}};  // without tensor cores
 
@@ -49,9 +50,8 @@ constexpr Cut best_cut(const TileSize (&sizes)[N], const Tiles& tiles, int64_t c
     const int64_t blocks = tiles(size) * ceil_div(columns, size.columns) * splits;
     const int64_t length = (size.rows + 32) * (size.columns + 128);
     // Behind all costs of filled devices: those of others, the fewer blocks the later.
-    const int64_t cost = fills(blocks, multiprocessors)
-                             ? ceil_div(blocks, multiprocessors) * length
-                             : (int64_t{1} << 62) - blocks;
+    const int64_t cost = fills(blocks, multiprocessors) ? ceil_div(blocks, multiprocessors) * length
+                                                        : (int64_t{1} << 62) - blocks;
     if (i == 0 || cost < best_cost) {
       best = {i, tiles(size), kUnitRows / size.rows, splits};
       best_cost = cost;
@@ -117,6 +117,9 @@ constexpr int most_halo_pixels(int rows) {
   }
   return most;
 }
+
+template <int kRows>
+inline constexpr int kMostHaloPixels = most_halo_pixels(kRows);
 
 // Images of h x w in tiles of 128 pixels, and those in parts.
 struct TileCount {

@@ -37,19 +37,20 @@ void transition_backward(const Context& context, const ImageArgument& grad_out,
     const PooledPixels pooled(x.h, x.w);
     const PlainSource<P> source{image<const E>(grad_out)};
     const auto packed = packed_weight<P>(context, weight, 1, true);
-    const Cut cut = cut_rows(tiles_of<P, kRowsTiles>(), rows, weight.in, 1,
+    const Cut cut = cut_rows(tiles_of<P, kPooledTiles>(), rows, weight.in, 1,
                              current_device_limits().multiprocessors);
-    const MaskedGradient<P, Into::kUnpooled> sink{x, norm<A>(norm_argument),
-                                                  image<E>(grad_features),
-                                                  allocate_sums<A>(context, cut.tiles, weight.in),
-                                                  pooled};
+    const MaskedGradient<P, Into::kUnpooled> sink{
+        x, norm<A>(norm_argument), image<E>(grad_features),
+        allocate_sums<A>(context, cut.tiles, weight.in), pooled};
     run_clear_cut_pixels<E>(context, image<E>(grad_features));
-    run_rows_product<P>("transition_dgrad", source, packed, sink, rows, cut, context.stream);
+    run_rows_product<P, kPooledTiles>("transition_dgrad", source, packed, sink, rows, cut,
+                                      context.stream);
     run_finish_sums<A>(context, sink.partial, cut.tiles, cut.parts, weight.in, norm_argument,
                        grad_affine);
     if (grad_weight.data) {
       run_pixel_gradient<P>(context, "transition_wgrad", source,
-                            PooledSource<P>{x, activation<A>(norm_argument), pooled}, rows, weight.out, weight.in, grad_weight);
+                            PooledSource<P>{x, activation<A>(norm_argument), pooled}, rows,
+                            weight.out, weight.in, grad_weight);
     }
   });
 }

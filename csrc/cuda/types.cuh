@@ -80,42 +80,30 @@ struct alignas(N * sizeof(A) < 16 ? N * sizeof(A) : 16) Vector {
   A value[N];
 };
 
-// The widest access that every row start of an operand allows: 16, 8 or 4 bytes, or one element.
+// Bytes of the widest access that every row start of an operand allows: 16, 8, 4 or, for elements
+// of two bytes, 2.
 template <class E>
 __host__ __device__ inline int row_alignment(const void* data, int64_t pitch) {
   const uint64_t bits = reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(pitch * sizeof(E));
-  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 1;
+  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
-// What of a piece `valid` elements wide at `from` is copied: parts of kBytes, or elements.
-template <class E, int kBytes>
-__device__ __forceinline__ void start_parts(unsigned char* to, const E* from, int valid) {
-  constexpr int kPart = kBytes / static_cast<int>(sizeof(E));
-#pragma unroll 1
-  for (int i = 0; i < kPieceElements<E>; i += kPart) {
-    const int left = valid - i;
-    const int part = left < 0 ? 0 : left > kPart ? kPart : left;
-    ptx::cp_async<kBytes>(to + i * sizeof(E), part ? from + i : from, part * int{sizeof(E)});
-  }
-}
-
-// Starts the copy of one piece, of which `valid` elements exist; the others become zero. With no
-// alignment to speak of the copy is done at once.
+// Starts the copy of one piece, of which `valid` elements exist; the others become zero. It comes
+// in parts, at once where these are single elements.
 template <class E>
-__device__ __forceinline__ void start_piece(unsigned char* to, const E* from, int valid,
+__device__ __forceinline__ void start_parts(unsigned char* to, const E* from, int valid,
                                             int alignment) {
-  constexpr int V = kPieceElements<E>;
-  valid = valid < 0 ? 0 : valid > V ? V : valid;
-  if (alignment == 16) {
-    ptx::cp_async<16>(to, from, valid * int{sizeof(E)});
-  } else if (alignment == 8) {
-    start_parts<E, 8>(to, from, valid);
-  } else if constexpr (sizeof(E) <= 4) {
-    if (sizeof(E) == 4 || alignment == 4) return start_parts<E, 4>(to, from, valid);
-    if constexpr (sizeof(E) == 2) {
-      E* element = reinterpret_cast<E*>(to);
+  const int width = alignment == 16 ? 8 : alignment;
 #pragma unroll 1
-      for (int i = 0; i < V; ++i) element[i] = i < valid ? from[i] : narrow<E>(0);
+  for (int at = 0, left = valid * int{sizeof(E)}; at < kPieceBytes; at += width, left -= width) {
+    const auto* part = reinterpret_cast<const unsigned char*>(from) + (left > 0 ? at : 0);
+    const int bytes = left < 0 ? 0 : left > width ? width : left;
+    if (width == 8) {
+      ptx::cp_async<8>(to + at, part, bytes);
+    } else if (width == 4) {
+      ptx::cp_async<4>(to + at, part, bytes);
+    } else if constexpr (sizeof(E) == 2) {
+      *reinterpret_cast<E*>(to + at) = bytes > 0 ? *reinterpret_cast<const E*>(part) : narrow<E>(0);
     }
   }
 }
@@ -142,7 +130,8 @@ __device__ __forceinline__ void for_each_part(int valid, int alignment, const Bo
 // One piece from global memory, `valid` elements of it; the others read as zero.
 template <class E>
 __device__ __forceinline__ Piece<E> load_piece(const E* from, int valid, int alignment) {
-  if (alignment == 16 && valid >= kPieceElements<E>) return *reinterpret_cast<const Piece<E>*>(from);
+  if (alignment == 16 && valid >= kPieceElements<E>)
+    return *reinterpret_cast<const Piece<E>*>(from);
   using Part = Vector<E, 8 / sizeof(E)>;
   Piece<E> piece{};
   for_each_part<E>(

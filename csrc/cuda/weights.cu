@@ -5,7 +5,7 @@
 namespace densenet_fast::cuda {
 namespace {
 
-constexpr int kPackColumns = 32;  // of a block
+constexpr int kPackColumns = 16;  // of a block
 
 // A weight's strides by what a product takes its indices for: column and reduction index (channel).
 struct Packing {
@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kThreads) pack_weight(PackingTable table) {
   }
   __syncthreads();
   for (int i = threadIdx.x; i < p.taps * kPackColumns * kStepPieces; i += kThreads) {
-    const int tap = i / (kPackColumns * kStepPieces), column = first + i / kStepPieces % kPackColumns;
+    const int tap = i / (kPackColumns * kStepPieces),
+              column = first + i / kStepPieces % kPackColumns;
     if (column >= p.columns) continue;
     const int64_t row = (int64_t{step} * p.taps + tap) * p.columns + column;
     reinterpret_cast<Piece<E>*>(p.packed)[row * kStepPieces + i % kStepPieces] =
@@ -109,33 +110,33 @@ void pack_weights(const Context& context, const std::vector<PackRequest>& reques
           const auto shape = packed_shape<E>(w, r.gradient);
           const auto of = [&](auto out, auto in) { return r.gradient ? in : out; };
           const int taps = r.kernel * r.kernel;
-          p = {w.data,
-               context.workspace->allocate(int64_t{kStepBytes} * shape.steps * taps *
-                                           shape.columns),
-               of(w.stride_out, w.stride_in),
-               of(w.stride_in, w.stride_out),
-               w.stride_h,
-               w.stride_w,
-               shape.columns,
-               static_cast<int>(of(w.in, w.out)),
-               shape.steps,
-               taps,
-               Divisor(taps),
-               Divisor(taps * (r.gradient ? kPackColumns : kStep<E>)),
-               Divisor(ceil_div(shape.columns, kPackColumns)),
-               w.is_float32,
-               r.gradient};
+          p = {
+              w.data,
+              context.workspace->allocate(int64_t{kStepBytes} * shape.steps * taps * shape.columns),
+              of(w.stride_out, w.stride_in),
+              of(w.stride_in, w.stride_out),
+              w.stride_h,
+              w.stride_w,
+              shape.columns,
+              static_cast<int>(of(w.in, w.out)),
+              shape.steps,
+              taps,
+              Divisor(taps),
+              Divisor(taps * (r.gradient ? kPackColumns : kStep<E>)),
+              Divisor(ceil_div(shape.columns, kPackColumns)),
+              w.is_float32,
+              r.gradient};
           w.packed[r.gradient] = p.packed;
           return int64_t{p.blocks()};
         },
         [&](const PackingTable& table, unsigned count, int64_t most) {
           int taps = 1;
           for (unsigned i = 0; i < count; ++i) taps = taps < table.one[i].taps ? 9 : taps;
-          launch(&pack_weight<P>,
-                 LaunchConfig{"pack_weight", dim3(static_cast<unsigned>(most), count),
-                              dim3(kThreads), static_cast<size_t>(taps) * kPackColumns * kStepBytes,
-                              context.stream},
-                 table);
+          launch(
+              &pack_weight<P>,
+              LaunchConfig{"pack_weight", dim3(static_cast<unsigned>(most), count), dim3(kThreads),
+                           static_cast<size_t>(taps) * kPackColumns * kStepBytes, context.stream},
+              table);
         });
   });
 }
@@ -150,11 +151,11 @@ void add_splits(const Context& context, const std::vector<SplitSums>& sums) {
           return ceil_div(s.size, kAddThreads) + (s.taps > 1);
         },
         [&](const SplitTable& table, unsigned count, int64_t most) {
-          launch(&add_splits_kernel<E>,
-                 LaunchConfig{"add_splits", dim3(static_cast<unsigned>(most), count),
-                              dim3(kAddThreads), sizeof(Accumulator<E>) * kAddThreads,
-                              context.stream},
-                 table);
+          launch(
+              &add_splits_kernel<E>,
+              LaunchConfig{"add_splits", dim3(static_cast<unsigned>(most), count),
+                           dim3(kAddThreads), sizeof(Accumulator<E>) * kAddThreads, context.stream},
+              table);
         });
   });
 }
