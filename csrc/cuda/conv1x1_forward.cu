@@ -11,10 +11,8 @@ void conv1x1_forward(const Context& context, const ImageArgument& features, cons
     using A = Accumulator<E>;
     const int64_t rows = features.n * features.h * features.w;
     const auto packed = packed_weight<P>(context, weight, 1, false);
-    const int64_t blocks = ceil_div(rows, 64) * ceil_div(weight.out, 64);
-    const Cut cut = cut_rows(tiles_of<P, kRowsTiles>(), rows, weight.out,
-                             reduction_splits(blocks, packed.steps, kLeastSteps),
-                             current_device_limits().multiprocessors);
+    const Cut cut = cut_forward(tiles_of<P, kRowsTiles>(), rows, weight.out, packed.steps,
+                                current_device_limits().multiprocessors);
     store_with_statistics<P>(context, bottleneck, cut, statistics, [&](const auto& sink) {
       run_rows_product<P>("conv1x1_forward",
                           ActivatedSource<P>{image<const E>(features), activation<A>(act)}, packed,

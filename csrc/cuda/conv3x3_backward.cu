@@ -12,27 +12,22 @@ void run_tap_gradient(const Context& context, const PlainSource<P>& grad,
   using A = Accumulator<typename P::Element>;
   using T = TapTile<P>;
   const DeviceLimits device = current_device_limits();
-  // Whole tiles where there are enough, quarters of them otherwise.
-  const auto cut = [&](int parts) {
-    return PixelCut(count.tiles() * parts, ceil_div(out, T::BI), ceil_div(in, T::BJ),
-                    device.multiprocessors);
-  };
-  const int parts = fills(cut(1).blocks(), device.multiprocessors) ? 1 : 4;
-  const PixelCut chosen = cut(parts);
+  const int64_t across = ceil_div(out, T::BI), down = ceil_div(in, T::BJ);
+  const int parts = count.gradient_parts(across, down, device.multiprocessors);
+  const PixelCut cut(count.tiles() * parts, across, down, device.multiprocessors);
   const Image<const typename P::Element>& z = bottleneck.x;
   const TileGrid grid(count, parts, z.n, z.h, z.w);
   const auto limit = static_cast<size_t>(device.shared_bytes_per_block);
   const int stages = tap_shared_bytes<P>(grid, 2) <= limit ? 2 : 1;
-  A* partial =
-      static_cast<A*>(context.workspace->allocate(sizeof(A) * chosen.splits * 9 * out * in));
+  A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * cut.splits * 9 * out * in));
   launch(&tap_product<P>,
          LaunchConfig{"conv3x3_wgrad",
-                      dim3(static_cast<unsigned>(chosen.across), static_cast<unsigned>(chosen.down),
-                           static_cast<unsigned>(chosen.splits)),
+                      dim3(static_cast<unsigned>(across), static_cast<unsigned>(down),
+                           static_cast<unsigned>(cut.splits)),
                       dim3(kTapThreads), tap_shared_bytes<P>(grid, stages), context.stream},
          grad, bottleneck, partial, grid, static_cast<int>(count.tiles() * parts),
-         static_cast<int>(chosen.units), stages);
-  leave_splits(context, {partial, static_cast<int>(chosen.splits), 9 * out * in, 9, grad_weight});
+         static_cast<int>(cut.units), stages);
+  leave_splits(context, {partial, static_cast<int>(cut.splits), 9 * out * in, 9, grad_weight});
 }
 
 }  // namespace

@@ -13,10 +13,8 @@ void conv3x3_forward(const Context& context, const ImageArgument& bottleneck,
     const auto z = image<const E>(bottleneck);
     const TileCount count = best_shape(z.n, z.h, z.w);
     const auto packed = packed_weight<P>(context, weight, 3, false);
-    const int64_t blocks = 2 * count.tiles() * ceil_div(weight.out, 64);
-    const Cut cut = count.cut(tiles_of<P, kForwardTiles>(), weight.out,
-                              reduction_splits(blocks, packed.steps, 1),
-                              current_device_limits().multiprocessors);
+    const Cut cut = count.cut_forward(tiles_of<P, kForwardTiles>(), weight.out, packed.steps,
+                                      current_device_limits().multiprocessors);
     store_with_statistics<P>(context, growth, cut, statistics, [&](const auto& sink) {
       run_conv3x3_product<kForwardTiles, P>("conv3x3_forward",
                                             ActivatedSource<P>{z, activation<A>(act)}, packed, sink,

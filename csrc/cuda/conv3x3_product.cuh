@@ -111,7 +111,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   constexpr int kPieces = (kMostHaloPixels<kRows> + Pieces::kRows - 1) / Pieces::kRows;
   DF_DYNAMIC_SHARED(shared);
   const WarpPlace<T> warp;
-  const Pieces own;
+  const Pieces own(threadIdx.x);
   const int block_column = blockIdx.y * kColumns;
   const TilePlace place(grid, blockIdx.x);
   const int halo_pixels = grid.halo_pixels;

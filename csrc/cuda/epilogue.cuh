@@ -68,11 +68,13 @@ struct Slice {
   static constexpr int kBytes = kWarpRows * kSlice * static_cast<int>(sizeof(A));
   A value[kPieces][V];
 
-  __device__ static int column(int lane) { return lane % kPieces * V; }
-  __device__ static int row(int lane, int i) { return lane / kPieces + i * (32 / kPieces); }
+  __host__ __device__ static int column(int lane) { return lane % kPieces * V; }
+  __host__ __device__ static int row(int lane, int i) {
+    return lane / kPieces + i * (32 / kPieces);
+  }
   // In shared memory fours of columns change places in every other pair of rows: neither pairs nor
   // fours of neighbouring lanes meet in a bank.
-  __device__ static int at(int row, int column) {
+  __host__ __device__ static int at(int row, int column) {
     return row * kSlice + (column ^ (row >> 1 & 1) * 12);
   }
 };

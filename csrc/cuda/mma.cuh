@@ -42,7 +42,7 @@ constexpr int kArchitecture = 800;
 enum class Arithmetic { kTensor16, kTensorTf32, kPlain };
 
 template <class P>
-__device__ constexpr Arithmetic arithmetic() {
+__host__ __device__ constexpr Arithmetic arithmetic() {
   if constexpr (sizeof(typename P::Element) == 2) {
     // sm_75 multiplies float16 on its tensor cores, bfloat16 not at all.
     constexpr bool kPlain = kArchitecture < 800 && __is_same(P, BfloatPolicy);
@@ -87,7 +87,7 @@ constexpr int kStep = kStepBytes / static_cast<int>(sizeof(E));  // reduction el
 constexpr int kRowHandles = 4;
 
 template <class P>
-__device__ __forceinline__ int row_of_handle(int handle, int lane) {
+__host__ __device__ __forceinline__ int row_of_handle(int handle, int lane) {
   if constexpr (arithmetic<P>() != Arithmetic::kPlain) {
     return handle % 2 * 16 + lane % 16;
   } else {

@@ -38,7 +38,7 @@ void run_pixel_gradient(const Context& context, const char* name, const SourceI&
   const PixelCut narrow = cut(PixelTile<E, true>{});
   if constexpr (sizeof(E) == 2) {
     const PixelCut wide = cut(PixelTile<E, false>{});
-    if (out > 64 && fills(wide.blocks(), multiprocessors)) {
+    if (takes_wide(wide, out, multiprocessors)) {
       return launch_pixel_gradient<P, false>(context, name, source_i, source_j, rows, wide,
                                              grad_weight, out, in);
     }

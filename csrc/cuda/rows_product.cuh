@@ -61,16 +61,18 @@ constexpr bool kMayBeSingle = Source::kRaw > 2;
 template <int kThreads>
 struct ThreadPieces {
   static constexpr int kRows = kThreads / kStepPieces;
-  int lane = threadIdx.x % 32;
-  int row = threadIdx.x / 32 * 8 + (lane >> 1 & 3) * 2 + (lane >> 3 & 1);
-  int column = (lane & 1) + lane / 16 * 2;
+  int row, column;
+
+  __host__ __device__ explicit ThreadPieces(int thread)
+      : row(thread / 32 * 8 + (thread >> 1 & 3) * 2 + (thread >> 3 & 1)),
+        column((thread & 1) + (thread >> 4 & 1) * 2) {}
 };
 
 // One step's tile of packed weights, [kColumns, 64 bytes], to rows of kRowBytes.
 template <int kColumns, int kThreads, class E>
 __device__ __forceinline__ void start_weights(unsigned char* to, const E* from, int columns) {
   using Pieces = ThreadPieces<kThreads>;
-  const Pieces own;
+  const Pieces own(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < kColumns; i += Pieces::kRows) {
     const int column = own.row + i;
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   constexpr int kStageBytes = static_cast<int>(product_stage_bytes<P, T, Source>());
   DF_DYNAMIC_SHARED(shared);
   const WarpPlace<T> place;
-  const Pieces own;
+  const Pieces own(threadIdx.x);
   const int64_t first_row = int64_t{blockIdx.x} * kRows;
   const int block_column = blockIdx.y * kColumns;
   const int first = blockIdx.z * split_steps;

@@ -60,6 +60,15 @@ constexpr Cut best_cut(const TileSize (&sizes)[N], const Tiles& tiles, int64_t c
   return best;
 }
 
+// Parts of a reduction of so many steps, `least` of them at least: enough for 128 blocks, which is
+// about what devices have multiprocessors. How a sum is split decides its last bits, so that the
+// device itself is not asked.
+constexpr int reduction_splits(int64_t blocks, int steps, int least) {
+  const int64_t wanted = 128 / blocks, most = steps / least;
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits <= 1 ? 1 : static_cast<int>(ceil_div(steps, ceil_div(steps, splits)));
+}
+
 template <size_t N>
 constexpr Cut cut_rows(const TileSize (&sizes)[N], int64_t rows, int64_t columns, int splits,
                        int multiprocessors) {
@@ -68,13 +77,13 @@ constexpr Cut cut_rows(const TileSize (&sizes)[N], int64_t rows, int64_t columns
       multiprocessors);
 }
 
-// Parts of a reduction of so many steps, `least` of them at least: enough for 128 blocks, which is
-// about what devices have multiprocessors. How a sum is split decides its last bits, so that the
-// device itself is not asked.
-constexpr int reduction_splits(int64_t blocks, int steps, int least) {
-  const int64_t wanted = 128 / blocks, most = steps / least;
-  const int64_t splits = wanted < most ? wanted : most;
-  return splits <= 1 ? 1 : static_cast<int>(ceil_div(steps, ceil_div(steps, splits)));
+// The same for a reduction of so many steps, which may be split.
+template <size_t N>
+constexpr Cut cut_forward(const TileSize (&sizes)[N], int64_t rows, int64_t columns, int steps,
+                          int multiprocessors) {
+  const int64_t blocks = ceil_div(rows, 64) * ceil_div(columns, 64);
+  return cut_rows(sizes, rows, columns, reduction_splits(blocks, steps, kLeastSteps),
+                  multiprocessors);
 }
 
 // A weight gradient in blocks: its sum over units of pixels in enough parts to fill the device
@@ -91,6 +100,11 @@ struct PixelCut {
   }
   constexpr int64_t blocks() const { return across * down * splits; }
 };
+
+// Whether a weight gradient takes the wider of its two tiles.
+constexpr bool takes_wide(const PixelCut& wide, int64_t out, int multiprocessors) {
+  return out > 64 && fills(wide.blocks(), multiprocessors);
+}
 
 // Pixels of a 3x3 convolution's tile: images x rows x columns, powers of two.
 struct TileShape {
@@ -139,6 +153,18 @@ struct TileCount {
     return best_cut(
         sizes, [&](TileSize size) { return tiles() * (kUnitRows / size.rows); }, columns, splits,
         multiprocessors);
+  }
+  // The same for a reduction of so many steps, which may be split.
+  template <size_t N>
+  constexpr Cut cut_forward(const TileSize (&sizes)[N], int64_t columns, int steps,
+                            int multiprocessors) const {
+    const int64_t blocks = 2 * tiles() * ceil_div(columns, 64);
+    return cut(sizes, columns, reduction_splits(blocks, steps, 1), multiprocessors);
+  }
+  // A weight gradient takes whole tiles where there are enough of them, and quarters otherwise.
+  constexpr int gradient_parts(int64_t across_, int64_t down_, int multiprocessors) const {
+    const PixelCut whole(tiles(), across_, down_, multiprocessors);
+    return fills(whole.blocks(), multiprocessors) ? 1 : 4;
   }
 };
 

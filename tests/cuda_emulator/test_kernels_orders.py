@@ -37,6 +37,7 @@ from vector_cases import (
 PRODUCTS: dict[str, Calls] = {
     "conv1x1_forward": forward("conv1x1_forward", (2, 9, 17), 100, 136),
     "conv1x1_forward, again": forward("conv1x1_forward", (2, 9, 17), 100, 136, statistics=False),
+    "conv1x1_forward, split": forward("conv1x1_forward", (1, 9, 17), 264, 24),
     "conv1x1_backward": conv1x1_backward((2, 16, 17), 136, 72),
     "conv3x3_forward": forward("conv3x3_forward", (2, 9, 17), 72, 33),
     "conv3x3_forward, narrow": forward("conv3x3_forward", (2, 9, 17), 40, 12),
