@@ -26,7 +26,10 @@ struct Coefficients {
   }
 };
 
-// Starts the copy of the piece at `channel` of the row that begins at element `place`; -1: zeros.
+// The place of a row that does not exist: negative, and no reason for an address to be unaligned.
+constexpr int64_t kNowhere = -16;
+
+// Starts the copy of the piece at `channel` of the row that begins at element `place`, or of zeros.
 // kWhole: pieces are there or they are not, and aligned.
 template <bool kWhole, class E>
 __device__ __forceinline__ void start_piece(unsigned char* to, const Image<const E>& x,
@@ -59,7 +62,7 @@ struct ActivatedSource {
   __device__ int channels() const { return x.c; }
   __device__ bool whole(int end) const { return whole_pieces(x, end); }
   __device__ const A* vector(int i) const { return i ? act.shift : act.scale; }
-  __device__ Place place(int64_t row) const { return row < 0 ? -1 : row * x.pitch; }
+  __device__ Place place(int64_t row) const { return row < 0 ? kNowhere : row * x.pitch; }
   __device__ static bool exists(Place place) { return place >= 0; }
   template <bool kWhole>
   __device__ void start(unsigned char* (&to)[1], Place place, int channel) const {
@@ -92,7 +95,7 @@ struct PooledSource {
   __device__ bool whole(int end) const { return whole_pieces(x, end); }
   __device__ const A* vector(int i) const { return i ? act.shift : act.scale; }
   __device__ Place place(int64_t row) const {
-    return row < 0 ? -1 : pooled.first_of_four(row) * x.pitch;
+    return row < 0 ? kNowhere : pooled.first_of_four(row) * x.pitch;
   }
   __device__ static bool exists(Place place) { return place >= 0; }
   template <bool kWhole>
@@ -100,7 +103,7 @@ struct PooledSource {
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
       const int64_t from = place + (corner / 2 * x.w + corner % 2) * x.pitch;
-      start_piece<kWhole>(to[corner], x, place < 0 ? -1 : from, channel);
+      start_piece<kWhole>(to[corner], x, place < 0 ? kNowhere : from, channel);
     }
   }
   __device__ void finish(unsigned char* (&raw)[4], const Coefficients<P, 2>& c) const {
@@ -141,7 +144,7 @@ struct NormGradientSource {
   }
   __device__ const A* vector(int i) const { return coefficients + int64_t{i} * bottleneck.c; }
   __device__ Place place(int64_t row) const {
-    if (row < 0) return {-1, -1};
+    if (row < 0) return {kNowhere, kNowhere};
     return {row * grad_norm.pitch, row * bottleneck.pitch};
   }
   __device__ static bool exists(const Place& place) { return place.grad >= 0; }
@@ -177,7 +180,7 @@ struct PlainSource {
   __device__ int channels() const { return x.c; }
   __device__ bool whole(int end) const { return whole_pieces(x, end); }
   __device__ const A* vector(int) const { return nullptr; }
-  __device__ Place place(int64_t row) const { return row < 0 ? -1 : row * x.pitch; }
+  __device__ Place place(int64_t row) const { return row < 0 ? kNowhere : row * x.pitch; }
   __device__ static bool exists(Place place) { return place >= 0; }
   template <bool kWhole>
   __device__ void start(unsigned char* (&to)[1], Place place, int channel) const {
