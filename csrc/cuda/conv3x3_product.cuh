@@ -202,7 +202,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
         }
       }
       __syncthreads();
-      // The next step's pixels: not before everyone is done with the step whose place they take.
+      // The next step's pixels: not before everyone is done with those whose place they take.
       if (g == 0 && step + 1 < last) start_halo(step + 1);
       start_group();
 #pragma unroll

@@ -124,9 +124,8 @@ def test_only_our_products_get_the_rate_of_mma_sync() -> None:
 @pytest.mark.parametrize(
     ("file", "name", "value"),
     [
-        ("epilogue.cuh", "kTileRows", fused.TILE_ROWS),
-        ("pack.cuh", "kColumns", fused.TILE_COLUMNS),
-        ("pack.cuh", "kFewColumns", fused.FEW_COLUMNS),
+        ("tiles.h", "kUnitRows", fused.TILE_ROWS),
+        ("tiles.h", "kLeastSteps", fused.LEAST_STEPS),
         ("pointwise.cu", "kStatisticsRows", fused.REDUCED_ROWS),
         ("pooling.cu", "kUnpoolRows", fused.REDUCED_ROWS),
         ("reductions.cuh", "kTableSize", fused.TABLE_SIZE),

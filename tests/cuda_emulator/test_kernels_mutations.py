@@ -81,8 +81,8 @@ FAULTS: dict[str, Fault] = {
     "conv3x3_product: the next pixels before everyone is done with these": fault(
         "conv3x3_product.cuh",
         "      __syncthreads();\n"
-        "      // The next step's pixels: not before everyone is done with the step whose place they "
-        "take.\n"
+        "      // The next step's pixels: not before everyone is done with those whose place "
+        "they take.\n"
         "      if (g == 0 && step + 1 < last) start_halo(step + 1);\n",
         "      if (g == 0 && step + 1 < last) start_halo(step + 1);\n      __syncthreads();\n",
     ),
