@@ -31,6 +31,8 @@ struct PixelOperand {
   static constexpr int kPieces = kWidth / kPieceElements<E>;
   static constexpr int kVectorBytes = Source::kVectors * kWidth * static_cast<int>(sizeof(A));
 
+  static constexpr int kUnroll = Source::kRaw > 2 ? 1 : 4;  // registers
+
   const Source& source;
   int block_channel;
   unsigned char* vectors;
@@ -44,11 +46,11 @@ struct PixelOperand {
     }
   }
   // A thread has one column of pieces: body(raw, row) for its rows.
-  template <int kUnroll = 4, class Body>
+  template <int kAtOnce, class Body>
   __device__ __forceinline__ void for_each_piece(unsigned char* tile, int pixels,
                                                  const Body& body) const {
     constexpr int kRows = kBlockThreads / kPieces;
-#pragma unroll kUnroll
+#pragma unroll kAtOnce
     for (int first = 0; first < pixels; first += kRows) {
       const int row = first + threadIdx.x / kPieces;
       if (pixels % kRows != 0 && row >= pixels) break;
@@ -66,7 +68,7 @@ struct PixelOperand {
                                         const PixelOf& pixel_of) const {
     const int channel = block_channel + static_cast<int>(threadIdx.x) % kPieces * kPieceElements<E>;
     if (source.whole(block_channel + kWidth)) {
-      for_each_piece<Source::kRaw == 1 ? 4 : 1>(tile, pixels, [&](auto& raw, int row) {
+      for_each_piece<kUnroll>(tile, pixels, [&](auto& raw, int row) {
         source.template start<true>(raw, source.place(pixel_of(row)), channel);
       });
     } else {
@@ -80,7 +82,7 @@ struct PixelOperand {
                                          const PixelOf& pixel_of) const {
     Coefficients<P, Source::kVectors> coefficients;
     coefficients.load(vectors, kWidth, threadIdx.x % kPieces * kPieceElements<E>);
-    for_each_piece(tile, pixels, [&](auto& raw, int row) {
+    for_each_piece<kUnroll>(tile, pixels, [&](auto& raw, int row) {
       if (pixel_of(row) >= 0) source.finish(raw, coefficients);
     });
   }
@@ -104,7 +106,7 @@ __host__ __device__ constexpr size_t pixel_shared_bytes(int stages) {
 
 // partial[split, i, j] = sum over the split's rows of I[row, i] * J[row, j].
 template <class P, class SourceI, class SourceJ, bool kNarrow>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kArchitecture < 800 ? 1 : 2)
     pixel_product(SourceI source_i, SourceJ source_j, Accumulator<typename P::Element>* partial,
                   int64_t rows, int64_t rows_per_split, int stages) {
   using E = typename P::Element;

@@ -22,9 +22,10 @@ template <class P>
 constexpr bool kTensor = sizeof(typename P::Element) == 2 || P::kTf32;  // but for sm_75
 
 // What a multiprocessor's registers must leave room for: sixteen warps, and eight of plain
-// arithmetic.
-template <class P, class T>
-constexpr int kBlocks = kTensor<P> ? T::kBlocks : (T::kBlocks + 1) / 2;
+// arithmetic, with several pixels a row, and before copies were asynchronous.
+template <class P, class Source, class T>
+constexpr int kBlocks =
+    kTensor<P> && Source::kRaw <= 2 && kArchitecture >= 800 ? T::kBlocks : (T::kBlocks + 1) / 2;
 
 // The tiles of a product with this arithmetic.
 template <class P, const auto& kTiles>
@@ -119,7 +120,7 @@ __host__ __device__ constexpr size_t product_shared_bytes(int stages) {
 
 template <class P, class Source, class Sink, int kRows, int kColumns>
 __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
-                                  (kBlocks<P, Tile<kRows, kColumns>>))
+                                  (kBlocks<P, Source, Tile<kRows, kColumns>>))
     rows_product(Source source, PackedWeight<typename P::Element> weight, Sink sink, int64_t rows,
                  int split_steps, int stages) {
   using E = typename P::Element;

@@ -13,8 +13,8 @@ from occupancy import Occupancy, accesses, choices, occupancies, product_kernels
 
 pytestmark = pytest.mark.slow
 
-# Registers of a thread at most. 128 let sixteen warps share a multiprocessor. Plain arithmetic gets
-# half as many warps, which 255 let it have.
+# Registers of a thread at most. 128 let sixteen warps share a multiprocessor. Plain arithmetic and
+# sm_75, which copies through registers, get half as many warps, which 255 let them have.
 LIMITS = {"rows_product": 128, "conv3x3_product": 128, "pixel_product": 128, "tap_product": 144}
 SHARED_LIMIT = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
@@ -44,6 +44,7 @@ def test_no_spills_and_no_stack(source: str) -> None:
 def test_registers() -> None:
     for kernel in product_kernels():
         plain = "DoublePolicy" in kernel.name or "FloatPolicy" in kernel.name
+        plain |= kernel.architecture < 80 or "PooledSource" in kernel.name
         assert kernel.registers <= (255 if plain else LIMITS[kernel.template]), kernel
 
 
