@@ -93,7 +93,7 @@ def partials(tiles: int, channels: int) -> int:
 
 
 def tiles_3x3(block: Block) -> int:
-    """Tiles of 128 pixels that cover the images of a block best (`choose_tile`)."""
+    """Tiles of 128 pixels that cover the images of a block best (`best_shape`)."""
     return min(
         ceil_div(block.images, n) * ceil_div(block.height, h) * ceil_div(block.width, w)
         for n, h, w in TILE_SHAPES

@@ -85,22 +85,21 @@ __device__ A sum_of_runs(A value, unsigned char* shared) {
 
 // Pixels that pooling cuts off (odd sizes) get no gradient.
 template <class E>
-__global__ void __launch_bounds__(kThreads) clear_cut_pixels(Image<E> gradient, int64_t pixels) {
-  const int64_t i = flat_index();
-  if (i >= pixels * gradient.c) return;
-  const int64_t pixel = i / gradient.c;
-  const int x = static_cast<int>(pixel % gradient.w);
-  const int y = static_cast<int>(pixel / gradient.w % gradient.h);
-  if (x >= gradient.w / 2 * 2 || y >= gradient.h / 2 * 2) {
-    gradient.data[pixel * gradient.pitch + i % gradient.c] = narrow<E>(0);
+__global__ void __launch_bounds__(kThreads)
+    clear_cut_pixels(Image<E> gradient, PixelPlaces places) {
+  const PieceIndex<E> at(gradient.rows(), gradient.c);
+  if (at.valid <= 0) return;
+  const auto place = places.of(at.row);
+  if (place.x >= gradient.w / 2 * 2 || place.y >= gradient.h / 2 * 2) {
+    store_piece<E>(gradient.data + at.in(gradient), Piece<E>{}, at.valid, gradient.alignment);
   }
 }
 
 template <class E>
 void run_clear_cut_pixels(const Context& context, const Image<E>& gradient) {
   if (gradient.h % 2 == 0 && gradient.w % 2 == 0) return;
-  launch(&clear_cut_pixels<E>, flat(context, "clear_cut_pixels", gradient.rows() * gradient.c),
-         gradient, gradient.rows());
+  launch(&clear_cut_pixels<E>, pieces<E>(context, "clear_cut_pixels", gradient.rows(), gradient.c),
+         gradient, PixelPlaces(gradient.h, gradient.w));
 }
 
 }  // namespace densenet_fast::cuda

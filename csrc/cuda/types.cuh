@@ -193,18 +193,32 @@ struct Image {
   __host__ __device__ int64_t rows() const { return int64_t{1} * n * h * w; }
 };
 
+// Which image, row and column a pixel of [N, h, w] has.
+struct PixelPlaces {
+  struct Place {
+    int image, y, x;
+  };
+  Divisor rows, columns;
+
+  PixelPlaces() = default;
+  PixelPlaces(int h, int w) : rows(h), columns(w) {}
+  __device__ Place of(int64_t pixel) const {
+    const int p = static_cast<int>(pixel), row = columns.quotient(p), image = rows.quotient(row);
+    return {image, rows.remainder(row, image), columns.remainder(p, row)};
+  }
+};
+
 // Where 2x2 pooling takes its pixels: [N, h / 2, w / 2] of [N, h, w].
 struct PooledPixels {
-  Divisor columns, rows;
+  PixelPlaces pooled;
   int h = 0, w = 0;
 
   PooledPixels() = default;
-  PooledPixels(int h_, int w_) : columns(w_ / 2), rows(h_ / 2), h(h_), w(w_) {}
-  // The top left one of the four that `pooled` averages.
-  __device__ int64_t first_of_four(int64_t pooled) const {
-    const int row = columns.quotient(static_cast<int>(pooled)), n = rows.quotient(row);
-    return (int64_t{n} * h + 2 * rows.remainder(row, n)) * w +
-           2 * columns.remainder(static_cast<int>(pooled), row);
+  PooledPixels(int h_, int w_) : pooled(h_ / 2, w_ / 2), h(h_), w(w_) {}
+  // The top left one of the four that `pixel` averages.
+  __device__ int64_t first_of_four(int64_t pixel) const {
+    const auto [image, y, x] = pooled.of(pixel);
+    return (int64_t{image} * h + 2 * y) * w + 2 * x;
   }
 };
 

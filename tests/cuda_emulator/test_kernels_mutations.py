@@ -231,8 +231,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "pooled pixels of odd images": fault(
         "types.cuh",
-        "return (int64_t{n} * h + 2 *",
-        "return (int64_t{n} * 2 * static_cast<int>(rows.by) + 2 *",
+        "return (int64_t{image} * h + 2 *",
+        "return (int64_t{image} * (h / 2 * 2) + 2 *",
     ),
 }
 
