@@ -108,6 +108,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   static_assert(Source::kRaw == 1, "one raw piece per halo piece");
   constexpr int kTaps = kTapsPerStage<T>, kGroups = 9 / kTaps;
   constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
+  constexpr int kUnrolled = kGroups == 3 && arithmetic<P>() != Arithmetic::kPlain ? 3 : 1;
   constexpr int kPieces = (kMostHaloPixels<kRows> + Pieces::kRows - 1) / Pieces::kRows;
   DF_DYNAMIC_SHARED(shared);
   const WarpPlace<T> warp;
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   int group = 0;
   for (int step = first; step < last; ++step) {
     unsigned char* halo = shared + (step - first) % 2 * half;
-#pragma unroll(kGroups == 3 ? 3 : 1)
+#pragma unroll kUnrolled
     for (int g = 0; g < kGroups; ++g) {
       ptx::cp_async_wait<1>();
       if (g == 0) {
