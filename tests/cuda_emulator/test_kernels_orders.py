@@ -41,7 +41,7 @@ PRODUCTS: dict[str, Calls] = {
     "conv1x1_backward": conv1x1_backward((2, 16, 17), 136, 72),
     "conv3x3_forward": forward("conv3x3_forward", (2, 9, 17), 72, 33),
     "conv3x3_forward, narrow": forward("conv3x3_forward", (2, 9, 17), 40, 12),
-    "conv3x3_backward": conv3x3_backward((2, 9, 17), 72, 33),
+    "conv3x3_backward": conv3x3_backward((2, 9, 17), 40, 72),
     "transition_forward": forward("transition_forward", (3, 16, 14), 72, 70),
     "transition_backward": transition_backward((3, 16, 14), 72, 36),
 }
