@@ -53,9 +53,11 @@ dim3 product_grid(const Cut& cut, int64_t columns) {
               static_cast<unsigned>(cut.splits));
 }
 
-// Sources of many raw pieces make do with one stage where shared memory is short.
+// Sources of many raw pieces make do with one stage where shared memory is short; on sm_75 it is.
 template <class Source>
-constexpr bool kMayBeSingle = Source::kRaw > 2;
+__host__ __device__ constexpr bool may_be_single(bool is_sm_75) {
+  return Source::kRaw > (is_sm_75 ? 1 : 2);
+}
 
 // The 16-byte pieces of a step that a thread copies: one column of four, every kThreads / 4-th row.
 // Of eight lanes the rows have one parity and the pieces make whole sectors: none share a bank.
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   WarpTile<P, T::NT> acc;
   clear<P, T::NT>(acc);
 
-  const bool single = kMayBeSingle<Source> && stages == 1;
+  const bool single = may_be_single<Source>(kArchitecture < 800) && stages == 1;
   for (int step = 0; step < stages - 1; ++step) start_step();
   int stage = 0;
   for (int step = first; step < last; ++step) {
@@ -247,7 +249,7 @@ int product_stages(const DeviceLimits& device) {
            static_cast<size_t>(device.shared_bytes_per_multiprocessor);
   };
   if (resident(3)) return 3;
-  if (!kMayBeSingle<Source> || resident(2)) return 2;
+  if (!may_be_single<Source>(device.major < 8) || resident(2)) return 2;
   const auto limit = static_cast<size_t>(device.shared_bytes_per_block);
   return resident(1) || product_shared_bytes<P, T, Source>(2) > limit ? 1 : 2;
 }
