@@ -154,5 +154,5 @@ def test_sm_75() -> None:
         for make in PRODUCTS.values():
             check(turing.ops, kind, make)
     # Sources of two raw pieces, of which two stages do not fit.
-    with turing.on(Device(7, 5, 16 << 10, 16 << 10, 4)):
+    with turing.on(Device(7, 5, 40 << 10, 40 << 10, 4)):
         check(turing.ops, KINDS[0], conv1x1_backward((2, 16, 17), 136, 72, wanted="data"))
