@@ -23,17 +23,18 @@ from benchmarks.prediction.shapes import (
 )
 from densenet_fast.blocks.specs import Checkpoint
 
-# Numbers of csrc/cuda: kTileRows, the widest tile's columns, launch_rows_product<P, 64> of the
-# transition, kStep in bytes, kStatisticsRows and kUnpoolRows, TapTile, kStagePixels, kTableSize.
+# Numbers of csrc/cuda: kUnitRows, the widest tiles of kRowsTiles and of the others, kStep in bytes,
+# kLeastSteps, kStatisticsRows and kUnpoolRows, TapTile, kStagePixels, kTableSize. Partial results
+# are counted for tiles of kUnitRows, though small images have smaller ones.
 TILE_ROWS = 128
-TILE_COLUMNS, FEW_COLUMNS = 128, 32
-TRANSITION_COLUMNS = 64
+TILE_COLUMNS = 128
+NARROW_COLUMNS = 64
 STEP_BYTES = 64
+LEAST_STEPS = 4
 REDUCED_ROWS = 256
 TAP_OUTPUTS, TAP_ROW_BYTES = 32, 128
 STAGE_PIXELS = 32
 TABLE_SIZE = 48  # norms, counters or weights of one launch
-LEAST_SPLIT_ROWS = 256
 TILE_SHAPES = ((1, 8, 16), (1, 16, 8), (1, 4, 32), (2, 8, 8), (1, 32, 4))
 
 
@@ -67,10 +68,23 @@ def product(
 
 def packed(columns: int, channels: int, taps: int, fmt: Format) -> int:
     """Bytes of a weight rearranged for a product."""
-    step = STEP_BYTES // fmt.element
-    tile = FEW_COLUMNS if taps == 9 and columns <= FEW_COLUMNS else TILE_COLUMNS
-    padded = ceil_div(columns, tile) * tile * ceil_div(channels, step) * step
-    return padded * taps * fmt.element
+    return columns * taps * steps(channels, fmt) * STEP_BYTES
+
+
+def steps(channels: int, fmt: Format) -> int:
+    """Steps of a reduction over channels."""
+    return ceil_div(channels, STEP_BYTES // fmt.element)
+
+
+def reduction_splits(blocks: int, steps: int, least: int) -> int:
+    """Parts of a forward product's reduction (`reduction_splits`)."""
+    splits = min(128 // blocks, steps // least)
+    return 1 if splits <= 1 else ceil_div(steps, ceil_div(steps, splits))
+
+
+def split_rows(splits: int, rows: int, outputs: int) -> int:
+    """Bytes of a product's parts; none of a whole one."""
+    return splits * rows * outputs * STATISTIC if splits > 1 else 0
 
 
 def partials(tiles: int, channels: int) -> int:
@@ -79,35 +93,53 @@ def partials(tiles: int, channels: int) -> int:
 
 
 def tiles_3x3(block: Block) -> int:
-    """Tiles of 128 pixels that cover the images of a block best (`choose_tile`)."""
+    """Tiles of 128 pixels that cover the images of a block best (`best_shape`)."""
     return min(
         ceil_div(block.images, n) * ceil_div(block.height, h) * ceil_div(block.width, w)
         for n, h, w in TILE_SHAPES
     )
 
 
+def unit_splits(units: int, tiles: int, multiprocessors: int) -> int:
+    """Parts of a weight gradient's sum over units of pixels (`PixelCut`)."""
+    wanted = min(ceil_div(2 * multiprocessors, tiles), units)
+    return ceil_div(units, ceil_div(units, wanted))
+
+
+def fills(blocks: int, multiprocessors: int) -> bool:
+    """Whether so many blocks are taken for filling a device."""
+    return 4 * blocks >= 3 * multiprocessors
+
+
 def row_splits(rows: int, out: int, channels: int, fmt: Format, multiprocessors: int) -> int:
-    """Parts of a 1×1 weight gradient's rows (`rows_per_split`)."""
-    across = ceil_div(out, 128 if fmt.element == 2 and out > 64 else 64)
-    down = ceil_div(channels, 128 if fmt.element == 2 else 64)
-    wanted = ceil_div(2 * multiprocessors, across * down)
-    per_split = ceil_div(rows, min(wanted, max(1, rows // LEAST_SPLIT_ROWS)))
-    return ceil_div(rows, ceil_div(per_split, STAGE_PIXELS) * STAGE_PIXELS)
+    """Parts of a 1×1 weight gradient's rows (`run_pixel_gradient`)."""
+    units = ceil_div(rows, STAGE_PIXELS)
+    if fmt.element == 2 and out > 64:
+        tiles = ceil_div(out, 128) * ceil_div(channels, 128)
+        splits = unit_splits(units, tiles, multiprocessors)
+        if fills(tiles * splits, multiprocessors):
+            return splits
+    tiles = ceil_div(out, 64) * ceil_div(channels, 128 if fmt.element == 2 else 64)
+    return unit_splits(units, tiles, multiprocessors)
 
 
 def tap_splits(block: Block, fmt: Format, multiprocessors: int) -> int:
     """Parts of a 3×3 weight gradient's tiles (`run_tap_gradient`)."""
     across = ceil_div(block.growth, TAP_OUTPUTS)
-    down = ceil_div(block.bottleneck, TAP_ROW_BYTES // fmt.element)
-    total = tiles_3x3(block)
-    wanted = ceil_div(2 * multiprocessors, across * down)
-    return ceil_div(total, ceil_div(total, min(wanted, max(1, total // 2))))
+    tiles = across * ceil_div(block.bottleneck, TAP_ROW_BYTES // fmt.element)
+    units = tiles_3x3(block)
+    splits = unit_splits(units, tiles, multiprocessors)
+    if fills(tiles * splits, multiprocessors):
+        return splits
+    return unit_splits(4 * units, tiles, multiprocessors)
 
 
 def conv1x1_forward(
     rows: int, channels: int, outputs: int, fmt: Format, *, again: bool = False
 ) -> Op:
     """The bottleneck from the features; `again`: recomputed, without statistics."""
+    blocks = ceil_div(rows, 64) * ceil_div(outputs, 64)
+    splits = reduction_splits(blocks, steps(channels, fmt), LEAST_STEPS)
     return product(
         *_forward_name("conv1x1", again),
         operand=rows * channels * fmt.element,
@@ -115,25 +147,28 @@ def conv1x1_forward(
         result=rows * outputs * fmt.element,
         others=outputs * channels * fmt.parameter,
         weight=packed(outputs, channels, 1, fmt),
-        partial=0 if again else partials(ceil_div(rows, TILE_ROWS), outputs),
+        partial=split_rows(splits, rows, outputs)
+        + (0 if again else partials(ceil_div(rows, TILE_ROWS), outputs)),
         flops=2 * rows * channels * outputs,
-        launches=1 if again else 2,
+        launches=(1 if again else 2) + (splits > 1),
     )
 
 
 def conv3x3_forward(block: Block, fmt: Format, *, again: bool = False) -> Op:
     """The growth from the bottleneck, into its place among the features."""
     m, b, k, e = block.rows, block.bottleneck, block.growth, fmt.element
+    blocks = 2 * tiles_3x3(block) * ceil_div(k, 64)
+    splits = reduction_splits(blocks, steps(b, fmt), 1)
     return product(
         *_forward_name("conv3x3", again),
         operand=m * b * e,
-        sweeps=ceil_div(k, TILE_COLUMNS),
+        sweeps=ceil_div(k, NARROW_COLUMNS),
         result=m * k * e,
         others=9 * b * k * fmt.parameter,
         weight=packed(k, b, 9, fmt),
-        partial=0 if again else partials(tiles_3x3(block), k),
+        partial=split_rows(splits, m, k) + (0 if again else partials(tiles_3x3(block), k)),
         flops=18 * m * b * k,
-        launches=1 if again else 2,
+        launches=(1 if again else 2) + (splits > 1),
     )
 
 
@@ -289,7 +324,7 @@ def _tail(block: Block, fmt: Format, multiprocessors: int) -> Iterator[Op]:
         "transition forward",
         "forward",
         operand=4 * pooled * c * e,
-        sweeps=ceil_div(out, TRANSITION_COLUMNS),
+        sweeps=ceil_div(out, NARROW_COLUMNS),
         others=weights * fmt.parameter,
         result=pooled * out * e,
         weight=packed(out, c, 1, fmt),
@@ -300,7 +335,7 @@ def _tail(block: Block, fmt: Format, multiprocessors: int) -> Iterator[Op]:
         "transition backward",
         "backward",
         operand=pooled * out * e,
-        sweeps=ceil_div(c, TILE_COLUMNS),
+        sweeps=ceil_div(c, NARROW_COLUMNS),
         others=4 * pooled * c * e + weights * fmt.parameter,
         result=m * c * e,
         weight=packed(c, out, 1, fmt),

@@ -16,14 +16,15 @@ void conv1x1_backward(const Context& context, const ImageArgument& grad_norm,
     const NormGradientSource<P> source{image<const E>(grad_norm), image<const E>(bottleneck),
                                        static_cast<const A*>(coefficients)};
     if (grad_affine.beta) {
-      const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
       const auto packed = packed_weight<P>(context, weight, 1, true);
+      const Cut cut = cut_rows(tiles_of<P, kRowsTiles>(), rows, weight.in, 1,
+                               current_device_limits().multiprocessors);
       const MaskedGradient<P, Into::kGradientBuffer> sink{
           image<const E>(features), norm<A>(norm_argument), image<E>(grad_features),
-          allocate_sums<A>(context, tiles, weight.in)};
-      run_rows_product<P>("conv1x1_dgrad", source, packed, sink, rows, static_cast<int>(weight.in),
-                          context.stream);
-      run_finish_sums<A>(context, sink.partial, tiles, weight.in, norm_argument, grad_affine);
+          allocate_sums<A>(context, cut.tiles, weight.in)};
+      run_rows_product<P>("conv1x1_dgrad", source, packed, sink, rows, cut, context.stream);
+      run_finish_sums<A>(context, sink.partial, cut.tiles, cut.parts, weight.in, norm_argument,
+                         grad_affine);
     }
     if (grad_weight.data) {
       run_pixel_gradient<P>(

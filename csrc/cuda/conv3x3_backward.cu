@@ -7,29 +7,27 @@ namespace {
 
 template <class P>
 void run_tap_gradient(const Context& context, const PlainSource<P>& grad,
-                      const ActivatedSource<P>& bottleneck, const TileGrid& tiles, int64_t out,
+                      const ActivatedSource<P>& bottleneck, const TileCount& count, int64_t out,
                       int64_t in, const WeightGradient& grad_weight) {
-  using E = typename P::Element;
-  using A = Accumulator<E>;
-  using T = TapTile<E>;
+  using A = Accumulator<typename P::Element>;
+  using T = TapTile<P>;
   const DeviceLimits device = current_device_limits();
-  const size_t stage = tap_stage_bytes<E>(tiles.shape.halo_pixels());
-  const int stages = 2 * stage <= static_cast<size_t>(device.shared_bytes_per_block) ? 2 : 1;
-  const int64_t across = (out + T::BI - 1) / T::BI, down = (in + T::BJ - 1) / T::BJ;
-  const int64_t total = tiles.tiles();
-  const int64_t wanted = (2 * device.multiprocessors + across * down - 1) / (across * down);
-  const int64_t most = total / 2 > 1 ? total / 2 : 1;  // two tiles a split at least
-  const int64_t per_split =
-      (total + (wanted < most ? wanted : most) - 1) / (wanted < most ? wanted : most);
-  const int64_t splits = (total + per_split - 1) / per_split;
-  A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * splits * 9 * out * in));
+  const int64_t across = ceil_div(out, T::BI), down = ceil_div(in, T::BJ);
+  const int parts = count.gradient_parts(across, down, device.multiprocessors);
+  const PixelCut cut(count.tiles() * parts, across, down, device.multiprocessors);
+  const Image<const typename P::Element>& z = bottleneck.x;
+  const TileGrid grid(count, parts, z.n, z.h, z.w);
+  const auto limit = static_cast<size_t>(device.shared_bytes_per_block);
+  const int stages = tap_shared_bytes<P>(grid, 2) <= limit ? 2 : 1;
+  A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * cut.splits * 9 * out * in));
   launch(&tap_product<P>,
          LaunchConfig{"conv3x3_wgrad",
                       dim3(static_cast<unsigned>(across), static_cast<unsigned>(down),
-                           static_cast<unsigned>(splits)),
-                      dim3(kTapThreads), stages * stage, context.stream},
-         grad, bottleneck, partial, tiles, per_split, stages);
-  leave_splits(context, {partial, static_cast<int>(splits), 9 * out * in, 9, grad_weight});
+                           static_cast<unsigned>(cut.splits)),
+                      dim3(kTapThreads), tap_shared_bytes<P>(grid, stages), context.stream},
+         grad, bottleneck, partial, grid, static_cast<int>(count.tiles() * parts),
+         static_cast<int>(cut.units), stages);
+  leave_splits(context, {partial, static_cast<int>(cut.splits), 9 * out * in, 9, grad_weight});
 }
 
 }  // namespace
@@ -43,20 +41,22 @@ void conv3x3_backward(const Context& context, const ImageArgument& grad_growth,
     using E = typename P::Element;
     using A = Accumulator<E>;
     const auto z = image<const E>(bottleneck);
-    const TileGrid tiles(choose_tile(z.n, z.h, z.w), z.n, z.h, z.w);
+    const TileCount count = best_shape(z.n, z.h, z.w);
     const PlainSource<P> grad{image<const E>(grad_growth)};
     if (grad_affine.beta) {
       const auto packed = packed_weight<P>(context, weight, 3, true);
+      const Cut cut = count.cut(tiles_of<P, kRowsTiles>(), weight.in, 1,
+                                current_device_limits().multiprocessors);
       const MaskedGradient<P, Into::kNormGradient> sink{
           z, norm<A>(norm_argument), image<E>(grad_norm),
-          allocate_sums<A>(context, tiles.tiles(), weight.in)};
-      run_conv3x3_product<P>("conv3x3_dgrad", grad, packed, sink, tiles,
-                             static_cast<int>(weight.in), context.stream);
-      run_finish_sums<A>(context, sink.partial, tiles.tiles(), weight.in, norm_argument,
+          allocate_sums<A>(context, cut.tiles, weight.in)};
+      run_conv3x3_product<kRowsTiles, P>("conv3x3_dgrad", grad, packed, sink, count, z, cut,
+                                         context.stream);
+      run_finish_sums<A>(context, sink.partial, cut.tiles, cut.parts, weight.in, norm_argument,
                          grad_affine);
     }
     if (grad_weight.data) {
-      run_tap_gradient<P>(context, grad, ActivatedSource<P>{z, activation<A>(norm_argument)}, tiles,
+      run_tap_gradient<P>(context, grad, ActivatedSource<P>{z, activation<A>(norm_argument)}, count,
                           weight.out, weight.in, grad_weight);
     }
   });

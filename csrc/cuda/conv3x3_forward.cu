@@ -1,5 +1,5 @@
 #include "conv3x3_product.cuh"
-#include "pack.cuh"
+#include "forward.cuh"
 
 namespace densenet_fast::cuda {
 
@@ -11,16 +11,15 @@ void conv3x3_forward(const Context& context, const ImageArgument& bottleneck,
     using E = typename P::Element;
     using A = Accumulator<E>;
     const auto z = image<const E>(bottleneck);
-    const TileGrid tiles(choose_tile(z.n, z.h, z.w), z.n, z.h, z.w);
+    const TileCount count = best_shape(z.n, z.h, z.w);
     const auto packed = packed_weight<P>(context, weight, 3, false);
-    StoreStatistics<P> sink{image<E>(growth), {}};
-    if (statistics.mean)
-      sink.statistics = allocate_statistics<A>(context, tiles.tiles(), weight.out);
-    run_conv3x3_product<P>("conv3x3_forward", ActivatedSource<P>{z, activation<A>(act)}, packed,
-                           sink, tiles, static_cast<int>(weight.out), context.stream);
-    if (statistics.mean) {
-      run_finish_statistics<A>(context, sink.statistics, tiles.tiles(), weight.out, statistics);
-    }
+    const Cut cut = count.cut_forward(tiles_of<P, kForwardTiles>(), weight.out, packed.steps,
+                                      current_device_limits().multiprocessors);
+    store_with_statistics<P>(context, growth, cut, statistics, [&](const auto& sink) {
+      run_conv3x3_product<kForwardTiles, P>("conv3x3_forward",
+                                            ActivatedSource<P>{z, activation<A>(act)}, packed, sink,
+                                            count, z, cut, context.stream);
+    });
   });
 }
 

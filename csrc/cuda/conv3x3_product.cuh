@@ -1,153 +1,173 @@
-// 3x3 convolutions with padding 1, forward and data gradient, as implicit products. A block makes
-// 128 output pixels; the pixels they need, with a border of one, are brought to shared memory once
-// per step of channels, activated there, and used by all nine taps.
+// 3x3 convolutions with padding 1, forward and data gradient, as implicit products. The pixels that
+// a block's tile needs, with a border of one, are brought to shared memory once per step of
+// channels, activated there, and used by all nine taps.
 #pragma once
 
 #include "rows_product.cuh"
 
 namespace densenet_fast::cuda {
 
-// 128 pixels of a tile: images x rows x columns, powers of two.
-struct TileShape {
-  int images, rows, columns;
-  __host__ __device__ int halo_pixels() const { return images * (rows + 2) * (columns + 2); }
-};
-
-constexpr int kMaxHaloPixels = 224;
-
-// The shape that covers N images of h x w with the fewest tiles; ties go to the smaller border.
-inline TileShape choose_tile(int n, int h, int w) {
-  TileShape best{1, 8, 16};
-  int64_t best_cost = -1;
-  const TileShape candidates[] = {{1, 8, 16}, {1, 16, 8}, {1, 4, 32}, {2, 8, 8}, {1, 32, 4}};
-  for (const TileShape& t : candidates) {
-    const auto cover = [](int64_t size, int tile) { return (size + tile - 1) / tile; };
-    const int64_t tiles = cover(n, t.images) * cover(h, t.rows) * cover(w, t.columns);
-    const int64_t cost = tiles * 1024 + t.halo_pixels();
-    if (best_cost < 0 || cost < best_cost) {
-      best = t;
-      best_cost = cost;
-    }
-  }
-  return best;
-}
-
+// Images in tiles of 128 pixels, each of which is some parts: a block's.
 struct TileGrid {
-  TileShape shape;
+  TileShape shape;  // of a part
+  int pixels, halo_pixels;
   int n, h, w;
-  int across, down, deep;  // tiles
+  int tile_images, tile_rows;
+  int log_columns, log_image;  // of a part's pixels, which are powers of two
+  Divisor parts, row_parts, across, down;
+  Divisor halo_columns, halo_image;
 
   TileGrid() = default;
-  TileGrid(TileShape s, int n_, int h_, int w_)
-      : shape(s),
+  TileGrid(const TileCount& count, int of, int n_, int h_, int w_)
+      : shape(count.shape.part(of)),
+        pixels(shape.pixels()),
+        halo_pixels(shape.halo_pixels()),
         n(n_),
         h(h_),
         w(w_),
-        across((w_ + s.columns - 1) / s.columns),
-        down((h_ + s.rows - 1) / s.rows),
-        deep((n_ + s.images - 1) / s.images) {}
-  __host__ __device__ int64_t tiles() const { return int64_t{1} * across * down * deep; }
+        tile_images(count.shape.images),
+        tile_rows(count.shape.rows),
+        log_columns(0),
+        log_image(0),
+        parts(of),
+        row_parts(tile_rows / shape.rows),
+        across(count.across),
+        down(count.down),
+        halo_columns(shape.columns + 2),
+        halo_image((shape.rows + 2) * (shape.columns + 2)) {
+    while (1 << log_columns < shape.columns) ++log_columns;
+    while (1 << log_image < shape.rows * shape.columns) ++log_image;
+  }
 };
 
-// One tile's place, and the pixels around it.
+// One part's place, and the pixels around it.
 struct TilePlace {
-  TileGrid grid;
+  const TileGrid& grid;
   int image, y, x;
 
-  __device__ TilePlace(const TileGrid& g, int64_t tile) : grid(g) {
-    x = static_cast<int>(tile % g.across) * g.shape.columns;
-    y = static_cast<int>(tile / g.across % g.down) * g.shape.rows;
-    image = static_cast<int>(tile / g.across / g.down) * g.shape.images;
+  __device__ TilePlace(const TileGrid& g, int block) : grid(g) {
+    const int tile = g.parts.quotient(block), part = g.parts.remainder(block, tile);
+    const int row = g.across.quotient(tile), deep = g.down.quotient(row);
+    const int of_images = g.row_parts.quotient(part);
+    image = deep * g.tile_images + of_images * g.shape.images;
+    y = g.down.remainder(row, deep) * g.tile_rows +
+        g.row_parts.remainder(part, of_images) * g.shape.rows;
+    x = g.across.remainder(tile, row) * g.shape.columns;
   }
   __device__ int64_t pixel(int i, int py, int px) const {
     if (i >= grid.n || py < 0 || py >= grid.h || px < 0 || px >= grid.w) return -1;
     return (int64_t{i} * grid.h + py) * grid.w + px;
   }
-  // The pixel of row r of the tile, or -1.
+  __device__ int column_of(int r) const { return r & (grid.shape.columns - 1); }
+  __device__ int row_of(int r) const { return (r >> grid.log_columns) & (grid.shape.rows - 1); }
+  // The pixel of row r of the part, or -1.
   __device__ int64_t output_pixel(int r) const {
-    const int per_image = grid.shape.rows * grid.shape.columns;
-    return pixel(image + r / per_image, y + r % per_image / grid.shape.columns,
-                 x + r % grid.shape.columns);
+    return pixel(image + (r >> grid.log_image), y + row_of(r), x + column_of(r));
   }
+  // The pixel of its place p in shared memory, border and all, or -1.
   __device__ int64_t halo_pixel(int p) const {
-    const int columns = grid.shape.columns + 2, per_image = (grid.shape.rows + 2) * columns;
-    return pixel(image + p / per_image, y + p % per_image / columns - 1, x + p % columns - 1);
+    const int i = grid.halo_image.quotient(p), rest = grid.halo_image.remainder(p, i);
+    const int row = grid.halo_columns.quotient(rest);
+    return pixel(image + i, y + row - 1, x + grid.halo_columns.remainder(rest, row) - 1);
   }
   // Where row r's pixel stands in the halo, for the tap at its top left.
   __device__ int halo_of_row(int r) const {
-    const int columns = grid.shape.columns + 2, per_image = grid.shape.rows * grid.shape.columns;
-    return r / per_image * (grid.shape.rows + 2) * columns +
-           r % per_image / grid.shape.columns * columns + r % grid.shape.columns;
+    return ((r >> grid.log_image) * (grid.shape.rows + 2) + row_of(r)) * (grid.shape.columns + 2) +
+           column_of(r);
   }
   __device__ int tap_offset(int tap) const { return tap / 3 * (grid.shape.columns + 2) + tap % 3; }
 };
 
 // Taps whose weights travel together: narrow tiles take a row of the kernel at a time.
-template <int BN>
-constexpr int kTapsPerStage = BN <= 32 ? 3 : 1;
+template <class T>
+constexpr int kTapsPerStage = T::kColumns <= 32 ? 3 : 1;
 
 constexpr int kTapRing = 3;  // groups of taps in shared memory
 
-template <int BN>
-__host__ __device__ constexpr size_t conv3x3_ring_bytes(int halo_pixels) {
-  return 2 * static_cast<size_t>(halo_pixels) * kRowBytes +
-         kTapRing * static_cast<size_t>(kTapsPerStage<BN>) * BN * kRowBytes;
+template <class P, class T, class Source>
+__host__ __device__ constexpr size_t halo_bytes(int halo_pixels) {
+  return halo_pixels * kRowBytes + T::kWarps * kVectorBytes<typename P::Element, Source>;
 }
 
-template <class P, int BN>
+template <class P, class T, class Source>
 __host__ __device__ constexpr size_t conv3x3_shared_bytes(int halo_pixels) {
-  const size_t ring = conv3x3_ring_bytes<BN>(halo_pixels);
-  return ring > epilogue_bytes<P, BN>() ? ring : epilogue_bytes<P, BN>();
+  const size_t ring = 2 * halo_bytes<P, T, Source>(halo_pixels) +
+                      kTapRing * kTapsPerStage<T> * T::kColumns * kRowBytes;
+  const size_t epilogue = epilogue_bytes<typename P::Element, T>();
+  return ring > epilogue ? ring : epilogue;
 }
 
-template <class P, class Source, class Sink, int BN>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, BN>))
+template <class P, class Source, class Sink, int kRows, int kColumns>
+__global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
+                                  (kBlocks<P, Source, Tile<kRows, kColumns>>))
     conv3x3_product(Source source, PackedWeight<typename P::Element> weight, Sink sink,
-                    TileGrid grid) {
+                    TileGrid grid, int split_steps) {
   using E = typename P::Element;
+  using T = Tile<kRows, kColumns>;
+  using Pieces = ThreadPieces<T::kThreads>;
   static_assert(Source::kRaw == 1, "one raw piece per halo piece");
-  constexpr int NT = BN / 2 / 8;
-  constexpr int kTaps = kTapsPerStage<BN>, kTapStages = 9 / kTaps;
-  constexpr int kWeightBytes = kTaps * BN * kRowBytes;
+  constexpr int kTaps = kTapsPerStage<T>, kGroups = 9 / kTaps;
+  constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
+  constexpr int kUnrolled = kGroups == 3 && arithmetic<P>() != Arithmetic::kPlain ? 3 : 1;
+  constexpr int kPieces = (kMostHaloPixels<kRows> + Pieces::kRows - 1) / Pieces::kRows;
   DF_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp / 2, warp_column = warp % 2;
-  const int block_column = blockIdx.y * BN;
+  const WarpPlace<T> warp;
+  const Pieces own(threadIdx.x);
+  const int block_column = blockIdx.y * kColumns;
   const TilePlace place(grid, blockIdx.x);
-  const int halo_pixels = grid.shape.halo_pixels();
-  const int halo_bytes = halo_pixels * kRowBytes;
-  unsigned char* weights = shared + 2 * halo_bytes;
+  const int halo_pixels = grid.halo_pixels;
+  const int half = static_cast<int>(halo_bytes<P, T, Source>(halo_pixels));  // of two halos
+  const int vectors_at = halo_pixels * kRowBytes + warp.warp * kVectorBytes<E, Source>;
+  const int first = blockIdx.z * split_steps;
+  const int last = first + split_steps < weight.steps ? first + split_steps : weight.steps;
 
-  const auto for_each_halo_piece = [&](int step, const auto& body) {
-    for (int i = threadIdx.x; i < halo_pixels * kStepPieces; i += kThreads) {
-      const int p = i / kStepPieces, piece = i % kStepPieces;
-      const int channel = step * kStep<E> + piece * kPieceElements<E>;
-      const int64_t pixel = place.halo_pixel(p);
-      unsigned char* raw[1] = {shared + step % 2 * halo_bytes + p * kRowBytes +
-                               piece * kPieceBytes};
-      body(raw, pixel, pixel >= 0 && channel < source.channels(), channel);
-    }
+  const auto place_of = [&](int i) {
+    const int p = own.row + i * Pieces::kRows;
+    return source.place(p < halo_pixels ? place.halo_pixel(p) : -1);
+  };
+  typename Source::Place places[kPieces];
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) places[i] = place_of(i);
+  // Calls body(raw) with where piece i is in shared memory, if there is one.
+  const auto at_piece = [&](unsigned char* halo, int i, const auto& body) {
+    const int p = own.row + i * Pieces::kRows;
+    unsigned char* raw[1] = {halo + p * kRowBytes + own.column * kPieceBytes};
+    if (p < halo_pixels) body(raw);
   };
   const auto start_halo = [&](int step) {
-    for_each_halo_piece(step, [&](unsigned char*(&raw)[1], int64_t pixel, bool exists, int c) {
-      source.start(raw, pixel, exists, c);
-    });
+    unsigned char* halo = shared + (step - first) % 2 * half;
+    const int channel = step * kStep<E> + own.column * kPieceElements<E>;
+    start_coefficients<E>(halo + vectors_at, source, step * kStep<E>, warp.lane);
+    if (source.whole((step + 1) * kStep<E>)) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        at_piece(halo, i, [&](auto& raw) { source.template start<true>(raw, places[i], channel); });
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kPieces; ++i) {
+        at_piece(halo, i,
+                 [&](auto& raw) { source.template start<false>(raw, place_of(i), channel); });
+      }
+    }
   };
-  // Weights come in groups of taps: group g of the whole loop.
-  const int groups = weight.steps * kTapStages;
-  const auto start_group = [&](int group) {
-    if (group < groups) {
-      const int step = group / kTapStages, tap = group % kTapStages * kTaps;
+  // Weights come in groups of taps, which lie one behind the other for all steps.
+  unsigned char* const ring = shared + 2 * half;
+  const E* weights = weight.data + (int64_t{first} * 9 * weight.columns + block_column) * kStep<E>;
+  int left = (last - first) * kGroups, filled = 0;
+  const auto next = [](int group) {
+    return group == (kTapRing - 1) * kWeightBytes ? 0 : group + kWeightBytes;
+  };
+  const auto start_group = [&] {
+    if (left > 0) {
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
-        start_weights(
-            weights + group % kTapRing * kWeightBytes + t * BN * kRowBytes,
-            weight.data +
-                ((int64_t{step} * 9 + tap + t) * weight.columns + block_column) * kStep<E>,
-            BN);
+        start_weights<kColumns, T::kThreads>(ring + filled + t * kColumns * kRowBytes, weights,
+                                             weight.columns - block_column);
+        weights += int64_t{weight.columns} * kStep<E>;
       }
-      // The next step's pixels: not before everyone is done with the step whose place they take.
-      if (group % kTapStages == 2 && step + 1 < weight.steps) start_halo(step + 1);
+      --left;
+      filled = next(filled);
     }
     ptx::cp_async_commit();
   };
@@ -155,69 +175,65 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, B
   int a_row[kRowHandles];
 #pragma unroll
   for (int h = 0; h < kRowHandles; ++h) {
-    a_row[h] = place.halo_of_row(warp_row * 32 + row_of_handle<P>(h, lane)) * kRowBytes;
+    a_row[h] = place.halo_of_row(warp.row + row_of_handle<P>(h, warp.lane)) * kRowBytes;
   }
-  WarpTile<P, NT> acc;
-  clear<P, NT>(acc);
+  WarpTile<P, T::NT> acc;
+  clear<P, T::NT>(acc);
 
-  start_halo(0);
-  start_group(0);
-  start_group(1);
-  for (int group = 0; group < groups; ++group) {
-    const int step = group / kTapStages;
-    ptx::cp_async_wait<1>();
-    if (group % kTapStages == 0) {
-      for_each_halo_piece(step, [&](unsigned char*(&raw)[1], int64_t pixel, bool exists, int c) {
-        source.finish(raw, pixel, exists, c);
-      });
-    }
-    __syncthreads();
-    start_group(group + 2);
-    const unsigned char* halo = shared + step % 2 * halo_bytes;
+  start_halo(first);
+  start_group();
+  start_group();
+  int group = 0;
+  for (int step = first; step < last; ++step) {
+    unsigned char* halo = shared + (step - first) % 2 * half;
+#pragma unroll kUnrolled
+    for (int g = 0; g < kGroups; ++g) {
+      ptx::cp_async_wait<1>();
+      if (g == 0) {
+        Coefficients<P, Source::kVectors> coefficients;
+        if constexpr (Source::kVectors > 0) {
+          __syncwarp();  // the coefficients are those that its lanes have copied
+          coefficients.load(halo + vectors_at, kStep<E>, own.column * kPieceElements<E>);
+        }
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) {
-      const int tap = group % kTapStages * kTaps + t;
-      multiply_step<P, NT>(
-          acc, halo + place.tap_offset(tap) * kRowBytes, a_row,
-          weights + group % kTapRing * kWeightBytes + (t * BN + warp_column * (BN / 2)) * kRowBytes,
-          lane);
+        for (int i = 0; i < kPieces; ++i) {
+          // Outside the image there is no pixel to activate: relu(shift) would be wrong.
+          if (!Source::exists(places[i])) continue;
+          at_piece(halo, i, [&](auto& raw) { source.finish(raw, coefficients); });
+        }
+      }
+      __syncthreads();
+      // The next step's pixels: not before everyone is done with those whose place they take.
+      if (g == 0 && step + 1 < last) start_halo(step + 1);
+      start_group();
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        multiply_step<P, T::NT>(acc, halo + place.tap_offset(g * kTaps + t) * kRowBytes, a_row,
+                                ring + group + (t * kColumns + warp.column) * kRowBytes, warp.lane);
+      }
+      group = next(group);
     }
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
 
-  using A = Accumulator<E>;
-  const WarpSums<A> sums{reinterpret_cast<A*>(shared + kWarps * kSliceBytes<E>), BN};
-  sink.template run<NT>(acc, shared + warp * kSliceBytes<E>, sums, blockIdx.x, warp_row,
-                        warp_column, block_column, lane,
-                        [&](int row) { return place.output_pixel(row); });
+  sink.template run<T>(acc, shared, blockIdx.x, block_column,
+                       [&](int row) { return place.output_pixel(row); });
 }
 
-template <class P, int BN, class Source, class Sink>
-void launch_conv3x3_product(const char* name, const Source& source,
-                            const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                            const TileGrid& tiles, int columns, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(tiles.tiles()),
-                  static_cast<unsigned>((columns + BN - 1) / BN));
-  launch(&conv3x3_product<P, Source, Sink, BN>,
-         LaunchConfig{name, grid, dim3(kThreads),
-                      conv3x3_shared_bytes<P, BN>(tiles.shape.halo_pixels()), stream},
-         source, weight, sink, tiles);
-}
-
-template <class P, class Source, class Sink>
+template <const auto& kTiles, class P, class Source, class Sink>
 void run_conv3x3_product(const char* name, const Source& source,
                          const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                         const TileGrid& tiles, int columns, Stream stream) {
-  if (columns <= 32) {
-    return launch_conv3x3_product<P, 32>(name, source, weight, sink, tiles, columns, stream);
-  }
-  if constexpr (kMaxColumns<P> > 64) {
-    if (columns > 64) {
-      return launch_conv3x3_product<P, 128>(name, source, weight, sink, tiles, columns, stream);
-    }
-  }
-  launch_conv3x3_product<P, 64>(name, source, weight, sink, tiles, columns, stream);
+                         const TileCount& count, const Image<const typename P::Element>& x,
+                         const Cut& cut, Stream stream) {
+  with_tile<tiles_of<P, kTiles>()>(cut, [&](auto tile) {
+    using T = decltype(tile);
+    const TileGrid grid(count, cut.parts, x.n, x.h, x.w);
+    launch(&conv3x3_product<P, Source, Sink, T::kRows, T::kColumns>,
+           LaunchConfig{name, product_grid<T>(cut, weight.columns), dim3(T::kThreads),
+                        conv3x3_shared_bytes<P, T, Source>(grid.halo_pixels), stream},
+           source, weight, sink, grid, static_cast<int>(ceil_div(weight.steps, cut.splits)));
+  });
 }
 
 }  // namespace densenet_fast::cuda

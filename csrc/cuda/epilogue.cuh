@@ -4,60 +4,111 @@
 #pragma once
 
 #include "mma.cuh"
+#include "partials.cuh"
 
 namespace densenet_fast::cuda {
 
-constexpr int kTileRows = 128;  // of a block: four warps of 32
-constexpr int kSlice = 16;      // columns handled at a time
-constexpr int kSlicePitch = kSlice + 4;
-constexpr int kRowWarps = kTileRows / 32;
+// A block's tile. Each of its warps has 32 rows, and sixteen columns or more.
+template <int kTileRows, int kTileColumns>
+struct Tile {
+  static constexpr int kRows = kTileRows, kColumns = kTileColumns;
+  static constexpr int kRowWarps = kRows / kWarpRows;
+  static constexpr int kColumnWarps = 8 / kRowWarps < kColumns / 16 ? 8 / kRowWarps : kColumns / 16;
+  static constexpr int kWarps = kRowWarps * kColumnWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocks = 16 / kWarps;  // that should share a multiprocessor
+  static constexpr int NT = kColumns / kColumnWarps / 8;
+};
 
-// A slice of a warp's tile, lane by lane: lane i has pieces at column piece_column(i) of rows
-// piece_row(i, 0 .. kPieces - 1).
+// A warp's place in the block's tile.
+template <class T>
+struct WarpPlace {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int row_warp = warp / T::kColumnWarps;
+  int row = row_warp * kWarpRows, column = warp % T::kColumnWarps * T::NT * 8;
+};
+
+// body(row, column, first, second) for the pairs of neighbours that a lane holds of a warp's tile.
+template <class A, int NT, class Body>
+__device__ __forceinline__ void for_each_pair(const A (&acc)[2][NT][4], int lane,
+                                              const Body& body) {
+#pragma unroll
+  for (int mi = 0; mi < 2; ++mi) {
+#pragma unroll
+    for (int ni = 0; ni < NT; ++ni) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        body(mi * 16 + half * 8 + lane / 4, ni * 8 + lane % 4 * 2, acc[mi][ni][2 * half],
+             acc[mi][ni][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// Two neighbours of a row of `columns`, `column` even, as far as they exist.
+template <class A>
+__device__ __forceinline__ void store_pair(A* row, int column, int columns, A first, A second) {
+  if (columns % 2 == 0) {
+    if (column < columns) *reinterpret_cast<Vector<A, 2>*>(row + column) = {first, second};
+  } else {
+    if (column < columns) row[column] = first;
+    if (column + 1 < columns) row[column + 1] = second;
+  }
+}
+
+constexpr int kSlice = 16;  // columns handled at a time
+
+// A slice of a warp's tile, lane by lane: lane i has pieces at column `column(i)` of rows
+// `row(i, 0 .. kPieces - 1)`.
 template <class E>
 struct Slice {
   using A = Accumulator<E>;
   static constexpr int V = kPieceElements<E>;
   static constexpr int kPieces = kSlice / V;  // pieces in a row, and rows per lane
+  static constexpr int kBytes = kWarpRows * kSlice * static_cast<int>(sizeof(A));
   A value[kPieces][V];
 
-  __device__ static int column(int lane) { return lane % kPieces * V; }
-  __device__ static int row(int lane, int i) { return lane / kPieces + i * (32 / kPieces); }
+  __host__ __device__ static int column(int lane) { return lane % kPieces * V; }
+  __host__ __device__ static int row(int lane, int i) {
+    return lane / kPieces + i * (32 / kPieces);
+  }
+  // In shared memory fours of columns change places in every other pair of rows: neither pairs nor
+  // fours of neighbouring lanes meet in a bank.
+  __host__ __device__ static int at(int row, int column) {
+    return row * kSlice + (column ^ (row >> 1 & 1) * 12);
+  }
 };
 
-template <class E>
-constexpr int kSliceBytes = 32 * kSlicePitch * static_cast<int>(sizeof(Accumulator<E>));
-
 // Calls body(first column of the slice, slice) for all slices of a warp's tile. `scratch` is this
-// warp's own, kSliceBytes<E>.
+// warp's own.
 template <class P, int NT, class Body>
 __device__ __forceinline__ void for_each_slice(const WarpTile<P, NT>& acc, unsigned char* scratch,
                                                int lane, const Body& body) {
   using E = typename P::Element;
   using A = Accumulator<E>;
+  constexpr int kFour = Slice<E>::V < 4 ? Slice<E>::V : 4;
   A* tile = reinterpret_cast<A*>(scratch);
 #pragma unroll
   for (int s = 0; s < NT / 2; ++s) {
     __syncwarp();
+    A pairs[2][2][4];
 #pragma unroll
-    for (int mi = 0; mi < 2; ++mi) {
-#pragma unroll
-      for (int ni = 0; ni < 2; ++ni) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = mi * 16 + i / 2 * 8 + lane / 4;
-          const int column = ni * 8 + lane % 4 * 2 + i % 2;
-          tile[row * kSlicePitch + column] = acc[mi][2 * s + ni][i];
-        }
-      }
-    }
+    for (int i = 0; i < 16; ++i)
+      pairs[i / 8][i / 4 % 2][i % 4] = acc[i / 8][2 * s + i / 4 % 2][i % 4];
+    for_each_pair(pairs, lane, [&](int row, int column, A first, A second) {
+      *reinterpret_cast<Vector<A, 2>*>(tile + Slice<E>::at(row, column)) = {first, second};
+    });
     __syncwarp();
     Slice<E> slice;
 #pragma unroll
     for (int i = 0; i < Slice<E>::kPieces; ++i) {
-      const A* from = tile + Slice<E>::row(lane, i) * kSlicePitch + Slice<E>::column(lane);
 #pragma unroll
-      for (int v = 0; v < Slice<E>::V; ++v) slice.value[i][v] = from[v];
+      for (int v = 0; v < Slice<E>::V; v += kFour) {
+        const int at = Slice<E>::at(Slice<E>::row(lane, i), Slice<E>::column(lane) + v);
+        const auto four = *reinterpret_cast<const Vector<A, kFour>*>(tile + at);
+#pragma unroll
+        for (int f = 0; f < kFour; ++f) slice.value[i][v + f] = four.value[f];
+      }
     }
     body(s * kSlice, slice);
   }
@@ -73,57 +124,75 @@ __device__ __forceinline__ A sum_over_rows(A x) {
   return x;
 }
 
-// Two numbers per column of a block's tile from each of its four rows of warps, in shared memory.
-template <class A>
-struct WarpSums {
-  A* data;  // [kRowWarps, columns, 2]
-  int columns;
-  __device__ A& at(int warp_row, int column, int which) const {
-    return data[(warp_row * columns + column) * 2 + which];
+// Behind the slices' scratch, what each row of warps has of each column.
+template <class T, class E, class M>
+struct WarpPartials {
+  M* data;  // [row warps, columns]
+
+  __device__ explicit WarpPartials(unsigned char* shared)
+      : data(reinterpret_cast<M*>(shared + T::kWarps * Slice<E>::kBytes)) {}
+  __device__ M& at(int row_warp, int column) const { return data[row_warp * T::kColumns + column]; }
+  // The tile's, to where tiles leave theirs.
+  template <class Partial>
+  __device__ void finish(const Partial& out, int tile, int block_column, int columns) const {
+    __syncthreads();
+    for (int c = threadIdx.x; c < T::kColumns && block_column + c < columns; c += T::kThreads) {
+      M warps[T::kRowWarps];
+#pragma unroll
+      for (int r = 0; r < T::kRowWarps; ++r) warps[r] = at(r, c);
+      out.store(tile, block_column + c, columns, merged(warps));
+    }
   }
 };
 
-template <class A>
-__host__ __device__ constexpr size_t warp_sums_bytes(int columns) {
-  return sizeof(A) * kRowWarps * columns * 2;
+// Slices, partial results of three numbers, and three coefficients of a column.
+template <class E, class T>
+__host__ __device__ constexpr size_t epilogue_bytes() {
+  return T::kWarps * Slice<E>::kBytes +
+         sizeof(Accumulator<E>) * 3 * T::kColumns * (T::kRowWarps + 1);
 }
 
 // ---- Sinks
 // -----------------------------------------------------------------------------------------
 
-// Per-tile statistics: count, mean and M2 of every column. [tiles, columns]; counts [tiles].
-template <class A>
-struct TileStatistics {
-  A* mean = nullptr;  // null: not wanted
-  A* m2 = nullptr;
-  int* count = nullptr;
-};
-
-// Stores the rounded result and reduces its statistics.
+// Stores the rounded result and reduces its statistics; or, of a reduction that is split, leaves
+// this split's part.
 template <class P>
 struct StoreStatistics {
   using E = typename P::Element;
   using A = Accumulator<E>;
-  static constexpr bool kLean = true;  // registers
   Image<E> out;
   TileStatistics<A> statistics;
+  A* split = nullptr;  // [splits, rows, columns]
 
-  template <int NT, class PixelOf>
-  __device__ void run(const WarpTile<P, NT>& acc, unsigned char* scratch, WarpSums<A> sums,
-                      int tile, int warp_row, int warp_column, int block_column, int lane,
-                      const PixelOf& pixel_of) const {
+  template <class T, class PixelOf>
+  __device__ void run(const WarpTile<P, T::NT>& acc, unsigned char* shared, int tile,
+                      int block_column, const PixelOf& pixel_of) const {
     constexpr int V = kPieceElements<E>;
-    const uint32_t rows = __ballot_sync(0xffffffffu, pixel_of(warp_row * 32 + lane) >= 0);
+    const WarpPlace<T> place;
+    if (split) {
+      A* part = split + blockIdx.z * out.rows() * out.c;
+      for_each_pair(acc, place.lane, [&](int row, int column, A first, A second) {
+        const int64_t pixel = pixel_of(place.row + row);
+        if (pixel < 0) return;
+        store_pair(part + pixel * out.c, block_column + place.column + column, out.c, first,
+                   second);
+      });
+      return;
+    }
+    const WarpPartials<T, E, Moments<A>> partials(shared);
+    const uint32_t rows = __ballot_sync(0xffffffffu, pixel_of(place.row + place.lane) >= 0);
     const int count = __popc(rows);
     const A inverse = count ? A(1) / static_cast<A>(count) : A(0);
-    for_each_slice<P, NT>(acc, scratch, lane, [&](int first, Slice<E>& slice) {
-      const int local = warp_column * NT * 8 + first + Slice<E>::column(lane);
+    unsigned char* scratch = shared + place.warp * Slice<E>::kBytes;
+    for_each_slice<P, T::NT>(acc, scratch, place.lane, [&](int first, Slice<E>& slice) {
+      const int local = place.column + first + Slice<E>::column(place.lane);
       const int column = block_column + local;
       const int valid = out.c - column;
       A sum[V] = {};
 #pragma unroll
       for (int i = 0; i < Slice<E>::kPieces; ++i) {
-        const int64_t pixel = pixel_of(warp_row * 32 + Slice<E>::row(lane, i));
+        const int64_t pixel = pixel_of(place.row + Slice<E>::row(place.lane, i));
         Piece<E> piece;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
@@ -143,201 +212,100 @@ struct StoreStatistics {
 #pragma unroll
         for (int i = 0; i < Slice<E>::kPieces; ++i) {
           const A d = slice.value[i][v] - mean;
-          if (rows >> Slice<E>::row(lane, i) & 1) m2 = multiply_add(d, d, m2);
+          if (rows >> Slice<E>::row(place.lane, i) & 1) m2 = multiply_add(d, d, m2);
         }
         m2 = sum_over_rows<E>(m2);
-        if (lane < Slice<E>::kPieces) {
-          sums.at(warp_row, local + v, 0) = mean;
-          sums.at(warp_row, local + v, 1) = m2;
+        if (place.lane < Slice<E>::kPieces) {
+          partials.at(place.row_warp, local + v) = {static_cast<A>(count), mean, m2};
         }
       }
     });
-    if (statistics.mean == nullptr) return;
-    // Each warp row's count, for the merge.
-    int* counts = reinterpret_cast<int*>(sums.data + kRowWarps * sums.columns * 2);
-    if (warp_column == 0 && lane == 0) counts[warp_row] = count;
-    __syncthreads();
-    for (int c = threadIdx.x; c < sums.columns; c += kThreads) {
-      if (block_column + c >= out.c) break;
-      A mean = 0, m2 = 0;
-      int total = 0;
-      for (int r = 0; r < kRowWarps; ++r) {  // Chan, Golub, LeVeque, in warp order
-        const int added = counts[r];
-        if (added == 0) continue;
-        const A share = static_cast<A>(added) / static_cast<A>(total + added);
-        const A delta = sums.at(r, c, 0) - mean;
-        mean += delta * share;
-        m2 += sums.at(r, c, 1) + delta * delta * share * static_cast<A>(total);
-        total += added;
-      }
-      const int64_t at = int64_t{tile} * out.c + block_column + c;
-      statistics.mean[at] = mean;
-      statistics.m2[at] = m2;
-      if (block_column + c == 0) statistics.count[tile] = total;
-    }
+    if (statistics.mean) partials.finish(statistics, tile, block_column, out.c);
   }
 };
 
-// Per-tile sums of D and of D * (x - mean). [tiles, columns] each.
-template <class A>
-struct TileSums {
-  A* sum = nullptr;
-  A* sum_centred = nullptr;
-};
+// Where the backward of norm and ReLU behind a data gradient D goes. Into the gradient buffer:
+// scale * D is added. As the norm's gradient: D itself. Unpooled: rows are pooled pixels, a quarter
+// of D goes to each of a row's four, times scale.
+enum class Into { kGradientBuffer, kNormGradient, kUnpooled };
 
-// Writes a tile's column sums: warps in order.
-template <class A>
-__device__ __forceinline__ void finish_tile_sums(WarpSums<A> sums, TileSums<A> out, int tile,
-                                                 int block_column, int channels) {
-  __syncthreads();
-  for (int c = threadIdx.x; c < sums.columns; c += kThreads) {
-    if (block_column + c >= channels) break;
-    A sum = 0, centred = 0;
-    for (int r = 0; r < kRowWarps; ++r) {
-      sum += sums.at(r, c, 0);
-      centred += sums.at(r, c, 1);
-    }
-    const int64_t at = int64_t{tile} * channels + block_column + c;
-    out.sum[at] = sum;
-    out.sum_centred[at] = centred;
-  }
-}
-
-// The backward of norm and ReLU behind a data gradient D: masks it by the activation of x, reduces
-// the two sums, and either adds scale * D to the gradient buffer (kAccumulate) or stores D.
-// `kCorners` is 4 for the transition, where a quarter of D goes to each of four pixels and scale *
-// D is stored.
-enum class Into { kGradientBuffer, kNormGradient };
-
+// Masks D by the activation of x, stores it, and reduces its two sums.
 template <class P, Into kInto>
 struct MaskedGradient {
   using E = typename P::Element;
   using A = Accumulator<E>;
-  static constexpr bool kLean = false;  // registers
+  static constexpr int kCorners = kInto == Into::kUnpooled ? 4 : 1;
   Image<const E> x;
   Norm<A> norm;
   Image<E> gradient;  // data null: only the sums
   TileSums<A> partial;
+  PooledPixels pooled{};  // of kUnpooled
 
-  template <int NT, class PixelOf>
-  __device__ void run(const WarpTile<P, NT>& acc, unsigned char* scratch, WarpSums<A> sums,
-                      int tile, int warp_row, int warp_column, int block_column, int lane,
-                      const PixelOf& pixel_of) const {
+  template <class T, class PixelOf>
+  __device__ void run(const WarpTile<P, T::NT>& acc, unsigned char* shared, int tile,
+                      int block_column, const PixelOf& pixel_of) const {
     constexpr int V = kPieceElements<E>;
-    for_each_slice<P, NT>(acc, scratch, lane, [&](int first, Slice<E>& slice) {
-      const int local = warp_column * NT * 8 + first + Slice<E>::column(lane);
+    const WarpPlace<T> place;
+    const WarpPartials<T, E, Sums<A>> partials(shared);
+    A* coefficients = reinterpret_cast<A*>(&partials.at(T::kRowWarps, 0));  // [3, columns]
+    for (int c = threadIdx.x; c < T::kColumns; c += T::kThreads) {
+      const bool exists = block_column + c < x.c;
+      const A* const vectors[] = {norm.scale, norm.shift, norm.mean};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        coefficients[i * T::kColumns + c] = exists ? vectors[i][block_column + c] : A(0);
+      }
+    }
+    __syncthreads();
+    unsigned char* scratch = shared + place.warp * Slice<E>::kBytes;
+    for_each_slice<P, T::NT>(acc, scratch, place.lane, [&](int first, Slice<E>& slice) {
+      const int local = place.column + first + Slice<E>::column(place.lane);
       const int column = block_column + local;
       const int valid = x.c - column;
-      A scale[V], shift[V], mean[V], sum[V] = {}, centred[V] = {};
-      load_coefficients(scale, norm.scale + column, valid);
-      load_coefficients(shift, norm.shift + column, valid);
-      load_coefficients(mean, norm.mean + column, valid);
+      const auto coefficient = [&](int i) {
+        return *reinterpret_cast<const Vector<A, V>*>(coefficients + i * T::kColumns + local);
+      };
+      const Vector<A, V> scale = coefficient(0), shift = coefficient(1), mean = coefficient(2);
+      A sum[V] = {}, centred[V] = {};
 #pragma unroll
       for (int i = 0; i < Slice<E>::kPieces; ++i) {
-        const int64_t pixel = pixel_of(warp_row * 32 + Slice<E>::row(lane, i));
-        if (pixel < 0 || valid <= 0) continue;
-        const Piece<E> value = load_piece<E>(x.data + pixel * x.pitch + column, valid, x.alignment);
-        E* to = gradient.data ? gradient.data + pixel * gradient.pitch + column : nullptr;
-        Piece<E> out;
-        if (kInto == Into::kGradientBuffer && to) {
-          out = load_piece<E>(to, valid, gradient.alignment);
-        }
+        const int64_t row = pixel_of(place.row + Slice<E>::row(place.lane, i));
+        if (row < 0 || valid <= 0) continue;
+        const int64_t pixel = kCorners == 4 ? pooled.first_of_four(row) : row;
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const A xv = widen(value.element[v]);
-          const A d = where_positive(multiply_add(scale[v], xv, shift[v]), slice.value[i][v]);
-          if (v < valid) {
-            sum[v] += d;
-            centred[v] = multiply_add(d, xv - mean[v], centred[v]);
-          }
-          if (kInto == Into::kGradientBuffer) {
-            if (to) out.element[v] = narrow<E>(multiply_add(scale[v], d, A(widen(out.element[v]))));
-          } else {
-            out.element[v] = narrow<E>(d);
-          }
-        }
-        if (to) store_piece<E>(to, out, valid, gradient.alignment);
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const A s = sum_over_rows<E>(sum[v]), c = sum_over_rows<E>(centred[v]);
-        if (lane < Slice<E>::kPieces) {
-          sums.at(warp_row, local + v, 0) = s;
-          sums.at(warp_row, local + v, 1) = c;
-        }
-      }
-    });
-    finish_tile_sums(sums, partial, tile, block_column, x.c);
-  }
-};
-
-// The same behind the transition: row r is a pooled pixel, a quarter of D goes to each of its four.
-template <class P>
-struct UnpooledGradient {
-  using E = typename P::Element;
-  using A = Accumulator<E>;
-  static constexpr bool kLean = false;  // registers
-  Image<const E> x;
-  Norm<A> norm;
-  Image<E> gradient;
-  TileSums<A> partial;
-
-  template <int NT, class PixelOf>
-  __device__ void run(const WarpTile<P, NT>& acc, unsigned char* scratch, WarpSums<A> sums,
-                      int tile, int warp_row, int warp_column, int block_column, int lane,
-                      const PixelOf& pixel_of) const {
-    constexpr int V = kPieceElements<E>;
-    for_each_slice<P, NT>(acc, scratch, lane, [&](int first, Slice<E>& slice) {
-      const int local = warp_column * NT * 8 + first + Slice<E>::column(lane);
-      const int column = block_column + local;
-      const int valid = x.c - column;
-      A scale[V], shift[V], mean[V], sum[V] = {}, centred[V] = {};
-      load_coefficients(scale, norm.scale + column, valid);
-      load_coefficients(shift, norm.shift + column, valid);
-      load_coefficients(mean, norm.mean + column, valid);
-#pragma unroll
-      for (int i = 0; i < Slice<E>::kPieces; ++i) {
-        const int64_t pooled = pixel_of(warp_row * 32 + Slice<E>::row(lane, i));
-        if (pooled < 0 || valid <= 0) continue;
-        const int64_t pixel = first_of_four(pooled, x.h, x.w);
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
+        for (int corner = 0; corner < kCorners; ++corner) {
           const int64_t at = pixel + corner / 2 * x.w + corner % 2;
           const Piece<E> value = load_piece<E>(x.data + at * x.pitch + column, valid, x.alignment);
+          E* to = gradient.data ? gradient.data + at * gradient.pitch + column : nullptr;
           Piece<E> out;
+          if (kInto == Into::kGradientBuffer && to) {
+            out = load_piece<E>(to, valid, gradient.alignment);
+          }
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const A xv = widen(value.element[v]);
-            const A d =
-                where_positive(multiply_add(scale[v], xv, shift[v]), A(0.25) * slice.value[i][v]);
-            if (v < valid) {
-              sum[v] += d;
-              centred[v] = multiply_add(d, xv - mean[v], centred[v]);
+            const A share = kCorners == 4 ? A(0.25) * slice.value[i][v] : slice.value[i][v];
+            const A d = where_positive(multiply_add(scale.value[v], xv, shift.value[v]), share);
+            sum[v] += d;
+            centred[v] = multiply_add(d, xv - mean.value[v], centred[v]);
+            if constexpr (kInto == Into::kGradientBuffer) {
+              if (to)
+                out.element[v] =
+                    narrow<E>(multiply_add(scale.value[v], d, A(widen(out.element[v]))));
+            } else {
+              out.element[v] = narrow<E>(kCorners == 4 ? scale.value[v] * d : d);
             }
-            out.element[v] = narrow<E>(scale[v] * d);
           }
-          store_piece<E>(gradient.data + at * gradient.pitch + column, out, valid,
-                         gradient.alignment);
+          if (to) store_piece<E>(to, out, valid, gradient.alignment);
         }
       }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const A s = sum_over_rows<E>(sum[v]), c = sum_over_rows<E>(centred[v]);
-        if (lane < Slice<E>::kPieces) {
-          sums.at(warp_row, local + v, 0) = s;
-          sums.at(warp_row, local + v, 1) = c;
-        }
+        const Sums<A> s{sum_over_rows<E>(sum[v]), sum_over_rows<E>(centred[v])};
+        if (place.lane < Slice<E>::kPieces) partials.at(place.row_warp, local + v) = s;
       }
     });
-    finish_tile_sums(sums, partial, tile, block_column, x.c);
-  }
-
-  // The top left of the four pixels that pooled pixel `pooled` averages, [N, h / 2, w / 2] to [N,
-  // h, w].
-  __device__ static int64_t first_of_four(int64_t pooled, int h, int w) {
-    const int64_t ow = w / 2, oh = h / 2;
-    const int64_t x = pooled % ow, y = pooled / ow % oh, n = pooled / (ow * oh);
-    return (n * h + 2 * y) * w + 2 * x;
+    partials.finish(partial, tile, block_column, x.c);
   }
 };
 

@@ -65,6 +65,9 @@ struct Context {
 };
 
 void channel_statistics(const Context&, const ImageArgument& features, const StatisticsResult&);
+// out = the sum of split[splits, rows, channels], and its statistics.
+void add_row_splits(const Context&, const ImageArgument& out, const void* split, int splits,
+                    const StatisticsResult&);
 void norm_coefficients(const Context&, const std::vector<NormCoefficients>& norms);
 void update_running_statistics(const Context&, const std::vector<RunningUpdate>& updates,
                                const std::vector<int64_t*>& counters);

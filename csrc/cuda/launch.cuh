@@ -3,6 +3,8 @@
 // fibers.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -65,15 +67,30 @@ inline void check_launch(cudaError_t error, const LaunchConfig& c) {
   if (error != cudaSuccess) check(error, describe(c) + " (or an earlier kernel's failure)");
 }
 
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+// Asked for by each kernel once on each device, unless it comes to need more.
+inline void allow_shared_memory(const void* kernel, const LaunchConfig& c) {
+  if (c.shared_bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& bytes = allowed[{kernel, current_device()}];
+  if (c.shared_bytes <= bytes) return;
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(c.shared_bytes)),
+               c);
+  bytes = c.shared_bytes;
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
   if (c.stream.counting) return;
-  if (c.shared_bytes > 48 * 1024) {
-    check_launch(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(c.shared_bytes)),
-                 c);
-  }
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), c);
   [&](P... parameters) {
     void* pointers[] = {static_cast<void*>(&parameters)...};
     check_launch(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), c.grid, c.block, pointers,
@@ -83,19 +100,24 @@ void launch(void (*kernel)(P...), const LaunchConfig& c, A&&... args) {
   check_launch(cudaGetLastError(), c);
 }
 
+// Asked for once on each device.
 inline DeviceLimits current_device_limits() {
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
     return value;
   };
-  return {attribute(cudaDevAttrComputeCapabilityMajor),
-          attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrMultiProcessorCount)};
+  return known[device] = {attribute(cudaDevAttrComputeCapabilityMajor),
+                          attribute(cudaDevAttrComputeCapabilityMinor),
+                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                          attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 #endif

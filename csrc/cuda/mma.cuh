@@ -42,7 +42,7 @@ constexpr int kArchitecture = 800;
 enum class Arithmetic { kTensor16, kTensorTf32, kPlain };
 
 template <class P>
-__device__ constexpr Arithmetic arithmetic() {
+__host__ __device__ constexpr Arithmetic arithmetic() {
   if constexpr (sizeof(typename P::Element) == 2) {
     // sm_75 multiplies float16 on its tensor cores, bfloat16 not at all.
     constexpr bool kPlain = kArchitecture < 800 && __is_same(P, BfloatPolicy);
@@ -51,6 +51,26 @@ __device__ constexpr Arithmetic arithmetic() {
     return kArchitecture < 800 ? Arithmetic::kPlain : Arithmetic::kTensorTf32;
   } else {
     return Arithmetic::kPlain;
+  }
+}
+
+// A number as an operand of products: of the images' type, and rounded to tf32 where that is how
+// they multiply.
+template <class P>
+__device__ __forceinline__ typename P::Element operand(Accumulator<typename P::Element> x) {
+  if constexpr (arithmetic<P>() == Arithmetic::kTensorTf32) {
+    return __uint_as_float(ptx::float_to_tf32(x));
+  } else {
+    return narrow<typename P::Element>(x);
+  }
+}
+
+template <class P>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (P::kTf32) {
+    ptx::mma_m16n8k8_tf32(d, a, b);
+  } else {
+    ptx::mma_m16n8k16(d, a, b, typename P::Element{});
   }
 }
 
@@ -67,8 +87,8 @@ constexpr int kStep = kStepBytes / static_cast<int>(sizeof(E));  // reduction el
 constexpr int kRowHandles = 4;
 
 template <class P>
-__device__ __forceinline__ int row_of_handle(int handle, int lane) {
-  if constexpr (arithmetic<P>() == Arithmetic::kTensor16) {
+__host__ __device__ __forceinline__ int row_of_handle(int handle, int lane) {
+  if constexpr (arithmetic<P>() != Arithmetic::kPlain) {
     return handle % 2 * 16 + lane % 16;
   } else {
     return handle / 2 * 16 + handle % 2 * 8 + lane / 4;
@@ -99,7 +119,9 @@ __device__ __forceinline__ void multiply_step(WarpTile<P, NT>& acc, const unsign
   using E = typename P::Element;
   using A = Accumulator<E>;
   constexpr Arithmetic kind = arithmetic<P>();
-  if constexpr (kind == Arithmetic::kTensor16) {
+  if constexpr (kind != Arithmetic::kPlain) {
+    // 32 bytes of the reduction at a time. Four bytes of a row are two elements or one of tf32:
+    // ldmatrix brings them to the same lanes.
 #pragma unroll
     for (int ks = 0; ks < 2; ++ks) {
       uint32_t af[2][4];
@@ -115,34 +137,9 @@ __device__ __forceinline__ void multiply_step(WarpTile<P, NT>& acc, const unsign
         const uint32_t b0[2] = {bf[0], bf[1]}, b1[2] = {bf[2], bf[3]};
 #pragma unroll
         for (int mi = 0; mi < 2; ++mi) {
-          ptx::mma_m16n8k16(acc[mi][ni], af[mi], b0, E{});
-          ptx::mma_m16n8k16(acc[mi][ni + 1], af[mi], b1, E{});
+          mma<P>(acc[mi][ni], af[mi], b0);
+          mma<P>(acc[mi][ni + 1], af[mi], b1);
         }
-      }
-    }
-  } else if constexpr (kind == Arithmetic::kTensorTf32) {
-    const int t = lane % 4, g = lane / 4;
-#pragma unroll
-    for (int ks = 0; ks < 2; ++ks) {
-      const auto value = [&](const unsigned char* row, int k) {
-        return ptx::float_to_tf32(reinterpret_cast<const float*>(row)[ks * 8 + k]);
-      };
-      uint32_t af[2][4];
-#pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
-        const unsigned char* upper = a + a_row[2 * mi];
-        const unsigned char* lower = a + a_row[2 * mi + 1];
-        af[mi][0] = value(upper, t);
-        af[mi][1] = value(lower, t);
-        af[mi][2] = value(upper, t + 4);
-        af[mi][3] = value(lower, t + 4);
-      }
-#pragma unroll
-      for (int ni = 0; ni < NT; ++ni) {
-        const unsigned char* column = b + (ni * 8 + g) * kRowBytes;
-        const uint32_t bf[2] = {value(column, t), value(column, t + 4)};
-#pragma unroll
-        for (int mi = 0; mi < 2; ++mi) ptx::mma_m16n8k8_tf32(acc[mi][ni], af[mi], bf);
       }
     }
   } else {
@@ -203,8 +200,8 @@ __device__ __forceinline__ void multiply_pixels(WarpTile<P, NT>& acc, const unsi
       const uint32_t b0[2] = {bf[0], bf[1]}, b1[2] = {bf[2], bf[3]};
 #pragma unroll
       for (int mi = 0; mi < 2; ++mi) {
-        ptx::mma_m16n8k16(acc[mi][ni], af[mi], b0, E{});
-        ptx::mma_m16n8k16(acc[mi][ni + 1], af[mi], b1, E{});
+        mma<P>(acc[mi][ni], af[mi], b0);
+        mma<P>(acc[mi][ni + 1], af[mi], b1);
       }
     }
   } else if constexpr (kind == Arithmetic::kTensorTf32) {
@@ -212,7 +209,7 @@ __device__ __forceinline__ void multiply_pixels(WarpTile<P, NT>& acc, const unsi
 #pragma unroll
     for (int ks = 0; ks < 2; ++ks) {
       const auto value = [&](const unsigned char* base, int offset, int element) {
-        return ptx::float_to_tf32(reinterpret_cast<const float*>(base + offset)[element]);
+        return reinterpret_cast<const uint32_t*>(base + offset)[element];
       };
       const int a0 = a_row(ks * 8 + t), a1 = a_row(ks * 8 + t + 4);
       const int b0 = b_row(ks * 8 + t), b1 = b_row(ks * 8 + t + 4);
@@ -228,7 +225,7 @@ __device__ __forceinline__ void multiply_pixels(WarpTile<P, NT>& acc, const unsi
       for (int ni = 0; ni < NT; ++ni) {
         const uint32_t bf[2] = {value(b, b0, ni * 8 + g), value(b, b1, ni * 8 + g)};
 #pragma unroll
-        for (int mi = 0; mi < 2; ++mi) ptx::mma_m16n8k8_tf32(acc[mi][ni], af[mi], bf);
+        for (int mi = 0; mi < 2; ++mi) mma<P>(acc[mi][ni], af[mi], bf);
       }
     }
   } else {

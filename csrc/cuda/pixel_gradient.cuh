@@ -8,37 +8,43 @@ namespace densenet_fast::cuda {
 
 template <class P, bool kNarrow, class SourceI, class SourceJ>
 void launch_pixel_gradient(const Context& context, const char* name, const SourceI& source_i,
-                           const SourceJ& source_j, int64_t rows, int64_t out, int64_t in,
-                           const WeightGradient& grad_weight) {
-  using E = typename P::Element;
-  using A = Accumulator<E>;
-  using T = PixelTile<E, kNarrow>;
-  const int64_t across = (out + T::BI - 1) / T::BI, down = (in + T::BJ - 1) / T::BJ;
-  const DeviceLimits device = current_device_limits();
-  const int64_t per_split =
-      rows_per_split(rows, across * down, device.multiprocessors, kStagePixels<E>);
-  const int64_t splits = (rows + per_split - 1) / per_split;
-  A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * splits * out * in));
-  constexpr size_t kStage = pixel_stage_bytes<E, SourceI, SourceJ, kNarrow>();
-  const int stages = 2 * kStage <= static_cast<size_t>(device.shared_bytes_per_block) ? 2 : 1;
+                           const SourceJ& source_j, int64_t rows, const PixelCut& cut,
+                           const WeightGradient& grad_weight, int64_t out, int64_t in) {
+  using A = Accumulator<typename P::Element>;
+  A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * cut.splits * out * in));
+  const auto limit = static_cast<size_t>(current_device_limits().shared_bytes_per_block);
+  const int stages = pixel_shared_bytes<P, SourceI, SourceJ, kNarrow>(2) <= limit ? 2 : 1;
   launch(&pixel_product<P, SourceI, SourceJ, kNarrow>,
          LaunchConfig{name,
-                      dim3(static_cast<unsigned>(across), static_cast<unsigned>(down),
-                           static_cast<unsigned>(splits)),
-                      dim3(kThreads), stages * kStage, context.stream},
-         source_i, source_j, partial, rows, per_split, stages);
-  leave_splits(context, {partial, static_cast<int>(splits), out * in, 1, grad_weight});
+                      dim3(static_cast<unsigned>(cut.across), static_cast<unsigned>(cut.down),
+                           static_cast<unsigned>(cut.splits)),
+                      dim3(kThreads), pixel_shared_bytes<P, SourceI, SourceJ, kNarrow>(stages),
+                      context.stream},
+         source_i, source_j, partial, rows, cut.units * kStagePixels<typename P::Element>, stages);
+  leave_splits(context, {partial, static_cast<int>(cut.splits), out * in, 1, grad_weight});
 }
 
 template <class P, class SourceI, class SourceJ>
 void run_pixel_gradient(const Context& context, const char* name, const SourceI& source_i,
                         const SourceJ& source_j, int64_t rows, int64_t out, int64_t in,
                         const WeightGradient& grad_weight) {
-  if (sizeof(typename P::Element) == 2 && out > 64) {
-    launch_pixel_gradient<P, false>(context, name, source_i, source_j, rows, out, in, grad_weight);
-  } else {
-    launch_pixel_gradient<P, true>(context, name, source_i, source_j, rows, out, in, grad_weight);
+  using E = typename P::Element;
+  const int multiprocessors = current_device_limits().multiprocessors;
+  const auto cut = [&](auto tile) {
+    using T = decltype(tile);
+    return PixelCut(ceil_div(rows, kStagePixels<E>), ceil_div(out, T::BI), ceil_div(in, T::BJ),
+                    multiprocessors);
+  };
+  const PixelCut narrow = cut(PixelTile<E, true>{});
+  if constexpr (sizeof(E) == 2) {
+    const PixelCut wide = cut(PixelTile<E, false>{});
+    if (takes_wide(wide, out, multiprocessors)) {
+      return launch_pixel_gradient<P, false>(context, name, source_i, source_j, rows, wide,
+                                             grad_weight, out, in);
+    }
   }
+  launch_pixel_gradient<P, true>(context, name, source_i, source_j, rows, narrow, grad_weight, out,
+                                 in);
 }
 
 }  // namespace densenet_fast::cuda

@@ -6,44 +6,43 @@ namespace densenet_fast::cuda {
 namespace {
 
 constexpr int kStatisticsRows = 256;  // of one tile
+constexpr int kSplitRows = 32;        // of one whose rows are added up first
 
-// Mean and M2 of 256 rows for 32 channels: two passes, eight rows side by side.
+// Mean and M2 of a tile's rows for 32 channels: two passes, eight rows side by side. Where rows
+// come in splits these are added up and stored first.
 template <class E>
-__global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
-    tile_statistics(Image<const E> x, int64_t rows, TileStatistics<Accumulator<E>> partial) {
+__global__ void __launch_bounds__(kTileColumns* kTileRuns)
+    tile_statistics(Image<E> x, int64_t rows, int tile_rows, const Accumulator<E>* split,
+                    int splits, TileStatistics<Accumulator<E>> partial) {
   using A = Accumulator<E>;
   DF_DYNAMIC_SHARED(shared);
-  A* sums = reinterpret_cast<A*>(shared);
-  const int c = blockIdx.y * kReduceColumns + threadIdx.x, run = threadIdx.y;
-  const int64_t begin = int64_t{blockIdx.x} * kStatisticsRows;
-  const int64_t end = begin + kStatisticsRows < rows ? begin + kStatisticsRows : rows;
-  const auto total = [&](A value) {  // over the runs, in order
-    __syncthreads();
-    sums[run * kReduceColumns + threadIdx.x] = value;
-    __syncthreads();
-    A sum = 0;
-    for (int r = 0; r < kReduceRuns; ++r) sum += sums[r * kReduceColumns + threadIdx.x];
-    return sum;
-  };
+  const int c = blockIdx.y * kTileColumns + threadIdx.x, run = threadIdx.y;
+  const int64_t begin = int64_t{blockIdx.x} * tile_rows;
+  const int64_t end = begin + tile_rows < rows ? begin + tile_rows : rows;
   A sum = 0;
   if (c < x.c) {
-    for (int64_t r = begin + run; r < end; r += kReduceRuns) sum += widen(x.data[r * x.pitch + c]);
+    for (int64_t r = begin + run; r < end; r += kTileRuns) {
+      E& value = x.data[r * x.pitch + c];
+      if (split) {
+        A whole = 0;
+        for (int s = 0; s < splits; ++s) whole += split[(s * rows + r) * x.c + c];
+        value = narrow<E>(whole);
+      }
+      sum += widen(value);
+    }
   }
-  const A mean = total(sum) / static_cast<A>(end - begin);
+  if (partial.mean == nullptr) return;
+  const A mean = sum_of_runs(sum, shared) / static_cast<A>(end - begin);
   A m2 = 0;
   if (c < x.c) {
-    for (int64_t r = begin + run; r < end; r += kReduceRuns) {
+    for (int64_t r = begin + run; r < end; r += kTileRuns) {
       const A d = widen(x.data[r * x.pitch + c]) - mean;
       m2 = multiply_add(d, d, m2);
     }
   }
-  m2 = total(m2);
-  if (run != 0) return;
-  if (blockIdx.y == 0 && threadIdx.x == 0)
-    partial.count[blockIdx.x] = static_cast<int>(end - begin);
-  if (c >= x.c) return;
-  partial.mean[int64_t{blockIdx.x} * x.c + c] = mean;
-  partial.m2[int64_t{blockIdx.x} * x.c + c] = m2;
+  m2 = sum_of_runs(m2, shared);
+  if (run == 0 && c < x.c)
+    partial.store(blockIdx.x, c, x.c, {static_cast<A>(end - begin), mean, m2});
 }
 
 template <class A>
@@ -106,19 +105,25 @@ __global__ void __launch_bounds__(kThreads)
                            const Accumulator<E>* sum_grad, const Accumulator<E>* sum_grad_x,
                            Accumulator<E> inverse, int64_t rows, Image<E> out) {
   using A = Accumulator<E>;
-  const int64_t i = flat_index();
-  if (i >= rows * x.c) return;
-  const int64_t row = i / x.c;
-  const int c = static_cast<int>(i % x.c);
-  const A value = widen(x.data[row * x.pitch + c]) - mean[c];
-  const A g = widen(grad.data[row * grad.pitch + c]) - sum_grad[c] * inverse;
-  out.data[row * out.pitch + c] = narrow<E>(g - value * (sum_grad_x[c] * inverse));
+  const PieceIndex<E> at(rows, x.c);
+  if (at.valid <= 0) return;
+  const auto value = load_piece<E>(x.data + at.in(x), at.valid, x.alignment);
+  const auto gradient = load_piece<E>(grad.data + at.in(grad), at.valid, grad.alignment);
+  Piece<E> result;
+#pragma unroll
+  for (int v = 0; v < kPieceElements<E>; ++v) {
+    const int c = v < at.valid ? at.channel + v : at.channel;
+    const A centred = widen(value.element[v]) - mean[c];
+    const A g = widen(gradient.element[v]) - sum_grad[c] * inverse;
+    result.element[v] = narrow<E>(g - centred * (sum_grad_x[c] * inverse));
+  }
+  store_piece<E>(out.data + at.in(out), result, at.valid, out.alignment);
 }
 
-// Philox-4x32-10 (Salmon et al., SC 2011): word `index % 4` of block `index / 4`.
-__device__ __forceinline__ uint32_t philox_word(uint64_t seed, uint64_t index) {
+// Philox-4x32-10 (Salmon et al., SC 2011): the four words of a block.
+__device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t block) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  uint32_t c0 = static_cast<uint32_t>(index / 4), c1 = static_cast<uint32_t>(index / 4 >> 32);
+  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = 0, c3 = 0;
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
@@ -131,20 +136,54 @@ __device__ __forceinline__ uint32_t philox_word(uint64_t seed, uint64_t index) {
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
-  const uint64_t word = index % 4;
-  return word == 0 ? c0 : word == 1 ? c1 : word == 2 ? c2 : c3;
+  return make_uint4(c0, c1, c2, c3);
 }
 
+// Element i of all has word i % 4 of block i / 4.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
     dropout_kernel(Image<E> x, int64_t rows, uint64_t seed, uint64_t threshold,
                    Accumulator<E> keep) {
   using A = Accumulator<E>;
-  const int64_t i = flat_index();
-  if (i >= rows * x.c) return;
-  E& value = x.data[i / x.c * x.pitch + i % x.c];
-  const bool kept = philox_word(seed, static_cast<uint64_t>(i)) >= threshold;
-  value = narrow<E>(kept ? A(widen(value)) * keep : A(0));
+  const PieceIndex<E> at(rows, x.c);
+  if (at.valid <= 0) return;
+  const uint64_t first = static_cast<uint64_t>(at.row * x.c + at.channel);
+  const int before = static_cast<int>(first % 4);
+  uint32_t kept = 0;  // bit by bit, from the first word of the first block
+  for (int i = 0; i < before + at.valid; i += 4) {
+    const uint4 words = philox(seed, first / 4 + i / 4);
+    const uint32_t four = (words.x >= threshold ? 1 : 0) | (words.y >= threshold ? 2 : 0) |
+                          (words.z >= threshold ? 4 : 0) | (words.w >= threshold ? 8 : 0);
+    kept |= four << i;
+  }
+  E* const to = x.data + at.in(x);
+  auto piece = load_piece<E>(to, at.valid, x.alignment);
+#pragma unroll
+  for (int v = 0; v < kPieceElements<E>; ++v) {
+    const bool keeps = kept >> (before + v) & 1;
+    piece.element[v] = narrow<E>(keeps ? A(widen(piece.element[v])) * keep : A(0));
+  }
+  store_piece<E>(to, piece, at.valid, x.alignment);
+}
+
+}  // namespace
+
+namespace {
+
+template <class E>
+void run_tile_statistics(const Context& context, const Image<E>& x, int tile_rows,
+                         const void* split, int splits, const StatisticsResult& statistics) {
+  using A = Accumulator<E>;
+  const int64_t tiles = ceil_div(x.rows(), tile_rows);
+  TileStatistics<A> partial;
+  if (statistics.mean) partial = allocate_statistics<A>(context, tiles, x.c);
+  launch(&tile_statistics<E>,
+         LaunchConfig{
+             split ? "add_row_splits" : "tile_statistics",
+             dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
+             dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns, context.stream},
+         x, x.rows(), tile_rows, static_cast<const A*>(split), splits, partial);
+  if (statistics.mean) run_finish_statistics<A>(context, partial, tiles, 1, x.c, statistics);
 }
 
 }  // namespace
@@ -153,16 +192,15 @@ void channel_statistics(const Context& context, const ImageArgument& features,
                         const StatisticsResult& statistics) {
   with_element(context, [&](auto policy) {
     using E = typename decltype(policy)::Element;
-    using A = Accumulator<E>;
-    const auto x = image<const E>(features);
-    const int64_t tiles = (x.rows() + kStatisticsRows - 1) / kStatisticsRows;
-    const auto partial = allocate_statistics<A>(context, tiles, x.c);
-    launch(&tile_statistics<E>,
-           LaunchConfig{"tile_statistics", dim3(static_cast<unsigned>(tiles), reduce_grid(x.c).x),
-                        dim3(kReduceColumns, kReduceRuns), sizeof(A) * kReduceColumns * kReduceRuns,
-                        context.stream},
-           x, x.rows(), partial);
-    run_finish_statistics<A>(context, partial, tiles, x.c, statistics);
+    run_tile_statistics(context, image<E>(features), kStatisticsRows, nullptr, 0, statistics);
+  });
+}
+
+void add_row_splits(const Context& context, const ImageArgument& out, const void* split, int splits,
+                    const StatisticsResult& statistics) {
+  with_element(context, [&](auto policy) {
+    using E = typename decltype(policy)::Element;
+    run_tile_statistics(context, image<E>(out), kSplitRows, split, splits, statistics);
   });
 }
 
@@ -237,7 +275,7 @@ void finish_gradient(const Context& context, const ImageArgument& features,
     using E = typename decltype(policy)::Element;
     using A = Accumulator<E>;
     const auto x = image<const E>(features);
-    launch(&finish_gradient_kernel<E>, flat(context, "finish_gradient", x.rows() * x.c), x,
+    launch(&finish_gradient_kernel<E>, pieces<E>(context, "finish_gradient", x.rows(), x.c), x,
            image<const E>(grad_features), static_cast<const A*>(mean),
            static_cast<const A*>(sum_grad), static_cast<const A*>(sum_grad_x),
            static_cast<A>(1.0 / static_cast<double>(x.rows())), x.rows(), image<E>(out));
@@ -249,7 +287,7 @@ void dropout(const Context& context, const ImageArgument& growth, uint64_t seed,
     using E = typename decltype(policy)::Element;
     using A = Accumulator<E>;
     const auto x = image<E>(growth);
-    launch(&dropout_kernel<E>, flat(context, "dropout", x.rows() * x.c), x, x.rows(), seed,
+    launch(&dropout_kernel<E>, pieces<E>(context, "dropout", x.rows(), x.c), x, x.rows(), seed,
            static_cast<uint64_t>(p * 4294967296.0),
            static_cast<A>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0));
   });

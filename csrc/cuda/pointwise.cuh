@@ -1,4 +1,4 @@
-// Kernels without products: one thread a channel of a pixel, neighbours side by side in memory.
+// Kernels without products: neighbouring threads have neighbours in memory.
 #pragma once
 
 #include "arguments.cuh"
@@ -39,24 +39,67 @@ __device__ __forceinline__ int64_t flat_index() {
   return int64_t{blockIdx.x} * kThreads + threadIdx.x;
 }
 
+// One thread a 16-byte piece of a row; as many pieces side by side as there are, up to 32.
+template <class E>
+LaunchConfig pieces(const Context& context, const char* name, int64_t rows, int64_t channels) {
+  const int64_t across = ceil_div(channels, kPieceElements<E>);
+  unsigned wide = 1;
+  while (wide < 32 && wide < across) wide *= 2;
+  const unsigned high = kThreads / wide;
+  return {name,
+          dim3(static_cast<unsigned>(ceil_div(rows, high)),
+               static_cast<unsigned>(ceil_div(across, wide))),
+          dim3(wide, high), 0, context.stream};
+}
+
+// Its place.
+template <class E>
+struct PieceIndex {
+  int64_t row;
+  int channel, valid;  // elements
+
+  __device__ PieceIndex(int64_t rows, int channels)
+      : row(int64_t{blockIdx.x} * blockDim.y + threadIdx.y),
+        channel(static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kPieceElements<E>),
+        valid(row < rows ? channels - channel : 0) {}
+  template <class Image>
+  __device__ int64_t in(const Image& image) const {
+    return row * image.pitch + channel;
+  }
+};
+
+constexpr int kTileColumns = 32;  // channels of a block that reduces rows
+constexpr int kTileRuns = 8;      // of rows side by side
+
+// The sum over the runs, in order; for everyone.
+template <class A>
+__device__ A sum_of_runs(A value, unsigned char* shared) {
+  A* sums = reinterpret_cast<A*>(shared) + threadIdx.x;
+  __syncthreads();
+  sums[threadIdx.y * kTileColumns] = value;
+  __syncthreads();
+  A sum = 0;
+  for (int r = 0; r < kTileRuns; ++r) sum += sums[r * kTileColumns];
+  return sum;
+}
+
 // Pixels that pooling cuts off (odd sizes) get no gradient.
 template <class E>
-__global__ void __launch_bounds__(kThreads) clear_cut_pixels(Image<E> gradient, int64_t pixels) {
-  const int64_t i = flat_index();
-  if (i >= pixels * gradient.c) return;
-  const int64_t pixel = i / gradient.c;
-  const int x = static_cast<int>(pixel % gradient.w);
-  const int y = static_cast<int>(pixel / gradient.w % gradient.h);
-  if (x >= gradient.w / 2 * 2 || y >= gradient.h / 2 * 2) {
-    gradient.data[pixel * gradient.pitch + i % gradient.c] = narrow<E>(0);
+__global__ void __launch_bounds__(kThreads)
+    clear_cut_pixels(Image<E> gradient, PixelPlaces places) {
+  const PieceIndex<E> at(gradient.rows(), gradient.c);
+  if (at.valid <= 0) return;
+  const auto place = places.of(at.row);
+  if (place.x >= gradient.w / 2 * 2 || place.y >= gradient.h / 2 * 2) {
+    store_piece<E>(gradient.data + at.in(gradient), Piece<E>{}, at.valid, gradient.alignment);
   }
 }
 
 template <class E>
 void run_clear_cut_pixels(const Context& context, const Image<E>& gradient) {
   if (gradient.h % 2 == 0 && gradient.w % 2 == 0) return;
-  launch(&clear_cut_pixels<E>, flat(context, "clear_cut_pixels", gradient.rows() * gradient.c),
-         gradient, gradient.rows());
+  launch(&clear_cut_pixels<E>, pieces<E>(context, "clear_cut_pixels", gradient.rows(), gradient.c),
+         gradient, PixelPlaces(gradient.h, gradient.w));
 }
 
 }  // namespace densenet_fast::cuda

@@ -46,68 +46,79 @@ __global__ void __launch_bounds__(kThreads)
     gradient.data[p * gradient.pitch + c] = narrow<E>(scale * d);
   }
   partial.sum[i] = sum;
-  partial.sum_centred[i] = centred;
+  partial.centred[i] = centred;
 }
 
 // 3x3, stride 2, padding 1; the first of equal maxima, the last NaN, as PyTorch's.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
     maxpool_kernel(Image<const E> x, Activation<Accumulator<E>> act, Image<E> out,
-                   uint8_t* argmax) {
+                   PixelPlaces places, uint8_t* argmax) {
   using A = Accumulator<E>;
-  const int64_t i = flat_index();
-  if (i >= out.rows() * out.c) return;
-  const int c = static_cast<int>(i % out.c);
-  const int64_t pixel = i / out.c;
-  const int ox = static_cast<int>(pixel % out.w), oy = static_cast<int>(pixel / out.w % out.h);
-  const int64_t n = pixel / out.w / out.h;
-  const A scale = act.scale[c], shift = act.shift[c];
-  A best = -INFINITY;
-  int code = 0;
+  constexpr int V = kPieceElements<E>;
+  const PieceIndex<E> at(out.rows(), out.c);
+  if (at.valid <= 0) return;
+  const auto [n, oy, ox] = places.of(at.row);
+  A scale[V], shift[V];
+  Piece<E> best;
+  uint8_t code[V] = {};
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int c = v < at.valid ? at.channel + v : at.channel;
+    scale[v] = act.scale[c];
+    shift[v] = act.shift[c];
+    best.element[v] = narrow<E>(-INFINITY);
+  }
   for (int kh = 0; kh < 3; ++kh) {
     const int y = 2 * oy + kh - 1;
     if (y < 0 || y >= x.h) continue;
     for (int kw = 0; kw < 3; ++kw) {
       const int column = 2 * ox + kw - 1;
       if (column < 0 || column >= x.w) continue;
-      const A value = widen(x.data[((n * x.h + y) * x.w + column) * x.pitch + c]);
-      // Rounded, so that the maximum is that of the values PyTorch would compare.
-      const A v = widen(narrow<E>(relu(multiply_add(scale, value, shift))));
-      if (v > best || v != v) {
-        best = v;
-        code = kh * 3 + kw;
+      const int64_t pixel = (int64_t{n} * x.h + y) * x.w + column;
+      const auto piece =
+          load_piece<E>(x.data + pixel * x.pitch + at.channel, at.valid, x.alignment);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        // Rounded, so that the maximum is that of the values PyTorch would compare.
+        const E value =
+            narrow<E>(relu(multiply_add(scale[v], A(widen(piece.element[v])), shift[v])));
+        if (widen(value) > widen(best.element[v]) || widen(value) != widen(value)) {
+          best.element[v] = value;
+          code[v] = static_cast<uint8_t>(kh * 3 + kw);
+        }
       }
     }
   }
-  out.data[pixel * out.pitch + c] = narrow<E>(best);
-  argmax[i] = static_cast<uint8_t>(code);
+  store_piece<E>(out.data + at.in(out), best, at.valid, out.alignment);
+  for (int v = 0; v < V; ++v) {
+    if (v < at.valid) argmax[at.row * out.c + at.channel + v] = code[v];
+  }
 }
 
 constexpr int kUnpoolRows = 256;  // pixels of one tile of sums
 
 // d of one pixel: every window that holds it (at most four) is asked whether it was its maximum.
 template <class E>
-__global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
+__global__ void __launch_bounds__(kTileColumns* kTileRuns)
     unpool_kernel(Image<const E> grad_out, const uint8_t* argmax, Image<const E> x,
-                  Norm<Accumulator<E>> norm, Image<E> gradient, TileSums<Accumulator<E>> partial) {
+                  PixelPlaces places, Norm<Accumulator<E>> norm, Image<E> gradient,
+                  TileSums<Accumulator<E>> partial) {
   using A = Accumulator<E>;
   DF_DYNAMIC_SHARED(shared);
-  A* sums = reinterpret_cast<A*>(shared);
-  A* centreds = sums + kReduceColumns * kReduceRuns;
-  const int c = blockIdx.y * kReduceColumns + threadIdx.x, run = threadIdx.y;
+  const int c = blockIdx.y * kTileColumns + threadIdx.x, run = threadIdx.y;
   const int64_t begin = int64_t{blockIdx.x} * kUnpoolRows;
   const int64_t end = begin + kUnpoolRows < x.rows() ? begin + kUnpoolRows : x.rows();
   A sum = 0, centred = 0;
   if (c < x.c) {
     const A scale = norm.scale[c], shift = norm.shift[c], mean = norm.mean[c];
-    for (int64_t pixel = begin + run; pixel < end; pixel += kReduceRuns) {
-      const int px = static_cast<int>(pixel % x.w), py = static_cast<int>(pixel / x.w % x.h);
-      const int64_t n = pixel / x.w / x.h;
+    for (int64_t pixel = begin + run; pixel < end; pixel += kTileRuns) {
+      const auto [n, py, px] = places.of(pixel);
       A g = 0;
       for (int oy = py / 2; oy <= (py + 1) / 2 && oy < grad_out.h; ++oy) {
         for (int ox = px / 2; ox <= (px + 1) / 2 && ox < grad_out.w; ++ox) {
           const int code = (py + 1 - 2 * oy) * 3 + (px + 1 - 2 * ox);
-          const int64_t window = (n * grad_out.h + oy) * grad_out.w + ox;
+          const int64_t window = (int64_t{n} * grad_out.h + oy) * grad_out.w + ox;
           if (argmax[window * x.c + c] == code) {
             g += widen(grad_out.data[window * grad_out.pitch + c]);
           }
@@ -120,16 +131,8 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
       gradient.data[pixel * gradient.pitch + c] = narrow<E>(d);
     }
   }
-  sums[run * kReduceColumns + threadIdx.x] = sum;
-  centreds[run * kReduceColumns + threadIdx.x] = centred;
-  __syncthreads();
-  if (run != 0 || c >= x.c) return;
-  for (int r = 1; r < kReduceRuns; ++r) {
-    sum += sums[r * kReduceColumns + threadIdx.x];
-    centred += centreds[r * kReduceColumns + threadIdx.x];
-  }
-  partial.sum[int64_t{blockIdx.x} * x.c + c] = sum;
-  partial.sum_centred[int64_t{blockIdx.x} * x.c + c] = centred;
+  const Sums<A> all{sum_of_runs(sum, shared), sum_of_runs(centred, shared)};
+  if (run == 0 && c < x.c) partial.store(blockIdx.x, c, x.c, all);
 }
 
 // gradient = scale * (d - beta / M - xhat * gamma / M), in place over d.
@@ -138,14 +141,20 @@ __global__ void __launch_bounds__(kThreads)
     norm_gradient_kernel(Image<const E> x, Norm<Accumulator<E>> norm, const Accumulator<E>* gamma,
                          const Accumulator<E>* beta, Accumulator<E> inverse, Image<E> gradient) {
   using A = Accumulator<E>;
-  const int64_t i = flat_index();
-  if (i >= x.rows() * x.c) return;
-  const int64_t row = i / x.c;
-  const int c = static_cast<int>(i % x.c);
-  const A centred = widen(x.data[row * x.pitch + c]) - norm.mean[c];
-  E& g = gradient.data[row * gradient.pitch + c];
-  const A d = widen(g) - beta[c] * inverse - centred * (gamma[c] * inverse * norm.rstd[c]);
-  g = narrow<E>(norm.scale[c] * d);
+  const PieceIndex<E> at(x.rows(), x.c);
+  if (at.valid <= 0) return;
+  const auto value = load_piece<E>(x.data + at.in(x), at.valid, x.alignment);
+  E* const to = gradient.data + at.in(gradient);
+  auto piece = load_piece<E>(to, at.valid, gradient.alignment);
+#pragma unroll
+  for (int v = 0; v < kPieceElements<E>; ++v) {
+    const int c = v < at.valid ? at.channel + v : at.channel;
+    const A centred = widen(value.element[v]) - norm.mean[c];
+    const A d =
+        widen(piece.element[v]) - beta[c] * inverse - centred * (gamma[c] * inverse * norm.rstd[c]);
+    piece.element[v] = narrow<E>(norm.scale[c] * d);
+  }
+  store_piece<E>(to, piece, at.valid, gradient.alignment);
 }
 
 }  // namespace
@@ -174,7 +183,7 @@ void norm_relu_avgpool_backward(const Context& context, const void* grad_out,
            flat(context, "norm_relu_avgpool_backward", int64_t{x.n} * x.c),
            static_cast<const E*>(grad_out), x, norm<A>(norm_argument), image<E>(grad_features),
            partial);
-    run_finish_sums<A>(context, partial, x.n, x.c, norm_argument, grad_affine);
+    run_finish_sums<A>(context, partial, x.n, 1, x.c, norm_argument, grad_affine);
   });
 }
 
@@ -184,8 +193,8 @@ void norm_relu_maxpool_forward(const Context& context, const ImageArgument& inpu
     using E = typename decltype(policy)::Element;
     using A = Accumulator<E>;
     const auto to = image<E>(out);
-    launch(&maxpool_kernel<E>, flat(context, "norm_relu_maxpool_forward", to.rows() * to.c),
-           image<const E>(input), activation<A>(act), to, argmax);
+    launch(&maxpool_kernel<E>, pieces<E>(context, "norm_relu_maxpool_forward", to.rows(), to.c),
+           image<const E>(input), activation<A>(act), to, PixelPlaces(to.h, to.w), argmax);
   });
 }
 
@@ -201,15 +210,17 @@ void norm_relu_maxpool_backward(const Context& context, const ImageArgument& gra
     const auto gradient = image<E>(grad_input);
     const int64_t tiles = (x.rows() + kUnpoolRows - 1) / kUnpoolRows;
     const auto partial = allocate_sums<A>(context, tiles, x.c);
-    launch(&unpool_kernel<E>,
-           LaunchConfig{"norm_relu_maxpool_backward",
-                        dim3(static_cast<unsigned>(tiles), reduce_grid(x.c).x),
-                        dim3(kReduceColumns, kReduceRuns),
-                        2 * sizeof(A) * kReduceColumns * kReduceRuns, context.stream},
-           image<const E>(grad_out), argmax, x, norm<A>(norm_argument), gradient, partial);
-    run_finish_sums<A>(context, partial, tiles, x.c, norm_argument, grad_affine);
+    launch(
+        &unpool_kernel<E>,
+        LaunchConfig{
+            "norm_relu_maxpool_backward",
+            dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
+            dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns, context.stream},
+        image<const E>(grad_out), argmax, x, PixelPlaces(x.h, x.w), norm<A>(norm_argument),
+        gradient, partial);
+    run_finish_sums<A>(context, partial, tiles, 1, x.c, norm_argument, grad_affine);
     const double inverse = batch_statistics ? 1.0 / static_cast<double>(x.rows()) : 0.0;
-    launch(&norm_gradient_kernel<E>, flat(context, "norm_gradient", x.rows() * x.c), x,
+    launch(&norm_gradient_kernel<E>, pieces<E>(context, "norm_gradient", x.rows(), x.c), x,
            norm<A>(norm_argument), static_cast<const A*>(grad_affine.gamma),
            static_cast<const A*>(grad_affine.beta), static_cast<A>(inverse), gradient);
   });

@@ -117,39 +117,36 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 // ---- Asynchronous copies, global to shared; plain copies before sm_80
 // ------------------------------
 
-// 16 bytes, of which the first `valid` come from global memory and the rest are zero.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid) {
+// kBytes (4, 8 or 16), of which the first `valid` come from global memory and the rest are zero.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, int valid) {
 #ifdef DENSENET_FAST_EMULATOR
-  ::emulator::cp_async(shared, global, 16, valid);
+  ::emulator::cp_async(shared, global, kBytes, valid);
 #elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid)
-               : "memory");
-#else
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (valid == 16) {
-    v = *static_cast<const uint4*>(global);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid)
+                 : "memory");
   } else {
-    unsigned char* bytes = reinterpret_cast<unsigned char*>(&v);
-    for (int i = 0; i < valid; ++i) bytes[i] = static_cast<const unsigned char*>(global)[i];
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared_address(shared)),
+                 "l"(global), "n"(kBytes), "r"(valid)
+                 : "memory");
   }
-  *static_cast<uint4*>(shared) = v;
-#endif
-}
-
-// The same for 4 bytes.
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int valid) {
-#ifdef DENSENET_FAST_EMULATOR
-  ::emulator::cp_async(shared, global, 4, valid);
-#elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid)
-               : "memory");
 #else
-  uint32_t v = 0;
-  unsigned char* bytes = reinterpret_cast<unsigned char*>(&v);
-  for (int i = 0; i < valid; ++i) bytes[i] = static_cast<const unsigned char*>(global)[i];
-  *static_cast<uint32_t*>(shared) = v;
+  struct alignas(kBytes) Words {
+    uint32_t word[kBytes / 4];
+  } words;
+  if (valid == kBytes) {
+    words = *static_cast<const Words*>(global);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBytes / 4; ++i) {  // elements have two bytes at least
+      const auto* half = static_cast<const uint16_t*>(global) + 2 * i;
+      words.word[i] = 4 * i < valid ? half[0] : 0;
+      if (4 * i + 2 < valid) words.word[i] |= uint32_t{half[1]} << 16;
+    }
+  }
+  *static_cast<Words*>(shared) = words;
 #endif
 }
 

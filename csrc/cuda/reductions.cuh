@@ -7,8 +7,8 @@
 
 namespace densenet_fast::cuda {
 
-constexpr int kReduceColumns = 32;  // channels of a block
-constexpr int kReduceRuns = 8;      // runs of tiles merged side by side
+constexpr int kReduceColumns = 8;  // channels of a block
+constexpr int kReduceRuns = 64;    // runs of tiles merged side by side, then as a tree
 
 // A launch's parameters hold so many norms, weights or counters.
 constexpr int kTableSize = 48;
@@ -77,79 +77,71 @@ BackwardRecipe<A> backward_recipe(const NormBackward* next) {
           static_cast<A*>(next->sum_grad_x)};
 }
 
-// Chan's merge of (count, mean, M2) over tiles: eight interleaved runs, then the runs in order.
-template <class A>
-__global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
-    finish_statistics(TileStatistics<A> partial, int tiles, int channels, A* mean, A* var,
-                      NormRecipe<A> next) {
-  DF_DYNAMIC_SHARED(shared);
-  A* means = reinterpret_cast<A*>(shared);
-  A* m2s = means + kReduceColumns * kReduceRuns;
-  A* counts = m2s + kReduceColumns * kReduceRuns;
-  const int before = next.channels ? next.channels - channels : 0;
-  const int c = static_cast<int>(blockIdx.x * kReduceColumns + threadIdx.x) - before;
-  const int run = threadIdx.y;
-  const int slot = run * kReduceColumns + threadIdx.x;
-  const auto merge = [](A& count, A& mean, A& m2, A added, A other_mean, A other_m2) {
-    if (added == A(0)) return;
-    const A total = count + added, delta = other_mean - mean, share = added / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * share * count;
-    count = total;
-  };
-  A count = 0, m = 0, m2 = 0;
+// Partial results of one channel over all tiles, in the first run's threads. `parts` tiles are 128
+// rows.
+template <class Partial>
+__device__ typename Partial::Merged merge_tiles(const Partial& partial, int tiles, int parts, int c,
+                                                int channels, unsigned char* shared) {
+  using M = typename Partial::Merged;
+  M total;
   if (0 <= c && c < channels) {
-    for (int tile = run; tile < tiles; tile += kReduceRuns) {
-      const int64_t at = int64_t{tile} * channels + c;
-      merge(count, m, m2, static_cast<A>(partial.count[tile]), partial.mean[at], partial.m2[at]);
+    for (int64_t first = 4 * threadIdx.y; first * parts < tiles; first += 4 * kReduceRuns) {
+      M four[4];  // times 128 rows: loads that do not wait for each other
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        M unit[4];
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          const int64_t tile = (first + i) * parts + part;
+          if (part < parts && tile < tiles) unit[part] = partial.load(tile, c, channels);
+        }
+        four[i] = merged(unit);
+      }
+      total.merge(merged(four));
     }
   }
-  means[slot] = m;
-  m2s[slot] = m2;
-  counts[slot] = count;
-  __syncthreads();
-  if (run != 0 || c >= channels) return;
-  if (c < 0) return next.make(before + c, next.mean[before + c], next.var[before + c]);
-  for (int r = 1; r < kReduceRuns; ++r) {
-    const int other = r * kReduceColumns + threadIdx.x;
-    merge(count, m, m2, counts[other], means[other], m2s[other]);
+  M* runs = reinterpret_cast<M*>(shared) + threadIdx.x;
+  runs[threadIdx.y * kReduceColumns] = total;
+  for (int half = kReduceRuns / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.y) < half) {
+      total.merge(runs[(threadIdx.y + half) * kReduceColumns]);
+      runs[threadIdx.y * kReduceColumns] = total;
+    }
   }
-  const A v = m2 / count;
-  mean[c] = m;
+  return total;
+}
+
+// Mean and variance of a batch, and the norm that is made of them.
+template <class A>
+__global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
+    finish_statistics(TileStatistics<A> partial, int tiles, int parts, int channels, A* mean,
+                      A* var, NormRecipe<A> next) {
+  DF_DYNAMIC_SHARED(shared);
+  const int before = next.channels ? next.channels - channels : 0;
+  const int c = static_cast<int>(blockIdx.x * kReduceColumns + threadIdx.x) - before;
+  const Moments<A> all = merge_tiles(partial, tiles, parts, c, channels, shared);
+  if (threadIdx.y != 0 || c >= channels) return;
+  if (c < 0) return next.make(before + c, next.mean[before + c], next.var[before + c]);
+  const A v = all.m2 / all.count;
+  mean[c] = all.mean;
   var[c] = v;
-  if (next.channels) next.make(before + c, m, v);
+  if (next.channels) next.make(before + c, all.mean, v);
 }
 
 // grad_beta = sum, grad_gamma = rstd * sum of the centred products, over tiles.
 template <class A>
 __global__ void __launch_bounds__(kReduceColumns* kReduceRuns)
-    finish_sums(TileSums<A> partial, int tiles, int channels, const A* rstd, A* grad_gamma,
-                A* grad_beta, BackwardRecipe<A> next) {
+    finish_sums(TileSums<A> partial, int tiles, int parts, int channels, const A* rstd,
+                A* grad_gamma, A* grad_beta, BackwardRecipe<A> next) {
   DF_DYNAMIC_SHARED(shared);
-  A* sums = reinterpret_cast<A*>(shared);
-  A* centred = sums + kReduceColumns * kReduceRuns;
-  const int c = blockIdx.x * kReduceColumns + threadIdx.x, run = threadIdx.y;
-  const int slot = run * kReduceColumns + threadIdx.x;
-  A sum = 0, sum_centred = 0;
-  if (c < channels) {
-    for (int tile = run; tile < tiles; tile += kReduceRuns) {
-      const int64_t at = int64_t{tile} * channels + c;
-      sum += partial.sum[at];
-      sum_centred += partial.sum_centred[at];
-    }
-  }
-  sums[slot] = sum;
-  centred[slot] = sum_centred;
-  __syncthreads();
-  if (run != 0 || c >= channels) return;
-  for (int r = 1; r < kReduceRuns; ++r) {
-    sum += sums[r * kReduceColumns + threadIdx.x];
-    sum_centred += centred[r * kReduceColumns + threadIdx.x];
-  }
-  const A gamma = sum_centred * rstd[c];
-  grad_beta[c] = sum;
+  const int c = blockIdx.x * kReduceColumns + threadIdx.x;
+  const Sums<A> all = merge_tiles(partial, tiles, parts, c, channels, shared);
+  if (threadIdx.y != 0 || c >= channels) return;
+  const A gamma = all.centred * rstd[c];
+  grad_beta[c] = all.sum;
   grad_gamma[c] = gamma;
-  next.run(c, channels, gamma, sum);
+  next.run(c, channels, gamma, all.sum);
 }
 
 template <class A>
@@ -167,28 +159,30 @@ TileSums<A> allocate_sums(const Context& context, int64_t tiles, int64_t channel
           static_cast<A*>(context.workspace->allocate(sizeof(A) * tiles * channels))};
 }
 
-inline dim3 reduce_grid(int64_t channels) {
-  return dim3(static_cast<unsigned>((channels + kReduceColumns - 1) / kReduceColumns));
+template <class M>
+LaunchConfig reduction(const Context& context, const char* name, int64_t channels) {
+  return {name, dim3(static_cast<unsigned>(ceil_div(channels, kReduceColumns))),
+          dim3(kReduceColumns, kReduceRuns), sizeof(M) * kReduceColumns * kReduceRuns,
+          context.stream};
 }
 
+// `parts` tiles are 128 rows, or whatever else merges first.
 template <class A>
 void run_finish_statistics(const Context& context, const TileStatistics<A>& partial, int64_t tiles,
-                           int64_t channels, const StatisticsResult& out) {
-  launch(&finish_statistics<A>,
-         LaunchConfig{"finish_statistics", reduce_grid(out.next ? out.next->channels : channels),
-                      dim3(kReduceColumns, kReduceRuns),
-                      3 * sizeof(A) * kReduceColumns * kReduceRuns, context.stream},
-         partial, static_cast<int>(tiles), static_cast<int>(channels), static_cast<A*>(out.mean),
-         static_cast<A*>(out.var), out.next ? norm_recipe<A>(*out.next) : NormRecipe<A>{});
+                           int parts, int64_t channels, const StatisticsResult& out) {
+  launch(
+      &finish_statistics<A>,
+      reduction<Moments<A>>(context, "finish_statistics", out.next ? out.next->channels : channels),
+      partial, static_cast<int>(tiles), parts, static_cast<int>(channels),
+      static_cast<A*>(out.mean), static_cast<A*>(out.var),
+      out.next ? norm_recipe<A>(*out.next) : NormRecipe<A>{});
 }
 
 template <class A>
-void run_finish_sums(const Context& context, const TileSums<A>& partial, int64_t tiles,
+void run_finish_sums(const Context& context, const TileSums<A>& partial, int64_t tiles, int parts,
                      int64_t channels, const NormArgument& norm, const NormGradientResult& out) {
-  launch(&finish_sums<A>,
-         LaunchConfig{"finish_sums", reduce_grid(channels), dim3(kReduceColumns, kReduceRuns),
-                      2 * sizeof(A) * kReduceColumns * kReduceRuns, context.stream},
-         partial, static_cast<int>(tiles), static_cast<int>(channels),
+  launch(&finish_sums<A>, reduction<Sums<A>>(context, "finish_sums", channels), partial,
+         static_cast<int>(tiles), parts, static_cast<int>(channels),
          static_cast<const A*>(norm.rstd), static_cast<A*>(out.gamma), static_cast<A*>(out.beta),
          backward_recipe<A>(out.next));
 }

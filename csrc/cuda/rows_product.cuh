@@ -1,188 +1,272 @@
 // [rows, K] x [K, N]: the 1x1 convolutions and the transition, forward and data gradient. A block
-// makes a tile of 128 rows and up to 128 columns; raw operand pieces and packed weights arrive
-// through a ring of asynchronous stages.
+// makes a tile; raw operand pieces, their coefficients and packed weights arrive through a ring of
+// asynchronous stages.
 #pragma once
+
+#include <iterator>
 
 #include "launch.cuh"
 #include "sources.cuh"
 
 namespace densenet_fast::cuda {
 
-// Weights packed for products: [step][tap][columns padded][kStep elements], zero padded, so that
-// every tile of them is whole 16-byte pieces.
+// Weights packed for products: [step][tap][columns][kStep elements], steps zero padded.
 template <class E>
 struct PackedWeight {
   const E* data;
   int steps;
-  int columns;  // padded to whole tiles
+  int columns;
 };
 
-// Columns of a tile at most: what the registers hold.
 template <class P>
-constexpr int kMaxColumns = sizeof(typename P::Element) == 2 || P::kTf32 ? 128 : 64;
+constexpr bool kTensor = sizeof(typename P::Element) == 2 || P::kTf32;  // but for sm_75
 
-// Blocks that the registers of one multiprocessor must hold: two, but for the widest tiles whose
-// epilogue needs many, and for plain arithmetic. One block is eight warps.
-template <class P, class Sink, int BN>
-constexpr int kBlocksPerMultiprocessor = kMaxColumns<P> == 128 && (BN < 128 || Sink::kLean) ? 2 : 1;
+// What a multiprocessor's registers must leave room for: sixteen warps, and eight of plain
+// arithmetic, with several pixels a row, and before copies were asynchronous.
+template <class P, class Source, class T>
+constexpr int kBlocks =
+    kTensor<P> && Source::kRaw <= 2 && kArchitecture >= 800 ? T::kBlocks : (T::kBlocks + 1) / 2;
 
-// Sources of many raw pieces make do with one stage where shared memory is short.
-template <class Source>
-constexpr bool kMayBeSingle = Source::kRaw > 2;
-
-constexpr int kOperandBytes = kTileRows * kRowBytes;
-
-template <class P, int BN>
-__host__ __device__ constexpr size_t epilogue_bytes() {
-  using E = typename P::Element;
-  return kWarps * kSliceBytes<E> + warp_sums_bytes<Accumulator<E>>(BN) + kRowWarps * sizeof(int);
-}
-
-template <class P, class Source, int BN>
-__host__ __device__ constexpr size_t product_stage_bytes() {
-  return static_cast<size_t>(Source::kRaw) * kOperandBytes + BN * kRowBytes;
-}
-
-template <class P, class Source, int BN>
-__host__ __device__ constexpr size_t product_shared_bytes(int stages) {
-  const size_t ring = stages * product_stage_bytes<P, Source, BN>();
-  return ring > epilogue_bytes<P, BN>() ? ring : epilogue_bytes<P, BN>();
-}
-
-// Copies one step's tile of packed weights, [rows, 64 bytes], to rows of kRowBytes.
-template <class E>
-__device__ __forceinline__ void start_weights(unsigned char* to, const E* from, int rows) {
-  for (int i = threadIdx.x; i < rows * kStepPieces; i += blockDim.x) {
-    ptx::cp_async_16(to + i / kStepPieces * kRowBytes + i % kStepPieces * kPieceBytes,
-                     reinterpret_cast<const unsigned char*>(from) + int64_t{i} * kPieceBytes, 16);
+// The tiles of a product with this arithmetic.
+template <class P, const auto& kTiles>
+constexpr const auto& tiles_of() {
+  if constexpr (kTensor<P>) {
+    return kTiles;
+  } else {
+    return kPlainTiles;
   }
 }
 
-template <class P, class Source, class Sink, int BN>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<P, Sink, BN>))
-    rows_product(Source source, PackedWeight<typename P::Element> weight, Sink sink, int64_t rows,
-                 int stages) {
-  using E = typename P::Element;
-  constexpr int NT = BN / 2 / 8;  // two warps across the columns
-  constexpr int kPiecesPerThread = kTileRows * kStepPieces / kThreads;
-  constexpr int kStageBytes = static_cast<int>(product_stage_bytes<P, Source, BN>());
-  DF_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp / 2, warp_column = warp % 2;
-  const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
-  const int block_column = blockIdx.y * BN;
+// body(Tile) for the size of `kTiles` that a cut has chosen.
+template <const auto& kTiles, size_t i = 0, class Body>
+void with_tile(const Cut& cut, const Body& body) {
+  if constexpr (i < std::size(kTiles)) {
+    if (cut.size == i) return body(Tile<kTiles[i].rows, kTiles[i].columns>{});
+    with_tile<kTiles, i + 1>(cut, body);
+  }
+}
 
-  // This thread's pieces of the operand: one column of pieces, rows 64 apart.
-  const int piece_row = threadIdx.x / kStepPieces, piece_column = threadIdx.x % kStepPieces;
-  const auto raw_pieces = [&](int stage, int i, unsigned char*(&raw)[Source::kRaw]) {
-    unsigned char* at = shared + stage * kStageBytes +
-                        (piece_row + i * (kThreads / kStepPieces)) * kRowBytes +
-                        piece_column * kPieceBytes;
+template <class T>
+dim3 product_grid(const Cut& cut, int64_t columns) {
+  return dim3(static_cast<unsigned>(cut.tiles),
+              static_cast<unsigned>(ceil_div(columns, T::kColumns)),
+              static_cast<unsigned>(cut.splits));
+}
+
+// Sources of many raw pieces make do with one stage where shared memory is short; on sm_75 it is.
+template <class Source>
+__host__ __device__ constexpr bool may_be_single(bool is_sm_75) {
+  return Source::kRaw > (is_sm_75 ? 1 : 2);
+}
+
+// The 16-byte pieces of a step that a thread copies: one column of four, every kThreads / 4-th row.
+// Of eight lanes the rows have one parity and the pieces make whole sectors: none share a bank.
+template <int kThreads>
+struct ThreadPieces {
+  static constexpr int kRows = kThreads / kStepPieces;
+  int row, column;
+
+  __host__ __device__ explicit ThreadPieces(int thread)
+      : row(thread / 32 * 8 + (thread >> 1 & 3) * 2 + (thread >> 3 & 1)),
+        column((thread & 1) + (thread >> 4 & 1) * 2) {}
+};
+
+// One step's tile of packed weights, [kColumns, 64 bytes], to rows of kRowBytes.
+template <int kColumns, int kThreads, class E>
+__device__ __forceinline__ void start_weights(unsigned char* to, const E* from, int columns) {
+  using Pieces = ThreadPieces<kThreads>;
+  const Pieces own(threadIdx.x);
 #pragma unroll
-    for (int r = 0; r < Source::kRaw; ++r) raw[r] = at + r * kOperandBytes;
+  for (int i = 0; i < kColumns; i += Pieces::kRows) {
+    const int column = own.row + i;
+    if (kColumns < Pieces::kRows && column >= kColumns) continue;
+    const bool exists = column < columns;
+    ptx::cp_async<16>(to + column * kRowBytes + own.column * kPieceBytes,
+                      from + (exists ? column : 0) * kStep<E> + own.column * kPieceElements<E>,
+                      exists ? 16 : 0);
+  }
+}
+
+// A step's coefficients, for this warp alone.
+template <class E, class Source>
+constexpr int kVectorBytes = Source::kVectors * kStep<E> * static_cast<int>(sizeof(Accumulator<E>));
+
+template <class E, class Source>
+__device__ __forceinline__ void start_coefficients(unsigned char* to, const Source& source,
+                                                   int first, int lane) {
+  constexpr int kWords = sizeof(Accumulator<E>) / 4, kVector = kStep<E> * kWords;
+#pragma unroll
+  for (int i = 0; i < Source::kVectors * kVector; i += 32) {
+    const int word = i + lane;
+    if (Source::kVectors * kVector % 32 && word >= Source::kVectors * kVector) continue;
+    const int channel = first + word % kVector / kWords;
+    const bool exists = channel < source.channels();
+    const auto* from = reinterpret_cast<const uint32_t*>(source.vector(word / kVector));
+    ptx::cp_async<4>(to + word * 4, from + (exists ? channel * kWords + word % kWords : 0),
+                     exists ? 4 : 0);
+  }
+}
+
+template <class P, class T, class Source>
+__host__ __device__ constexpr size_t product_stage_bytes() {
+  return (Source::kRaw * T::kRows + T::kColumns) * kRowBytes +
+         T::kWarps * kVectorBytes<typename P::Element, Source>;
+}
+
+template <class P, class T, class Source>
+__host__ __device__ constexpr size_t product_shared_bytes(int stages) {
+  const size_t ring = stages * product_stage_bytes<P, T, Source>();
+  const size_t epilogue = epilogue_bytes<typename P::Element, T>();
+  return ring > epilogue ? ring : epilogue;
+}
+
+template <class P, class Source, class Sink, int kRows, int kColumns>
+__global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
+                                  (kBlocks<P, Source, Tile<kRows, kColumns>>))
+    rows_product(Source source, PackedWeight<typename P::Element> weight, Sink sink, int64_t rows,
+                 int split_steps, int stages) {
+  using E = typename P::Element;
+  using T = Tile<kRows, kColumns>;
+  using Pieces = ThreadPieces<T::kThreads>;
+  constexpr int kOperandBytes = kRows * kRowBytes;
+  constexpr int kVectorsAt = Source::kRaw * kOperandBytes + kColumns * kRowBytes;
+  constexpr int kStageBytes = static_cast<int>(product_stage_bytes<P, T, Source>());
+  DF_DYNAMIC_SHARED(shared);
+  const WarpPlace<T> place;
+  const Pieces own(threadIdx.x);
+  const int64_t first_row = int64_t{blockIdx.x} * kRows;
+  const int block_column = blockIdx.y * kColumns;
+  const int first = blockIdx.z * split_steps;
+  const int last = first + split_steps < weight.steps ? first + split_steps : weight.steps;
+
+  constexpr int kPieces = kRows / Pieces::kRows;  // of a thread
+  const auto place_of = [&](int i) {
+    const int64_t row = first_row + own.row + i * Pieces::kRows;
+    return source.place(row < rows ? row : int64_t{-1});
   };
-  const auto start_step = [&](int step) {
-    if (step < weight.steps) {
-      const int stage = step % stages;
-      const int channel = step * kStep<E> + piece_column * kPieceElements<E>;
+  typename Source::Place places[kPieces];
 #pragma unroll
-      for (int i = 0; i < kPiecesPerThread; ++i) {
-        const int64_t row = first_row + piece_row + i * (kThreads / kStepPieces);
-        unsigned char* raw[Source::kRaw];
-        raw_pieces(stage, i, raw);
-        source.start(raw, row, row < rows && channel < source.channels(), channel);
-      }
-      start_weights(shared + stage * kStageBytes + Source::kRaw * kOperandBytes,
-                    weight.data + (int64_t{step} * weight.columns + block_column) * kStep<E>, BN);
+  for (int i = 0; i < kPieces; ++i) places[i] = place_of(i);
+  // Calls body(raw) with where piece i is in shared memory.
+  const auto at_piece = [&](unsigned char* stage, int i, const auto& body) {
+    unsigned char* raw[Source::kRaw];
+#pragma unroll
+    for (int r = 0; r < Source::kRaw; ++r) {
+      raw[r] = stage + r * kOperandBytes + (own.row + i * Pieces::kRows) * kRowBytes +
+               own.column * kPieceBytes;
     }
+    body(raw);
+  };
+  const auto next = [&](int stage) {
+    return stage + kStageBytes == stages * kStageBytes ? 0 : stage + kStageBytes;
+  };
+  int filled = 0;  // the stage that the step `started` goes to
+  int started = first;
+  const E* weights = weight.data + (int64_t{first} * weight.columns + block_column) * kStep<E>;
+  const auto start_step = [&] {
+    if (started < last) {
+      unsigned char* stage = shared + filled;
+      const int channel = started * kStep<E> + own.column * kPieceElements<E>;
+      start_coefficients<E>(stage + kVectorsAt + place.warp * kVectorBytes<E, Source>, source,
+                            started * kStep<E>, place.lane);
+      if (source.whole((started + 1) * kStep<E>)) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          at_piece(stage, i,
+                   [&](auto& raw) { source.template start<true>(raw, places[i], channel); });
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kPieces; ++i) {
+          at_piece(stage, i,
+                   [&](auto& raw) { source.template start<false>(raw, place_of(i), channel); });
+        }
+      }
+      start_weights<kColumns, T::kThreads>(stage + Source::kRaw * kOperandBytes, weights,
+                                           weight.columns - block_column);
+      weights += int64_t{weight.columns} * kStep<E>;
+      ++started;
+    }
+    filled = next(filled);
     ptx::cp_async_commit();
   };
 
   int a_row[kRowHandles];
 #pragma unroll
   for (int h = 0; h < kRowHandles; ++h) {
-    a_row[h] = (warp_row * 32 + row_of_handle<P>(h, lane)) * kRowBytes;
+    a_row[h] = (place.row + row_of_handle<P>(h, place.lane)) * kRowBytes;
   }
-  WarpTile<P, NT> acc;
-  clear<P, NT>(acc);
+  WarpTile<P, T::NT> acc;
+  clear<P, T::NT>(acc);
 
-  const bool single = kMayBeSingle<Source> && stages == 1;
-  for (int step = 0; step < stages - 1; ++step) start_step(step);
-  for (int step = 0; step < weight.steps; ++step) {
+  const bool single = may_be_single<Source>(kArchitecture < 800) && stages == 1;
+  for (int step = 0; step < stages - 1; ++step) start_step();
+  int stage = 0;
+  for (int step = first; step < last; ++step) {
     if (single) {
       __syncthreads();  // everyone is done with the only stage
-      start_step(step);
+      start_step();
     }
     if (stages == 3) {
       ptx::cp_async_wait<1>();
     } else {
       ptx::cp_async_wait<0>();
     }
-    const int stage = step % stages;
-    const int channel = step * kStep<E> + piece_column * kPieceElements<E>;
+    Coefficients<P, Source::kVectors> coefficients;
+    if constexpr (Source::kVectors > 0) {
+      __syncwarp();  // the coefficients are those that its lanes have copied
+      coefficients.load(shared + stage + kVectorsAt + place.warp * kVectorBytes<E, Source>,
+                        kStep<E>, own.column * kPieceElements<E>);
+    }
+    // Rows and channels outside are zeros with weights or coefficients of zero: nobody sees them.
 #pragma unroll
-    for (int i = 0; i < kPiecesPerThread; ++i) {
-      const int64_t row = first_row + piece_row + i * (kThreads / kStepPieces);
-      unsigned char* raw[Source::kRaw];
-      raw_pieces(stage, i, raw);
-      source.finish(raw, row, row < rows && channel < source.channels(), channel);
+    for (int i = 0; i < kPieces; ++i) {
+      at_piece(shared + stage, i, [&](auto& raw) { source.finish(raw, coefficients); });
     }
     __syncthreads();  // the stage is whole; everyone is done with the one before
-    if (!single) start_step(step + stages - 1);
-    const unsigned char* operand = shared + stage * kStageBytes;
-    multiply_step<P, NT>(
-        acc, operand, a_row,
-        operand + Source::kRaw * kOperandBytes + warp_column * (BN / 2) * kRowBytes, lane);
+    if (!single) start_step();
+    const unsigned char* operand = shared + stage;
+    multiply_step<P, T::NT>(acc, operand, a_row,
+                            operand + Source::kRaw * kOperandBytes + place.column * kRowBytes,
+                            place.lane);
+    stage = next(stage);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // the ring becomes the epilogue's
 
-  using A = Accumulator<E>;
-  const WarpSums<A> sums{reinterpret_cast<A*>(shared + kWarps * kSliceBytes<E>), BN};
-  sink.template run<NT>(acc, shared + warp * kSliceBytes<E>, sums, blockIdx.x, warp_row,
-                        warp_column, block_column, lane, [&](int row) {
-                          const int64_t r = first_row + row;
-                          return r < rows ? r : int64_t{-1};
-                        });
+  sink.template run<T>(acc, shared, blockIdx.x, block_column, [&](int row) {
+    const int64_t r = first_row + row;
+    return r < rows ? r : int64_t{-1};
+  });
 }
 
-// The most stages with which two blocks share a multiprocessor; two where none would, so that a
+// The most stages with which sixteen warps share a multiprocessor; two where none would, so that a
 // lone block loads while it computes.
-template <class P, class Source, int BN>
+template <class P, class T, class Source>
 int product_stages(const DeviceLimits& device) {
-  const auto two_blocks = [&](int stages) {
-    return 2 * (product_shared_bytes<P, Source, BN>(stages) + 1024) <=
+  const auto resident = [&](int stages) {
+    return T::kBlocks * (product_shared_bytes<P, T, Source>(stages) + 1024) <=
            static_cast<size_t>(device.shared_bytes_per_multiprocessor);
   };
-  if (two_blocks(3)) return 3;
-  if (!kMayBeSingle<Source> || two_blocks(2)) return 2;
+  if (resident(3)) return 3;
+  if (!may_be_single<Source>(device.major < 8) || resident(2)) return 2;
   const auto limit = static_cast<size_t>(device.shared_bytes_per_block);
-  return two_blocks(1) || product_shared_bytes<P, Source, BN>(2) > limit ? 1 : 2;
+  return resident(1) || product_shared_bytes<P, T, Source>(2) > limit ? 1 : 2;
 }
 
-template <class P, int BN, class Source, class Sink>
-void launch_rows_product(const char* name, const Source& source,
-                         const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                         int64_t rows, int columns, Stream stream) {
-  const int stages = product_stages<P, Source, BN>(current_device_limits());
-  const dim3 grid(static_cast<unsigned>((rows + kTileRows - 1) / kTileRows),
-                  static_cast<unsigned>((columns + BN - 1) / BN));
-  launch(
-      &rows_product<P, Source, Sink, BN>,
-      LaunchConfig{name, grid, dim3(kThreads), product_shared_bytes<P, Source, BN>(stages), stream},
-      source, weight, sink, rows, stages);
-}
-
-template <class P, class Source, class Sink>
+template <class P, const auto& kTiles = kRowsTiles, class Source, class Sink>
 void run_rows_product(const char* name, const Source& source,
                       const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                      int64_t rows, int columns, Stream stream) {
-  if constexpr (kMaxColumns<P> > 64) {
-    if (columns > 64) {
-      return launch_rows_product<P, 128>(name, source, weight, sink, rows, columns, stream);
-    }
-  }
-  launch_rows_product<P, 64>(name, source, weight, sink, rows, columns, stream);
+                      int64_t rows, const Cut& cut, Stream stream) {
+  with_tile<tiles_of<P, kTiles>()>(cut, [&](auto tile) {
+    using T = decltype(tile);
+    const int stages = product_stages<P, T, Source>(current_device_limits());
+    launch(&rows_product<P, Source, Sink, T::kRows, T::kColumns>,
+           LaunchConfig{name, product_grid<T>(cut, weight.columns), dim3(T::kThreads),
+                        product_shared_bytes<P, T, Source>(stages), stream},
+           source, weight, sink, rows, static_cast<int>(ceil_div(weight.steps, cut.splits)),
+           stages);
+  });
 }
 
 }  // namespace densenet_fast::cuda

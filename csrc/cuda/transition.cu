@@ -1,4 +1,4 @@
-#include "pack.cuh"
+#include "forward.cuh"
 #include "pixel_gradient.cuh"
 #include "pointwise.cuh"
 
@@ -12,17 +12,15 @@ void transition_forward(const Context& context, const ImageArgument& features,
     using E = typename P::Element;
     using A = Accumulator<E>;
     const int64_t rows = out.n * out.h * out.w;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const auto packed = packed_weight<P>(context, weight, 1, false);
-    StoreStatistics<P> sink{image<E>(out), {}};
-    if (statistics.mean) sink.statistics = allocate_statistics<A>(context, tiles, weight.out);
-    // Four raw pieces an operand piece: narrow tiles leave shared memory for them everywhere.
-    launch_rows_product<P, 64>("transition_forward",
-                               PooledSource<P>{image<const E>(features), activation<A>(act)},
-                               packed, sink, rows, static_cast<int>(weight.out), context.stream);
-    if (statistics.mean) {
-      run_finish_statistics<A>(context, sink.statistics, tiles, weight.out, statistics);
-    }
+    const auto x = image<const E>(features);
+    const Cut cut = cut_rows(tiles_of<P, kPooledTiles>(), rows, weight.out, 1,
+                             current_device_limits().multiprocessors);
+    store_with_statistics<P>(context, out, cut, statistics, [&](const auto& sink) {
+      run_rows_product<P, kPooledTiles>(
+          "transition_forward", PooledSource<P>{x, activation<A>(act), PooledPixels(x.h, x.w)},
+          packed, sink, rows, cut, context.stream);
+    });
   });
 }
 
@@ -35,20 +33,24 @@ void transition_backward(const Context& context, const ImageArgument& grad_out,
     using E = typename P::Element;
     using A = Accumulator<E>;
     const int64_t rows = grad_out.n * grad_out.h * grad_out.w;
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const auto x = image<const E>(features);
+    const PooledPixels pooled(x.h, x.w);
     const PlainSource<P> source{image<const E>(grad_out)};
     const auto packed = packed_weight<P>(context, weight, 1, true);
-    const UnpooledGradient<P> sink{image<const E>(features), norm<A>(norm_argument),
-                                   image<E>(grad_features),
-                                   allocate_sums<A>(context, tiles, weight.in)};
+    const Cut cut = cut_rows(tiles_of<P, kPooledTiles>(), rows, weight.in, 1,
+                             current_device_limits().multiprocessors);
+    const MaskedGradient<P, Into::kUnpooled> sink{
+        x, norm<A>(norm_argument), image<E>(grad_features),
+        allocate_sums<A>(context, cut.tiles, weight.in), pooled};
     run_clear_cut_pixels<E>(context, image<E>(grad_features));
-    run_rows_product<P>("transition_dgrad", source, packed, sink, rows, static_cast<int>(weight.in),
-                        context.stream);
-    run_finish_sums<A>(context, sink.partial, tiles, weight.in, norm_argument, grad_affine);
+    run_rows_product<P, kPooledTiles>("transition_dgrad", source, packed, sink, rows, cut,
+                                      context.stream);
+    run_finish_sums<A>(context, sink.partial, cut.tiles, cut.parts, weight.in, norm_argument,
+                       grad_affine);
     if (grad_weight.data) {
       run_pixel_gradient<P>(context, "transition_wgrad", source,
-                            PooledSource<P>{image<const E>(features), activation<A>(norm_argument)},
-                            rows, weight.out, weight.in, grad_weight);
+                            PooledSource<P>{x, activation<A>(norm_argument), pooled}, rows,
+                            weight.out, weight.in, grad_weight);
     }
   });
 }

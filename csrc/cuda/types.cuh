@@ -7,8 +7,7 @@
 
 namespace densenet_fast::cuda {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = 256;  // of a block of kernels without tiles
 constexpr int kPieceBytes = 16;
 
 template <class E>
@@ -75,51 +74,74 @@ struct alignas(kPieceBytes) Piece {
   E element[kPieceElements<E>];
 };
 
-// The widest access that every row start of an operand allows: 16 bytes, 4 bytes, or one element.
+// Numbers moved at once: at most 16 bytes an access.
+template <class A, int N>
+struct alignas(N * sizeof(A) < 16 ? N * sizeof(A) : 16) Vector {
+  A value[N];
+};
+
+// Bytes of the widest access that every row start of an operand allows: 16, 8, 4 or, for elements
+// of two bytes, 2.
 template <class E>
 __host__ __device__ inline int row_alignment(const void* data, int64_t pitch) {
   const uint64_t bits = reinterpret_cast<uint64_t>(data) | static_cast<uint64_t>(pitch * sizeof(E));
-  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
+  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
 }
 
-// Starts the copy of one piece, of which `valid` elements exist; the others become zero. With no
-// alignment to speak of the copy is done at once.
+// Starts the copy of one piece, of which `valid` elements exist; the others become zero. It comes
+// in parts, at once where these are single elements.
 template <class E>
-__device__ __forceinline__ void start_piece(unsigned char* to, const E* from, int valid,
+__device__ __forceinline__ void start_parts(unsigned char* to, const E* from, int valid,
                                             int alignment) {
-  constexpr int V = kPieceElements<E>;
-  valid = valid < 0 ? 0 : valid > V ? V : valid;
-  const int bytes = valid * static_cast<int>(sizeof(E));
-  if (alignment == 16) {
-    ptx::cp_async_16(to, from, bytes);
-  } else if (alignment == 4) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int left = bytes - 4 * i;
-      const int part = left < 0 ? 0 : left > 4 ? 4 : left;
-      ptx::cp_async_4(to + 4 * i,
-                      part ? reinterpret_cast<const unsigned char*>(from) + 4 * i
-                           : reinterpret_cast<const unsigned char*>(from),
-                      part);
+  const int width = alignment == 16 ? 8 : alignment;
+#pragma unroll 1
+  for (int at = 0, left = valid * int{sizeof(E)}; at < kPieceBytes; at += width, left -= width) {
+    const auto* part = reinterpret_cast<const unsigned char*>(from) + (left > 0 ? at : 0);
+    const int bytes = left < 0 ? 0 : left > width ? width : left;
+    if (width == 8) {
+      ptx::cp_async<8>(to + at, part, bytes);
+    } else if (width == 4) {
+      ptx::cp_async<4>(to + at, part, bytes);
+    } else if constexpr (sizeof(E) == 2) {
+      *reinterpret_cast<E*>(to + at) = bytes > 0 ? *reinterpret_cast<const E*>(part) : narrow<E>(0);
     }
-  } else {
-    E* element = reinterpret_cast<E*>(to);
+  }
+}
+
+// body(part) for the 8-byte parts of a piece that exist and are aligned, element(i) for the other
+// elements that exist.
+template <class E, class Body, class Element>
+__device__ __forceinline__ void for_each_part(int valid, int alignment, const Body& body,
+                                              const Element& element) {
+  constexpr int kPart = 8 / static_cast<int>(sizeof(E));
 #pragma unroll
-    for (int i = 0; i < V; ++i) element[i] = i < valid ? from[i] : narrow<E>(0);
+  for (int i = 0; i < kPieceElements<E>; i += kPart) {
+    if (alignment >= 8 && i + kPart <= valid) {
+      body(i);
+    } else {
+#pragma unroll
+      for (int e = i; e < i + kPart; ++e) {
+        if (e < valid) element(e);
+      }
+    }
   }
 }
 
 // One piece from global memory, `valid` elements of it; the others read as zero.
 template <class E>
 __device__ __forceinline__ Piece<E> load_piece(const E* from, int valid, int alignment) {
-  Piece<E> piece;
-  if (alignment == 16 && valid >= kPieceElements<E>) {
-    piece = *reinterpret_cast<const Piece<E>*>(from);
-  } else {
+  if (alignment == 16 && valid >= kPieceElements<E>)
+    return *reinterpret_cast<const Piece<E>*>(from);
+  using Part = Vector<E, 8 / sizeof(E)>;
+  Piece<E> piece{};
+  for_each_part<E>(
+      valid, alignment,
+      [&](int i) {
+        const Part part = *reinterpret_cast<const Part*>(from + i);
 #pragma unroll
-    for (int i = 0; i < kPieceElements<E>; ++i)
-      piece.element[i] = i < valid ? from[i] : narrow<E>(0);
-  }
+        for (int e = 0; e < int{8 / sizeof(E)}; ++e) piece.element[i + e] = part.value[e];
+      },
+      [&](int e) { piece.element[e] = from[e]; });
   return piece;
 }
 
@@ -128,20 +150,38 @@ __device__ __forceinline__ void store_piece(E* to, const Piece<E>& piece, int va
                                             int alignment) {
   if (alignment == 16 && valid >= kPieceElements<E>) {
     *reinterpret_cast<Piece<E>*>(to) = piece;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPieceElements<E>; ++i) {
-      if (i < valid) to[i] = piece.element[i];
-    }
+    return;
   }
+  using Part = Vector<E, 8 / sizeof(E)>;
+  for_each_part<E>(
+      valid, alignment,
+      [&](int i) {
+        Part part;
+#pragma unroll
+        for (int e = 0; e < int{8 / sizeof(E)}; ++e) part.value[e] = piece.element[i + e];
+        *reinterpret_cast<Part*>(to + i) = part;
+      },
+      [&](int e) { to[e] = piece.element[e]; });
 }
 
-// `valid` of the coefficients at `from`; the others are zero.
-template <class A, int V>
-__device__ __forceinline__ void load_coefficients(A (&to)[V], const A* from, int valid) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) to[i] = i < valid ? from[i] : A(0);
-}
+// Division of numbers below 2^31 by one that is known before: a multiplication and a shift.
+struct Divisor {
+  uint32_t by = 1, factor = 0, shift = 0;  // factor 0: by 1
+
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) : by(static_cast<uint32_t>(divisor)) {
+    if (by == 1) return;
+    while (uint64_t{2} << shift < by) ++shift;
+    factor = static_cast<uint32_t>((uint64_t{1} << (32 + shift)) / by + 1);
+  }
+  __host__ __device__ int quotient(int n) const {
+    const uint64_t product = uint64_t{static_cast<uint32_t>(n)} * factor;
+    return factor ? static_cast<int>(static_cast<uint32_t>(product >> 32) >> shift) : n;
+  }
+  __host__ __device__ int remainder(int n, int quotient) const {
+    return n - quotient * static_cast<int>(by);
+  }
+};
 
 // An NHWC image batch or a channel slice of one.
 template <class E>
@@ -151,6 +191,35 @@ struct Image {
   int n = 0, h = 0, w = 0, c = 0;
   int alignment = 1;
   __host__ __device__ int64_t rows() const { return int64_t{1} * n * h * w; }
+};
+
+// Which image, row and column a pixel of [N, h, w] has.
+struct PixelPlaces {
+  struct Place {
+    int image, y, x;
+  };
+  Divisor rows, columns;
+
+  PixelPlaces() = default;
+  PixelPlaces(int h, int w) : rows(h), columns(w) {}
+  __device__ Place of(int64_t pixel) const {
+    const int p = static_cast<int>(pixel), row = columns.quotient(p), image = rows.quotient(row);
+    return {image, rows.remainder(row, image), columns.remainder(p, row)};
+  }
+};
+
+// Where 2x2 pooling takes its pixels: [N, h / 2, w / 2] of [N, h, w].
+struct PooledPixels {
+  PixelPlaces pooled;
+  int h = 0, w = 0;
+
+  PooledPixels() = default;
+  PooledPixels(int h_, int w_) : pooled(h_ / 2, w_ / 2), h(h_), w(w_) {}
+  // The top left one of the four that `pixel` averages.
+  __device__ int64_t first_of_four(int64_t pixel) const {
+    const auto [image, y, x] = pooled.of(pixel);
+    return (int64_t{image} * h + 2 * y) * w + 2 * x;
+  }
 };
 
 template <class A>

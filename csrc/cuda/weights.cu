@@ -5,96 +5,138 @@
 namespace densenet_fast::cuda {
 namespace {
 
+constexpr int kPackColumns = 16;  // of a block
+
 // A weight's strides by what a product takes its indices for: column and reduction index (channel).
 struct Packing {
   const void* weight;
   void* packed;
   int64_t stride_column, stride_channel, stride_h, stride_w;
-  int columns, channels, padded_columns, steps;
-  int taps;
-  bool is_float32, flipped;  // taps reversed: the data gradient
+  int columns, channels, steps, taps;
+  Divisor of_taps, of_inner, of_groups;  // elements of a tap and of a row read, column groups
+  bool is_float32, flipped;              // taps reversed: the data gradient
 
-  template <class E>
-  __host__ __device__ int64_t size() const {
-    return int64_t{steps} * taps * padded_columns * kStep<E>;
-  }
+  int blocks() const { return steps * static_cast<int>(of_groups.by); }
 };
 
 struct PackingTable {
   Packing one[kTableSize];
 };
 
-// Block y packs the y-th weight.
-template <class E>
+// Block y packs the y-th weight: a step of some columns at a time, read in the weight's order and
+// written in the packed one.
+template <class P>
 __global__ void __launch_bounds__(kThreads) pack_weight(PackingTable table) {
+  using E = typename P::Element;
   const Packing& p = table.one[blockIdx.y];
-  const int64_t i = flat_index();
-  if (i >= p.size<E>()) return;
-  const int64_t k = i % kStep<E>, column = i / kStep<E> % p.padded_columns;
-  const int64_t tap = i / kStep<E> / p.padded_columns % p.taps;
-  const int64_t channel = i / kStep<E> / p.padded_columns / p.taps * kStep<E> + k;
-  const int64_t from = p.flipped ? p.taps - 1 - tap : tap;
-  Accumulator<E> value = 0;
-  if (column < p.columns && channel < p.channels) {
-    const int64_t at = column * p.stride_column + channel * p.stride_channel +
-                       from / 3 * p.stride_h + from % 3 * p.stride_w;
-    value = p.is_float32 ? static_cast<Accumulator<E>>(static_cast<const float*>(p.weight)[at])
-                         : widen(static_cast<const E*>(p.weight)[at]);
+  DF_DYNAMIC_SHARED(shared);
+  E* tile = reinterpret_cast<E*>(shared);  // [taps, columns, kStep]
+  const int step = p.of_groups.quotient(blockIdx.x);
+  if (step >= p.steps) return;
+  const int first = p.of_groups.remainder(blockIdx.x, step) * kPackColumns;
+  for (int i = threadIdx.x; i < p.taps * kPackColumns * kStep<E>; i += kThreads) {
+    const int outer = p.of_inner.quotient(i), rest = p.of_inner.remainder(i, outer);
+    const int inner = p.of_taps.quotient(rest), tap = p.of_taps.remainder(rest, inner);
+    const int local = p.flipped ? inner : outer, k = p.flipped ? outer : inner;
+    const int column = first + local, channel = step * kStep<E> + k;
+    Accumulator<E> value = 0;
+    if (column < p.columns && channel < p.channels) {
+      const int64_t at = column * p.stride_column + channel * p.stride_channel +
+                         tap / 3 * p.stride_h + tap % 3 * p.stride_w;
+      if constexpr (sizeof(E) == 4) {
+        value = static_cast<const E*>(p.weight)[at];
+      } else {
+        value = p.is_float32 ? static_cast<const float*>(p.weight)[at]
+                             : widen(static_cast<const E*>(p.weight)[at]);
+      }
+    }
+    const int to = p.flipped ? p.taps - 1 - tap : tap;
+    tile[(to * kPackColumns + local) * kStep<E> + k] = operand<P>(value);
   }
-  static_cast<E*>(p.packed)[i] = narrow<E>(value);
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.taps * kPackColumns * kStepPieces; i += kThreads) {
+    const int tap = i / (kPackColumns * kStepPieces),
+              column = first + i / kStepPieces % kPackColumns;
+    if (column >= p.columns) continue;
+    const int64_t row = (int64_t{step} * p.taps + tap) * p.columns + column;
+    reinterpret_cast<Piece<E>*>(p.packed)[row * kStepPieces + i % kStepPieces] =
+        reinterpret_cast<const Piece<E>*>(tile)[i];
+  }
 }
 
 struct SplitTable {
   SplitSums one[kTableSize];
 };
 
-// Block y adds up the y-th gradient.
+constexpr int kAddThreads = 9 * 32;  // nine taps of 32 weights, or 288 weights
+
+// Block y adds up the y-th gradient: added tap by tap, stored in the weight's order.
 template <class E>
-__global__ void __launch_bounds__(kThreads) add_splits_kernel(SplitTable table) {
+__global__ void __launch_bounds__(kAddThreads) add_splits_kernel(SplitTable table) {
   using A = Accumulator<E>;
   const SplitSums& g = table.one[blockIdx.y];
-  const int64_t i = flat_index();
-  if (i >= g.size) return;
-  A sum = 0;
-  for (int s = 0; s < g.splits; ++s) sum += static_cast<const A*>(g.partial)[s * g.size + i];
-  const int64_t plane = g.size / g.taps, to = i % plane * g.taps + i / plane;
+  DF_DYNAMIC_SHARED(shared);
+  A* sums = reinterpret_cast<A*>(shared);
+  const int i = threadIdx.x, weights = g.taps == 1 ? kAddThreads : 32;
+  const int tap = g.taps == 1 ? 0 : i / 32, weight = g.taps == 1 ? i : i % 32;
+  const int64_t plane = g.size / g.taps, first = int64_t{blockIdx.x} * weights;
+  if (first >= plane) return;
+  if (first + weight < plane) {
+    A sum = 0;
+    const A* from = static_cast<const A*>(g.partial) + tap * plane + first + weight;
+    for (int s = 0; s < g.splits; ++s) sum += from[s * g.size];
+    sums[weight * g.taps + tap] = sum;
+  }
+  __syncthreads();
+  const int64_t to = first * g.taps + i;
+  if (to >= g.size) return;
   if (g.out.is_float32) {
-    static_cast<float*>(g.out.data)[to] = static_cast<float>(sum);
+    static_cast<float*>(g.out.data)[to] = static_cast<float>(sums[i]);
   } else {
-    static_cast<E*>(g.out.data)[to] = narrow<E>(sum);
+    static_cast<E*>(g.out.data)[to] = narrow<E>(sums[i]);
   }
 }
 
 }  // namespace
 
 void pack_weights(const Context& context, const std::vector<PackRequest>& requests) {
-  with_element(context, [&](auto policy) {
-    using E = typename decltype(policy)::Element;
+  with_policy(context, [&](auto policy) {
+    using P = decltype(policy);
+    using E = typename P::Element;
     for_each_table<PackingTable>(
         requests,
         [&](const PackRequest& r, Packing& p) {
           WeightArgument& w = *r.weight;
-          const auto shape = packed_shape<E>(w, r.kernel, r.gradient);
+          const auto shape = packed_shape<E>(w, r.gradient);
           const auto of = [&](auto out, auto in) { return r.gradient ? in : out; };
-          p = {w.data,
-               nullptr,
-               of(w.stride_out, w.stride_in),
-               of(w.stride_in, w.stride_out),
-               w.stride_h,
-               w.stride_w,
-               static_cast<int>(of(w.out, w.in)),
-               static_cast<int>(of(w.in, w.out)),
-               shape.columns,
-               shape.steps,
-               r.kernel * r.kernel,
-               w.is_float32,
-               r.gradient};
-          p.packed = context.workspace->allocate(sizeof(E) * p.size<E>());
+          const int taps = r.kernel * r.kernel;
+          p = {
+              w.data,
+              context.workspace->allocate(int64_t{kStepBytes} * shape.steps * taps * shape.columns),
+              of(w.stride_out, w.stride_in),
+              of(w.stride_in, w.stride_out),
+              w.stride_h,
+              w.stride_w,
+              shape.columns,
+              static_cast<int>(of(w.in, w.out)),
+              shape.steps,
+              taps,
+              Divisor(taps),
+              Divisor(taps * (r.gradient ? kPackColumns : kStep<E>)),
+              Divisor(ceil_div(shape.columns, kPackColumns)),
+              w.is_float32,
+              r.gradient};
           w.packed[r.gradient] = p.packed;
-          return p.size<E>();
+          return int64_t{p.blocks()};
         },
         [&](const PackingTable& table, unsigned count, int64_t most) {
-          launch(&pack_weight<E>, flat(context, "pack_weight", most, count), table);
+          int taps = 1;
+          for (unsigned i = 0; i < count; ++i) taps = taps < table.one[i].taps ? 9 : taps;
+          launch(
+              &pack_weight<P>,
+              LaunchConfig{"pack_weight", dim3(static_cast<unsigned>(most), count), dim3(kThreads),
+                           static_cast<size_t>(taps) * kPackColumns * kStepBytes, context.stream},
+              table);
         });
   });
 }
@@ -106,10 +148,14 @@ void add_splits(const Context& context, const std::vector<SplitSums>& sums) {
         sums,
         [&](const SplitSums& s, SplitSums& one) {
           one = s;
-          return s.size;
+          return ceil_div(s.size, kAddThreads) + (s.taps > 1);
         },
         [&](const SplitTable& table, unsigned count, int64_t most) {
-          launch(&add_splits_kernel<E>, flat(context, "add_splits", most, count), table);
+          launch(
+              &add_splits_kernel<E>,
+              LaunchConfig{"add_splits", dim3(static_cast<unsigned>(most), count),
+                           dim3(kAddThreads), sizeof(Accumulator<E>) * kAddThreads, context.stream},
+              table);
         });
   });
 }

@@ -71,12 +71,13 @@ def test_conv3x3_by_hand() -> None:
     m, weights = 256, 9 * 48 * 12
     assert fused.tiles_3x3(block) == 2
     dgrad, wgrad = fused.conv3x3_backward(block, FLOAT32, SMS)
-    packed = 9 * 128 * 16 * 4  # 48 columns padded to 128, 12 channels to 16
+    packed = 9 * 48 * 16 * 4  # 12 channels padded to 16
     partial = 2 * 2 * 48 * 4
     assert dgrad.read == m * (12 + 48) * 4 + weights * 4 + packed + partial
     assert dgrad.written == m * 48 * 4 + packed + partial
-    assert wgrad.read == m * (12 + 48) * 4 + weights * 4  # one split
-    assert wgrad.written == 2 * weights * 4
+    splits = 8 * weights * 4  # quarters of the two tiles
+    assert wgrad.read == m * (12 + 48) * 4 + splits
+    assert wgrad.written == splits + weights * 4
     assert dgrad.flops == wgrad.flops == 2 * m * weights
 
 
@@ -124,9 +125,8 @@ def test_only_our_products_get_the_rate_of_mma_sync() -> None:
 @pytest.mark.parametrize(
     ("file", "name", "value"),
     [
-        ("epilogue.cuh", "kTileRows", fused.TILE_ROWS),
-        ("pack.cuh", "kColumns", fused.TILE_COLUMNS),
-        ("pack.cuh", "kFewColumns", fused.FEW_COLUMNS),
+        ("tiles.h", "kUnitRows", fused.TILE_ROWS),
+        ("tiles.h", "kLeastSteps", fused.LEAST_STEPS),
         ("pointwise.cu", "kStatisticsRows", fused.REDUCED_ROWS),
         ("pooling.cu", "kUnpoolRows", fused.REDUCED_ROWS),
         ("reductions.cuh", "kTableSize", fused.TABLE_SIZE),

@@ -57,10 +57,10 @@ def test_more_weights_and_norms_than_a_launch_takes(library: Path) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_no_memory_is_noticed_before_anything_changes(library: Path, direction: str) -> None:
-    """A block whose packed weight needs 600 MB, of which one number exists."""
+    """A block whose packed weights need 50 MB at least, of which one number exists."""
     code = f"""
 import resource
-wide = 1 << 17
+wide = 1 << 19
 case = BlockCase(growths=(1,), widths=(1,), needs=(ALL,), pixels=(1, 1, 1), held=1)
 given = case.arguments({direction!r})
 with torch.no_grad():

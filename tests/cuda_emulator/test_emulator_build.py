@@ -113,8 +113,9 @@ def test_headers_compile_for_devices(tmp_path: Path, architecture: str):
         namespace ptx = densenet_fast::cuda::ptx;
         __global__ void uses_all_instructions(const float4* from, float* to, __half h, int n) {
           DF_DYNAMIC_SHARED(shared);
-          ptx::cp_async_16(shared, from, n);
-          ptx::cp_async_4(shared + 16, from, n % 4);
+          ptx::cp_async<16>(shared, from, n);
+          ptx::cp_async<4>(shared + 16, from, n % 4);
+          ptx::cp_async<8>(shared + 24, from, n % 8);
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
           __syncthreads();

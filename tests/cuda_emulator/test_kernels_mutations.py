@@ -70,31 +70,57 @@ FAULTS: dict[str, Fault] = {
     ),
     "conv3x3_product: no barrier before the product": fault(
         "conv3x3_product.cuh",
-        "    __syncthreads();\n    start_group(group + 2);",
-        "    start_group(group + 2);",
+        "      __syncthreads();\n      // The next step's pixels",
+        "      // The next step's pixels",
     ),
     "conv3x3_product: the wait leaves a group too many under way": fault(
         "conv3x3_product.cuh",
-        "    ptx::cp_async_wait<1>();\n    if (group % kTapStages == 0)",
-        "    ptx::cp_async_wait<2>();\n    if (group % kTapStages == 0)",
+        "      ptx::cp_async_wait<1>();\n      if (g == 0)",
+        "      ptx::cp_async_wait<2>();\n      if (g == 0)",
     ),
-    "conv3x3_product: the next pixels one group too early": fault(
+    "conv3x3_product: the next pixels before everyone is done with these": fault(
         "conv3x3_product.cuh",
-        "if (group % kTapStages == 2 && step",
-        "if (group % kTapStages == 1 && step",
+        "      __syncthreads();\n"
+        "      // The next step's pixels: not before everyone is done with those whose place "
+        "they take.\n"
+        "      if (g == 0 && step + 1 < last) start_halo(step + 1);\n",
+        "      if (g == 0 && step + 1 < last) start_halo(step + 1);\n      __syncthreads();\n",
+    ),
+    "conv3x3_product: coefficients before all lanes have copied them": fault(
+        "conv3x3_product.cuh",
+        "          __syncwarp();  // the coefficients are those that its lanes have copied\n",
+        "",
+    ),
+    "rows_product: coefficients before all lanes have copied them": fault(
+        "rows_product.cuh",
+        "      __syncwarp();  // the coefficients are those that its lanes have copied\n",
+        "",
+    ),
+    "conv3x3: all parts of a tile are the first": fault(
+        "conv3x3_product.cuh", "part = g.parts.remainder(block, tile);", "part = 0;"
+    ),
+    "the last split of rows is not added": fault(
+        "pointwise.cu",
+        "for (int s = 0; s < splits; ++s) whole",
+        "for (int s = 1; s < splits; ++s) whole",
+    ),
+    "a split too short by a step": fault(
+        "rows_product.cuh",
+        "const int last = first + split_steps < weight.steps ? first + split_steps",
+        "const int last = first + split_steps < weight.steps ? first + split_steps - 1",
     ),
     "conv3x3: a column of pixels too many": fault(
         "conv3x3_product.cuh", "px >= grid.w", "px > grid.w"
     ),
     "pixel_product: no barrier before the product": fault(
         "pixel_product.cuh",
-        "    __syncthreads();\n    if (stages == 2) start(row + kPixels);",
-        "    if (stages == 2) start(row + kPixels);",
+        "    __syncthreads();\n    if (stages == 2) start(other, row + kPixels);",
+        "    if (stages == 2) start(other, row + kPixels);",
     ),
     "pixel_product: no wait for the copies": fault(
         "pixel_product.cuh",
-        "    ptx::cp_async_wait<0>();\n    for_each_piece(\n        row,",
-        "    for_each_piece(\n        row,",
+        "    ptx::cp_async_wait<0>();\n    operand_i.finish(stage, kPixels, pixel_of);",
+        "    operand_i.finish(stage, kPixels, pixel_of);",
     ),
     "pixel_product: splits overlap": fault(
         "pixel_product.cuh",
@@ -104,13 +130,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "tap_product: no barrier before the product": fault(
         "pixel_product.cuh",
-        "    __syncthreads();\n    if (stages == 2) start(tile + 1);",
-        "    if (stages == 2) start(tile + 1);",
+        "    __syncthreads();\n    if (stages == 2) start(other, tile + 1);",
+        "    if (stages == 2) start(other, tile + 1);",
     ),
     "tap_product: no barrier before the only stage is filled again": fault(
         "pixel_product.cuh",
-        "      __syncthreads();\n      start(tile + 1);",
-        "      start(tile + 1);",
+        "      __syncthreads();\n      start(stage, tile + 1);",
+        "      start(stage, tile + 1);",
     ),
     "the operand's rows are swapped in ldmatrix": fault(
         "mma.cuh",
@@ -124,26 +150,30 @@ FAULTS: dict[str, Fault] = {
     ),
     "two registers of a tf32 fragment are swapped": fault(
         "mma.cuh",
-        "        af[mi][1] = value(lower, t);\n        af[mi][2] = value(upper, t + 4);",
-        "        af[mi][2] = value(lower, t);\n        af[mi][1] = value(upper, t + 4);",
+        "        af[mi][1] = value(a, a0, mi * 16 + g + 8);\n"
+        "        af[mi][2] = value(a, a1, mi * 16 + g);",
+        "        af[mi][2] = value(a, a0, mi * 16 + g + 8);\n"
+        "        af[mi][1] = value(a, a1, mi * 16 + g);",
         "tf32",
     ),
     "padding is activated": fault(
-        "sources.cuh",
-        "exists ? narrow<E>(relu(multiply_add(scale[v], A(widen(value.element[v])), shift[v])))\n"
-        "                 : narrow<E>(0);",
-        "narrow<E>(relu(multiply_add(scale[v], A(widen(value.element[v])), shift[v])));",
+        "conv3x3_product.cuh", "          if (!Source::exists(places[i])) continue;\n", ""
+    ),
+    "operands are not rounded to tf32": fault(
+        "mma.cuh", "return __uint_as_float(ptx::float_to_tf32(x));", "return x;", "tf32"
     ),
     "the channels of a last, partial piece are dropped": fault(
-        "types.cuh", "valid = valid < 0 ? 0 : valid > V ? V : valid;", "valid = valid < V ? 0 : V;"
+        "sources.cuh",
+        "exists ? x.c - channel : 0, x.alignment",
+        "exists && channel + kPieceElements<E> <= x.c ? x.c - channel : 0, x.alignment",
     ),
     "a piece too wide at the last channels": fault(
         "types.cuh",
-        "      if (i < valid) to[i] = piece.element[i];",
-        "      if (i <= valid) to[i] = piece.element[i];",
+        "        if (e < valid) element(e);",
+        "        if (e <= valid) element(e);",
     ),
     "rows of words are taken for rows of pieces": fault(
-        "types.cuh", "return bits % 16 == 0 ? 16 : bits % 4", "return bits % 4 == 0 ? 16 : bits % 4"
+        "types.cuh", "return bits % 16 == 0 ? 16 : bits % 8", "return bits % 4 == 0 ? 16 : bits % 8"
     ),
     "NaN is rectified to zero": fault(
         "types.cuh", "return x <= A(0) ? A(0) : x;", "return x > A(0) ? x : A(0);"
@@ -152,15 +182,13 @@ FAULTS: dict[str, Fault] = {
         "epilogue.cuh", "    __syncwarp();\n    Slice<E> slice;", "    Slice<E> slice;"
     ),
     "no barrier before a slice is overwritten": fault(
-        "epilogue.cuh", "    __syncwarp();\n#pragma unroll", "#pragma unroll"
+        "epilogue.cuh", "    __syncwarp();\n    A pairs", "    A pairs"
     ),
     "tiles merge without the distance of their means": fault(
-        "epilogue.cuh",
-        "m2 += sums.at(r, c, 1) + delta * delta * share * static_cast<A>(total);",
-        "m2 += sums.at(r, c, 1);",
+        "partials.cuh", "m2 += other.m2 + delta * delta * share * count;", "m2 += other.m2;"
     ),
     "tiles merge with the wrong weight": fault(
-        "reductions.cuh", "share = added / total;", "share = count / total;"
+        "partials.cuh", "share = other.count / total;", "share = count / total;"
     ),
     "statistics count the rows outside": fault(
         "epilogue.cuh", "const int count = __popc(rows);", "const int count = 32;"
@@ -169,10 +197,12 @@ FAULTS: dict[str, Fault] = {
         "epilogue.cuh", "          slice.value[i][v] = widen(piece.element[v]);", "          "
     ),
     "no barrier between the runs of a reduction": fault(
-        "reductions.cuh", "  counts[slot] = count;\n  __syncthreads();", "  counts[slot] = count;"
+        "reductions.cuh",
+        "    __syncthreads();\n    if (static_cast<int>(threadIdx.y) < half)",
+        "    if (static_cast<int>(threadIdx.y) < half)",
     ),
     "a norm is not made behind its statistics": fault(
-        "reductions.cuh", "  if (next.channels) next.make(before + c, m, v);\n", ""
+        "reductions.cuh", "  if (next.channels) next.make(before + c, all.mean, v);\n", ""
     ),
     "a norm's first channels are not made": fault(
         "reductions.cuh",
@@ -188,8 +218,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "offsets of rows have 32 bits": fault(
         "sources.cuh",
-        "const E* from = exists ? x.data + row * x.pitch + channel : x.data;",
-        "const E* from = exists ? x.data + static_cast<int>(row * x.pitch) + channel : x.data;",
+        "x.data + place + channel : x.data;",
+        "x.data + static_cast<int>(place) + channel : x.data;",
     ),
     "the taps of the data gradient are not reversed": fault(
         "weights.cu", "p.flipped ? p.taps - 1 - tap : tap", "tap"
@@ -200,9 +230,9 @@ FAULTS: dict[str, Fault] = {
         "for (int s = 0; s < g.splits - (g.splits > 1); ++s) sum",
     ),
     "pooled pixels of odd images": fault(
-        "epilogue.cuh",
-        "return (n * h + 2 * y) * w + 2 * x;",
-        "return (n * 2 * oh + 2 * y) * w + 2 * x;",
+        "types.cuh",
+        "return (int64_t{image} * h + 2 *",
+        "return (int64_t{image} * (h / 2 * 2) + 2 *",
     ),
 }
 

@@ -37,10 +37,11 @@ from vector_cases import (
 PRODUCTS: dict[str, Calls] = {
     "conv1x1_forward": forward("conv1x1_forward", (2, 9, 17), 100, 136),
     "conv1x1_forward, again": forward("conv1x1_forward", (2, 9, 17), 100, 136, statistics=False),
+    "conv1x1_forward, split": forward("conv1x1_forward", (1, 9, 17), 264, 24),
     "conv1x1_backward": conv1x1_backward((2, 16, 17), 136, 72),
     "conv3x3_forward": forward("conv3x3_forward", (2, 9, 17), 72, 33),
     "conv3x3_forward, narrow": forward("conv3x3_forward", (2, 9, 17), 40, 12),
-    "conv3x3_backward": conv3x3_backward((2, 9, 17), 72, 33),
+    "conv3x3_backward": conv3x3_backward((2, 9, 17), 40, 72),
     "transition_forward": forward("transition_forward", (3, 16, 14), 72, 70),
     "transition_backward": transition_backward((3, 16, 14), 72, 36),
 }
@@ -152,3 +153,6 @@ def test_sm_75() -> None:
     for kind in KINDS:
         for make in PRODUCTS.values():
             check(turing.ops, kind, make)
+    # Sources of two raw pieces, of which two stages do not fit.
+    with turing.on(Device(7, 5, 40 << 10, 40 << 10, 4)):
+        check(turing.ops, KINDS[0], conv1x1_backward((2, 16, 17), 136, 72, wanted="data"))

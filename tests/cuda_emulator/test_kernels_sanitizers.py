@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 FAULTS = {
     "shared memory, one element too far": (
         Patch(
-            "cuda/pooling.cu",
-            "A* centreds = sums + kReduceColumns * kReduceRuns;",
-            "A* centreds = sums + kReduceColumns * kReduceRuns + 1;",
+            "cuda/pointwise.cuh",
+            "A* sums = reinterpret_cast<A*>(shared) + threadIdx.x;",
+            "A* sums = reinterpret_cast<A*>(shared) + threadIdx.x + 1;",
         ),
         "heap-buffer-overflow",
     ),
@@ -44,9 +44,10 @@ FAULTS = {
     "a misaligned access": (
         Patch(
             "cuda/pooling.cu",
-            "out.data[pixel * out.pitch + c] = narrow<E>(best);",
-            "*reinterpret_cast<E*>(reinterpret_cast<char*>(out.data + pixel * out.pitch + c) - 1)"
-            " = narrow<E>(best);",
+            "gradient.data[pixel * gradient.pitch + c] = narrow<E>(d);",
+            "*reinterpret_cast<E*>("
+            "reinterpret_cast<char*>(gradient.data + pixel * gradient.pitch + c) - 1) = "
+            "narrow<E>(d);",
         ),
         "misaligned address",
     ),

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script does no
 import setup_cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+MACHINE_CODE = (80, 90)  # those whose instructions are looked at
 # Sources of kernels with products; the others are small.
 PRODUCTS = ("conv1x1_forward", "conv1x1_backward", "conv3x3_forward", "conv3x3_backward")
 SOURCES = (*PRODUCTS, "transition", "weights", "pointwise", "pooling")
@@ -71,7 +72,7 @@ def _cache() -> Path:
 def _key(compiler: str, source: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     digest = hashlib.sha256(version + repr((FLAGS, ARCHITECTURES)).encode())
-    headers = CSRC / "cuda" / "kernels.h", CSRC / "operators.h"
+    headers = CSRC / "cuda" / "kernels.h", CSRC / "cuda" / "tiles.h", CSRC / "operators.h"
     for file in [*sorted((CSRC / "cuda").glob("*.cuh")), *headers]:
         digest.update(file.read_bytes())
     digest.update((CSRC / "cuda" / f"{source}.cu").read_bytes())

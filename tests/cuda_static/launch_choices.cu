@@ -20,70 +20,79 @@ const Device kDevices[] = {
     {"sm_90", {9, 0, 227 << 10, 228 << 10, 132}},
 };
 
-// The halo of the largest tile, which has the most shared memory.
-constexpr int kLargestHalo = 34 * 6;
-
 void print(const std::string& name, const Device& device, int threads, size_t bytes, int stages) {
   std::printf("%s\t%s\t%d\t%zu\t%d\n", name.c_str(), device.name, threads, bytes, stages);
 }
 
-template <class P, class Source, int BN>
-void rows(const std::string& p, const std::string& source, const std::string& sink,
-          const Device& d) {
-  const int stages = product_stages<P, Source, BN>(d.limits);
-  print("rows_product<" + p + ", " + source + "<" + p + ">, " + sink + ", " + std::to_string(BN) +
-            ">",
-        d, kThreads, product_shared_bytes<P, Source, BN>(stages), stages);
+template <class T>
+std::string end() {
+  return ", " + std::to_string(T::kRows) + ", " + std::to_string(T::kColumns) + ">";
 }
 
-template <class P, int BN>
-void conv3x3(const std::string& p, const Device& d) {
-  const std::string end = ", " + std::to_string(BN) + ">";
-  const size_t bytes = conv3x3_shared_bytes<P, BN>(kLargestHalo);
-  print("conv3x3_product<" + p + ", ActivatedSource<" + p + ">, StoreStatistics<" + p + ">" + end,
-        d, kThreads, bytes, 2);
-  print(
-      "conv3x3_product<" + p + ", PlainSource<" + p + ">, MaskedGradient<" + p + ", (Into)1>" + end,
-      d, kThreads, bytes, 2);
+// body(Tile) for all of a product's.
+template <const auto& kTiles, size_t i = 0, class Body>
+void for_each_tile(const Body& body) {
+  if constexpr (i < std::size(kTiles)) {
+    body(Tile<kTiles[i].rows, kTiles[i].columns>{});
+    for_each_tile<kTiles, i + 1>(body);
+  }
+}
+
+template <class P, class Source, const auto& kTiles>
+void rows(const std::string& name, const Device& d) {
+  for_each_tile<tiles_of<P, kTiles>()>([&](auto tile) {
+    using T = decltype(tile);
+    const int stages = product_stages<P, T, Source>(d.limits);
+    print("rows_product<" + name + end<T>(), d, T::kThreads,
+          product_shared_bytes<P, T, Source>(stages), stages);
+  });
+}
+
+template <class P, class Source, const auto& kTiles>
+void conv3x3(const std::string& name, const Device& d) {
+  for_each_tile<tiles_of<P, kTiles>()>([&](auto tile) {
+    using T = decltype(tile);
+    const size_t bytes = conv3x3_shared_bytes<P, T, Source>(kMostHaloPixels<T::kRows>);
+    print("conv3x3_product<" + name + end<T>(), d, T::kThreads, bytes, 2);
+  });
 }
 
 template <class P, class SourceI, class SourceJ, bool kNarrow>
-void pixels(const std::string& p, const std::string& i, const std::string& j, const Device& d) {
-  constexpr size_t kStage = pixel_stage_bytes<typename P::Element, SourceI, SourceJ, kNarrow>();
-  const int stages = 2 * kStage <= static_cast<size_t>(d.limits.shared_bytes_per_block) ? 2 : 1;
-  print("pixel_product<" + p + ", " + i + "<" + p + ">, " + j + "<" + p + ">, " +
-            (kNarrow ? "true" : "false") + ">",
-        d, kThreads, stages * kStage, stages);
-}
-
-template <class P, int BN>
-void widths(const std::string& p, const Device& d) {
-  const std::string statistics = "StoreStatistics<" + p + ">";
-  const std::string masked = "MaskedGradient<" + p + ", (Into)0>";
-  rows<P, ActivatedSource<P>, BN>(p, "ActivatedSource", statistics, d);
-  rows<P, NormGradientSource<P>, BN>(p, "NormGradientSource", masked, d);
-  rows<P, PlainSource<P>, BN>(p, "PlainSource", "UnpooledGradient<" + p + ">", d);
-  conv3x3<P, BN>(p, d);
+void pixels(const std::string& name, const Device& d) {
+  const auto bytes = pixel_shared_bytes<P, SourceI, SourceJ, kNarrow>;
+  const int stages = bytes(2) <= static_cast<size_t>(d.limits.shared_bytes_per_block) ? 2 : 1;
+  print("pixel_product<" + name + (kNarrow ? ", true>" : ", false>"), d, kThreads, bytes(stages),
+        stages);
 }
 
 template <class P>
 void all(const std::string& p, const Device& d) {
-  using E = typename P::Element;
-  widths<P, 64>(p, d);
-  if constexpr (kMaxColumns<P> > 64) widths<P, 128>(p, d);
-  conv3x3<P, 32>(p, d);
-  rows<P, PooledSource<P>, 64>(p, "PooledSource", "StoreStatistics<" + p + ">", d);
-  pixels<P, NormGradientSource<P>, ActivatedSource<P>, true>(p, "NormGradientSource",
-                                                             "ActivatedSource", d);
-  pixels<P, PlainSource<P>, PooledSource<P>, true>(p, "PlainSource", "PooledSource", d);
-  if constexpr (sizeof(E) == 2) {
-    pixels<P, NormGradientSource<P>, ActivatedSource<P>, false>(p, "NormGradientSource",
-                                                                "ActivatedSource", d);
-    pixels<P, PlainSource<P>, PooledSource<P>, false>(p, "PlainSource", "PooledSource", d);
+  const auto of = [&](const std::string& name, const std::string& more = "") {
+    return name + "<" + p + more + ">";
+  };
+  const std::string activated = of("ActivatedSource"), plain = of("PlainSource");
+  const std::string gradient = of("NormGradientSource"), pooled = of("PooledSource");
+  const std::string stored = ", " + of("StoreStatistics");
+  const auto masked = [&](const char* into) { return ", " + of("MaskedGradient", into); };
+  rows<P, ActivatedSource<P>, kRowsTiles>(p + ", " + activated + stored, d);
+  rows<P, NormGradientSource<P>, kRowsTiles>(p + ", " + gradient + masked(", (Into)0"), d);
+  rows<P, PooledSource<P>, kPooledTiles>(p + ", " + pooled + stored, d);
+  rows<P, PlainSource<P>, kPooledTiles>(p + ", " + plain + masked(", (Into)2"), d);
+  conv3x3<P, ActivatedSource<P>, kForwardTiles>(p + ", " + activated + stored, d);
+  conv3x3<P, PlainSource<P>, kRowsTiles>(p + ", " + plain + masked(", (Into)1"), d);
+  const std::string wgrad = p + ", " + gradient + ", " + activated;
+  const std::string transition = p + ", " + plain + ", " + pooled;
+  pixels<P, NormGradientSource<P>, ActivatedSource<P>, true>(wgrad, d);
+  pixels<P, PlainSource<P>, PooledSource<P>, true>(transition, d);
+  if constexpr (sizeof(typename P::Element) == 2) {
+    pixels<P, NormGradientSource<P>, ActivatedSource<P>, false>(wgrad, d);
+    pixels<P, PlainSource<P>, PooledSource<P>, false>(transition, d);
   }
-  const size_t stage = tap_stage_bytes<E>(kLargestHalo);
-  const int stages = 2 * stage <= static_cast<size_t>(d.limits.shared_bytes_per_block) ? 2 : 1;
-  print("tap_product<" + p + ">", d, kTapThreads, stages * stage, stages);
+  // The largest halo, which has the most shared memory.
+  const TileGrid grid(TileCount({1, 4, 32}, 1, 4, 32), 1, 1, 4, 32);
+  const size_t two = tap_shared_bytes<P>(grid, 2);
+  const int stages = two <= static_cast<size_t>(d.limits.shared_bytes_per_block) ? 2 : 1;
+  print("tap_product<" + p + ">", d, kTapThreads, tap_shared_bytes<P>(grid, stages), stages);
 }
 
 int main() {

@@ -63,17 +63,38 @@ class Occupancy(NamedTuple):
 
 
 @functools.cache
+def program(folder: Path, name: str) -> Path:
+    """A program of this folder's that asks the launchers' own functions, made in `folder`."""
+    made = folder / name
+    command = [nvcc(), "-std=c++17", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", "-arch=sm_80"]
+    subprocess.run([*command, str(HERE / f"{name}.cu"), "-o", str(made)], check=True)
+    return made
+
+
+def _printed(folder: Path, name: str) -> list[list[str]]:
+    command = [str(program(folder, name))]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.split("\t") for line in out.splitlines()]
+
+
+@functools.cache
 def choices(folder: Path) -> tuple[Choice, ...]:
     """Every product's launch on every device, as the launchers choose it."""
-    program = folder / "launch_choices"
-    command = [nvcc(), "-std=c++17", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", "-arch=sm_80"]
-    subprocess.run([*command, str(HERE / "launch_choices.cu"), "-o", str(program)], check=True)
-    out = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
-    found = []
-    for line in out.splitlines():
-        kernel, device, *numbers = line.split("\t")
-        found.append(Choice(kernel, device, *map(int, numbers)))
-    return tuple(found)
+    printed = _printed(folder, "launch_choices")
+    return tuple(Choice(kernel, device, *map(int, n)) for kernel, device, *n in printed)
+
+
+class Access(NamedTuple):
+    """A warp's access to shared memory."""
+
+    name: str
+    wavefronts: int
+    ideal: int
+
+
+def accesses(folder: Path) -> list[Access]:
+    """Those whose maps are made to have no bank conflicts."""
+    return [Access(name, *map(int, numbers)) for name, *numbers in _printed(folder, "banks")]
 
 
 def product_kernels() -> list[Kernel]:

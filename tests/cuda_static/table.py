@@ -1,4 +1,5 @@
-"""Prints the product kernels as tables: `python tests/cuda_static/table.py [policy]`.
+"""Prints the product kernels as tables: `python tests/cuda_static/table.py [policy]`, or how the
+products of a network are cut into blocks: `python tests/cuda_static/table.py grids`.
 
 Registers come from the compiler's report, shared memory and stages from the launchers' own choice.
 The default policy is BfloatPolicy; others are HalfPolicy, Tf32Policy, FloatPolicy and DoublePolicy.
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from grids import BATCHES, MULTIPROCESSORS, NAMES, grids, network
 from occupancy import Occupancy, occupancies
 
 HEAD = (
@@ -102,12 +104,33 @@ def tables(entries: list[Occupancy], policy: str) -> str:
     return "\n\n".join(blocks)
 
 
+GRIDS_HEAD = (
+    "| product | pixels of the result | channels | tile | splits | blocks | waves | last wave |\n"
+    "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |"
+)
+
+
+def grid_tables(folder: Path) -> str:
+    """Every product of every network, batch and device."""
+    found = []
+    for name in NAMES:
+        for batch in BATCHES:
+            for multiprocessors in MULTIPROCESSORS:
+                every = grids(folder, network(name, batch), multiprocessors)
+                found.append(f"{name}, batch {batch}, {multiprocessors} multiprocessors")
+                found.append(GRIDS_HEAD + "".join(f"\n{grid.row()}" for grid in every))
+    return "\n\n".join(found)
+
+
 def main() -> None:
     """Compile what is not compiled yet, and print."""
-    policy = sys.argv[1] if len(sys.argv) > 1 else "BfloatPolicy"
+    what = sys.argv[1] if len(sys.argv) > 1 else "BfloatPolicy"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            print(tables(occupancies(Path(folder)), policy))
+            if what == "grids":
+                print(grid_tables(Path(folder)))
+            else:
+                print(tables(occupancies(Path(folder)), what))
     except pytest.skip.Exception as missing:
         sys.exit(f"no table: {missing}")
 

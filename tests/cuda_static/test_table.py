@@ -9,7 +9,7 @@ from occupancy import Choice, Occupancy
 from benchmarks.prediction import fused
 from benchmarks.prediction.shapes import FORMATS, Block
 
-BLOCK = Block(2, 8, 16, 512, 1, 32, 128, None)
+BLOCK = Block(2, 64, 128, 512, 1, 32, 128, None)  # large enough not to be split
 FORMAT = FORMATS["bfloat16"]
 
 

@@ -230,7 +230,7 @@ __global__ void copy_through_ring(const float4* from, float4* to, int steps) {
   float4* ring = reinterpret_cast<float4*>(shared);
   const int n = static_cast<int>(blockDim.x), i = static_cast<int>(threadIdx.x);
   const auto start = [&](int step) {
-    if (step < steps) ptx::cp_async_16(&ring[step % 2 * n + i], &from[step * n + i], 16);
+    if (step < steps) ptx::cp_async<16>(&ring[step % 2 * n + i], &from[step * n + i], 16);
     ptx::cp_async_commit();
   };
   start(0);
@@ -254,9 +254,9 @@ __global__ void copy_bytes(const unsigned char* from, unsigned char* to, int siz
                            int shared_offset) {
   DF_DYNAMIC_SHARED(shared);
   if (size == 16) {
-    ptx::cp_async_16(shared + shared_offset, from, valid);
+    ptx::cp_async<16>(shared + shared_offset, from, valid);
   } else {
-    ptx::cp_async_4(shared + shared_offset, from, valid);
+    ptx::cp_async<4>(shared + shared_offset, from, valid);
   }
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
