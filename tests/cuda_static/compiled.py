@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script does no
 import setup_cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 MACHINE_CODE = (80, 90)  # those whose instructions are looked at
+# All of them take many minutes on two cores: where DENSENET_FAST_CUDA=all says so.
+ALL = os.environ.get("DENSENET_FAST_CUDA") == "all"
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120) if ALL else MACHINE_CODE
 # Sources of kernels with products; the others are small.
 PRODUCTS = ("conv1x1_forward", "conv1x1_backward", "conv3x3_forward", "conv3x3_backward")
 SOURCES = (*PRODUCTS, "transition", "weights", "pointwise", "pooling")
