@@ -212,8 +212,14 @@ UPDATES: dict[str, tuple[Change, str]] = {
     "a place below": (_list("places", 0, lambda _: -1), "statistics end before"),
     "a total outside": (_list("places", 10, lambda _: 10**6), "statistics end before"),
     "negative channels": (_list("places", 3, lambda _: -1), "statistics end before"),
-    "a buffer's size": (_list("running", 5, lambda t: t[1:]), "running_var must be"),
-    "a buffer's type": (_list("running", 2, torch.Tensor.double), "running_mean has another"),
+    "a buffer's size": (
+        _list("running", 5, lambda t: t[1:]),
+        "`running_var` should have 8 elements, got 7",
+    ),
+    "a buffer's type": (
+        _list("running", 2, torch.Tensor.double),
+        "`running_mean` should have type Float, got Double",
+    ),
     "a counter's type": (_list("counters", 1, torch.Tensor.int), "one int64"),
     "a counter's size": (_list("counters", 1, lambda t: t.expand(2)), "one int64"),
 }
