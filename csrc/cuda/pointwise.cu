@@ -149,8 +149,9 @@ __global__ void __launch_bounds__(kThreads)
   if (at.valid <= 0) return;
   const uint64_t first = static_cast<uint64_t>(at.row * x.c + at.channel);
   const int before = static_cast<int>(first % 4);
+  const int last = before + (at.valid < kPieceElements<E> ? at.valid : kPieceElements<E>);
   uint32_t kept = 0;  // bit by bit, from the first word of the first block
-  for (int i = 0; i < before + at.valid; i += 4) {
+  for (int i = 0; i < last; i += 4) {
     const uint4 words = philox(seed, first / 4 + i / 4);
     const uint32_t four = (words.x >= threshold ? 1 : 0) | (words.y >= threshold ? 2 : 0) |
                           (words.z >= threshold ? 4 : 0) | (words.w >= threshold ? 8 : 0);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,13 +37,18 @@ def run(emulator: Emulator, kind: Kind) -> Iterator[str]:
     if kind in STORED:
         running = update_running_statistics(300, 17, 300, counters=3)
         yield from _products(emulator, kind, {**STEPS, "update_running_statistics_": running})
-    emulator.schedule()
     small = DEVICES["64 KB"]
-    for name in ("conv3x3_backward", "transition_forward", "transition_backward"):
+    for name, device in (
+        ("conv3x3_backward", small),
+        ("conv3x3_backward", replace(small, multiprocessors=1)),  # several tiles in one stage
+        ("transition_forward", small),
+        ("transition_backward", small),
+        ("conv1x1_forward, again", DEVICES["three multiprocessors"]),  # large tiles
+    ):
         for order, seed in ORDERS:
             emulator.schedule(order, seed)
-            emulator.use(small)
-            yield f"{name} with 64 KB of shared memory, order {order} {seed}"
+            emulator.use(device)
+            yield f"{name} on {device}, order {order} {seed}"
             check(emulator.ops, kind, PRODUCTS[name])
             emulator.use(SM_80)
     for layout in ("words", "elements"):

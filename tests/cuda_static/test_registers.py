@@ -1,6 +1,6 @@
 """What the compiler and the launch choices say of the product kernels, against stated limits.
 
-Compiles for two architectures, or with DENSENET_FAST_CUDA=all for all seven, once for given sources.
+Compiles for two architectures, or with DENSENET_FAST_CUDA=all for all seven: many minutes, once.
 """
 
 from __future__ import annotations
