@@ -310,7 +310,7 @@ def test_suite_labels_everything_a_prediction(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(spec: Any, peers: list[str], *_: Any) -> list[dict[str, Any]]:
-        return [{"peer": name, "seconds": [1e-9, 1.0, 2e-3]} for name in peers]
+        return [{"peer": name, "seconds": [1e-9, 1.0, 3e-3]} for name in peers]
 
     monkeypatch.setattr(predict.host, "measure", measured)
     assert cli.main(["predict", "--no-progress", "--full", "--output", str(tmp_path)]) == 0
@@ -328,10 +328,10 @@ def test_suite_labels_everything_a_prediction(
     plot = predict.figure(json.loads((tmp_path / "predict.json").read_text()))
     assert plot is not None
     assert plot.get_suptitle().startswith("PREDICTION")
-    # Two ms: less than a step at 256 images alone.
+    # Three ms: less than a step at 256 images alone.
     ours = [line.split("|") for line in lines if line.startswith("| densenet_fast") and "×" in line]
     waiting = {cells[6].strip() for cells in ours if len(cells) > 10}
-    assert waiting == {"2"}
+    assert waiting == {"3"}
     assert {"(host)" in cell for cells in ours for cell in cells[8:9]} == {True, False}
     printed = capsys.readouterr().out
     assert all(source in printed for device in DEVICES for source in device.sources)
