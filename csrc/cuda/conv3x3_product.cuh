@@ -99,7 +99,7 @@ __host__ __device__ constexpr size_t conv3x3_shared_bytes(int halo_pixels) {
 
 template <class P, class Source, class Sink, int kRows, int kColumns>
 __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
-                                  (kBlocks<P, Source, Tile<kRows, kColumns>>))
+                                  (kBlocks<P, Source, Sink, Tile<kRows, kColumns>>))
     conv3x3_product(Source source, PackedWeight<typename P::Element> weight, Sink sink,
                     TileGrid grid, int split_steps) {
   using E = typename P::Element;

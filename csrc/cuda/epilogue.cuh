@@ -161,6 +161,7 @@ template <class P>
 struct StoreStatistics {
   using E = typename P::Element;
   using A = Accumulator<E>;
+  static constexpr bool kGradient = false;
   Image<E> out;
   TileStatistics<A> statistics;
   A* split = nullptr;  // [splits, rows, columns]
@@ -234,6 +235,7 @@ template <class P, Into kInto>
 struct MaskedGradient {
   using E = typename P::Element;
   using A = Accumulator<E>;
+  static constexpr bool kGradient = true;
   static constexpr int kCorners = kInto == Into::kUnpooled ? 4 : 1;
   Image<const E> x;
   Norm<A> norm;

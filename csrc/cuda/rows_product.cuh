@@ -22,10 +22,13 @@ template <class P>
 constexpr bool kTensor = sizeof(typename P::Element) == 2 || P::kTf32;  // but for sm_75
 
 // What a multiprocessor's registers must leave room for: sixteen warps, and eight of plain
-// arithmetic, with several pixels a row, and before copies were asynchronous.
-template <class P, class Source, class T>
-constexpr int kBlocks =
-    kTensor<P> && Source::kRaw <= 2 && kArchitecture >= 800 ? T::kBlocks : (T::kBlocks + 1) / 2;
+// arithmetic, with several pixels a row, before copies were asynchronous, and of the largest tiles
+// of a data gradient.
+template <class P, class Source, class Sink, class T>
+constexpr int kBlocks = kTensor<P> && Source::kRaw <= 2 && kArchitecture >= 800 &&
+                                !(Sink::kGradient && T::kRows * T::kColumns > 128 * 64)
+                            ? T::kBlocks
+                            : (T::kBlocks + 1) / 2;
 
 // The tiles of a product with this arithmetic.
 template <class P, const auto& kTiles>
@@ -122,7 +125,7 @@ __host__ __device__ constexpr size_t product_shared_bytes(int stages) {
 
 template <class P, class Source, class Sink, int kRows, int kColumns>
 __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
-                                  (kBlocks<P, Source, Tile<kRows, kColumns>>))
+                                  (kBlocks<P, Source, Sink, Tile<kRows, kColumns>>))
     rows_product(Source source, PackedWeight<typename P::Element> weight, Sink sink, int64_t rows,
                  int split_steps, int stages) {
   using E = typename P::Element;
