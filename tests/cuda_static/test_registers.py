@@ -14,8 +14,8 @@ from occupancy import Occupancy, accesses, choices, occupancies, product_kernels
 pytestmark = pytest.mark.slow
 
 # Registers of a thread at most. 128 let sixteen warps share a multiprocessor. Plain arithmetic,
-# sm_75, which copies through registers, and the largest data gradients get half as many warps, which
-# 255 let them have.
+# sm_75, which copies through registers, and the largest data gradients get half as many warps,
+# which 255 let them have.
 LIMITS = {"rows_product": 128, "conv3x3_product": 128, "pixel_product": 128, "tap_product": 144}
 SHARED_LIMIT = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
