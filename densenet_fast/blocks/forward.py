@@ -156,7 +156,7 @@ class Block:
         def plain(tensors: list[Tensor | None]) -> Any:
             if _readable(tensors, dtype):
                 return tensors
-            return [none if t is None else t.to(dtype).contiguous() for t in tensors]
+            return [none if t is None else norms.plain(t, dtype) for t in tensors]
 
         parameters: Any = list(self.parameters[: 6 * layers])
         for at in (slice(0, None, 3), slice(1, None, 3)):

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from densenet_fast import operators
 from densenet_fast.blocks import autocast, norms
 from densenet_fast.blocks.specs import Tensors
+from densenet_fast.operators.torch_internals import FakeTensor
 
 NAMESPACE = "densenet_fast_nodes"
 

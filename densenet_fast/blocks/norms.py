@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from densenet_fast import operators
 from densenet_fast.blocks.specs import NormSpec
 from densenet_fast.operators.reference_block import Coefficients
+
+
+def plain(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """A vector as operators read it: itself, if it is so already."""
+    return vector.to(dtype).contiguous()
 
 
 def coefficients(
@@ -21,13 +27,9 @@ def coefficients(
     like: Tensor,
 ) -> Coefficients:
     """Coefficients from mean and biased variance, in the type of `like`."""
-
-    def plain(vector: Tensor) -> Tensor:
-        return vector.to(like.dtype).contiguous()
-
-    mean, var = plain(mean), plain(var)
-    weight = None if weight is None else plain(weight)
-    bias = None if bias is None else plain(bias)
+    mean, var = plain(mean, like.dtype), plain(var, like.dtype)
+    weight = None if weight is None else plain(weight, like.dtype)
+    bias = None if bias is None else plain(bias, like.dtype)
     scale, shift, rstd = like.new_empty(3, len(mean)).unbind()
     operators.norm_coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
     return Coefficients(scale, shift, mean, rstd)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from densenet_fast.blocks import autocast
 from densenet_fast.blocks.specs import ConvGeometry
+from densenet_fast.operators import torch_internals
 from densenet_fast.operators.backends import backend_for, get_backend
 
 Size = tuple[int, int]
@@ -84,12 +85,12 @@ def module_forward(module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tenso
     stored = autocast.computed_type(input.dtype, input.device.type)
     dtype = fast_type(stored, input.device)
     if dtype == stored:
-        return module._conv_forward(input, _channels_last(weight), bias)
+        return torch_internals.conv_forward(module, input, _channels_last(weight), bias)
     weight = autocast.cast(weight).to(dtype)
     bias = None if bias is None else autocast.cast(bias).to(dtype)
     with autocast.disabled(input.device.type):
         images = input.to(stored).to(dtype)
-        output = module._conv_forward(images, _channels_last(weight), bias)
+        output = torch_internals.conv_forward(module, images, _channels_last(weight), bias)
     return output.to(stored)
 
 

@@ -8,14 +8,13 @@ gradient for the batch's statistics; gradients of parameters stay each rank's ow
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from densenet_fast.operators.torch_internals import process_group
 
 
 def active() -> bool:
@@ -38,15 +37,6 @@ def group_of(norm: nn.Module) -> str:
         return ""
     group: Any = norm.process_group or dist.group.WORLD
     return group.group_name if dist.get_world_size(group) > 1 else ""
-
-
-def resolved(name: str) -> ProcessGroup:
-    """The process group of this name."""
-    from torch.distributed import distributed_c10d
-
-    resolve: Any = distributed_c10d.__dict__["_resolve_process_group"]
-    group: ProcessGroup = resolve(name)
-    return group
 
 
 class OneGroup:
@@ -78,7 +68,7 @@ def check(group: str, device: torch.device, name: str) -> None:
         ValueError: its backend has nothing for that type of device.
     """
     try:
-        ranks = resolved(group)
+        ranks = process_group(group)
         dist.get_process_group_ranks(ranks)
     except (KeyError, LookupError, RuntimeError, ValueError):
         raise RuntimeError(
@@ -112,7 +102,7 @@ def combine(name: str, rows: int, mean: Tensor, var: Tensor, total: Tensor) -> N
 
     `total` [1] becomes their number. It stays on the device: nobody waits for it.
     """
-    group, channels = resolved(name), len(mean)
+    group, channels = process_group(name), len(mean)
     mine = torch.cat((mean, var, total.fill_(rows)))
     all_ranks = mine.new_empty(dist.get_world_size(group), len(mine))
     dist.all_gather(list(all_ranks.unbind()), mine, group=group)
@@ -129,5 +119,5 @@ def mean_over_ranks(name: str, sums: Tensor, total: Tensor) -> Tensor:
 
     Overwrites `sums`.
     """
-    dist.all_reduce(sums, group=resolved(name))
+    dist.all_reduce(sums, group=process_group(name))
     return sums.div_(total)

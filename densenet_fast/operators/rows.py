@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from densenet_fast.operators import extension
+from densenet_fast.operators.torch_internals import suggest_memory_format
 
 _LARGE = 4 << 20  # bytes from which huge pages are worth a call
 _CACHE_PAGE = 4096  # rows a multiple of this many bytes apart all fall into the same cache sets

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
@@ -64,6 +67,32 @@ def test_classes() -> None:
 
     with FakeTensorMode():
         assert type(torch.ones(2)) is torch_internals.FakeTensor
+
+
+def test_memory_formats() -> None:
+    images = torch.ones(2, 3, 4, 5)
+    assert torch_internals.suggest_memory_format(images) == torch.contiguous_format
+    inside = images.contiguous(memory_format=torch.channels_last)
+    assert torch_internals.suggest_memory_format(inside) == torch.channels_last
+
+
+def test_convolutions() -> None:
+    conv = nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular")
+    images = torch.rand(1, 3, 4, 4)
+    found = torch_internals.conv_forward(conv, images, 2 * conv.weight, None)
+    torch.testing.assert_close(found, 2 * (conv(images) - conv.bias.view(-1, 1, 1)))  # type: ignore[union-attr]
+
+
+def test_process_groups(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group: Any = dist.group.WORLD
+        assert torch_internals.process_group(group.group_name) is group
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises((KeyError, LookupError, RuntimeError, ValueError)):
+        torch_internals.process_group("none of this name")
 
 
 def test_names_in_pickles() -> None:
