@@ -79,7 +79,7 @@ class BlockCase:
         return {
             "parameters": self._parameters(make),
             "frozen": frozen,
-            "numbers": [1e-5, 1e-3, self.dropout] * self.layers,
+            "numbers": [1e-5, 1e-3, self.dropout, 0.0] * self.layers,
             "seeds": [7 + layer for layer in range(self.layers)],
             "reduced": self.reduced,
         }

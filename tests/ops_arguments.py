@@ -158,7 +158,11 @@ def block(make: _Maker, *, backward: bool) -> dict[str, Any]:
         "parameters": parameters,
         "frozen": [none] * 6 + vectors(B, B),
     }
-    described = {"numbers": [1e-5, 1e-3, 0.0, 1e-5, 1e-3, 0.5], "seeds": [1, 2], "reduced": 2}
+    described = {
+        "numbers": [1e-5, 1e-3, 0.0, 0.0, 1e-5, 1e-3, 0.5, 0.0],
+        "seeds": [1, 2],
+        "reduced": 2,
+    }
     statistics = make.vector(2 * channels + 4 * B).abs() + 0.1
     bottlenecks = [make.rows(PIXELS, B) for _ in range(layers)]
     scratch = {"vectors": make.vector(3 * (sum(starts) + (layers + 1) * B))}

@@ -164,11 +164,10 @@ class Block:
         frozen: list[Tensor] = []
         if not all(self.settings.batch_statistics[: 2 * layers]):
             frozen = plain(list(self.buffers[: 4 * layers]))
-        eps = self.settings.eps
-        triples = zip(
-            eps[: 2 * layers : 2], eps[1 : 2 * layers : 2], self.settings.dropout, strict=True
-        )
-        numbers = [number for triple in triples for number in triple]
+        settings = self.settings
+        eps, dropout = settings.eps[: 2 * layers], settings.dropout
+        of_layers = zip(eps[::2], eps[1::2], dropout, settings.whole_channels, strict=True)
+        numbers = [float(number) for of_layer in of_layers for number in of_layer]
         return BlockArguments(parameters, frozen, numbers, self.seeds, self.geometry.reduced)
 
     def scratch(self, vector: Tensor) -> Tensor:

@@ -48,7 +48,9 @@ class ConvGeometry(NamedTuple):
 class LayerSpec(NamedTuple):
     """norm1, ReLU, 1x1 convolution `[B, C_l, 1, 1]`, norm2, ReLU, 3x3 convolution `[k, B, 3, 3]`.
 
-    `dropout` is the probability of zeroing an element of the layer's output; 0 in evaluation.
+    Weights of one dimension are `[B, C_l, 1]` and `[k, B, 3]`, those of three have one size more.
+    `dropout` is the probability of zeroing an element of the layer's output, or with
+    `whole_channels` a whole channel of an image; 0 in evaluation.
     """
 
     norm1: NormSpec
@@ -56,10 +58,14 @@ class LayerSpec(NamedTuple):
     norm2: NormSpec
     conv2_weight: Tensor
     dropout: float = 0.0
+    whole_channels: bool = False
 
 
 class TransitionTail(NamedTuple):
-    """norm, ReLU, 1x1 convolution `[Cout, C, 1, 1]`, 2x2 average pooling behind the block."""
+    """norm, ReLU, 1x1 convolution `[Cout, C, 1, 1]`, 2x2 average pooling behind the block.
+
+    In one and three dimensions one size less or more.
+    """
 
     norm: NormSpec
     conv_weight: Tensor
@@ -86,6 +92,7 @@ class Settings(NamedTuple):
     batch_statistics: Sequence[bool]
     groups: Sequence[str]
     dropout: Sequence[float]
+    whole_channels: Sequence[bool]
     tail: str  # "none", "transition" or "average"
     checkpoint: Checkpoint = "bottleneck"
     hold: int = 0  # last layers whose bottleneck is held for the backward
@@ -107,7 +114,7 @@ def flattened(
     the statistics there are two for each norm, None where it takes the batch's.
     """
     parameters: list[Tensor | None] = []
-    for norm1, conv1, norm2, conv2, _ in layers:
+    for norm1, conv1, norm2, conv2, *_ in layers:
         parameters += (norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2)
     kind = "none"
     if tail is not None:
@@ -129,6 +136,7 @@ def flattened(
             [norm.batch_statistics for norm in norms],
             groups if any(groups) else [],
             [layer.dropout for layer in layers],
+            [layer.whole_channels for layer in layers],
             kind,
         ),
     )

@@ -1,24 +1,31 @@
 """Every operator in plain PyTorch: the definition, and the backend of last resort.
 
-Same signatures as the compiled operators: NHWC tensors `[N, H, W, C]`, possibly channel slices of
-wider buffers, results written into tensors the caller owns. Any device and floating-point type.
-Statistics and sums are float32 (float64 for float64 storage); with float16 or bfloat16 storage they
-are taken of the rounded values, which the backward will read again. Weights may be float32 then.
+Same signatures as the compiled operators: rows `[N, *size, C]` of images with one, two or three
+sizes, possibly channel slices of wider buffers, results written into tensors the caller owns. Any
+device and floating-point type. Statistics and sums are float32 (float64 for float64 storage); with
+float16 or bfloat16 storage they are taken of the rounded values, which the backward will read
+again. Weights may be float32 then.
 
 Below, act(x) = relu(scale * x + shift) and xhat = (x - mean) * rstd.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from densenet_fast.operators.philox import philox
-from densenet_fast.operators.rows import statistics_dtype
+from densenet_fast.operators.rows import images_of, rows_of, statistics_dtype
 
-PIXELS = (0, 1, 2)  # the dimensions of an NHWC tensor that statistics reduce
+# By the number of a tensor's dimensions.
+_AVERAGE: dict[int, Callable[..., Tensor]] = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
+_MAXIMUM: dict[int, Callable[..., Any]] = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -26,16 +33,13 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[N, H, W, C] as the matrix [N*H*W, C], rows a pitch apart."""
-    return tensor.view(-1, tensor.shape[3])
+    """[N, *size, C] as the matrix of all pixels' channels, rows a pitch apart."""
+    return tensor.view(-1, tensor.shape[-1])
 
 
-def _nchw(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, 3, 1, 2)
-
-
-def _nhwc(tensor: Tensor) -> Tensor:
-    return tensor.permute(0, 2, 3, 1)
+def _pixels(tensor: Tensor) -> tuple[int, ...]:
+    """The dimensions of [N, *size, C] that statistics reduce."""
+    return tuple(range(tensor.dim() - 1))
 
 
 def _normalised(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -61,8 +65,9 @@ def _norm_sums(
     grad_beta: Tensor,
 ) -> None:
     """grad_beta = sum(grad_norm), grad_gamma = sum(grad_norm * xhat)."""
-    grad_beta.copy_(grad_norm.sum(PIXELS))
-    grad_gamma.copy_((_wide(features) - mean).mul_(grad_norm).sum(PIXELS) * rstd)
+    pixels = _pixels(features)
+    grad_beta.copy_(grad_norm.sum(pixels))
+    grad_gamma.copy_((_wide(features) - mean).mul_(grad_norm).sum(pixels) * rstd)
 
 
 # Normalisation vectors
@@ -70,9 +75,9 @@ def _norm_sums(
 
 def channel_statistics(features: Tensor, mean: Tensor, var: Tensor) -> None:
     """Mean and biased variance of each channel, in two passes."""
-    values = _wide(features)
-    mean.copy_(values.mean(PIXELS))
-    var.copy_((values - mean).square_().mean(PIXELS))
+    values, pixels = _wide(features), _pixels(features)
+    mean.copy_(values.mean(pixels))
+    var.copy_((values - mean).square_().mean(pixels))
 
 
 def _optional_statistics(features: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
@@ -154,7 +159,15 @@ def conv1x1_backward(
         grad_features.add_(grad_norm1.mul_(scale))
 
 
-# 3x3 convolution
+# Convolution with three taps in each dimension
+
+
+def _convolution(features: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """Of rows [N, *size, C], padded with one row of zeros on every side."""
+    images = images_of(features)
+    one, zero = [1] * (images.dim() - 2), [0] * (images.dim() - 2)
+    weight = weight.to(features.dtype)
+    return rows_of(torch.convolution(images, weight, None, one, one, one, transposed, zero, 1))
 
 
 def conv3x3_forward(
@@ -166,9 +179,12 @@ def conv3x3_forward(
     mean: Tensor | None,
     var: Tensor | None,
 ) -> None:
-    """`growth` = conv3x3(act(bottleneck), weight), zero padding after act, and its statistics."""
+    """`growth` = conv3(act(bottleneck), weight), zero padding after act, and its statistics.
+
+    The weight is [K, B, 3], [K, B, 3, 3] or [K, B, 3, 3, 3].
+    """
     activation = _activation(bottleneck, scale, shift).to(bottleneck.dtype)
-    growth.copy_(_nhwc(F.conv2d(_nchw(activation), weight.to(activation.dtype), padding=1)))
+    growth.copy_(_convolution(activation, weight))
     _optional_statistics(growth, mean, var)
 
 
@@ -188,18 +204,22 @@ def conv3x3_backward(
     """Gradients of the weight, of norm2's output and of norm2.
 
     grad_weight = correlation of act(bottleneck), padded with zeros, and grad_growth
-    grad_norm = transposed conv3x3(grad_growth, weight) where act(bottleneck) > 0
+    grad_norm = transposed conv3(grad_growth, weight) where act(bottleneck) > 0
 
     `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is.
     """
     if grad_weight is not None:
-        activation = _nchw(_activation(bottleneck, scale, shift).to(bottleneck.dtype))
-        size = tuple(grad_weight.shape)
-        grad_weight.copy_(conv2d_weight(activation, size, _nchw(grad_growth), padding=1))
+        activation = images_of(_activation(bottleneck, scale, shift).to(bottleneck.dtype))
+        grad, room = images_of(grad_growth), activation.new_empty(1).expand(grad_weight.shape)
+        one, zero = [1] * (grad.dim() - 2), [0] * (grad.dim() - 2)
+        _, found, _ = torch.ops.aten.convolution_backward(
+            grad, activation, room, None, one, one, one, False, zero, 1, (False, True, False)
+        )
+        grad_weight.copy_(found)
         del activation
     if grad_gamma is None or grad_beta is None:
         return
-    grad = _nhwc(F.conv_transpose2d(_nchw(grad_growth), weight.to(grad_growth.dtype), padding=1))
+    grad = _convolution(grad_growth, weight, transposed=True)
     grad = _masked(grad, bottleneck, scale, shift)
     if grad_norm is not None:
         grad = _wide(grad_norm.copy_(grad))
@@ -209,16 +229,21 @@ def conv3x3_backward(
 # Dropout
 
 
-def dropout_(growth: Tensor, seed: int, p: float) -> None:
+def dropout_(growth: Tensor, seed: int, p: float, channels: bool = False) -> None:
     """Zero each element with probability p and scale the others by 1 / (1 - p).
 
     Element i, in logical order, is kept where word i of the seed's stream >= floor(p * 2**32).
+    With `channels` whole channels of an image are zeroed: channel c of image n is kept by word
+    n * C + c.
     """
     if p >= 1:
         growth.zero_()
         return
-    keep = philox(growth.numel(), seed, growth.device) >= int(p * 2**32)
-    growth.mul_(keep.view(growth.shape).to(statistics_dtype(growth.dtype)).mul_(1 / (1 - p)))
+    shape = list(growth.shape)
+    if channels:
+        shape[1:-1] = [1] * (growth.dim() - 2)
+    keep = philox(math.prod(shape), seed, growth.device) >= int(p * 2**32)
+    growth.mul_(keep.view(shape).to(statistics_dtype(growth.dtype)).mul_(1 / (1 - p)))
 
 
 def finish_gradient(
@@ -242,8 +267,9 @@ def finish_gradient(
 
 
 def _pooled_activation(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    activation = _nchw(_activation(features, scale, shift))
-    return _nhwc(F.avg_pool2d(activation, 2)).contiguous().to(features.dtype)
+    activation = images_of(_activation(features, scale, shift))
+    pooled = _AVERAGE[activation.dim()](activation, 2)
+    return rows_of(pooled).contiguous().to(features.dtype)
 
 
 def transition_forward(
@@ -255,9 +281,10 @@ def transition_forward(
     mean: Tensor | None,
     var: Tensor | None,
 ) -> None:
-    """`out` = avgpool2x2(act(features)) @ weight.T, and its statistics.
+    """`out` = avgpool2(act(features)) @ weight.T, and its statistics.
 
-    Pooling commutes with the 1x1 convolution, so it comes first: a quarter of the rows remain.
+    Pooling commutes with the 1x1 convolution, so it comes first: in two dimensions a quarter of the
+    rows remain.
     """
     pooled = _pooled_activation(features, scale, shift)
     torch.mm(_rows(pooled), weight.to(features.dtype).t(), out=_rows(out))
@@ -278,16 +305,19 @@ def transition_backward(
     grad_weight: Tensor | None,
 ) -> None:
     """`grad_features` = scale * grad_norm at all pixels, 0 at those that pooling cut off."""
-    rows, height, width = grad_out.shape[:3]
     if grad_weight is not None:
         pooled = _pooled_activation(features, scale, shift)
         grad_weight.copy_(_rows(grad_out).t() @ _rows(pooled))
         del pooled
     grad_pooled = _wide(_rows(grad_out) @ weight.to(features.dtype))
-    grad_pooled = grad_pooled.view(rows, height, width, -1) / 4
+    spread = grad_pooled.view(*grad_out.shape[:-1], -1) / 2 ** (grad_out.dim() - 2)
     grad_norm = grad_pooled.new_zeros(features.shape)
-    covered = grad_norm[:, : 2 * height, : 2 * width].unflatten(1, (height, 2))
-    covered.unflatten(3, (width, 2)).copy_(grad_pooled[:, :, None, :, None])
+    covered = grad_norm
+    for axis in reversed(range(1, grad_out.dim() - 1)):
+        windows = grad_out.shape[axis]
+        covered = covered.narrow(axis, 0, 2 * windows).unflatten(axis, (windows, 2))
+        spread = spread.unsqueeze(axis + 1)
+    covered.copy_(spread)
     grad_norm = _masked(grad_norm, features, scale, shift)
     _norm_sums(grad_norm, features, mean, rstd, grad_gamma, grad_beta)
     grad_features.copy_(grad_norm.mul_(scale))
@@ -295,7 +325,7 @@ def transition_backward(
 
 def norm_relu_avgpool_forward(features: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     """`out` [N, C] = the average of act(features) over the pixels of each image."""
-    out.copy_(_activation(features, scale, shift).mean((1, 2)))
+    out.copy_(_activation(features, scale, shift).mean(_pixels(features)[1:]))
 
 
 def norm_relu_avgpool_backward(
@@ -310,8 +340,8 @@ def norm_relu_avgpool_backward(
     grad_beta: Tensor,
 ) -> None:
     """`grad_features` = scale * grad_norm."""
-    pixels = features.shape[1] * features.shape[2]
-    grad_activation = (_wide(grad_out) / pixels)[:, None, None]
+    size = features.shape[1:-1]
+    grad_activation = (_wide(grad_out) / size.numel()).view(-1, *[1] * len(size), grad_out.shape[1])
     grad_norm = _masked(grad_activation, features, scale, shift)
     _norm_sums(grad_norm, features, mean, rstd, grad_gamma, grad_beta)
     grad_features.copy_(grad_norm.mul_(scale))
@@ -323,15 +353,21 @@ def norm_relu_avgpool_backward(
 def norm_relu_maxpool_forward(
     input: Tensor, scale: Tensor, shift: Tensor, out: Tensor, argmax: Tensor
 ) -> None:
-    """Max-pool of act(input), kernel 3, stride 2, padding 1; argmax = 3 * window row + column."""
-    activation = _nchw(_activation(input, scale, shift).to(input.dtype))
-    pooled, index = F.max_pool2d(activation, 3, 2, padding=1, return_indices=True)
-    out.copy_(_nhwc(pooled))
-    height, width = index.shape[2:]
-    row, column = index // input.shape[2], index % input.shape[2]
-    row -= 2 * torch.arange(height, device=index.device)[:, None] - 1
-    column -= 2 * torch.arange(width, device=index.device) - 1
-    argmax.copy_(_nhwc(3 * row + column))
+    """Max-pool of act(input), kernel 3, stride 2, padding 1.
+
+    `argmax` is a maximum's place in its window, a number to base 3 with one digit per dimension,
+    the first dimension's in front: 3 * row + column in two dimensions.
+    """
+    activation = images_of(_activation(input, scale, shift).to(input.dtype))
+    pooled, index = _MAXIMUM[activation.dim()](activation, 3, 2, padding=1, return_indices=True)
+    out.copy_(rows_of(pooled))
+    places = torch.zeros_like(index)
+    for digit, axis in enumerate(reversed(range(2, index.dim()))):
+        length = activation.shape[axis]
+        starts = 2 * torch.arange(index.shape[axis], device=index.device) - 1
+        places += 3**digit * (index % length - starts.view(-1, *[1] * digit))
+        index = index // length
+    argmax.copy_(rows_of(places))
 
 
 def norm_relu_maxpool_backward(
@@ -351,15 +387,17 @@ def norm_relu_maxpool_backward(
 
     grad_input = scale * (grad_norm - [batch_statistics] * (grad_beta + xhat * grad_gamma) / M)
     """
-    images, height, width, channels = input.shape
-    out_height, out_width = grad_out.shape[1:3]
+    images, *size, channels = input.shape
+    windows = grad_out.shape[1:-1]
     grad = _wide(grad_out)
-    padded = grad.new_zeros(images, height + 2, width + 2, channels)
-    for position in range(9):  # one scatter for each window position: deterministic everywhere
-        row, column = divmod(position, 3)
-        target = padded[:, row : row + 2 * out_height : 2, column : column + 2 * out_width : 2]
-        target += torch.where(argmax == position, grad, grad.new_zeros(()))
-    grad_norm = _masked(padded[:, 1:-1, 1:-1], input, scale, shift)
+    padded = grad.new_zeros(images, *(length + 2 for length in size), channels)
+    # One scatter for each place in a window: deterministic everywhere.
+    for place, starts in enumerate(product(range(3), repeat=len(size))):
+        reached = [slice(at, at + 2 * n, 2) for at, n in zip(starts, windows, strict=True)]
+        target = padded[(slice(None), *reached)]
+        target += torch.where(argmax == place, grad, grad.new_zeros(()))
+    inside = (slice(None), *[slice(1, -1)] * len(size))
+    grad_norm = _masked(padded[inside], input, scale, shift)
     _norm_sums(grad_norm, input, mean, rstd, grad_gamma, grad_beta)
     if batch_statistics:
         rows = input[..., 0].numel()

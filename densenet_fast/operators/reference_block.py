@@ -6,7 +6,8 @@ products and pooling of a half-layer. Per layer the lists hold
 - `parameters`: norm1's weight and bias, conv1's weight, norm2's weight and bias, conv2's weight;
 - `frozen`: running mean and variance of norm1 and of norm2 (nothing at all if no norm is frozen);
 - `gradients`: in the parameters' order, statistics' type for norms;
-- `numbers`: eps of norm1 and of norm2, probability of dropout; `seeds`: one number.
+- `numbers`: eps of norm1 and of norm2, probability of dropout, 1 if that drops whole channels of
+  an image and 0 if elements; `seeds`: one number.
 
 A tensor without elements stands for one that is not there. `statistics` are the means of the
 features [C], their variances [C], then mean and variance of every bottleneck. Segment 0 of the
@@ -55,7 +56,7 @@ class _Block:
         self.features, self.bottlenecks, self.operators = features, bottlenecks, operators
         self.parameters, self.frozen, self.reduced = parameters, frozen, reduced
         self.numbers, self.seeds = numbers, seeds
-        count, channels = len(seeds), features.shape[3]
+        count, channels = len(seeds), features.shape[-1]
         widths = [len(parameters[6 * layer + 2]) for layer in range(count)]
         growths = [len(parameters[6 * layer + 5]) for layer in range(count)]
         self.starts = [channels - sum(growths)]
@@ -68,6 +69,12 @@ class _Block:
         """The weight of conv1 or conv2, a 1x1 convolution's as a matrix."""
         weight = self.parameters[6 * layer + 3 * convolution - 1]
         return weight.flatten(1) if convolution == 1 else weight
+
+    def drop_(self, layer: int, tensor: Tensor) -> None:
+        """Dropout, if the layer has any."""
+        p, channels = self.numbers[4 * layer + 2 : 4 * layer + 4]
+        if p:
+            self.operators.dropout_(tensor, self.seeds[layer], p, bool(channels))
 
     def is_frozen(self, layer: int, norm: int) -> bool:
         return bool(self.frozen) and self.frozen[4 * layer + 2 * norm - 2].numel() > 0
@@ -82,7 +89,7 @@ class _Block:
         at = 6 * layer + 3 * norm - 3
         weight, bias = (t if t.numel() else None for t in self.parameters[at : at + 2])
         scale, shift, rstd = mean.new_empty(3, len(mean)).unbind()
-        eps = self.numbers[3 * layer + norm - 1]
+        eps = self.numbers[4 * layer + norm - 1]
         self.operators.norm_coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
         return Coefficients(scale, shift, mean, rstd)
 
@@ -114,7 +121,7 @@ def dense_block_forward_(
     *,
     operators: Any = reference,
 ) -> None:
-    """Every layer's channels of `features` [N, H, W, C], from those before them.
+    """Every layer's channels of `features` [N, *size, C], from those before them.
 
     `recompute` takes all statistics as they are. `vectors` are the compiled kernels' scratch.
     """
@@ -132,13 +139,12 @@ def dense_block_forward_(
         wanted: Sequence[Tensor | None] = (None, None)
         if not recompute and layer + 1 < reduced:
             wanted = (block.mean[start:end], block.var[start:end])
-        dropout, weight = numbers[3 * layer + 2], block.weight(layer, 2)
+        dropout, weight = numbers[4 * layer + 2], block.weight(layer, 2)
         behind = (None, None) if dropout else wanted
         operators.conv3x3_forward(bottlenecks[layer], scale, shift, weight, growth, *behind)
-        if dropout:
-            operators.dropout_(growth, seeds[layer], dropout)
-            if wanted[0] is not None:
-                operators.channel_statistics(growth, *wanted)
+        block.drop_(layer, growth)
+        if dropout and wanted[0] is not None:
+            operators.channel_statistics(growth, *wanted)
 
 
 def dense_block_backward_(
@@ -174,11 +180,11 @@ def dense_block_backward_(
     block = _Block(
         features, statistics, bottlenecks, parameters, frozen, numbers, seeds, reduced, operators
     )
-    channels, rows = features.shape[3], features[..., 0].numel()
+    channels, rows = features.shape[-1], features[..., 0].numel()
     sum_grad, sum_grad_x, exchanged = sums.split((channels, channels, len(sums) - 2 * channels))
 
     def image(scratch: Tensor, width: int) -> Tensor:
-        return scratch[: rows * width].view(*features.shape[:3], width)
+        return scratch[: rows * width].view(*features.shape[:-1], width)
 
     def given(gradient: Tensor) -> Tensor | None:
         return gradient if gradient.numel() else None
@@ -192,7 +198,7 @@ def dense_block_backward_(
         conv1_needed = features_needed or gamma1 is not None or grad_conv1 is not None
         start, end = block.starts[layer : layer + 2]
         bottleneck = bottlenecks[layer]
-        grad_norm2 = image(grad_norm, bottleneck.shape[3])
+        grad_norm2 = image(grad_norm, bottleneck.shape[-1])
         norm2 = block.norm(layer, 2)
         if half % 2 == 1:
             if layer < len(seeds) - held:
@@ -209,8 +215,7 @@ def dense_block_backward_(
                     out,
                 )
                 gradient = out
-            if numbers[3 * layer + 2]:
-                operators.dropout_(gradient, seeds[layer], numbers[3 * layer + 2])
+            block.drop_(layer, gradient)
             operators.conv3x3_backward(
                 gradient,
                 bottleneck,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,7 @@ from densenet_fast.operators.torch_internals import suggest_memory_format
 _LARGE = 4 << 20  # bytes from which huge pages are worth a call
 _CACHE_PAGE = 4096  # rows a multiple of this many bytes apart all fall into the same cache sets
 _PADDING = 16
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CUDA_ACCESS = 16  # bytes that a thread moves at once, if rows begin at their multiples
 
 
@@ -27,22 +31,38 @@ def row_pitch(channels: int, itemsize: int, *, cuda: bool) -> int:
     return pitch + _PADDING * (pitch * itemsize % _CACHE_PAGE == 0)
 
 
-def empty_channels_last(
-    shape: tuple[int, int, int, int], like: Tensor, pitch: int | None = None
-) -> Tensor:
-    """An uninitialised [N, C, H, W] tensor of rows `pitch` apart, C by default.
+def rows_of(images: Tensor) -> Tensor:
+    """A tensor [N, C, *size] as [N, *size, C]: a view."""
+    return images.permute(0, *range(2, images.dim()), 1)
+
+
+def images_of(rows: Tensor) -> Tensor:
+    """Rows [N, *size, C] as [N, C, *size]: a view."""
+    return rows.permute(0, rows.dim() - 1, *range(1, rows.dim() - 1))
+
+
+def _row_strides(size: Sequence[int], pitch: int) -> list[int]:
+    """Strides of the batch and of every dimension of images of this size, rows `pitch` apart."""
+    strides = [pitch]
+    for length in reversed(size):
+        strides.append(strides[-1] * length)
+    return strides[::-1]
+
+
+def empty_channels_last(shape: Sequence[int], like: Tensor, pitch: int | None = None) -> Tensor:
+    """An uninitialised [N, C, *size] tensor of rows `pitch` apart, C by default.
 
     Its own storage and no view, so that autograd's version counter guards it as an output too.
     """
-    _, channels, height, width = shape
-    pitch = pitch or channels
-    strides = (height * width * pitch, 1, width * pitch, pitch)
+    images, channels, *size = shape
+    image_stride, *strides = _row_strides(size, pitch or channels)
+    strides = [image_stride, 1, *strides]
     tensor = torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
-    return _huge_pages(tensor, strides[0] * shape[0])
+    return _huge_pages(tensor, images * image_stride)
 
 
-def empty_rows(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
-    """An uninitialised contiguous [N, H, W, C] tensor."""
+def empty_rows(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised contiguous [N, *size, C] tensor."""
     tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
     return _huge_pages(tensor, tensor.numel())
 
@@ -55,41 +75,43 @@ def _huge_pages(tensor: Tensor, elements: int) -> Tensor:
     return tensor
 
 
+def channels_last_format(dim: int) -> torch.memory_format:
+    """PyTorch's format with channels innermost for tensors of `dim` dimensions, if it has one."""
+    return _CHANNELS_LAST.get(dim, torch.contiguous_format)
+
+
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether PyTorch's operators take a tensor [N, C, H, W] for one with channels innermost."""
-    return tensor.dim() == 4 and suggest_memory_format(tensor) == torch.channels_last
+    """Whether PyTorch's operators take a tensor [N, C, *size] for one with channels innermost."""
+    return tensor.dim() in _CHANNELS_LAST and (
+        suggest_memory_format(tensor) == _CHANNELS_LAST[tensor.dim()]
+    )
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[N, C, H, W] of any layout as [N, H, W, C], rows one pitch apart: a copy only if it must."""
-    rows = tensor.permute(0, 2, 3, 1)
-    _, height, width, channels = rows.shape
-    image_stride, row_stride, pitch, channel_stride = rows.stride()
-    if (
-        channel_stride == 1
-        and pitch >= channels
-        and row_stride == width * pitch
-        and image_stride == height * row_stride
-    ):
+    """[N, C, *size] of any layout as [N, *size, C], rows a pitch apart: a copy only if it must."""
+    rows = rows_of(tensor)
+    _, *size, channels = rows.shape
+    *strides, channel_stride = rows.stride()
+    pitch = strides[-1]
+    if channel_stride == 1 and pitch >= channels and strides == _row_strides(size, pitch):
         return rows
     # Dimensions of size 1 may carry any stride, even in a contiguous tensor: name them all.
-    strides = (height * width * channels, width * channels, channels, 1)
-    return rows.contiguous().as_strided(rows.shape, strides)
+    return rows.contiguous().as_strided(rows.shape, (*_row_strides(size, channels), 1))
 
 
 class Scratch:
-    """One buffer for tensors [N, H, W, C] of the same pixels that are never alive together."""
+    """One buffer for tensors [N, *size, C] of the same pixels that are never alive together."""
 
-    def __init__(self, pixels: tuple[int, int, int], channels: int, like: Tensor) -> None:
+    def __init__(self, pixels: Sequence[int], channels: int, like: Tensor) -> None:
         """Reserve room for `channels`, the most that will be asked for."""
         self._pixels = pixels
-        self._rows = pixels[0] * pixels[1] * pixels[2]
+        self._rows = math.prod(pixels)
         buffer = torch.empty(self._rows * channels, dtype=like.dtype, device=like.device)
         self._buffer = _huge_pages(buffer, self._rows * channels)
         self._views: dict[int, Tensor] = {}  # most layers of a block ask for the same
 
     def take(self, channels: int) -> Tensor:
-        """The buffer as contiguous [N, H, W, channels]: what was taken before is overwritten."""
+        """The buffer as contiguous [N, *size, channels]: what was taken before is overwritten."""
         view = self._views.get(channels)
         if view is None:
             part = self._buffer[: self._rows * channels]
