@@ -27,6 +27,7 @@ struct BlockLayer {
   ImageArgument bottleneck;
   StatisticsResult growth;  // null: nobody normalises with them
   double dropout = 0;
+  bool drop_channels = false;  // whole ones of an image
   uint64_t seed = 0;
   // Of the backward.
   NormGradientResult grad_norm1, grad_norm2;
@@ -54,7 +55,7 @@ struct Block {
   const BlockNorm& norm(int64_t half) const {
     return half % 2 ? layers[half / 2].norm2 : layers[half / 2].norm1;
   }
-  int64_t rows() const { return features.n * features.h * features.w; }
+  int64_t rows() const { return features.rows(); }
   int64_t widest() const {
     int64_t width = 0;
     for (const BlockLayer& layer : layers) width = std::max(width, layer.conv1.out);
@@ -70,7 +71,10 @@ struct Block {
   }
   // Scratch as an image of the features' pixels.
   ImageArgument image(void* data, int64_t channels) const {
-    return {data, features.n, features.h, features.w, channels, channels};
+    ImageArgument image = features;
+    image.data = data;
+    image.c = image.pitch = channels;
+    return image;
   }
 };
 
@@ -116,7 +120,7 @@ void block_forward(const typename Device::Context& context, Block& block, int64_
     Device::conv3x3_forward(context, layer.bottleneck, norm, layer.conv2, growth,
                             layer.dropout > 0 ? StatisticsResult{} : found);
     if (layer.dropout > 0) {
-      Device::dropout(context, growth, layer.seed, layer.dropout);
+      Device::dropout(context, growth, layer.seed, layer.dropout, layer.drop_channels);
       if (found.mean) Device::channel_statistics(context, growth, found);
     }
   }
@@ -137,7 +141,7 @@ ImageArgument growth_gradient(const typename Device::Context& context, const Blo
                             block.vector(block.sum_grad_x, layer.start), out);
     gradient = out;
   }
-  if (layer.dropout > 0) Device::dropout(context, gradient, layer.seed, layer.dropout);
+  if (layer.dropout > 0) Device::dropout(context, gradient, layer.seed, layer.dropout, layer.drop_channels);
   return gradient;
 }
 

@@ -2,7 +2,7 @@
 //   parameters  norm1's weight and bias, conv1's weight, norm2's weight and bias, conv2's weight;
 //   frozen      mean and variance of norm1 and of norm2, or nothing at all if no norm is frozen;
 //   gradients   in the parameters' order;
-//   numbers     eps of norm1 and of norm2, probability of dropout.
+//   numbers     eps of norm1 and of norm2, probability of dropout, 1 if it drops whole channels.
 // A tensor without elements stands for one that is not there.
 #pragma once
 
@@ -19,7 +19,7 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
                       const std::vector<int64_t>& seeds, int64_t reduced) {
   const size_t count = seeds.size();
   STD_TORCH_CHECK(parameters.size() == 6 * count && bottlenecks.size() == count &&
-                      numbers.size() == 3 * count && (frozen.empty() || frozen.size() == 4 * count),
+                      numbers.size() == 4 * count && (frozen.empty() || frozen.size() == 4 * count),
                   "the lists of a block must describe ", count, " layers, as the seeds do");
   const auto given = [&](const Tensor& t, int64_t channels, const char* name) {
     return t.numel() ? call.vector(t, channels, name) : nullptr;
@@ -44,13 +44,13 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
     BlockLayer& layer = block.layers[i];
     const Tensor* own = &parameters[6 * i];
     layer.start = start;
-    layer.conv1 = call.weight(own[2], 1, start);
-    layer.conv2 = call.weight(own[5], 3, layer.conv1.out);
+    layer.conv1 = call.weight(own[2], 1, start, features.dims);
+    layer.conv2 = call.weight(own[5], 3, layer.conv1.out, features.dims);
     const int64_t width = layer.conv1.out;
     layer.norm1 = {given(own[0], start, "norm1.weight"), given(own[1], start, "norm1.bias"),
-                   block.mean, var, numbers[3 * i]};
+                   block.mean, var, numbers[4 * i]};
     layer.norm2 = {given(own[3], width, "norm2.weight"), given(own[4], width, "norm2.bias"),
-                   of_bottleneck, block.vector(of_bottleneck, width), numbers[3 * i + 1]};
+                   of_bottleneck, block.vector(of_bottleneck, width), numbers[4 * i + 1]};
     const auto freeze = [&](BlockNorm& norm, size_t at, int64_t channels) {
       if (frozen.empty() || !frozen[at].numel()) return;
       norm.mean = call.mutable_vector(frozen[at], channels, "running_mean");
@@ -63,7 +63,8 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
     if (static_cast<int64_t>(i) + 1 < reduced) {
       layer.growth = {block.vector(block.mean, start), block.vector(var, start)};
     }
-    layer.dropout = numbers[3 * i + 2];
+    layer.dropout = numbers[4 * i + 2];
+    layer.drop_channels = numbers[4 * i + 3] != 0;
     layer.seed = static_cast<uint64_t>(seeds[i]);
     start += layer.conv2.out;
     of_bottleneck = block.vector(of_bottleneck, 2 * width);

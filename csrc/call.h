@@ -102,13 +102,13 @@ class Call {
             mutable_vector(beta, channels, "grad_beta")};
   }
 
-  // [out, in] or [out, in, kernel, kernel]; a 1x1 convolution's may be either.
-  WeightArgument weight(const Tensor& t, int64_t kernel, int64_t in) const {
+  // [out, in] and `dims` times the kernel's width; a 1x1 convolution's may be without these.
+  WeightArgument weight(const Tensor& t, int64_t kernel, int64_t in, int dims) const {
     const ScalarType type = t.scalar_type();
     STD_TORCH_CHECK(
         type == image_type_ || (type == ScalarType::Float && image_type_ != ScalarType::Double),
         "`weight` should have type ", image_type_, ", or float32, got ", type);
-    check_weight(t, kernel, in);
+    check_weight(t, kernel, in, dims);
     check_device(t, "weight");
     WeightArgument w;
     w.data = t.const_data_ptr();
@@ -118,9 +118,12 @@ class Call {
     Device::check_weight(w.out, w.in);
     w.stride_out = t.stride(0);
     w.stride_in = t.stride(1);
-    if (t.dim() == 4) {
-      w.stride_h = t.stride(2);
-      w.stride_w = t.stride(3);
+    w.dims = dims;
+    if (t.dim() > 2) {
+      const auto stride = [&](int back) { return back <= dims ? t.stride(t.dim() - back) : 0; };
+      w.stride_d = stride(3);
+      w.stride_h = stride(2);
+      w.stride_w = stride(1);
     }
     return w;
   }
@@ -157,14 +160,21 @@ class Call {
     const Rows r = rows(t, image_type_, name);
     check_device(t, name);
     Device::check_image(r, name);
-    return {nullptr, r.n, r.h, r.w, r.c, r.pitch};
+    return {nullptr, r.n, r.d, r.h, r.w, r.c, r.pitch, r.dims};
   }
   static ImageArgument checked(const ImageArgument& a, const char* name,
                                const ImageArgument& pixels, int64_t channels) {
-    STD_TORCH_CHECK(a.n == pixels.n && a.h == pixels.h && a.w == pixels.w && a.c == channels, "`",
-                    name, "` should have shape [", pixels.n, ", ", pixels.h, ", ", pixels.w, ", ",
-                    channels, "], got [", a.n, ", ", a.h, ", ", a.w, ", ", a.c, "]");
+    const bool fits = a.n == pixels.n && a.d == pixels.d && a.h == pixels.h && a.w == pixels.w &&
+                      a.c == channels && a.dims == pixels.dims;
+    STD_TORCH_CHECK(fits, "`", name, "` should have shape ", shape(pixels, channels), ", got ",
+                    shape(a, a.c));
     return a;
+  }
+  static std::string shape(const ImageArgument& a, int64_t channels) {
+    std::string text = "[" + std::to_string(a.n);
+    const int64_t sizes[] = {a.d, a.h, a.w};
+    for (int i = 3 - a.dims; i < 3; ++i) text += ", " + std::to_string(sizes[i]);
+    return text + ", " + std::to_string(channels) + "]";
   }
 
   torch::stable::Device place_;

@@ -9,16 +9,13 @@
 namespace densenet_fast {
 
 // Pixels behind a transition's pooling, and behind the stem's.
-inline ImageArgument halved(ImageArgument x) {
-  x.h /= 2;
-  x.w /= 2;
+inline ImageArgument halved(ImageArgument x, bool up = false) {
+  if (x.dims > 2) x.d = (x.d + up) / 2;
+  if (x.dims > 1) x.h = (x.h + up) / 2;
+  x.w = (x.w + up) / 2;
   return x;
 }
-inline ImageArgument max_pooled(ImageArgument x) {
-  x.h = (x.h + 1) / 2;
-  x.w = (x.w + 1) / 2;
-  return x;
-}
+inline ImageArgument max_pooled(const ImageArgument& x) { return halved(x, true); }
 
 template <class Device>
 struct Operators {
@@ -51,7 +48,7 @@ struct Operators {
                                const OptionalTensor& grad_weight, bool allow_tf32) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
-    const auto weight = call.weight(w, 1, x.c);
+    const auto weight = call.weight(w, 1, x.c, x.dims);
     const auto z = call.image(bottleneck, "bottleneck", x, weight.out);
     const auto g = call.image(grad_norm, "grad_norm", z, z.c);
     const auto gx = call.mutable_image(grad_features, "grad_features", x);
@@ -70,7 +67,7 @@ struct Operators {
     constexpr bool pointwise = kernel == 1;
     const Call<Device> call(input, allow_tf32);
     const auto x = call.image(input, pointwise ? "features" : "bottleneck");
-    const auto weight = call.weight(w, kernel, x.c);
+    const auto weight = call.weight(w, kernel, x.c, x.dims);
     const auto y = call.mutable_image(output, pointwise ? "bottleneck" : "growth", x, weight.out);
     const auto norm = call.activation(scale, shift, x.c);
     const auto statistics = call.statistics(mean, var, weight.out);
@@ -88,7 +85,7 @@ struct Operators {
                                const OptionalTensor& grad_weight, bool allow_tf32) {
     const Call<Device> call(bottleneck, allow_tf32);
     const auto z = call.image(bottleneck, "bottleneck");
-    const auto weight = call.weight(w, 3, z.c);
+    const auto weight = call.weight(w, 3, z.c, z.dims);
     const auto g = call.image(grad_growth, "grad_growth", z, weight.out);
     const auto out = call.mutable_image(grad_norm, "grad_norm", z);
     Device::conv3x3_backward(call.context(), g, z, call.norm(scale, shift, mean, rstd, z.c), weight,
@@ -97,11 +94,11 @@ struct Operators {
                              call.weight_gradient(grad_weight, w));
   }
 
-  static void dropout(const Tensor& growth, int64_t seed, double p) {
+  static void dropout(const Tensor& growth, int64_t seed, double p, bool channels) {
     const Call<Device> call(growth);
     STD_TORCH_CHECK(0 <= p && p <= 1, "`p` should be between 0 and 1, got ", p);
     Device::dropout(call.context(), call.mutable_image(growth, "growth"),
-                    static_cast<uint64_t>(seed), p);
+                    static_cast<uint64_t>(seed), p, channels);
   }
 
   static void finish_gradient(const Tensor& features, const Tensor& grad_features,
@@ -122,7 +119,7 @@ struct Operators {
                                  const OptionalTensor& packed) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
-    auto weight = call.weight(w, 1, x.c);
+    auto weight = call.weight(w, 1, x.c, x.dims);
     if (packed) weight.packed[0] = Device::packed_weight(call, *packed, weight);
     const auto to = call.mutable_image(out, "out", halved(x), weight.out);
     Device::transition_forward(call.context(), x, call.activation(scale, shift, x.c), weight, to,
@@ -136,7 +133,7 @@ struct Operators {
                                   const OptionalTensor& grad_weight, bool allow_tf32) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
-    const auto weight = call.weight(w, 1, x.c);
+    const auto weight = call.weight(w, 1, x.c, x.dims);
     const auto g = call.image(grad_out, "grad_out", halved(x), weight.out);
     const auto gx = call.mutable_image(grad_features, "grad_features", x, x.c);
     Device::transition_backward(call.context(), g, x, call.norm(scale, shift, mean, rstd, x.c),
@@ -249,7 +246,7 @@ struct Operators {
   }
 
   static void check_argmax(const Call<Device>& call, const Tensor& t, const ImageArgument& pooled) {
-    check_vector(t, ScalarType::Byte, pooled.n * pooled.h * pooled.w * pooled.c, "argmax");
+    check_vector(t, ScalarType::Byte, pooled.rows() * pooled.c, "argmax");
     call.check_device(t, "argmax");
   }
 

@@ -16,11 +16,14 @@ constexpr int64_t element_bytes(Dtype dtype) {
 }
 constexpr int64_t vector_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
-// An NHWC image batch, or a channel slice of one: rows of pixels `pitch` elements apart; data null:
-// not given.
+// An image batch of one, two or three dimensions, channels last, or a channel slice of one: rows of
+// pixels `pitch` elements apart; sizes of dimensions that it has not are 1. data null: not given.
 struct ImageArgument {
   void* data = nullptr;
-  int64_t n = 0, h = 0, w = 0, c = 0, pitch = 0;
+  int64_t n = 0, d = 0, h = 0, w = 0, c = 0, pitch = 0;
+  int dims = 2;
+
+  int64_t rows() const { return n * d * h * w; }
 };
 
 // relu(scale * x + shift), and what its backward needs for x-hat = (x - mean) * rstd.
@@ -73,7 +76,8 @@ struct WeightArgument {
   const void* data = nullptr;
   bool is_float32 = false;
   int64_t out = 0, in = 0;
-  int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
+  int64_t stride_out = 0, stride_in = 0, stride_d = 0, stride_h = 0, stride_w = 0;
+  int dims = 2;  // of the images
   // As a device's `pack_weights` has left it, for the forward and for the gradient of the data.
   const void* packed[2] = {nullptr, nullptr};
 };

@@ -1,9 +1,9 @@
 // Schemas of every operator, and nothing else. The mathematics is in
 // densenet_fast/operators/reference.py.
 //
-// All activations are NHWC: `[N, H, W, C]`, channels innermost, rows of pixels `pitch >= C` apart,
-// so that a channel slice of the feature buffer is an ordinary argument. Operators write into
-// tensors their caller owns; they allocate no outputs.
+// All activations have their channels innermost, `[N, H, W, C]`, or `[N, W, C]` and `[N, D, H, W, C]`,
+// rows of pixels `pitch >= C` apart, so that a channel slice of the feature buffer is an ordinary
+// argument. Operators write into tensors their caller owns; they allocate no outputs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
       "conv3x3_backward(Tensor grad_growth, Tensor bottleneck, Tensor scale, Tensor shift, "
       "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!)? grad_norm, Tensor(b!)? grad_gamma, "
       "Tensor(c!)? grad_beta, Tensor(d!)? grad_weight, bool allow_tf32=False) -> ()");
-  m.def("dropout_(Tensor(a!) growth, int seed, float p) -> ()");
+  m.def("dropout_(Tensor(a!) growth, int seed, float p, bool channels=False) -> ()");
   m.def(
       "finish_gradient(Tensor features, Tensor grad_features, Tensor mean, Tensor sum_grad, "
       "Tensor sum_grad_x, Tensor(a!) out) -> ()");
@@ -75,7 +75,7 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
       "bool allow_tf32=False) -> ()");
 
   // The CPU's way through a block whose weights are packed and whose norms are coefficients.
-  m.def("packed_weights(Tensor like, Tensor[] weights, int height, int width) -> Tensor");
+  m.def("packed_weights(Tensor like, Tensor[] weights, int[] size) -> Tensor");
   m.def(
       "dense_block_inference_(Tensor(a!) features, Tensor(b!) bottleneck, Tensor coefficients, "
       "Tensor packed, int[] sizes) -> ()");

@@ -16,9 +16,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An NHWC image batch: n * h * w rows of c channels, `pitch` elements apart.
+// A batch of images [N, W, C], [N, H, W, C] or [N, D, H, W, C]: rows of c channels, `pitch` elements
+// apart; sizes of dimensions that it has not are 1.
 struct Rows {
-  int64_t n, h, w, c, pitch;
+  int64_t n, d, h, w, c, pitch;
+  int dims;
 };
 
 inline void check_type(const Tensor& t, ScalarType type, const char* name) {
@@ -28,24 +30,28 @@ inline void check_type(const Tensor& t, ScalarType type, const char* name) {
 
 inline Rows rows(const Tensor& t, ScalarType type, const char* name) {
   check_type(t, type, name);
-  STD_TORCH_CHECK(t.dim() == 4, "`", name, "` should have four dimensions [N, H, W, C], got ",
-                  t.dim());
-  const int64_t n = t.size(0), h = t.size(1), w = t.size(2), c = t.size(3);
+  const int64_t channels = t.dim() - 1;
+  const int dims = static_cast<int>(channels - 1);
+  STD_TORCH_CHECK(1 <= dims && dims <= 3, "`", name,
+                  "` should have three to five dimensions, [N, H, W, C] for images, got ", t.dim());
   STD_TORCH_CHECK(t.numel() > 0, "`", name, "` should have at least one element");
+  const int64_t c = t.size(channels);
   // The stride of a dimension of size one means nothing; the pitch is the first that does.
-  int64_t pitch = c;
-  if (w > 1) {
-    pitch = t.stride(2);
-  } else if (h > 1) {
-    pitch = t.stride(1);
-  } else if (n > 1) {
-    pitch = t.stride(0);
+  int64_t pitch = 0, rows = 1;
+  bool regular = c <= 1 || t.stride(channels) == 1;
+  for (int64_t i = channels; i-- > 0;) {
+    const int64_t size = t.size(i);
+    if (size > 1) {
+      if (!pitch) pitch = t.stride(i);
+      regular = regular && t.stride(i) == rows * pitch;
+    }
+    rows *= size;
   }
-  STD_TORCH_CHECK((c <= 1 || t.stride(3) == 1) && pitch >= c &&
-                      (h <= 1 || t.stride(1) == w * pitch) &&
-                      (n <= 1 || t.stride(0) == h * w * pitch),
-                  "`", name, "` should have its pixels as rows of channels, one pitch apart");
-  return {n, h, w, c, pitch};
+  if (!pitch) pitch = c;
+  STD_TORCH_CHECK(regular && pitch >= c, "`", name,
+                  "` should have its pixels as rows of channels, one pitch apart");
+  const auto size = [&](int back) { return back <= dims ? t.size(channels - back) : 1; };
+  return {t.size(0), size(3), size(2), size(1), c, pitch, dims};
 }
 
 inline void check_vector(const Tensor& t, ScalarType type, int64_t size, const char* name) {
@@ -55,12 +61,12 @@ inline void check_vector(const Tensor& t, ScalarType type, int64_t size, const c
   STD_TORCH_CHECK(t.is_contiguous(), "`", name, "` should be contiguous");
 }
 
-inline void check_weight(const Tensor& t, int64_t kernel, int64_t in) {
-  const int64_t dims = t.dim();
-  STD_TORCH_CHECK((dims == 4 || (dims == 2 && kernel == 1)) && t.size(1) == in,
-                  "`weight` should have ", in, " input channels");
-  STD_TORCH_CHECK(dims == 2 || (t.size(2) == kernel && t.size(3) == kernel),
-                  "`weight` should have shape [out, in, ", kernel, ", ", kernel, "]");
+inline void check_weight(const Tensor& t, int64_t kernel, int64_t in, int dims) {
+  bool fits = t.dim() == 2 + dims || (t.dim() == 2 && kernel == 1);
+  STD_TORCH_CHECK(fits && t.size(1) == in, "`weight` should have ", in, " input channels and ", dims,
+                  " dimensions behind them");
+  for (int64_t i = 2; i < t.dim(); ++i) fits = fits && t.size(i) == kernel;
+  STD_TORCH_CHECK(fits, "`weight` should have ", kernel, " elements in every dimension of its kernels");
 }
 
 inline void check_statistics(const OptionalTensor& mean, const OptionalTensor& var) {

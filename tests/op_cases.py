@@ -17,8 +17,11 @@ from densenet_fast.operators.rows import statistics_dtype
 WIDE = (torch.float32, torch.float64)
 CPU_TYPES = (torch.bfloat16, *WIDE)  # those of the CPU kernels
 
-# Images [N, H, W]: single pixels, lines, and sizes that fit no tile.
-PIXELS = ((1, 1, 1), (1, 1, 7), (2, 13, 1), (1, 33, 2), (3, 7, 7), (2, 13, 33))
+# Images [N, H, W], [N, W] and [N, D, H, W]: single pixels, lines, and sizes that fit no tile.
+PIXELS = (
+    *((1, 1, 1), (1, 1, 7), (2, 13, 1), (1, 33, 2), (3, 7, 7), (2, 13, 33)),
+    *((1, 1), (3, 70), (1, 1, 1, 1), (2, 1, 6, 5), (1, 4, 3, 9), (2, 3, 5, 1), (1, 3, 8, 6)),
+)
 
 _GUARD = 777.0  # around every slice: nobody may write there
 
@@ -54,7 +57,7 @@ class Case:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(device())
 
     def rows(self, pixels: tuple[int, ...], channels: int, values: Tensor | None = None) -> Tensor:
-        """[N, H, W, channels]: a slice, between guards, of a wider buffer."""
+        """[*pixels, channels]: a slice, between guards, of a wider buffer."""
         before, after = (0, 0) if self.dense else (3, 2)
         shape = (*pixels, before + channels + after)
         buffer = torch.full(shape, _GUARD, dtype=self.dtype, device=device())
@@ -93,11 +96,11 @@ class Case:
 
 
 def nchw(rows: Tensor) -> Tensor:
-    return rows.permute(0, 3, 1, 2)
+    return rows.movedim(-1, 1)
 
 
 def nhwc(images: Tensor) -> Tensor:
-    return images.permute(0, 2, 3, 1)
+    return images.movedim(1, -1)
 
 
 def activation(rows: Tensor, norm: Norm) -> Tensor:
@@ -110,7 +113,12 @@ def norm_sums(grad_norm: Tensor, rows: Tensor, norm: Norm) -> tuple[Tensor, Tens
     """grad_gamma and grad_beta in float64."""
     exact = norm.exact()
     standardised = (rows.double() - exact.mean) * exact.rstd
-    return (grad_norm * standardised).sum((0, 1, 2)), grad_norm.sum((0, 1, 2))
+    return pixel_sum(grad_norm * standardised), pixel_sum(grad_norm)
+
+
+def pixel_sum(rows: Tensor) -> Tensor:
+    """Sums over all pixels of all images."""
+    return rows.flatten(0, -2).sum(0)
 
 
 def assert_close(

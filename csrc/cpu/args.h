@@ -8,13 +8,16 @@
 
 namespace densenet_fast::cpu {
 
-// An NHWC image batch, or a channel slice of one: rows of pixels `pitch` elements apart.
+// An image batch of one, two or three dimensions, channels last, or a channel slice of one: rows of
+// pixels `pitch` elements apart; sizes of dimensions that it has not are 1.
 template <class T>
 struct Image {
   T* data = nullptr;
-  int64_t n = 0, h = 0, w = 0, c = 0;
+  int64_t n = 0, d = 0, h = 0, w = 0, c = 0;
   int64_t pitch = 0;
-  int64_t rows() const { return n * h * w; }
+  int dims = 2;
+  int64_t slices() const { return n * d; }
+  int64_t rows() const { return n * d * h * w; }
 };
 
 // Normalise-and-rectify of C channels: relu(scale * x + shift).
@@ -45,7 +48,9 @@ struct NormGradient {
   T* beta = nullptr;
 };
 
-// A weight by its strides (elements): 1x1 `[out, in]`, 3x3 `[out, in, 3, 3]`. Where S is narrower
+// A weight by its strides (elements): 1x1 `[out, in]`, 3x3 `[out, in, 3, 3]`, or as many threes as
+// the images have dimensions: one kernel of `slice_taps()` for each slice of a volume that a slice
+// of the output reads. Where S is narrower
 // than what it is computed with, `wide` may stand for `data`: it is rounded to S in passing.
 // `packed` is what the pack_ function of a forward kernel made of it, or null: the forward then
 // packs. The results are the same bits.
@@ -55,7 +60,20 @@ struct Weight {
   const Compute<S>* wide = nullptr;
   const Compute<S>* packed = nullptr;
   int64_t out = 0, in = 0;
-  int64_t stride_out = 0, stride_in = 0, stride_h = 0, stride_w = 0;
+  int64_t stride_out = 0, stride_in = 0, stride_d = 0, stride_h = 0, stride_w = 0;
+  int dims = 2;
+
+  int64_t depth() const { return dims > 2 ? 3 : 1; }
+  int64_t lines() const { return dims > 1 ? 3 : 1; }
+  int64_t slice_taps() const { return 3 * lines(); }
+  int64_t taps() const { return depth() * slice_taps(); }
+  // The kernel of slice z.
+  Weight slice(int64_t z) const {
+    Weight kernel = *this;
+    if (data) kernel.data = data + z * stride_d;
+    if (wide) kernel.wide = wide + z * stride_d;
+    return kernel;
+  }
 };
 
 // Its gradient, contiguous, of the weight's type; both null: not wanted.
@@ -82,7 +100,7 @@ struct Kernels {
   void (*conv3x3_backward)(Image<const S> grad_growth, Image<const S> bottleneck, Norm<T> norm,
                            Weight<S> weight, Image<S> grad_norm, NormGradient<T> grad_affine,
                            WeightGradient<S> grad_weight);
-  void (*dropout)(Image<S> growth, uint64_t seed, double p);
+  void (*dropout)(Image<S> growth, uint64_t seed, double p, bool channels);
   void (*finish_gradient)(Image<const S> features, Image<const S> grad_features, const T* mean,
                           const T* sum_grad, const T* sum_grad_x, Image<S> out);
   void (*transition_forward)(Image<const S> features, Activation<T> act, Weight<S> weight,
@@ -99,7 +117,7 @@ struct Kernels {
                                      Image<const S> input, Norm<T> norm, bool batch_statistics,
                                      Image<S> grad_input, NormGradient<T> grad_affine);
   // Weights packed once for many forwards, into so many elements, 64-byte aligned: 1x1 for
-  // conv1x1_forward and transition_forward, 3x3 for conv3x3_forward on images of h x w. What they
+  // conv1x1_forward and transition_forward, 3x3 for conv3x3_forward on slices of h x w. What they
   // hold depends on the instruction set and on winograd_allowed().
   int64_t (*packed_conv1x1_size)(Weight<S> weight);
   void (*pack_conv1x1)(Weight<S> weight, T* packed);

@@ -13,7 +13,8 @@ enum class Conv3x3 { kWinograd, kTaps, kDirect };
 template <class S>
 Conv3x3 forward_way(int64_t h, int64_t w, const Weight<S>& weight) {
   if (use_winograd(h, w, weight.out)) return Conv3x3::kWinograd;
-  return taps_product_is_faster<Compute<S>>(weight.out) ? Conv3x3::kTaps : Conv3x3::kDirect;
+  const bool taps = weight.dims == 2 && taps_product_is_faster<Compute<S>>(weight.out);
+  return taps ? Conv3x3::kTaps : Conv3x3::kDirect;
 }
 
 template <class S>
@@ -21,11 +22,11 @@ int64_t packed_conv3x3_size(int64_t h, int64_t w, Weight<S> weight) {
   using T = Compute<S>;
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return kPoints * weight.in * padded<T>(weight.out);
+      return weight.depth() * kPoints * weight.in * padded<T>(weight.out);
     case Conv3x3::kTaps:
       return weight.in * padded<T>(9 * weight.out);
     default:
-      return 9 * weight.in * padded<T>(weight.out);
+      return weight.taps() * weight.in * padded<T>(weight.out);
   }
 }
 
@@ -53,11 +54,11 @@ void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weig
   }
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return conv3x3_forward_winograd<S>(bottleneck, act, packed, growth, statistics);
+      return conv3x3_forward_winograd<S>(bottleneck, act, weight, packed, growth, statistics);
     case Conv3x3::kTaps:
       return conv3x3_forward_taps<S>(bottleneck, act, packed, growth, statistics);
     default:
-      return conv3x3_forward_direct<S>(bottleneck, act, packed, growth, statistics);
+      return conv3x3_forward_direct<S>(bottleneck, act, weight, packed, growth, statistics);
   }
 }
 

@@ -1,6 +1,6 @@
 // Backward of norm - ReLU - 3x3 convolution with padding 1. For every bottleneck pixel the nine
-// output gradients that it reached are gathered into one row of 9k values; then both gradients are
-// products with it, whatever the image's size.
+// output gradients that it reached, three in one dimension and 27 in three, are gathered into one
+// row of 9k values; then both gradients are products with it, whatever the image's size.
 #pragma once
 
 #include "product_backward.h"
@@ -13,6 +13,7 @@ template <class S>
 struct GatheredTapsSource {
   using T = Compute<S>;
   Image<const S> grad_growth;
+  int64_t depth, lines;  // of the kernel
 
   void build(int64_t row, int64_t rows, int64_t first, int64_t width, T* panel) const {
     const int64_t k = grad_growth.c;
@@ -20,7 +21,9 @@ struct GatheredTapsSource {
     for (int64_t e = 0; e < width;) {
       const int64_t tap = (first + e) / k, o = (first + e) % k;
       const int64_t run = smaller(k - o, width - e);
-      gather(row, rows, 1 - tap / 3, 1 - tap % 3, o, run, panel + e);
+      const int64_t line = tap / 3;
+      gather(row, rows, depth / 2 - line / lines, lines / 2 - line % lines, 1 - tap % 3, o, run,
+             panel + e);
       e += run;
     }
   }
@@ -31,23 +34,28 @@ struct GatheredTapsSource {
   }
 
  private:
-  // Channels [o, o + run) of the pixels (down, right) of rows `row` on. Whole vectors are stored:
-  // what lies behind the run is the next run's place or the panel's slack.
-  void gather(int64_t row, int64_t rows, int64_t down, int64_t right, int64_t o, int64_t run,
-              T* to) const {
+  // Channels [o, o + run) of the pixels (behind, down, right) of rows `row` on. Whole vectors are
+  // stored: what lies behind the run is the next run's place or the panel's slack.
+  void gather(int64_t row, int64_t rows, int64_t behind, int64_t down, int64_t right, int64_t o,
+              int64_t run, T* to) const {
     constexpr int L = kLanes<T>;
-    const int64_t h = grad_growth.h, w = grad_growth.w, pitch = grad_growth.pitch;
-    const S* from = grad_growth.data + (row + down * w + right) * pitch + o;
-    int64_t x = row % w, y = (row / w) % h;
+    const int64_t d = grad_growth.d, h = grad_growth.h, w = grad_growth.w;
+    const int64_t pitch = grad_growth.pitch;
+    const S* from = grad_growth.data + (row + (behind * h + down) * w + right) * pitch + o;
+    int64_t x = row % w, y = (row / w) % h, z = row / w / h % d;
     for (int64_t r = 0; r < rows; ++r, from += pitch, to += kPanelPitch) {
-      const bool inside = static_cast<uint64_t>(y + down) < static_cast<uint64_t>(h) &&
+      const bool inside = static_cast<uint64_t>(z + behind) < static_cast<uint64_t>(d) &&
+                          static_cast<uint64_t>(y + down) < static_cast<uint64_t>(h) &&
                           static_cast<uint64_t>(x + right) < static_cast<uint64_t>(w);
       for (int64_t c = 0; c < run; c += L) {
         store<T>(to + c, inside ? load_upto<T>(from + c, run - c) : zero<T>());
       }
       if (++x == w) {
         x = 0;
-        if (++y == h) y = 0;
+        if (++y == h) {
+          y = 0;
+          if (++z == d) z = 0;
+        }
       }
     }
   }
@@ -61,25 +69,32 @@ struct TapsWeight {
   WeightGradient<S> gradient;
 
   using Element = S;
-  static constexpr int64_t kTaps = 9;
-
+  int64_t taps() const { return weight.taps(); }
   void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
     constexpr int64_t L = kLanes<T>;
-    for (int64_t o = out; o < out + count; ++o) {
-      for (int u = 0; u < nv; ++u) {
-        Vec<T> taps[9];
-        load_kernels<true>(weight, o, (v + u) * L, taps);
-        for (int t = 0; t < 9; ++t) {
-          cpu::store<T>(block + ((t * weight.out + o) * nv + u) * L, taps[t]);
+    for (int64_t z = 0; z < weight.depth(); ++z) {
+      const Weight<S> kernels = weight.slice(z);
+      T* slice = block + z * weight.slice_taps() * weight.out * nv * L;
+      for (int64_t o = out; o < out + count; ++o) {
+        for (int u = 0; u < nv; ++u) {
+          Vec<T> taps[9];
+          load_kernels<true>(kernels, o, (v + u) * L, taps);
+          for (int t = 0; t < weight.slice_taps(); ++t) {
+            cpu::store<T>(slice + ((t * weight.out + o) * nv + u) * L, taps[t]);
+          }
         }
       }
     }
   }
   void store(int64_t out, int64_t c, int64_t columns, const T* from, int64_t ld) const {
-    for (int64_t j = 0; j < columns; j += kLanes<T>) {
-      Vec<T> taps[9];
-      for (int t = 0; t < 9; ++t) taps[t] = load<T>(from + (t * weight.out + out) * ld + j);
-      store_kernel_gradients(gradient, (out * weight.in + c + j) * 9, taps, columns - j);
+    const int64_t count = weight.slice_taps();
+    for (int64_t z = 0; z < weight.depth(); ++z) {
+      const T* slice = from + (z * count * weight.out + out) * ld;
+      for (int64_t j = 0; j < columns; j += kLanes<T>) {
+        Vec<T> taps[9] = {};
+        for (int t = 0; t < count; ++t) taps[t] = load<T>(slice + t * weight.out * ld + j);
+        store_kernel_gradients(weight, gradient, out * weight.in + c + j, z, taps, columns - j);
+      }
     }
   }
 };
@@ -92,11 +107,13 @@ void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottlene
   const int64_t k = weight.out, channels = weight.in;
   // Whole taps a panel where they fit.
   const int64_t panel_width = k <= kPanel ? kPanel / k * k : kPanel;
-  const BackwardShape shape{bottleneck.rows(), 9 * k, channels, smaller(panel_width, 9 * k)};
+  const int64_t columns = weight.taps() * k;
+  const BackwardShape shape{bottleneck.rows(), columns, channels,
+                            smaller(panel_width, columns)};
   const PaddedNorm<T> padded_norm(norm, channels);
   product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
                       TapsWeight<S>{weight, grad_weight}, norm, grad_affine,
-                      GatheredTapsSource<S>{grad_growth},
+                      GatheredTapsSource<S>{grad_growth, weight.depth(), weight.lines()},
                       PixelSink<S, false>{bottleneck, padded_norm, grad_norm});
 }
 

@@ -10,21 +10,23 @@
 namespace densenet_fast::cpu {
 namespace {
 
-// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch]; outside the image dY is zero.
+// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch], in the slice so many `behind` theirs;
+// outside the image dY is zero.
 template <class T, class S>
 void transform_output_gradients(const Image<const S>& g, const WinogradTiles& tiles, int64_t begin,
-                                int64_t end, T* to) {
+                                int64_t end, int64_t behind, T* to) {
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const S* corner = g.data + tiles.pixel(tile) * g.pitch;
-    const bool right = tile.x + 1 < g.w, below = tile.y + 1 < g.h;
+    const S* corner = g.data + (tiles.pixel(tile) + behind * g.h * g.w) * g.pitch;
+    const bool there = tiles.has_slice(tile, behind);
+    const bool right = there && tile.x + 1 < g.w, below = there && tile.y + 1 < g.h;
     for (int64_t c = 0; c < g.c; c += L) {
       const int64_t n = g.c - c;
       const auto at = [&](int i, int j, bool exists) {
         return exists ? load_upto<T>(corner + (i * g.w + j) * g.pitch + c, n) : zero<T>();
       };
-      const Vec<T> y[2][2] = {{at(0, 0, true), at(0, 1, right)},
+      const Vec<T> y[2][2] = {{at(0, 0, there), at(0, 1, right)},
                               {at(1, 0, below), at(1, 1, right && below)}};
       Vec<T> rows[4][2];
       for (int j = 0; j < 2; ++j) {
@@ -111,13 +113,13 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   constexpr int64_t L = kLanes<T>;
   const int64_t k = weight.out, channels = weight.in;
   const int64_t width = padded<T>(channels);
-  const int64_t panels = ceil_div(channels, kPanel);
+  const int64_t panels = ceil_div(channels, kPanel), depth = weight.depth();
   const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight.wanted();
   const PaddedNorm<T> padded_norm(norm, channels);
 
   // Tasks: equal parts of the tiles, 16 at most as each has its own sums and weight gradient, each
   // for one panel of channels, in groups of column blocks where threads would be idle.
-  const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
+  const WinogradTiles tiles(bottleneck);
   const EqualParts parts(tiles.count(), 16, 64);
   const int64_t run = equal_tile(parts.size, kWinogradTiles);
   const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
@@ -125,16 +127,21 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                                  ceil_div(2 * thread_count(), parts.count * panels));
   // Of a single part every task packs what it reads and stores what it makes.
   const bool single = parts.count == 1;
-  const CallMemory<T> packed(want_data && !single ? kPoints * k * width : 0);
-  for (int64_t c0 = 0; want_data && !single && c0 < channels; c0 += kPanel) {
-    pack_blocks(k, k, smaller(kPanel, channels - c0), kBackwardVectors,
-                packed.get() + kPoints * k * c0,
-                [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
-                  pack_points<true>(weight, c0, i, count, v, nv, block, k * panel_vectors(c0) * L);
-                });
+  const CallMemory<T> packed(want_data && !single ? depth * kPoints * k * width : 0);
+  for (int64_t z = 0; want_data && !single && z < depth; ++z) {
+    const Weight<S> kernels = weight.slice(z);
+    for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
+      pack_blocks(
+          k, k, smaller(kPanel, channels - c0), kBackwardVectors,
+          packed.get() + kPoints * k * (z * width + c0),
+          [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
+            pack_points<true>(kernels, c0, i, count, v, nv, block, k * panel_vectors(c0) * L);
+          });
+    }
   }
   CallMemory<T> partial_sums(2 * parts.count * width);
-  CallMemory<T> partial_weight(want_weight && !single ? parts.count * 9 * k * width : 0);
+  CallMemory<T> partial_weight(want_weight && !single ? parts.count * weight.taps() * k * width
+                                                      : 0);
 
   for_each_task(parts.count * panels * groups, [&](int64_t task) {
     const int64_t part = task / groups / panels, panel_begin = task / groups % panels * kPanel;
@@ -143,21 +150,26 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     if (panel == 0) return;
     const int64_t columns = smaller(panel, channels - c0);
     const T* b = packed.get() + kPoints * k * panel_begin + group.begin * L * k;
-    int64_t stride = k * group.vecs * L;
+    int64_t stride = k * group.vecs * L, slice_stride = kPoints * k * width;
     if (single && want_data) {
       stride = k * panel;
-      T* own = scratch<T>(Scratch::kWeight, kPoints * stride);
-      for_each_block(group, [&](int64_t v, int nv) {
-        T* block = own + (v - group.begin) * L * k;
-        pack_points<true>(weight, panel_begin, 0, k, v, nv, block, stride);
-      });
+      slice_stride = kPoints * stride;
+      T* own = scratch<T>(Scratch::kWeight, depth * slice_stride);
+      for (int64_t z = 0; z < depth; ++z) {
+        for_each_block(group, [&](int64_t v, int nv) {
+          T* block = own + z * slice_stride + (v - group.begin) * L * k;
+          pack_points<true>(weight.slice(z), panel_begin, 0, k, v, nv, block, stride);
+        });
+      }
       b = own;
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
     T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
     T* points = scratch<T>(Scratch::kResult, kPoints * larger(kPointPitch, result_pitch(panel)));
-    T* products = scratch<T>(Scratch::kActivated, want_weight ? kPoints * k * kPanelPitch : 1);
+    const int64_t slice_products = kPoints * k * kPanelPitch;
+    T* products = scratch<T>(Scratch::kActivated, want_weight ? depth * slice_products : 1);
+    bool weight_begun[3] = {}; // by slice of the kernel
     const int64_t part_begin = parts.begin(part), part_end = parts.end(part);
     for (int64_t begin = part_begin; begin < part_end; begin += run) {
       const int64_t end = smaller(part_end, begin + run), count = end - begin;
@@ -175,20 +187,26 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
         }
       }
       if (single && end == part_end && grad_weight.data) {
-        stream.add(grad_weight.data + c0 * 9, columns * 9 * sizeof(S), channels * 9 * sizeof(S), k,
-                   true);
+        const int64_t taps = weight.taps();
+        stream.add(grad_weight.data + c0 * taps, columns * taps * sizeof(S),
+                   channels * taps * sizeof(S), k, true);
       }
       const int64_t blocks = ceil_div(panel / L, kBackwardVectors);
       stream.start(
-          kPoints * blocks *
+          depth * kPoints * blocks *
           ((want_weight ? ceil_div(k, kMaxRows[kBackwardVectors]) * ceil_div(count, kPrefetchEvery)
                         : 0) +
            (want_data ? ceil_div(count, kMaxRows[kBackwardVectors]) * ceil_div(k, kPrefetchEvery)
                       : 0)));
       if (want_weight) {
-        transform_output_gradients<T>(grad_growth, tiles, begin, end, gradients);
-        transform_inputs<true, T>(bottleneck, tiles, begin, end, {norm.scale, norm.shift}, c0,
+        transform_inputs<true, T>(bottleneck, tiles, begin, end, 0, {norm.scale, norm.shift}, c0,
                                   columns, points);
+      }
+      for (int64_t z = 0; want_weight && z < depth; ++z) {
+        const int64_t behind = depth / 2 - z;
+        if (!tiles.any_has_slice(begin, end, behind)) continue;
+        transform_output_gradients<T>(grad_growth, tiles, begin, end, behind, gradients);
+        T* slice = products + z * slice_products;
         for (int64_t point = 0; point < kPoints; ++point) {
           for_each_block(group, [&](int64_t v, int nv) {
             const int64_t column = (v - group.begin) * L;
@@ -197,30 +215,42 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                                      points + point * kPointPitch + column,
                                      kPanelPitch,
                                      count,
-                                     products + (point * k + first) * kPanelPitch + column,
+                                     slice + (point * k + first) * kPanelPitch + column,
                                      kPanelPitch,
-                                     begin > part_begin,
+                                     weight_begun[z],
                                      &stream};
               kMicrokernels<T>.transposed[nv][rows](p);
             });
           });
         }
+        weight_begun[z] = true;
       }
       if (want_data) {
-        transform_inputs<false, T>(grad_growth, tiles, begin, end, {}, 0, k, gradients);
-        multiply_points<T>(gradients, count, 0, k, k, b, stride, group, points, false, stream);
+        bool data_begun = false;
+        for (int64_t z = 0; z < depth; ++z) {
+          const int64_t behind = depth / 2 - z;
+          if (!tiles.any_has_slice(begin, end, behind)) continue;
+          transform_inputs<false, T>(grad_growth, tiles, begin, end, behind, {}, 0, k, gradients);
+          multiply_points<T>(gradients, count, 0, k, k, b + z * slice_stride, stride, group, points,
+                             data_begun, stream);
+          data_begun = true;
+        }
         finish_data_gradient<T>(points, panel, tiles, begin, end, bottleneck, padded_norm,
                                 grad_norm, c0, columns, sums + c0, sums + width + c0);
       }
     }
-    if (want_weight) {
-      T* to = partial_weight.get() + part * 9 * k * width + c0;
+    for (int64_t z = 0; want_weight && z < depth; ++z) {
+      T* to = partial_weight.get() + (part * depth + z) * 9 * k * width + c0;
+      const T* slice = products + z * slice_products;
       for (int64_t o = 0; o < k; ++o) {
         for (int64_t c = 0; c < panel; c += L) {
-          Vec<T> taps[9];
-          transform_weight_gradient<T>(products + o * kPanelPitch + c, k * kPanelPitch, taps);
+          Vec<T> taps[9] = {};
+          if (weight_begun[z]) {
+            transform_weight_gradient<T>(slice + o * kPanelPitch + c, k * kPanelPitch, taps);
+          }
           if (single) {
-            store_kernel_gradients(grad_weight, (o * channels + c0 + c) * 9, taps, columns - c);
+            store_kernel_gradients(weight, grad_weight, o * channels + c0 + c, z, taps,
+                                   columns - c);
           } else {
             for (int t = 0; t < 9; ++t) store<T>(to + (t * k + o) * width + c, taps[t]);
           }
@@ -233,7 +263,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     finish_sums<T>(partial_sums.get(), parts.count, width, norm, channels, grad_affine);
   }
   if (want_weight && !single) {
-    finish_weight(partial_weight.get(), parts.count, 9 * k, width,
+    finish_weight(partial_weight.get(), parts.count, weight.taps() * k, width,
                   TapsWeight<S>{weight, grad_weight});
   }
 }

@@ -36,25 +36,30 @@ DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int
   return rows * columns;
 }
 
-// 16 operands [in, out], one after the other.
+// 16 operands [in, out], one after the other, for each slice of the kernel.
 template <class S>
 void pack_winograd(const Weight<S>& weight, Compute<S>* packed) {
   const int64_t stride = weight.in * padded<Compute<S>>(weight.out);
-  pack_blocks(weight.in, weight.in, weight.out, kWinogradForwardVectors, packed,
-              [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
-                pack_points<false>(weight, 0, i, count, v, nv, block, stride);
-              });
+  for (int64_t z = 0; z < weight.depth(); ++z) {
+    const Weight<S> kernels = weight.slice(z);
+    pack_blocks(weight.in, weight.in, weight.out, kWinogradForwardVectors,
+                packed + z * kPoints * stride,
+                [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
+                  pack_points<false>(kernels, 0, i, count, v, nv, block, stride);
+                });
+  }
 }
 
 template <class S>
 void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> act,
-                              const Compute<S>* packed, Image<S> growth,
+                              const Weight<S>& weight, const Compute<S>* packed, Image<S> growth,
                               Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t channels = bottleneck.c, k = growth.c, width = padded<T>(k);
   const BlockGroup group(width / L, kWinogradForwardVectors);
-  const WinogradTiles tiles(bottleneck.n, bottleneck.h, bottleneck.w);
+  const WinogradTiles tiles(bottleneck);
+  const int64_t depth = weight.depth();
   const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
   const int64_t run = equal_tile(tasks.size, kWinogradTiles);
   TaskStatistics<T> partial(tasks.count, k);
@@ -74,12 +79,20 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
         stream.add(growth.data + tiles.first_pixel(end) * growth.pitch, k * sizeof(S),
                    growth.pitch * sizeof(S), tiles.pixels(end, next_end), true);
       }
-      stream.start(kPoints * product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
-      for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-        const int64_t panel = smaller(kPanel, channels - c0);
-        transform_inputs<true, T>(bottleneck, tiles, begin, end, act, c0, panel, operand);
-        multiply_points<T>(operand, end - begin, c0, panel, channels, packed, channels * width,
-                           group, result, c0 > 0, stream);
+      stream.start(depth * kPoints *
+                   product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
+      bool first = true;
+      for (int64_t z = 0; z < depth; ++z) {
+        const int64_t behind = z - depth / 2;
+        if (!tiles.any_has_slice(begin, end, behind)) continue;
+        for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
+          const int64_t panel = smaller(kPanel, channels - c0);
+          transform_inputs<true, T>(bottleneck, tiles, begin, end, behind, act, c0, panel, operand);
+          multiply_points<T>(operand, end - begin, c0, panel, channels,
+                             packed + z * kPoints * channels * width, channels * width, group,
+                             result, !first, stream);
+          first = false;
+        }
       }
 
       int64_t made = 0;  // pixels of this run, side by side for the statistics

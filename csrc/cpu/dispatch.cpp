@@ -18,7 +18,7 @@ struct Context {
 
 template <class S>
 void convert(const ImageArgument& from, Image<S>& to) {
-  to = {static_cast<S*>(from.data), from.n, from.h, from.w, from.c, from.pitch};
+  to = {static_cast<S*>(from.data), from.n, from.d, from.h, from.w, from.c, from.pitch, from.dims};
 }
 
 template <class T>
@@ -54,8 +54,10 @@ void convert(const WeightArgument& from, Weight<S>& to) {
   to.in = from.in;
   to.stride_out = from.stride_out;
   to.stride_in = from.stride_in;
+  to.stride_d = from.stride_d;
   to.stride_h = from.stride_h;
   to.stride_w = from.stride_w;
+  to.dims = from.dims;
 }
 
 template <class S>
@@ -277,24 +279,27 @@ class Device {
   Context context_;
 };
 
-// Weights [out, in, 1, 1] and [out, in, 3, 3] packed for images of h x w, one behind another.
-Tensor packed_weights(const Tensor& like, const std::vector<Tensor>& weights, int64_t h,
-                      int64_t w) {
+// Weights [out, in, 1, 1] and [out, in, 3, 3], or those of one or three dimensions, packed for images
+// of this size, one behind another.
+Tensor packed_weights(const Tensor& like, const std::vector<Tensor>& weights,
+                      const std::vector<int64_t>& size) {
   const Call<Device> call(like);
-  PackedWeights places(call.dtype(), h, w);
+  const int dims = static_cast<int>(size.size());
+  STD_TORCH_CHECK(1 <= dims && dims <= 3, "`size` should be of one to three dimensions, got ", dims);
+  PackedWeights places(call.dtype(), dims > 1 ? size[dims - 2] : 1, size[dims - 1]);
   std::vector<WeightArgument> arguments;
   std::vector<int64_t> at;
-  const auto spatial = [](const Tensor& weight) {
-    return weight.dim() == 4 && weight.size(3) == 3;
+  const auto spatial = [&](const Tensor& weight) {
+    return weight.dim() == 2 + dims && weight.size(2) == 3;
   };
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.dim() >= 2, "weight must be [out, in, 1, 1] or [out, in, 3, 3]");
-    arguments.push_back(call.weight(weight, spatial(weight) ? 3 : 1, weight.size(1)));
+    arguments.push_back(call.weight(weight, spatial(weight) ? 3 : 1, weight.size(1), dims));
     at.push_back(places.place(arguments.back(), spatial(weight)));
   }
-  const int64_t size[] = {places.size()};
+  const int64_t elements[] = {places.size()};
   const auto type = call.dtype() == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  Tensor packed = torch::stable::empty({size, 1}, type, std::nullopt, like.device());
+  Tensor packed = torch::stable::empty({elements, 1}, type, std::nullopt, like.device());
   char* data = static_cast<char*>(packed.mutable_data_ptr());
   for (size_t i = 0; i < weights.size(); ++i) {
     places.pack(arguments[i], spatial(weights[i]), data + at[i] * vector_bytes(call.dtype()));
@@ -328,6 +333,7 @@ void dense_block_inference(const Tensor& features, const Tensor& bottleneck,
     WeightArgument found;
     found.out = out;
     found.in = in;
+    found.dims = block.features.dims;
     found.packed[0] = block.vector(const_cast<void*>(weights), places.place(found, spatial));
     return found;
   };

@@ -160,8 +160,8 @@ void pack_blocks(int64_t units, int64_t k, int64_t columns, int prefer, T* packe
   });
 }
 
-// The nine taps of L kernels of a 3x3 weight: those of (out, in), (out, in + 1), ... where
-// kAlongIn, else of (out, in), (out + 1, in), ...
+// The taps of L kernels of a slice of a 3x3 weight, nine or those of one line: those of (out, in),
+// (out, in + 1), ... where kAlongIn, else of (out, in), (out + 1, in), ...
 template <bool kAlongIn, class S>
 DF_INLINE void load_kernels(const Weight<S>& w, int64_t out, int64_t in,
                             Vec<Compute<S>> (&taps)[9]) {
@@ -183,7 +183,10 @@ DF_INLINE void load_kernels(const Weight<S>& w, int64_t out, int64_t in,
                 [&](int i, Vec<Compute<S>> row) { taps[t0 + t + i] = row; });
     }
   };
-  if (w.stride_h == 3 * w.stride_w) {
+  if (w.lines() == 1) {
+    load_run(at, 0, 3);
+    for (int t = 3; t < 9; ++t) taps[t] = zero<Compute<S>>();
+  } else if (w.stride_h == 3 * w.stride_w) {
     load_run(at, 0, 9);  // kernel rows lie one after the other
   } else {
     for (int i = 0; i < 3; ++i) load_run(at + i * w.stride_h, 3 * i, 3);
@@ -202,21 +205,23 @@ DF_INLINE void store_gradient(const WeightGradient<S>& out, int64_t i, Vec<Compu
   }
 }
 
-// The gradients of at most `n` of L kernels that follow each other, from element i on.
+// The gradients of slice z of at most `n` of L kernels that follow each other from kernel i on.
 template <class S>
-DF_INLINE void store_kernel_gradients(const WeightGradient<S>& out, int64_t i,
-                                      const Vec<Compute<S>> (&taps)[9], int64_t n) {
+DF_INLINE void store_kernel_gradients(const Weight<S>& w, const WeightGradient<S>& out, int64_t i,
+                                      int64_t z, const Vec<Compute<S>> (&taps)[9], int64_t n) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
+  const int64_t count = w.slice_taps(), step = w.taps(), first = i * step + z * count;
 #pragma GCC unroll 9
   for (int t0 = 0; t0 < 9; t0 += L) {
+    if (t0 >= count) break;
     Vec<T> square[L];
 #pragma GCC unroll 16
     for (int t = 0; t < L; ++t) square[t] = t0 + t < 9 ? taps[t0 + t < 9 ? t0 + t : 0] : zero<T>();
     transpose<T>(square);
 #pragma GCC unroll 16
     for (int j = 0; j < L; ++j) {
-      if (j < n) store_gradient(out, i + 9 * j + t0, square[j], 9 - t0);
+      if (j < n) store_gradient(out, first + j * step + t0, square[j], count - t0);
     }
   }
 }

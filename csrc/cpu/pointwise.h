@@ -82,22 +82,25 @@ DF_INLINE PhiloxBlock philox(uint64_t seed, uint64_t index) {
 }
 
 // x *= keep / (1 - p). The mask is a function of (seed, logical index), so that the backward and a
-// recomputed block see the same one without storing it.
+// recomputed block see the same one without storing it; all pixels of an image have one index where
+// whole channels are dropped.
 template <class S>
-void dropout(Image<S> growth, uint64_t seed, double p) {
+void dropout(Image<S> growth, uint64_t seed, double p, bool whole_channels) {
   using T = Compute<S>;
   constexpr int64_t kRows = 256;
   const int64_t rows = growth.rows(), channels = growth.c;
   const uint64_t threshold = static_cast<uint64_t>(p * 4294967296.0);
   const T keep = p < 1.0 ? static_cast<T>(1.0 / (1.0 - p)) : T(0);
+  const int64_t pixels = whole_channels ? rows / growth.n : 1;
   for_each_task(ceil_div(rows, kRows), [&](int64_t task) {
     const int64_t end = smaller(rows, (task + 1) * kRows);
     uint64_t loaded = ~uint64_t{0};
     PhiloxBlock block{};
     for (int64_t r = task * kRows; r < end; ++r) {
       S* row = growth.data + r * growth.pitch;
+      const uint64_t first = static_cast<uint64_t>(r / pixels) * channels;
       for (int64_t c = 0; c < channels; ++c) {
-        const uint64_t i = static_cast<uint64_t>(r) * channels + c;
+        const uint64_t i = first + c;
         if (i / 4 != loaded) {
           loaded = i / 4;
           block = philox(seed, loaded);

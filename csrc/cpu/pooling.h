@@ -41,14 +41,14 @@ template <class S>
 void norm_relu_avgpool_forward(Image<const S> features, Activation<Compute<S>> act, S* out) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  const int64_t blocks = vectors<T>(features.c), h = features.h, w = features.w;
-  const T inverse = static_cast<T>(1.0 / static_cast<double>(h * w));
+  const int64_t blocks = vectors<T>(features.c), lines = features.d * features.h, w = features.w;
+  const T inverse = static_cast<T>(1.0 / static_cast<double>(lines * w));
   for_each_task(features.n * blocks, [&](int64_t task) {
     const int64_t image = task / blocks, c = task % blocks * L, n = features.c - c;
     const Vec<T> a = load_upto<T>(act.scale + c, n), b = load_upto<T>(act.shift + c, n);
-    const S* p = features.data + image * h * w * features.pitch + c;
+    const S* p = features.data + image * lines * w * features.pitch + c;
     Vec<T> total = zero<T>();
-    for (int64_t y = 0; y < h; ++y) {  // image row by image row: shorter sums, less rounding
+    for (int64_t y = 0; y < lines; ++y) {  // image row by image row: shorter sums, less rounding
       Vec<T> line = zero<T>();
       for (int64_t x = 0; x < w; ++x, p += features.pitch) {
         line += relu<T>(fma<T>(a, load_upto<T>(p, n), b));
@@ -64,7 +64,7 @@ void norm_relu_avgpool_backward(const S* grad_out, Image<const S> features, Norm
                                 Image<S> grad_features, NormGradient<Compute<S>> grad_affine) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  const int64_t blocks = vectors<T>(features.c), pixels = features.h * features.w;
+  const int64_t blocks = vectors<T>(features.c), pixels = features.rows() / features.n;
   const T inverse = static_cast<T>(1.0 / static_cast<double>(pixels));
   const TaskSums<T> sums(features.n, features.c);
   for_each_task(features.n * blocks, [&](int64_t task) {
@@ -128,33 +128,48 @@ DF_INLINE void store_codes(uint8_t* p, Vec<T> v, int64_t n) {
   }
 }
 
+// Positions of a window along a dimension of the image: [begin, end) of 2 * out - 1 + position that
+// are inside, or the only one of a dimension that it has not.
+struct WindowRange {
+  int64_t first, begin, end;
+
+  WindowRange(bool pooled, int64_t out, int64_t size)
+      : first(pooled ? 2 * out - 1 : 0),
+        begin(first < 0),
+        end(pooled ? smaller(3, size - first) : 1) {}
+};
+
 // Max pooling 3x3, stride 2, padding 1 of the activation; the position of the maximum in its window
-// (0..8) by PyTorch's rule: the first of equal ones, the last NaN.
+// (0..8, or as many digits of base 3 as there are dimensions) by PyTorch's rule: the first of equal
+// ones, the last NaN.
 template <class S>
 void norm_relu_maxpool_forward(Image<const S> input, Activation<Compute<S>> act, Image<S> out,
                                uint8_t* argmax) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  for_each_task(out.n * out.h, [&](int64_t line) {
-    const int64_t image = line / out.h, oy = line % out.h;
+  for_each_task(out.slices() * out.h, [&](int64_t line) {
+    const int64_t slice = line / out.h, image = slice / out.d;
+    const WindowRange deep(out.dims > 2, slice % out.d, input.d);
+    const WindowRange down(out.dims > 1, line % out.h, input.h);
     for (int64_t ox = 0; ox < out.w; ++ox) {
       const int64_t pixel = line * out.w + ox;
+      const WindowRange across(true, ox, input.w);
       for (int64_t c = 0; c < input.c; c += L) {
         const int64_t n = input.c - c;
         const Vec<T> a = load_upto<T>(act.scale + c, n), b = load_upto<T>(act.shift + c, n);
         Vec<T> best = splat<T>(-static_cast<T>(__builtin_inf())), code = zero<T>();
-        for (int64_t kh = 0; kh < 3; ++kh) {
-          const int64_t y = 2 * oy + kh - 1;
-          if (y < 0 || y >= input.h) continue;
-          for (int64_t kw = 0; kw < 3; ++kw) {
-            const int64_t x = 2 * ox + kw - 1;
-            if (x < 0 || x >= input.w) continue;
-            const S* p = input.data + ((image * input.h + y) * input.w + x) * input.pitch + c;
-            // Rounded: the maximum of the values that PyTorch would compare.
-            const Vec<T> v = rounded<S>(relu<T>(fma<T>(a, load_upto<T>(p, n), b)));
-            const auto wins = (v > best) | (v != v);
-            best = wins ? v : best;
-            code = wins ? splat<T>(static_cast<T>(kh * 3 + kw)) : code;
+        for (int64_t kd = deep.begin; kd < deep.end; ++kd) {
+          const int64_t z = image * input.d + deep.first + kd;
+          for (int64_t kh = down.begin; kh < down.end; ++kh) {
+            const int64_t row = (z * input.h + down.first + kh) * input.w + across.first;
+            for (int64_t kw = across.begin; kw < across.end; ++kw) {
+              const S* p = input.data + (row + kw) * input.pitch + c;
+              // Rounded: the maximum of the values that PyTorch would compare.
+              const Vec<T> v = rounded<S>(relu<T>(fma<T>(a, load_upto<T>(p, n), b)));
+              const auto wins = (v > best) | (v != v);
+              best = wins ? v : best;
+              code = wins ? splat<T>(static_cast<T>((kd * 3 + kh) * 3 + kw)) : code;
+            }
           }
         }
         store_upto<T>(out.data + pixel * out.pitch + c, best, n);
@@ -164,17 +179,40 @@ void norm_relu_maxpool_forward(Image<const S> input, Activation<Compute<S>> act,
   });
 }
 
-// Calls each(x, gradient) for the activations of one line of the image and a vector of channels.
-// Every pixel asks the (at most four) windows that hold it whether it was their maximum, so that no
-// two threads write the same place.
+// The windows that hold a place of a dimension, and its position in each: an even place is the
+// middle of one window, an odd one the last of one and the first of the next.
+struct HoldingWindows {
+  int64_t first, count, position;  // of the place in the first window
+
+  HoldingWindows(bool pooled, int64_t place, int64_t windows)
+      : first(pooled ? place / 2 : 0),
+        count(pooled && place % 2 == 1 && first + 1 < windows ? 2 : 1),
+        position(!pooled ? 0 : place % 2 == 1 ? 2 : 1) {}
+};
+
+// Calls each(x, gradient) for the activations of one line of the images and a vector of channels.
+// Every pixel asks the windows that hold it, at most two in a dimension, whether it was their
+// maximum, so that no two threads write the same place.
 template <class T, class S, class Each>
-DF_INLINE void unpool_line(const Image<const S>& grad_out, const uint8_t* argmax, int64_t channels,
-                           int64_t image, int64_t y, int64_t w, int64_t c, int64_t n,
+DF_INLINE void unpool_line(const Image<const S>& grad_out, const uint8_t* argmax,
+                           const Image<const S>& input, int64_t line, int64_t c, int64_t n,
                            const Each& each) {
-  // An even line is the middle row of one row of windows, an odd one the last and the first of two.
-  const int64_t oy = y / 2, row = (image * grad_out.h + oy) * grad_out.w;
-  const bool odd = y % 2 == 1, two = odd && oy + 1 < grad_out.h;
-  const Vec<T> upper = splat<T>(odd ? T(6) : T(3));
+  const int64_t slice = line / input.h, channels = input.c, w = input.w;
+  const HoldingWindows deep(input.dims > 2, slice % input.d, grad_out.d);
+  const HoldingWindows down(input.dims > 1, line % input.h, grad_out.h);
+  struct Row {
+    int64_t pixel;  // first of the row of windows
+    Vec<T> code;    // of the line's first position in these
+  } rows[4];
+  int64_t count = 0;
+  for (int64_t i = 0; i < deep.count; ++i) {
+    const int64_t z = slice / input.d * grad_out.d + deep.first + i;
+    for (int64_t j = 0; j < down.count; ++j) {
+      const int64_t code = 3 * (i ? 0 : deep.position) + (j ? 0 : down.position);
+      rows[count++] = {(z * grad_out.h + down.first + j) * grad_out.w,
+                       splat<T>(static_cast<T>(3 * code))};
+    }
+  }
   const auto gradient_of = [&](Vec<T> won, Vec<T> dy, Vec<T> position) {
     return won == position ? dy : zero<T>();
   };
@@ -188,8 +226,7 @@ DF_INLINE void unpool_line(const Image<const S>& grad_out, const uint8_t* argmax
       }
     };
     Vec<T> columns[3] = {right, zero<T>(), zero<T>()};
-    at(row + ox, upper, columns);
-    if (two) at(row + grad_out.w + ox, zero<T>(), columns);
+    for (int64_t i = 0; i < count; ++i) at(rows[i].pixel + ox, rows[i].code, columns);
     if (ox > 0) each(2 * ox - 1, columns[0]);
     each(2 * ox, columns[1]);
     right = columns[2];
@@ -205,11 +242,11 @@ void norm_relu_maxpool_backward(Image<const S> grad_out, const uint8_t* argmax,
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t channels = input.c;
-  const EqualParts lines(input.n * input.h, 64, 1);
+  const EqualParts lines(input.slices() * input.h, 64, 1);
   const auto masked_line = [&](int64_t line, int64_t c, int64_t n, const auto& each) {
     const Vec<T> scale = load_upto<T>(norm.scale + c, n), shift = load_upto<T>(norm.shift + c, n);
     const S* from = input.data + line * input.w * input.pitch + c;
-    unpool_line<T>(grad_out, argmax, channels, line / input.h, line % input.h, input.w, c, n,
+    unpool_line<T>(grad_out, argmax, input, line, c, n,
                    [&](int64_t x, Vec<T> gradient) {
                      const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
                      each(x, value, where_positive<T>(fma<T>(scale, value, shift), gradient));

@@ -85,8 +85,7 @@ struct MatrixWeight {
   WeightGradient<S> gradient;
 
   using Element = S;
-  static constexpr int64_t kTaps = 1;
-
+  int64_t taps() const { return 1; }
   // Outputs [out, out + count) of the block of vectors [v, v + nv).
   void pack(int64_t out, int64_t count, int64_t v, int nv, T* block) const {
     pack_block(backward_matrix(weight), out, count, v, nv, block + out * nv * kLanes<T>);
@@ -182,9 +181,9 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         // While this block computes, fetch what the next one will touch.
         stream.clear();
         if (single && weight.gradient.data) {
-          constexpr int64_t kTaps = AnyWeight::kTaps;
-          stream.add(weight.gradient.data + c * kTaps, columns * kTaps * sizeof(S),
-                     shape.n * kTaps * sizeof(S), outputs, true);
+          const int64_t taps = weight.taps();
+          stream.add(weight.gradient.data + c * taps, columns * taps * sizeof(S),
+                     shape.n * taps * sizeof(S), outputs, true);
         }
         if (next_v < group.end) {
           const int64_t next_columns = smaller(kBlock, c_end - next_v * L);

@@ -1,6 +1,6 @@
 // Backward of the pooled transition: the products run at the pooled resolution; the epilogue
-// spreads a quarter of D to each of the four pixels, masks it and writes the block's gradient
-// buffer.
+// spreads D to the pixels of its window, a quarter to each of four, masks it and writes the block's
+// gradient buffer.
 #pragma once
 
 #include "product_backward.h"
@@ -36,35 +36,30 @@ struct UnpoolSink {
   Image<const S> x;
   const PaddedNorm<T>& norm;
   Image<S> gradient;
+  PooledPixels pixels;
 
   void prefetch(int64_t row, int64_t rows, int64_t c, int64_t columns,
                 PrefetchStream& stream) const {
-    const int64_t first = pooled_source(x, row);
-    const int64_t run = smaller(2 * rows, x.rows() - x.w - first);
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
-    stream.add(x.data + first * x.pitch + c, bytes, x.pitch * sizeof(S), run, false);
-    stream.add(x.data + (first + x.w) * x.pitch + c, bytes, x.pitch * sizeof(S), run, false);
-    if (!gradient.data) return;
-    const int64_t pitch = gradient.pitch * static_cast<int64_t>(sizeof(S));
-    stream.add(gradient.data + first * gradient.pitch + c, bytes, pitch, run, true);
-    stream.add(gradient.data + (first + x.w) * gradient.pitch + c, bytes, pitch, run, true);
+    prefetch_pooled(x, pixels, row, rows, c, columns, stream, false);
+    if (gradient.data) prefetch_pooled(gradient, pixels, row, rows, c, columns, stream, true);
   }
 
   void block(const BackwardBlock<T>& b) const {
     constexpr int L = kLanes<T>;
     int64_t sources[kBackwardTile];  // of all columns: each costs divisions
-    for (int64_t r = 0; r < b.rows; ++r) sources[r] = pooled_source(x, b.row + r);
+    for (int64_t r = 0; r < b.rows; ++r) sources[r] = pixels.first(b.row + r);
+    const Vec<T> share = splat<T>(T(1) / static_cast<T>(pixels.count));
     for (int j = 0; j < b.nv; ++j) {
       const int64_t c = b.column + j * L, n = b.columns - j * L;
       const Vec<T> scale = load<T>(norm.scale() + c), shift = load<T>(norm.shift() + c);
-      const Vec<T> mean = load<T>(norm.mean() + c), quarter = splat<T>(T(0.25));
+      const Vec<T> mean = load<T>(norm.mean() + c);
       Vec<T> sum = zero<T>(), sum_centred = zero<T>();
       for (int64_t r = 0; r < b.rows; ++r) {
         const int64_t first = sources[r];
-        const Vec<T> d = b.product ? quarter * load<T>(b.product + r * b.ld + j * L) : zero<T>();
+        const Vec<T> d = b.product ? share * load<T>(b.product + r * b.ld + j * L) : zero<T>();
         Vec<T> pooled = zero<T>();
-        for (int corner = 0; corner < 4; ++corner) {
-          const int64_t pixel = first + corner / 2 * x.w + corner % 2;
+        for (int64_t corner = 0; corner < pixels.count; ++corner) {
+          const int64_t pixel = first + pixels.corners[corner];
           const Vec<T> value = load_upto<T>(x.data + pixel * x.pitch + c, n);
           const Vec<T> y = fma<T>(scale, value, shift);
           pooled += relu<T>(y);
@@ -76,7 +71,7 @@ struct UnpoolSink {
             store_upto<T>(gradient.data + pixel * gradient.pitch + c, scale * dn, n);
           }
         }
-        store<T>(b.activated + r * b.ld + j * L, quarter * pooled);
+        store<T>(b.activated + r * b.ld + j * L, share * pooled);
       }
       if (!b.product) continue;
       store<T>(b.sum + j * L, load<T>(b.sum + j * L) + sum);
@@ -88,10 +83,11 @@ struct UnpoolSink {
 // Pixels that pooling cuts off (odd sizes) get no gradient.
 template <class S>
 void clear_cut_pixels(Image<S> gradient) {
-  if (gradient.h % 2 == 0 && gradient.w % 2 == 0) return;
-  for_each_task(gradient.n * gradient.h, [&](int64_t line) {
-    const int64_t y = line % gradient.h;
-    const bool whole = y == gradient.h - 1 && gradient.h % 2 == 1;
+  const int64_t d = gradient.d, h = gradient.h;
+  const bool odd_d = gradient.dims > 2 && d % 2 == 1, odd_h = gradient.dims > 1 && h % 2 == 1;
+  if (!odd_d && !odd_h && gradient.w % 2 == 0) return;
+  for_each_task(gradient.slices() * h, [&](int64_t line) {
+    const bool whole = (odd_h && line % h == h - 1) || (odd_d && line / h % d == d - 1);
     const int64_t first = whole ? 0 : gradient.w / 2 * 2;
     for (int64_t x = first; x < gradient.w; ++x) {
       S* p = gradient.data + (line * gradient.w + x) * gradient.pitch;
@@ -111,7 +107,8 @@ void transition_backward(Image<const S> grad_out, Image<const S> features, Norm<
   product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
                       MatrixWeight<S>{weight, grad_weight}, norm, grad_affine,
                       PlainSource<S>{grad_out},
-                      UnpoolSink<S>{features, padded_norm, grad_features});
+                      UnpoolSink<S>{features, padded_norm, grad_features,
+                                    PooledPixels(features)});
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // out = avgpool2x2(relu(scale * features + shift)) * weight^T. Pooling and the 1x1 convolution are
-// both linear and commute: pooled while loading, the product has a quarter of the rows.
+// both linear and commute: pooled while loading, the product has a quarter of the rows, half of them
+// in one dimension and an eighth in three.
 #pragma once
 
 #include "conv1x1_forward.h"
@@ -7,13 +8,41 @@
 namespace densenet_fast::cpu {
 namespace {
 
-// First of the four input rows that pooled pixel `row` averages; the others follow at
-// +1, +w and +w + 1.
+// Where 2-wide pooling takes its pixels: pooled pixel `row` averages those at first(row) +
+// corners[0 .. count), its neighbours pairwise.
+struct PooledPixels {
+  int64_t d, h, w;                 // of the image
+  int64_t step_d, step_h;          // pixels to a window's next slice and row; 1: there is none
+  int64_t corners[8] = {}, count;  // of a window
+
+  template <class Any>
+  explicit PooledPixels(const Image<Any>& image)
+      : d(image.d),
+        h(image.h),
+        w(image.w),
+        step_d(image.dims > 2 ? 2 : 1),
+        step_h(image.dims > 1 ? 2 : 1),
+        count(2 * step_d * step_h) {
+    for (int64_t i = 0; i < count; ++i) corners[i] = (i / 4 * h + i / 2 % 2) * w + i % 2;
+  }
+  int64_t first(int64_t row) const {
+    const int64_t across = w / 2, down = h / step_h, deep = d / step_d;
+    const int64_t x = row % across, line = row / across;
+    const int64_t y = line % down, slice = line / down;
+    return ((slice / deep * d + slice % deep * step_d) * h + y * step_h) * w + 2 * x;
+  }
+};
+
+// Runs of input rows per run of pooled rows, two of them in an image; exact only within one row.
 template <class S>
-DF_INLINE int64_t pooled_source(const Image<const S>& features, int64_t row) {
-  const int64_t w = features.w / 2, h = features.h / 2;
-  const int64_t x = row % w, y = (row / w) % h, n = row / (w * h);
-  return (n * features.h + 2 * y) * features.w + 2 * x;
+void prefetch_pooled(const Image<S>& x, const PooledPixels& pixels, int64_t row, int64_t rows,
+                     int64_t c, int64_t columns, PrefetchStream& stream, bool for_write) {
+  for (int64_t i = 0; i < smaller(4, pixels.count); i += 2) {
+    const int64_t first = pixels.first(row) + pixels.corners[i];
+    stream.add(x.data + first * x.pitch + c, columns * static_cast<int64_t>(sizeof(S)),
+               x.pitch * static_cast<int64_t>(sizeof(S)), smaller(2 * rows, x.rows() - first),
+               for_write);
+  }
 }
 
 template <class S>
@@ -21,35 +50,32 @@ void transition_forward(Image<const S> features, Activation<Compute<S>> act, Wei
                         Image<S> out, Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
+  const PooledPixels pixels(features);
+  const Vec<T> share = splat<T>(T(1) / static_cast<T>(pixels.count));
   product_forward<S>(
       out.rows(), features.c, weight, out, statistics,
       [&](int64_t row, int64_t rows, int64_t c0, int64_t width, T* panel) {
         for (int64_t r = 0; r < rows; ++r) {
-          const S* x = features.data + pooled_source(features, row + r) * features.pitch + c0;
-          const int64_t down = features.w * features.pitch;
+          const S* x = features.data + pixels.first(row + r) * features.pitch + c0;
           T* to = panel + r * kPanelPitch;
           for (int64_t c = 0; c < width; c += L) {
             const int64_t n = width - c;
             const Vec<T> a = load_upto<T>(act.scale + c0 + c, n);
             const Vec<T> b = load_upto<T>(act.shift + c0 + c, n);
-            const auto value = [&](const S* p) {
-              return relu<T>(fma<T>(a, load_upto<T>(p + c, n), b));
+            const auto pair = [&](int64_t corner) {
+              const S* p = x + pixels.corners[corner] * features.pitch + c;
+              return relu<T>(fma<T>(a, load_upto<T>(p, n), b)) +
+                     relu<T>(fma<T>(a, load_upto<T>(p + features.pitch, n), b));
             };
-            const Vec<T> sum = (value(x) + value(x + features.pitch)) +
-                               (value(x + down) + value(x + down + features.pitch));
-            store<T>(to + c, sum * splat<T>(T(0.25)));
+            Vec<T> sum = pair(0);
+            if (pixels.count > 2) sum += pair(2);
+            if (pixels.count > 4) sum += pair(4) + pair(6);
+            store<T>(to + c, sum * share);
           }
         }
       },
       [&](int64_t row, int64_t rows, PrefetchStream& stream) {
-        // Two runs of input rows per run of pooled rows; exact only within one image row.
-        const int64_t first = pooled_source(features, row);
-        const int64_t last = smaller(first + 2 * rows, features.rows() - features.w);
-        const int64_t bytes = features.c * static_cast<int64_t>(sizeof(S));
-        const int64_t pitch = features.pitch * static_cast<int64_t>(sizeof(S));
-        stream.add(features.data + first * features.pitch, bytes, pitch, last - first, false);
-        stream.add(features.data + (first + features.w) * features.pitch, bytes, pitch,
-                   last - first, false);
+        prefetch_pooled(features, pixels, row, rows, 0, features.c, stream, false);
       });
 }
 

@@ -6,7 +6,8 @@
 //
 // Transformed operands are [16 points, tiles, kPanelPitch]. Tiles are counted image by image, row
 // by row, so that runs of them serve images of any size, also many small ones at once; what a tile
-// has beyond its image is zero before and dropped behind.
+// has beyond its image is zero before and dropped behind. The slices of a volume are images here:
+// a product over the kernel's slices adds those of neighbours, zero where there is none.
 #pragma once
 
 #include "blocking.h"
@@ -23,20 +24,38 @@ constexpr int64_t kPointPitch = kWinogradTiles * kPanelPitch;
 DF_INLINE int64_t result_pitch(int64_t width) { return kWinogradTiles * width + 48; }
 
 struct WinogradTile {
-  int64_t image, y, x;  // of its first output
+  int64_t slice, y, x;  // of its first output
 };
 
 struct WinogradTiles {
-  int64_t n, h, w, down, across;
+  int64_t slices, d, h, w, down, across;
 
-  WinogradTiles(int64_t n_, int64_t h_, int64_t w_)
-      : n(n_), h(h_), w(w_), down(ceil_div(h_, 2)), across(ceil_div(w_, 2)) {}
-  int64_t count() const { return n * down * across; }
+  template <class Any>
+  explicit WinogradTiles(const Image<Any>& image)
+      : slices(image.slices()),
+        d(image.d),
+        h(image.h),
+        w(image.w),
+        down(ceil_div(image.h, 2)),
+        across(ceil_div(image.w, 2)) {}
+  int64_t count() const { return slices * down * across; }
   WinogradTile at(int64_t index) const {
     return {index / (down * across), index / across % down * 2, index % across * 2};
   }
   // The pixel of a tile's first output, by its row in the image's memory.
-  int64_t pixel(const WinogradTile& tile) const { return (tile.image * h + tile.y) * w + tile.x; }
+  int64_t pixel(const WinogradTile& tile) const { return (tile.slice * h + tile.y) * w + tile.x; }
+  // Whether its volume has the slice so many behind a tile's.
+  bool has_slice(const WinogradTile& tile, int64_t behind) const {
+    return static_cast<uint64_t>(tile.slice % d + behind) < static_cast<uint64_t>(d);
+  }
+  // Whether any of the tiles [begin, end) has it.
+  bool any_has_slice(int64_t begin, int64_t end, int64_t behind) const {
+    const WinogradTile last = at(end - 1);
+    for (WinogradTile tile = at(begin); tile.slice <= last.slice; ++tile.slice) {
+      if (has_slice(tile, behind)) return true;
+    }
+    return false;
+  }
   // What the tiles [begin, end) read, but for their border: whole image rows, and how many pixels
   // there are in them.
   int64_t first_pixel(int64_t begin) const {
@@ -46,7 +65,7 @@ struct WinogradTiles {
   int64_t pixels(int64_t begin, int64_t end) const {
     if (begin >= end) return 0;
     const WinogradTile last = at(end - 1);
-    return (last.image * h + smaller(last.y + 2, h)) * w - first_pixel(begin);
+    return (last.slice * h + smaller(last.y + 2, h)) * w - first_pixel(begin);
   }
 };
 
@@ -87,18 +106,21 @@ DF_INLINE void store_transformed_input(const Load& load_at, T* to) {
   for (int j = 0; j < 4; ++j) store<T>(to + (12 + j) * kPointPitch, f1[j] - outer[j]);
 }
 
-// Transforms channels [c0, c0 + width) of tiles [begin, end): of relu(scale * x + shift), or of x
-// itself. Whole vectors are stored, zero behind the last channel.
+// Transforms channels [c0, c0 + width) of tiles [begin, end), in the slice so many `behind` theirs:
+// of relu(scale * x + shift), or of x itself. Whole vectors are stored, zero behind the last
+// channel.
 template <bool kActivate, class T, class S>
 void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64_t begin,
-                      int64_t end, Activation<T> act, int64_t c0, int64_t width, T* to) {
+                      int64_t end, int64_t behind, Activation<T> act, int64_t c0, int64_t width,
+                      T* to) {
   constexpr int L = kLanes<T>;
   const int64_t pitch = x.pitch, row = x.w * pitch;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const S* corner = x.data + (tiles.pixel(tile) - x.w - 1) * pitch + c0;
+    const S* corner = x.data + (tiles.pixel(tile) + (behind * x.h - 1) * x.w - 1) * pitch + c0;
+    const bool there = tiles.has_slice(tile, behind);
     const bool inside =
-        tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
+        there && tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
     const auto activated = [&](Vec<T> value, Vec<T> a, Vec<T> b) {
       return kActivate ? relu<T>(fma<T>(a, value, b)) : value;
     };
@@ -121,7 +143,7 @@ void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64
       store_transformed_input<T>(
           [&](int i, int j) {
             const bool exists =
-                static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
+                there && static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
                 static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
             return exists ? activated(load_upto<T>(corner + i * row + j * pitch + c, n), a, b)
                           : zero<T>();

@@ -73,6 +73,9 @@ class Device {
   const Context& context() const { return context_; }
 
   static void check_image(const Rows& r, const char* name) {
+    STD_TORCH_CHECK(r.dims == 2, "`", name,
+                    "` should have four dimensions [N, H, W, C] for the CUDA kernels, got ",
+                    r.dims + 2);
     STD_TORCH_CHECK(r.n <= kMaxPixels && r.h <= kMaxPixels && r.w <= kMaxPixels &&
                         r.n * r.h <= kMaxPixels && r.n * r.h * r.w <= kMaxPixels,
                     name, " must have at most 2^31 - 1 pixels for the CUDA kernels, got ", r.n,

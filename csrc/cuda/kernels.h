@@ -99,7 +99,7 @@ void transition_backward(const Context&, const ImageArgument& grad_out,
                          const WeightArgument& weight, const ImageArgument& grad_features,
                          const NormGradientResult&, const WeightGradient&);
 
-void dropout(const Context&, const ImageArgument& growth, uint64_t seed, double p);
+void dropout(const Context&, const ImageArgument& growth, uint64_t seed, double p, bool channels);
 void finish_gradient(const Context&, const ImageArgument& features,
                      const ImageArgument& grad_features, const void* mean, const void* sum_grad,
                      const void* sum_grad_x, const ImageArgument& out);

@@ -139,15 +139,17 @@ __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t block) {
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Element i of all has word i % 4 of block i / 4.
+// Element i of all has word i % 4 of block i / 4; all pixels of an image count as one where whole
+// channels are dropped.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    dropout_kernel(Image<E> x, int64_t rows, uint64_t seed, uint64_t threshold,
+    dropout_kernel(Image<E> x, int64_t rows, Divisor pixels, uint64_t seed, uint64_t threshold,
                    Accumulator<E> keep) {
   using A = Accumulator<E>;
   const PieceIndex<E> at(rows, x.c);
   if (at.valid <= 0) return;
-  const uint64_t first = static_cast<uint64_t>(at.row * x.c + at.channel);
+  const int64_t draw = pixels.quotient(static_cast<int>(at.row));
+  const uint64_t first = static_cast<uint64_t>(draw * x.c + at.channel);
   const int before = static_cast<int>(first % 4);
   const int last = before + (at.valid < kPieceElements<E> ? at.valid : kPieceElements<E>);
   uint32_t kept = 0;  // bit by bit, from the first word of the first block
@@ -283,13 +285,14 @@ void finish_gradient(const Context& context, const ImageArgument& features,
   });
 }
 
-void dropout(const Context& context, const ImageArgument& growth, uint64_t seed, double p) {
+void dropout(const Context& context, const ImageArgument& growth, uint64_t seed, double p,
+             bool channels) {
   with_element(context, [&](auto policy) {
     using E = typename decltype(policy)::Element;
     using A = Accumulator<E>;
     const auto x = image<E>(growth);
-    launch(&dropout_kernel<E>, pieces<E>(context, "dropout", x.rows(), x.c), x, x.rows(), seed,
-           static_cast<uint64_t>(p * 4294967296.0),
+    launch(&dropout_kernel<E>, pieces<E>(context, "dropout", x.rows(), x.c), x, x.rows(),
+           Divisor(channels ? x.rows() / x.n : 1), seed, static_cast<uint64_t>(p * 4294967296.0),
            static_cast<A>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0));
   });
 }

@@ -8,7 +8,6 @@ check every argument before they write anything; nodes have checked what users h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any, Generic, ParamSpec
 
 import torch
@@ -36,8 +35,6 @@ class Operator(Generic[Arguments]):
         """Find the compiled operator, if there is one."""
         self._twin = twin
         self._multiplies = False
-        names = list(signature(twin).parameters)
-        self._numbers = names.index("numbers") if "numbers" in names else None
         if extension.LOADED:
             name = twin.__name__
             self._kernel = getattr(torch.ops.densenet_fast, name).default
@@ -48,14 +45,6 @@ class Operator(Generic[Arguments]):
         """Run it."""
         first: Any = args[0]
         backend = select(first)
-        if self._numbers is not None and backend != "reference":
-            # These kernels know nothing of whole channels.
-            numbers: Any = args[self._numbers]
-            if any(numbers[3::4]):
-                backend = "reference"
-            rest: Any = list(args)
-            rest[self._numbers] = [one for at, one in enumerate(numbers) if at % 4 != 3]
-            args = args if backend == "reference" else rest
         if backend == "reference":
             self._twin(*args, **kwargs)
         elif backend == "cuda":

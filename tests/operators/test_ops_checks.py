@@ -41,7 +41,7 @@ def scattered(tensor: Tensor) -> Tensor:
 
 
 FAULTS = {
-    "rank": Fault(lambda tensor: tensor[None], "should have"),
+    "rank": Fault(lambda tensor: tensor[None, None], "should have"),
     "channels": Fault(lambda tensor: tensor.repeat_interleave(2, -1), "should have"),
     "dtype": Fault(lambda tensor: tensor.double(), "should have type"),
     "integers": Fault(lambda tensor: tensor.int(), "should have type|kernels compute in"),

@@ -20,6 +20,7 @@ from op_cases import (
     nchw,
     nhwc,
     norm_sums,
+    pixel_sum,
 )
 from torch import Tensor
 
@@ -28,11 +29,12 @@ from densenet_fast.operators import extension
 from densenet_fast.operators.backends import use_backend
 
 CHANNELS = ((1, 4), (17, 12), (100, 33), (257, 48))  # read and written
-Pixels = tuple[int, int, int]
+Pixels = tuple[int, ...]
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    values = rows.double().flatten(0, 2)
+    values = rows.double().flatten(0, -2)
     return values.mean(0), values.var(0, correction=0)
 
 
@@ -47,8 +49,8 @@ def check_statistics(mean: Tensor, var: Tensor, rows: Tensor, dtype: torch.dtype
 
 def plain_conv(rows: Tensor, norm: Norm, weight: Tensor) -> Tensor:
     exact = norm.exact()
-    values = torch.relu(nchw(rows) * exact.scale[:, None, None] + exact.shift[:, None, None])
-    return F.conv2d(values, weight, padding=weight.shape[2] // 2)
+    values = nchw(torch.relu(rows * exact.scale + exact.shift))
+    return CONVOLUTIONS[rows.dim() - 3](values, weight, padding=weight.shape[2] // 2)
 
 
 def check_forward(
@@ -57,19 +59,20 @@ def check_forward(
     case = Case(dtype, seed)
     norm = case.norm(channels)
     rows = case.input(pixels, norm)
-    weight = case.weight(outputs, channels, kernel, kernel)
+    taps = (kernel,) * (len(pixels) - 1)
+    weight = case.weight(outputs, channels, *taps)
     out = case.rows(pixels, outputs)
     mean, var = case.vector(outputs), case.vector(outputs)
     if kernel == 1:
-        operators.conv1x1_forward(rows, norm.scale, norm.shift, weight[:, :, 0, 0], out, mean, var)
+        operators.conv1x1_forward(rows, norm.scale, norm.shift, weight.flatten(1), out, mean, var)
     else:
         operators.conv3x3_forward(rows, norm.scale, norm.shift, weight, out, mean, var)
     exact = nhwc(plain_conv(rows.double(), norm, weight.double()))
-    assert_close("output", out, exact, dtype, channels * kernel * kernel)
+    assert_close("output", out, exact, dtype, channels * kernel ** len(taps))
     check_statistics(mean, var, out, case.statistics)
     before = out.clone()
     if kernel == 1:
-        operators.conv1x1_forward(rows, norm.scale, norm.shift, weight[:, :, 0, 0], out, None, None)
+        operators.conv1x1_forward(rows, norm.scale, norm.shift, weight.flatten(1), out, None, None)
     else:
         operators.conv3x3_forward(rows, norm.scale, norm.shift, weight, out, None, None)
     assert_repeated(out, before)
@@ -95,14 +98,15 @@ def check_conv1x1_backward(
     p, q, s = coefficients.double()
     grad_bottleneck = p * grad_norm.double() + q * bottleneck.double() + s
     value = features.double().clone().requires_grad_()
-    exact_weight = weight.double()[:, :, None, None].clone().requires_grad_()
+    exact_weight = weight.double().view(*weight.shape, *(1,) * (len(pixels) - 1)).clone()
+    exact_weight.requires_grad_()
     output = plain_conv(value, norm, exact_weight)
     exact_features, exact_grad_weight = torch.autograd.grad(
         output, [value, exact_weight], nchw(grad_bottleneck)
     )
     count = features[..., 0].numel()
     assert_close("grad_features", grad_features, before + exact_features, dtype, outputs)
-    exact_grad_weight = exact_grad_weight[:, :, 0, 0]
+    exact_grad_weight = exact_grad_weight.flatten(1)
     size = grad_bottleneck.abs().amax() * activation(features, norm).amax() * count**0.5
     assert_close("grad_weight", grad_weight, exact_grad_weight, dtype, count, magnitude=size)
     check_sums(grad_gamma, grad_beta, exact_features, features, norm, dtype, outputs)
@@ -130,8 +134,8 @@ def check_sums(
     exact_gamma, exact_beta = norm_sums(grad_norm, rows, norm)
     exact = norm.exact()
     standardised = ((rows.double() - exact.mean) * exact.rstd).abs()
-    beta_size = grad_norm.abs().sum((0, 1, 2)).max()
-    gamma_size = (grad_norm.abs() * standardised).sum((0, 1, 2)).max()
+    beta_size = pixel_sum(grad_norm.abs()).max()
+    gamma_size = pixel_sum(grad_norm.abs() * standardised).max()
     assert_close("grad_beta", grad_beta, exact_beta, dtype, length, magnitude=beta_size)
     assert_close("grad_gamma", grad_gamma, exact_gamma, dtype, length, magnitude=gamma_size)
 
@@ -143,7 +147,8 @@ def check_conv3x3_backward(
     norm = case.norm(channels)
     bottleneck = case.input(pixels, norm)
     grad_growth = case.rows(pixels, outputs)
-    weight = case.weight(outputs, channels, 3, 3)
+    taps = 3 ** (len(pixels) - 1)
+    weight = case.weight(outputs, channels, *(3,) * (len(pixels) - 1))
     grad_norm = case.rows(pixels, channels)
     grad_gamma, grad_beta = case.vector(channels), case.vector(channels)
     grad_weight = torch.empty_like(weight)
@@ -158,10 +163,10 @@ def check_conv3x3_backward(
     )
     count = bottleneck[..., 0].numel()
     exact_norm = exact_grad / norm.exact().scale
-    assert_close("grad_norm", grad_norm, exact_norm, dtype, 9 * outputs)
+    assert_close("grad_norm", grad_norm, exact_norm, dtype, taps * outputs)
     size = grad_growth.double().abs().amax() * activation(bottleneck, norm).amax() * count**0.5
     assert_close("grad_weight", grad_weight, exact_grad_weight, dtype, count, magnitude=size)
-    check_sums(grad_gamma, grad_beta, exact_grad, bottleneck, norm, dtype, 9 * outputs)
+    check_sums(grad_gamma, grad_beta, exact_grad, bottleneck, norm, dtype, taps * outputs)
 
     again = torch.empty_like(weight)
     operators.conv3x3_backward(*arguments, None, None, None, again)
@@ -196,7 +201,10 @@ def test_convolutions_3x3(
 
 # Few rows: tasks are cut by columns, pack the weights that they read and store what they make. The
 # channels fit no vector and make several panels; 63 to 66 rows lie around the limits.
-SMALL = ((1, 1, 1), (1, 2, 2), (1, 4, 4), (1, 7, 9), (1, 8, 8), (1, 5, 13), (1, 6, 11), (2, 8, 8))
+SMALL = (
+    *((1, 1, 1), (1, 2, 2), (1, 4, 4), (1, 7, 9), (1, 8, 8), (1, 5, 13), (1, 6, 11), (2, 8, 8)),
+    *((1, 9), (2, 33), (1, 2, 4, 4), (1, 3, 9, 11)),
+)
 
 
 @pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
@@ -219,10 +227,13 @@ def test_half_types(backend: str, dtype: torch.dtype, pixels: Pixels) -> None:
     check_conv1x1_backward(pixels, 17, 12, dtype)
 
 
-sizes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+sizes = st.one_of(
+    st.tuples(st.integers(1, 3), *(st.integers(1, most) for _ in range(dimensions)))
+    for dimensions, most in ((1, 90), (2, 9), (3, 5))
+)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     pixels=sizes,
     channels=st.integers(1, 70),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not extension.LOADED, reason="no compiled kernel
 
 ISAS = build_info()["cpu_isa_usable"] if extension.LOADED else []
 # Full and partial vectors, tiles and panels of every instruction set.
-PIXELS = ((1, 1, 1), (1, 3, 70), (2, 9, 17))
+PIXELS = ((1, 1, 1), (1, 3, 70), (2, 9, 17), (2, 70), (1, 3, 5, 9))
 POINTWISE = (
     "channel_statistics",
     "norm_coefficients",
@@ -54,7 +54,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("pixels", PIXELS, ids=str)
 @pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
 def test_convolutions(
-    isa: str, dtype: torch.dtype, pixels: tuple[int, int, int], channels: int, outputs: int
+    isa: str, dtype: torch.dtype, pixels: tuple[int, ...], channels: int, outputs: int
 ) -> None:
     check_forward(1, pixels, channels, outputs, dtype)
     check_conv1x1_backward(pixels, channels, outputs, dtype)
@@ -63,10 +63,10 @@ def test_convolutions(
 
 
 @pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
-@pytest.mark.parametrize("pixels", [(1, 2, 2), (1, 3, 70), (2, 9, 17)], ids=str)
+@pytest.mark.parametrize("pixels", [(1, 2, 2), *PIXELS[1:]], ids=str)
 @pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
 def test_pooling(
-    isa: str, dtype: torch.dtype, pixels: tuple[int, int, int], channels: int, outputs: int
+    isa: str, dtype: torch.dtype, pixels: tuple[int, ...], channels: int, outputs: int
 ) -> None:
     check_transition(pixels, channels, outputs, dtype)
     check_average(pixels, channels, dtype)

@@ -8,18 +8,18 @@ import torch.nn.functional as F
 from devices import BACKENDS, HALF, device, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import CPU_TYPES, PIXELS, WIDE, Case, assert_close
+from op_cases import CPU_TYPES, PIXELS, WIDE, Case, assert_close, nchw, pixel_sum
 from torch import Tensor
 
 from densenet_fast import operators
 from densenet_fast.operators.philox import philox
 from densenet_fast.operators.reference_block import Coefficients, _affine_gradient
 
-Pixels = tuple[int, int, int]
+Pixels = tuple[int, ...]
 
 
 def statistics(rows: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    mean, var = case.vector(rows.shape[3]), case.vector(rows.shape[3])
+    mean, var = case.vector(rows.shape[-1]), case.vector(rows.shape[-1])
     operators.channel_statistics(rows, mean, var)
     return mean, var
 
@@ -28,7 +28,7 @@ def check_statistics(pixels: Pixels, channels: int, offset: float, dtype: torch.
     case = Case(dtype)
     rows = case.rows(pixels, channels, case.randn(*pixels, channels) + offset)
     mean, var = statistics(rows, case)
-    values = rows.double().flatten(0, 2)
+    values = rows.double().flatten(0, -2)
     exact_mean, exact_var = values.mean(0), values.var(0, correction=0)
     # Far from zero each value is only known to eps * offset; no more than that may be lost.
     eps = torch.finfo(case.statistics).eps
@@ -55,7 +55,7 @@ def test_variance_survives_a_mean_far_larger_than_the_deviation(
     case = Case(torch.float32)
     rows = case.rows((4, 30, 31), 5, case.randn(4, 30, 31, 5) + offset)
     _, var = statistics(rows, case)
-    exact = rows.double().flatten(0, 2).var(0, correction=0)
+    exact = rows.double().flatten(0, -2).var(0, correction=0)
     torch.testing.assert_close(var.double(), exact, rtol=1e-4, atol=0)
 
 
@@ -105,8 +105,8 @@ def test_coefficients_and_running_statistics_are_those_of_batch_norm(
 
     exact_affine = [None if tensor is None else tensor.double() for tensor in (weight, bias)]
     exact = F.batch_norm(
-        rows.double().permute(0, 3, 1, 2), *exact_running, *exact_affine, True, momentum, eps
-    ).permute(0, 2, 3, 1)
+        nchw(rows.double()), *exact_running, *exact_affine, True, momentum, eps
+    ).movedim(1, -1)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
     values = rows.double() * scale.double() + shift.double()
     torch.testing.assert_close(values, exact, **tolerance)
@@ -138,16 +138,16 @@ def test_the_affine_map_is_the_backward_of_batch_norm(
     weight, bias = case.vector(channels), case.vector(channels)
     scale, shift, rstd = (case.vector(channels) for _ in range(3))
     operators.norm_coefficients(mean, var, weight, bias, eps, scale, shift, rstd)
-    grad_beta = grad_norm.sum((0, 1, 2))
-    grad_gamma = (grad_norm * (rows - mean) * rstd).sum((0, 1, 2))
+    grad_beta = pixel_sum(grad_norm)
+    grad_gamma = pixel_sum(grad_norm * (rows - mean) * rstd)
     norm = Coefficients(scale, shift, mean, rstd)
     p, q, s = _affine_gradient(norm, grad_gamma, grad_beta, 60, frozen=False).double()
 
     value = rows.double().clone().requires_grad_()
     output = F.batch_norm(
-        value.permute(0, 3, 1, 2), None, None, weight.double(), bias.double(), True, 0.0, eps
+        nchw(value), None, None, weight.double(), bias.double(), True, 0.0, eps
     )
-    (exact,) = torch.autograd.grad(output, value, grad_norm.double().permute(0, 3, 1, 2))
+    (exact,) = torch.autograd.grad(output, value, nchw(grad_norm.double()))
     actual = p * grad_norm.double() + q * rows.double() + s
     assert_close("gradient", actual, exact, dtype, 60)
 
@@ -187,6 +187,23 @@ def test_dropout(backend: str, dtype: torch.dtype, pixels: Pixels, channels: int
     operators.dropout_(growth, seed, p)
     keep = philox(growth.numel(), seed, growth.device) >= int(p * 2**32)
     exact = torch.where(keep.view(before.shape), before / (1 - p), 0.0)
+    torch.testing.assert_close(growth.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    case.assert_guards()
+
+
+@pytest.mark.parametrize("dtype", CPU_TYPES, ids=str)
+@pytest.mark.parametrize("pixels", [(3, 5, 7), (4, 9), (2, 3, 5, 4)], ids=str)
+@pytest.mark.parametrize("channels", [1, 13, 16])
+def test_dropout_of_whole_channels(
+    backend: str, dtype: torch.dtype, pixels: Pixels, channels: int
+) -> None:
+    case, seed, p = Case(dtype), 7, 0.5
+    growth = case.rows(pixels, channels)
+    before = growth.double().clone()
+    operators.dropout_(growth, seed, p, True)
+    keep = philox(pixels[0] * channels, seed, growth.device) >= int(p * 2**32)
+    images = keep.view(pixels[0], *(1,) * (len(pixels) - 1), channels)
+    exact = torch.where(images, before / (1 - p), 0.0)
     torch.testing.assert_close(growth.double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=0)
     case.assert_guards()
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import CPU_TYPES, Case, assert_close, nchw, nhwc
-from test_ops_conv import check_conv3x3_backward, check_forward, plain_conv
+from test_ops_conv import CONVOLUTIONS, check_conv3x3_backward, check_forward, plain_conv
 from torch import Tensor
 
 from densenet_fast import enable_winograd, operators, winograd_enabled
@@ -19,9 +18,10 @@ from densenet_fast.operators.backends import use_backend
 
 pytestmark = pytest.mark.skipif(not extension.LOADED, reason="no compiled kernels")
 
-Pixels = tuple[int, int, int]
+Pixels = tuple[int, ...]
 # One tile cut at the border; more runs of 48 tiles than one, that begin within rows and images;
-# more parts than one; and outputs that are a fraction of a vector, and as many as there may be.
+# more parts than one; outputs that are a fraction of a vector, and as many as there may be; volumes
+# of runs within a slice, over several, and over several volumes.
 SHAPES: tuple[tuple[Pixels, int, int], ...] = (
     ((1, 2, 2), 16, 12),
     ((1, 3, 3), 5, 32),
@@ -31,6 +31,10 @@ SHAPES: tuple[tuple[Pixels, int, int], ...] = (
     ((9, 32, 32), 20, 16),
     ((1, 8, 10), 300, 24),
     ((1, 6, 8), 130, 128),
+    ((1, 5, 16, 20), 33, 12),
+    ((2, 3, 7, 7), 130, 32),
+    ((3, 1, 8, 8), 17, 16),
+    ((2, 2, 8, 8), 64, 24),
 )
 
 
@@ -63,12 +67,15 @@ def test_against_plain_composition(
 
 
 @given(
-    pixels=st.tuples(st.integers(1, 5), st.integers(2, 19), st.integers(2, 19)),
+    pixels=st.one_of(
+        st.tuples(st.integers(1, 5), st.integers(2, 19), st.integers(2, 19)),
+        st.tuples(st.integers(1, 2), *(st.integers(1, 9) for _ in range(3))),
+    ),
     channels=st.integers(1, 140),
     outputs=st.integers(8, 64),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_any_shape(pixels: Pixels, channels: int, outputs: int, seed: int) -> None:
     with use_backend("cpu"):
         check_forward(3, pixels, channels, outputs, torch.float64, seed)
@@ -79,7 +86,7 @@ def run(pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype) -> dict
     """Forward and backward of one convolution."""
     case = Case(dtype)
     norm = case.norm(channels)
-    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, 3, 3)
+    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, *(3,) * (len(pixels) - 1))
     grad_growth = case.rows(pixels, outputs)
     out, mean, var = case.rows(pixels, outputs), case.vector(outputs), case.vector(outputs)
     operators.conv3x3_forward(rows, norm.scale, norm.shift, weight, out, mean, var)
@@ -140,17 +147,17 @@ def test_as_accurate_as_plain_float32(pixels: Pixels, channels: int, outputs: in
     """Root mean square errors against float64: at most twice those of PyTorch's convolutions."""
     case = Case(torch.float32)
     norm = case.norm(channels)
-    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, 3, 3)
+    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, *(3,) * (len(pixels) - 1))
     grad_growth = case.rows(pixels, outputs)
 
     def error(actual: Tensor, exact: Tensor) -> float:
         return float((actual.double() - exact).square().mean().sqrt())
 
     def plain(dtype: torch.dtype) -> list[Tensor]:
-        scale, shift = norm.scale.to(dtype)[:, None, None], norm.shift.to(dtype)[:, None, None]
-        activated = torch.relu(nchw(rows.to(dtype)) * scale + shift).requires_grad_()
+        scale, shift = norm.scale.to(dtype), norm.shift.to(dtype)
+        activated = nchw(torch.relu(rows.to(dtype) * scale + shift)).requires_grad_()
         kernel = weight.to(dtype).requires_grad_()
-        out = F.conv2d(activated, kernel, padding=1)
+        out = CONVOLUTIONS[len(pixels) - 2](activated, kernel, padding=1)
         grad, grad_weight = torch.autograd.grad(
             out, [activated, kernel], nchw(grad_growth.to(dtype))
         )
