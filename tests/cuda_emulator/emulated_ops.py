@@ -21,7 +21,11 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 
 class ImageArgument(Structure):
     """`densenet_fast::ImageArgument`."""
 
-    _fields_ = [("data", pointer), *((name, c_int64) for name in ("n", "h", "w", "c", "pitch"))]
+    _fields_ = [
+        ("data", pointer),
+        *((name, c_int64) for name in ("n", "d", "h", "w", "c", "pitch")),
+        ("dims", c_int),
+    ]
 
 
 class NormArgument(Structure):
@@ -64,7 +68,9 @@ class WeightArgument(Structure):
     _fields_ = [
         ("data", pointer),
         ("is_float32", c_bool),
-        *((n, c_int64) for n in ("out", "in_", "stride_out", "stride_in", "stride_h", "stride_w")),
+        *((n, c_int64) for n in ("out", "in_", "stride_out", "stride_in")),
+        *((n, c_int64) for n in ("stride_d", "stride_h", "stride_w")),
+        ("dims", c_int),
         ("packed", pointer * 2),
     ]
 
@@ -94,15 +100,11 @@ def _address(tensor: Tensor | None) -> int | None:
 def _image(tensor: Tensor | None) -> ImageArgument:
     if tensor is None:
         return ImageArgument()
-    n, h, w, c = tensor.shape
-    pitch = c
-    if w > 1:
-        pitch = tensor.stride(2)
-    elif h > 1:
-        pitch = tensor.stride(1)
-    elif n > 1:
-        pitch = tensor.stride(0)
-    return ImageArgument(tensor.data_ptr(), n, h, w, c, pitch)
+    n, *size, c = tensor.shape
+    strides = [s for s, many in zip(tensor.stride(), tensor.shape[:-1], strict=False) if many > 1]
+    ones = [1] * (3 - len(size))
+    pitch = strides[-1] if strides else c
+    return ImageArgument(tensor.data_ptr(), n, *ones, *size, c, pitch, len(size))
 
 
 def _norm(*vectors: Tensor) -> NormArgument:
@@ -121,9 +123,11 @@ def _coefficients(
 
 
 def _weight(tensor: Tensor) -> WeightArgument:
-    strides = [*tensor.stride(), 0, 0][:4]
+    own, spatial = tensor.stride()[:2], tensor.stride()[2:]
+    strides = [*own, *[0] * (3 - len(spatial)), *spatial]
     is_float32 = tensor.dtype == torch.float32
-    return WeightArgument(tensor.data_ptr(), is_float32, *tensor.shape[:2], *strides)
+    dims = len(spatial) or 2
+    return WeightArgument(tensor.data_ptr(), is_float32, *tensor.shape[:2], *strides, dims)
 
 
 def _weight_gradient(tensor: Tensor | None) -> WeightGradient:
@@ -293,9 +297,12 @@ class EmulatedOps:
     def transition_backward(self, *arguments: Tensor) -> None:
         self._backward("transition_backward", *arguments)
 
-    def dropout_(self, growth: Tensor, seed: int, p: float) -> None:
+    def dropout_(self, growth: Tensor, seed: int, p: float, channels: bool = False) -> None:
         seed %= 1 << 64
-        self._call("dropout_", growth, _image(growth), c_uint64(seed), c_double(p))
+        probability = c_double(p)
+        self._call(
+            "dropout_", growth, _image(growth), c_uint64(seed), probability, c_int(channels)
+        )
 
     def finish_gradient(
         self,

@@ -103,8 +103,8 @@ const char* df_transition_backward(int dtype, int tf32, I g, I x, N norm, W w, I
   return guarded(dtype, tf32,
                  [&](const auto& c) { cuda::transition_backward(c, g, x, norm, w, gx, sums, gw); });
 }
-const char* df_dropout_(int dtype, int tf32, I y, uint64_t seed, double p) {
-  return guarded(dtype, tf32, [&](const auto& c) { cuda::dropout(c, y, seed, p); });
+const char* df_dropout_(int dtype, int tf32, I y, uint64_t seed, double p, int channels) {
+  return guarded(dtype, tf32, [&](const auto& c) { cuda::dropout(c, y, seed, p, channels != 0); });
 }
 const char* df_finish_gradient(int dtype, int tf32, I x, I g, const void* mean, const void* sum,
                                const void* sum_x, I out) {

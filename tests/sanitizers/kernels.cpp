@@ -27,8 +27,14 @@ namespace {
 
 // ---- buffers and shapes -------------------------------------------------------------------------
 
+struct Size {
+  int64_t d, h, w;  // 1 for dimensions that images have not
+};
+
 struct Case {
-  int64_t n, h, w;        // images
+  int dims;
+  int64_t n;  // images
+  Size size;
   int64_t channels, out;  // columns read and made
   int64_t gap;            // elements between the rows of channel slices
   bool permuted;          // weights whose input channels are not innermost
@@ -46,8 +52,9 @@ constexpr Wanted kWanted[] = {{true, true, true},
                               {false, false, true}};
 
 std::string name(const Case& s) {
-  return "n=" + std::to_string(s.n) + " h=" + std::to_string(s.h) + " w=" + std::to_string(s.w) +
-         " channels=" + std::to_string(s.channels) + " out=" + std::to_string(s.out) +
+  return std::to_string(s.dims) + "-d n=" + std::to_string(s.n) + " d=" +
+         std::to_string(s.size.d) + " h=" + std::to_string(s.size.h) +
+         " w=" + std::to_string(s.size.w) + " channels=" + std::to_string(s.channels) + " out=" + std::to_string(s.out) +
          " gap=" + std::to_string(s.gap) + (s.permuted ? " permuted" : "") +
          (s.optional ? "" : " without optional outputs");
 }
@@ -87,11 +94,11 @@ class Tester {
   // never zero, so that no instruction set rounds a value to the other side of the rectifier.
   T random() { return static_cast<T>(static_cast<int>(random_() % 65) - 32) / 16; }
 
-  Image<S> image(int64_t n, int64_t h, int64_t w, int64_t c, bool filled) {
-    const int64_t pitch = c + s_.gap, rows = n * h * w;
+  Image<S> image(int64_t n, Size to, int64_t c, bool filled) {
+    const int64_t pitch = c + s_.gap, rows = n * to.d * to.h * to.w;
     const int64_t size = rows > 0 ? (rows - 1) * pitch + c : 0;
     Owned owned{std::make_unique<S[]>(static_cast<size_t>(size)), {}};
-    owned.image = {owned.memory.get(), n, h, w, c, pitch};
+    owned.image = {owned.memory.get(), n, to.d, to.h, to.w, c, pitch, s_.dims};
     std::memset(owned.image.data, 0xFF, static_cast<size_t>(size) * sizeof(S));
     for (int64_t r = 0; filled && r < rows; ++r) {
       for (int64_t j = 0; j < c; ++j) owned.image.data[r * pitch + j] = narrow<S>(random());
@@ -100,9 +107,18 @@ class Tester {
     return images_.back().image;
   }
 
-  Image<const S> input(int64_t h, int64_t w, int64_t c) { return view(image(s_.n, h, w, c, true)); }
-  Image<S> output(int64_t h, int64_t w, int64_t c) { return image(s_.n, h, w, c, false); }
-  static Image<const S> view(Image<S> i) { return {i.data, i.n, i.h, i.w, i.c, i.pitch}; }
+  Image<const S> input(Size size, int64_t c) { return view(image(s_.n, size, c, true)); }
+  Image<S> output(Size size, int64_t c) { return image(s_.n, size, c, false); }
+  static Image<const S> view(Image<S> i) {
+    return {i.data, i.n, i.d, i.h, i.w, i.c, i.pitch, i.dims};
+  }
+  // Behind 2-wide pooling, `up` the stem's.
+  Size halved(bool up) const {
+    const Size& s = s_.size;
+    return {s_.dims > 2 ? (s.d + up) / 2 : 1, s_.dims > 1 ? (s.h + up) / 2 : 1, (s.w + up) / 2};
+  }
+  // A dense run of elements: one pixel.
+  S* filled(int64_t size) { return image(1, {1, 1, 1}, size, true).data; }
 
   T* vector(int64_t size) {
     vectors_.push_back(std::make_unique<T[]>(static_cast<size_t>(size)));
@@ -140,25 +156,27 @@ class Tester {
   }
 
   Weight<S> weight(int64_t out, int64_t in, int64_t kernel) {
-    const int64_t taps = kernel * kernel;
     Weight<S> w;
+    w.dims = s_.dims;
+    const int64_t taps = kernel == 1 ? 1 : w.taps();
     if (wide_weights()) {
       w.wide = coefficients(out * in * taps, 0);
     } else {
-      w.data = image(1, 1, 1, out * in * taps, true).data;
+      w.data = filled(out * in * taps);
     }
     w.out = out;
     w.in = in;
     w.stride_out = s_.permuted ? 1 : in * taps;
     w.stride_in = s_.permuted ? out * taps : taps;
-    w.stride_h = s_.permuted ? out * kernel : kernel;
     w.stride_w = s_.permuted ? out : 1;
+    w.stride_h = kernel * w.stride_w;
+    w.stride_d = kernel * w.stride_h;
     return w;
   }
 
   // A dense result of the images' type: one pixel.
   S* output_image(int64_t size) {
-    dense_.push_back(image(1, 1, 1, size, false));
+    dense_.push_back(image(1, {1, 1, 1}, size, false));
     return dense_.back().data;
   }
 
@@ -200,78 +218,82 @@ class Tester {
   }
 
   void forward() {
-    const int64_t h = s_.h, w = s_.w, c = s_.channels, out = s_.out;
-    const Image<const S> features = input(h, w, c);
+    const Size size = s_.size, half = halved(false);
+    const int64_t c = s_.channels, out = s_.out;
+    const Image<const S> features = input(size, c);
     kernels_.channel_statistics(features, {output_vector(c), output_vector(c)});
 
     const Weight<S> w1 = weight(out, c, 1), w3 = weight(out, c, 3);
     T* packed1 = vector(kernels_.packed_conv1x1_size(w1));
-    T* packed3 = vector(kernels_.packed_conv3x3_size(h, w, w3));
+    T* packed3 = vector(kernels_.packed_conv3x3_size(size.h, size.w, w3));
     kernels_.pack_conv1x1(w1, packed1);
-    kernels_.pack_conv3x3(h, w, w3, packed3);
-    with_and_without(kernels_.conv1x1_forward, features, w1, packed1, output(h, w, out));
-    const Image<S> growth = output(h, w, out);
+    kernels_.pack_conv3x3(size.h, size.w, w3, packed3);
+    with_and_without(kernels_.conv1x1_forward, features, w1, packed1, output(size, out));
+    const Image<S> growth = output(size, out);
     with_and_without(kernels_.conv3x3_forward, features, w3, packed3, growth);
     for (double p : {0.3, 1.0}) {
-      kernels_.dropout(growth, 0x123456789abcdefu, p);
+      kernels_.dropout(growth, 0x123456789abcdefu, p, s_.optional);
       keep(growth);
     }
-    if (h < 2 || w < 2) return;
-    with_and_without(kernels_.transition_forward, features, w1, packed1, output(h / 2, w / 2, out));
+    if (half.d * half.h * half.w == 0) return;
+    with_and_without(kernels_.transition_forward, features, w1, packed1, output(half, out));
   }
 
   void backward() {
-    const int64_t h = s_.h, w = s_.w, c = s_.channels, out = s_.out;
-    const Image<const S> features = input(h, w, c), gradient = input(h, w, out);
+    const Size size = s_.size, half = halved(false);
+    const int64_t c = s_.channels, out = s_.out;
+    const Image<const S> features = input(size, c), gradient = input(size, out);
     for (const Wanted wanted : kWanted) {
       const NormGradient<T> to_affine = wanted.affine ? affine(c) : NormGradient<T>{};
       const auto to_weight = [&](int64_t size) { return weight_gradient(size, wanted.weight); };
       {
-        const Image<S> to = wanted.data ? image(s_.n, h, w, c, true) : Image<S>{};  // accumulates
-        kernels_.conv1x1_backward(gradient, input(h, w, out), coefficients(3 * out, 0), features,
+        const Image<S> to = wanted.data ? image(s_.n, size, c, true) : Image<S>{};  // accumulates
+        kernels_.conv1x1_backward(gradient, input(size, out), coefficients(3 * out, 0), features,
                                   norm(c), weight(out, c, 1), to, to_affine, to_weight(out * c));
         keep(to);
       }
       const NormGradient<T> to_affine3 = wanted.affine ? affine(c) : NormGradient<T>{};
-      const Image<S> to = wanted.data ? output(h, w, c) : Image<S>{};
-      kernels_.conv3x3_backward(gradient, features, norm(c), weight(out, c, 3), to, to_affine3,
-                                to_weight(out * c * 9));
+      const Image<S> to = wanted.data ? output(size, c) : Image<S>{};
+      const Weight<S> w3 = weight(out, c, 3);
+      kernels_.conv3x3_backward(gradient, features, norm(c), w3, to, to_affine3,
+                                to_weight(out * c * w3.taps()));
       keep(to);
     }
     {
-      const Image<S> to = output(h, w, c);
-      kernels_.finish_gradient(features, input(h, w, c), coefficients(c, 0), coefficients(c, 0),
+      const Image<S> to = output(size, c);
+      kernels_.finish_gradient(features, input(size, c), coefficients(c, 0), coefficients(c, 0),
                                coefficients(c, 0), to);
       keep(to);
     }
-    if (h < 2 || w < 2) return;
-    const Image<S> to = output(h, w, c);
-    kernels_.transition_backward(input(h / 2, w / 2, out), features, norm(c), weight(out, c, 1), to,
+    if (half.d * half.h * half.w == 0) return;
+    const Image<S> to = output(size, c);
+    kernels_.transition_backward(input(half, out), features, norm(c), weight(out, c, 1), to,
                                  affine(c), weight_gradient(out * c, s_.optional));
     keep(to);
   }
 
   void pooling() {
-    const int64_t h = s_.h, w = s_.w, c = s_.channels;
-    const Image<const S> features = input(h, w, c);
+    const Size size = s_.size, out = halved(true);
+    const int64_t c = s_.channels;
+    const Image<const S> features = input(size, c);
     kernels_.norm_relu_avgpool_forward(features, activation(c), output_image(s_.n * c));
-    const Image<S> to = output(h, w, c);
-    kernels_.norm_relu_avgpool_backward(image(1, 1, 1, s_.n * c, true).data, features, norm(c), to,
+    const Image<S> to = output(size, c);
+    kernels_.norm_relu_avgpool_backward(filled(s_.n * c), features, norm(c), to,
                                         affine(c));
     keep(to);
 
-    const int64_t out_h = (h - 1) / 2 + 1, out_w = (w - 1) / 2 + 1;
-    const Image<S> pooled = output(out_h, out_w, c);
-    const auto argmax = std::make_unique<uint8_t[]>(static_cast<size_t>(s_.n * out_h * out_w * c));
+    const Image<S> pooled = output(out, c);
+    const int64_t elements = pooled.rows() * c, positions = features.dims == 3 ? 27 : 9;
+    const auto argmax = std::make_unique<uint8_t[]>(static_cast<size_t>(elements));
     kernels_.norm_relu_maxpool_forward(features, activation(c), pooled, argmax.get());
     keep(pooled);
-    for (int64_t i = 0; i < s_.n * out_h * out_w * c; ++i) {
-      if (argmax[static_cast<size_t>(i)] > 8) fail("argmax is not a position in a 3x3 window");
+    for (int64_t i = 0; i < elements; ++i) {
+      if (argmax[static_cast<size_t>(i)] >= positions) fail("argmax is no position in a window");
       result_.push_back(argmax[static_cast<size_t>(i)]);
     }
     for (bool batch_statistics : {false, true}) {
-      const Image<S> gradient = output(h, w, c);
-      kernels_.norm_relu_maxpool_backward(input(out_h, out_w, c), argmax.get(), features, norm(c),
+      const Image<S> gradient = output(size, c);
+      kernels_.norm_relu_maxpool_backward(input(out, c), argmax.get(), features, norm(c),
                                           batch_statistics, gradient, affine(c));
       keep(gradient);
     }
@@ -350,17 +372,31 @@ int64_t pick(std::mt19937& random, std::initializer_list<int64_t> from) {
   return from.begin()[random() % from.size()];
 }
 
-// n, h, w, channels, out, gap, permuted, optional: single pixels, single lines, images that are cut
+// dims, n, {d, h, w}, channels, out, gap, permuted, optional: single pixels, single lines, images that are cut
 // into bands and columns, batches long enough for tasks of several tiles.
 constexpr Case kCases[] = {
-    {1, 1, 1, 1, 1, 0, false, true},      {3, 1, 1, 300, 12, 1, false, true},
-    {2, 1, 9, 128, 32, 3, true, true},    {2, 7, 7, 129, 32, 5, false, true},
-    {1, 7, 7, 256, 48, 0, false, false},  {1, 13, 5, 257, 48, 0, true, true},
-    {2, 13, 5, 300, 3, 7, false, true},   {1, 3, 70, 20, 12, 1, false, true},
-    {1, 2, 129, 33, 32, 0, true, false},  {2, 5, 65, 48, 24, 3, false, true},
-    {1, 40, 33, 20, 12, 3, false, true},  {1, 37, 29, 16, 8, 0, true, true},
-    {3, 30, 30, 17, 16, 1, false, false}, {3, 24, 24, 40, 33, 0, false, true},
-    {1, 8, 8, 290, 70, 1, false, true},   {1, 2, 2, 131, 5, 0, false, true},
+    {2, 1, {1, 1, 1}, 1, 1, 0, false, true},
+    {2, 3, {1, 1, 1}, 300, 12, 1, false, true},
+    {2, 2, {1, 1, 9}, 128, 32, 3, true, true},
+    {2, 2, {1, 7, 7}, 129, 32, 5, false, true},
+    {2, 1, {1, 7, 7}, 256, 48, 0, false, false},
+    {2, 1, {1, 13, 5}, 257, 48, 0, true, true},
+    {2, 2, {1, 13, 5}, 300, 3, 7, false, true},
+    {2, 1, {1, 3, 70}, 20, 12, 1, false, true},
+    {2, 1, {1, 2, 129}, 33, 32, 0, true, false},
+    {2, 2, {1, 5, 65}, 48, 24, 3, false, true},
+    {2, 1, {1, 40, 33}, 20, 12, 3, false, true},
+    {2, 1, {1, 37, 29}, 16, 8, 0, true, true},
+    {2, 3, {1, 30, 30}, 17, 16, 1, false, false},
+    {2, 3, {1, 24, 24}, 40, 33, 0, false, true},
+    {2, 1, {1, 8, 8}, 290, 70, 1, false, true},
+    {2, 1, {1, 2, 2}, 131, 5, 0, false, true},
+    {1, 3, {1, 1, 33}, 131, 12, 1, false, true},
+    {1, 1, {1, 1, 150}, 17, 32, 0, true, true},
+    {3, 1, {1, 1, 1}, 5, 3, 0, false, true},
+    {3, 2, {3, 7, 7}, 129, 32, 3, false, true},
+    {3, 1, {5, 12, 13}, 20, 12, 0, true, true},
+    {3, 2, {2, 9, 8}, 33, 48, 1, false, false},
 };
 
 void check_chosen() {
@@ -375,9 +411,12 @@ void check_random(int cases) {
   std::mt19937 random{1};
   for (int i = 0; i < cases; ++i) {
     const int64_t channels = 1 + static_cast<int64_t>(random() % 300);
-    const Case shape{pick(random, {1, 2, 3}),
-                     pick(random, {1, 2, 3, 5, 8, 13}),
-                     pick(random, {1, 2, 3, 4, 7, 9, 30}),
+    const int dims = 1 + i % 3;
+    const int64_t n = pick(random, {1, 2, 3}), d = pick(random, {1, 2, 3, 4});
+    const int64_t h = pick(random, {1, 2, 3, 5, 8, 13}), w = pick(random, {1, 2, 3, 4, 7, 9, 30});
+    const Case shape{dims,
+                     dims == 3 ? 1 + n / 2 : n,
+                     {dims == 3 ? d : 1, dims > 1 ? h : 1, dims == 3 ? 1 + w / 2 : w},
                      random() % 2 ? channels : pick(random, {1, 3, 8, 15, 16, 17, 33, 48, 70, 130}),
                      pick(random, {1, 2, 3, 4, 12, 16, 17, 24, 32, 47, 48, 64, 129}),
                      pick(random, {0, 0, 1, 5}),
