@@ -25,6 +25,9 @@ _CPU_TYPES = (torch.bfloat16, torch.float32, torch.float64)
 _CUDA_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+_OTHER_DIMENSIONS = "the {} kernels compute images of two dimensions, not of {}"
+
+
 class Choice(NamedTuple):
     """A backend, and for the reference the reason why it is not a faster one."""
 
@@ -34,16 +37,19 @@ class Choice(NamedTuple):
 
 _setting: Setting = "auto"
 # Answers of `select` under this setting.
-_choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
+_choices: dict[tuple[torch.device, torch.dtype, int], Backend] = {}
 _warned: set[str] = set()
 
 
-def backend_for(device: torch.device | str, dtype: torch.dtype) -> Choice:
-    """The best backend that exists for tensors of this device and type, whatever is forced."""
+def backend_for(device: torch.device | str, dtype: torch.dtype, dims: int = 2) -> Choice:
+    """The best backend that exists for tensors of this device and type, whatever is forced.
+
+    `dims` is the number of the images' dimensions.
+    """
     device = torch.device(device)
     kind = device.type
     if kind == "cuda":
-        return _cuda_backend(device, dtype)
+        return _cuda_backend(device, dtype, dims)
     if kind == "cpu" and not extension.LOADED:
         return Choice("reference", extension.LOAD_ERROR)
     if kind == "cpu" and dtype not in _CPU_TYPES:
@@ -52,6 +58,8 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> Choice:
             f"the CPU kernels compute in bfloat16, float32 and float64, not in {_name(dtype)}: "
             "convert model and input for the fast path",
         )
+    if kind == "cpu" and dims != 2:
+        return Choice("reference", _OTHER_DIMENSIONS.format("CPU", dims))
     if kind == "cpu":
         return Choice("cpu", None)
     return Choice(
@@ -60,8 +68,10 @@ def backend_for(device: torch.device | str, dtype: torch.dtype) -> Choice:
     )
 
 
-def _cuda_backend(device: torch.device, dtype: torch.dtype) -> Choice:
+def _cuda_backend(device: torch.device, dtype: torch.dtype, dims: int) -> Choice:
     reason = cuda_device.obstacle(device.index)
+    if reason is None and dims != 2:
+        reason = _OTHER_DIMENSIONS.format("CUDA", dims)
     if reason is None and dtype not in _CUDA_TYPES:
         reason = (
             "the CUDA kernels compute in float16, bfloat16, float32 and float64, not in "
@@ -75,8 +85,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def select(tensor: Tensor) -> Backend:
-    """The backend that runs operators on this tensor."""
-    key = (tensor.device, tensor.dtype)
+    """The backend that runs operators on this tensor: images or their rows, or any vector."""
+    key = (tensor.device, tensor.dtype, tensor.dim())
     if torch.compiler.is_compiling():
         return _choose(*key)  # else the graph would depend on what has been chosen before it
     chosen = _choices.get(key)
@@ -85,10 +95,10 @@ def select(tensor: Tensor) -> Backend:
     return chosen
 
 
-def _choose(device: torch.device, dtype: torch.dtype) -> Backend:
+def _choose(device: torch.device, dtype: torch.dtype, dim: int) -> Backend:
     if _setting == "reference":
         return "reference"
-    backend, reason = backend_for(device, dtype)
+    backend, reason = backend_for(device, dtype, dim - 2 if dim > 2 else 2)
     if _setting not in ("auto", backend):
         raise RuntimeError(
             f"the backend {_setting!r} was forced, but {_name(dtype)} tensors on {device} cannot "
