@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -69,6 +69,14 @@ def one_of(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
             return choice
     wrong = ValueError if isinstance(value, str) else TypeError
     raise wrong(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def one_number_of(name: str, value: Any, choices: Collection[int]) -> int:
+    """`value` as an int that is one of `choices`."""
+    number = integer(name, value)
+    if number not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    return number
 
 
 def memory_budget(mode: str, value: Any) -> int | None:

@@ -11,9 +11,10 @@ from torch import nn
 from densenet_fast import reports
 from densenet_fast.blocks import autocast
 from densenet_fast.conversion.parts import ConvertedFeatures, ConvertedNetwork
-from densenet_fast.modules import eligibility, fusing
+from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
-from densenet_fast.modules.layers import DenseLayer, FusedBlock, Transition
+from densenet_fast.modules.dimensions import NORMS
+from densenet_fast.modules.layers import DenseLayer, FusedBlock, FusedModule, Transition
 from densenet_fast.operators.backends import backend_for, get_backend
 
 
@@ -67,21 +68,36 @@ def fusion_report(model: nn.Module) -> FusionReport:
     backend: str = get_backend()
     note: str | None = "forced"
     if backend != "reference":
-        chosen = backend_for(device, autocast.computed_type(dtype, device.type))
+        stored, dims = autocast.computed_type(dtype, device.type), _dimensions(model)
+        chosen = backend_for(device, stored, dims)
         backend, note = chosen.backend if backend == "auto" else backend, chosen.reason
     visitor = _Visitor(dtype, device, backend)
     visitor.visit("", model)
     return FusionReport(tuple(visitor.rows), dtype, device, note)
 
 
+def _dimensions(model: nn.Module) -> int:
+    """How many dimensions the images of the first network or block in `model` have; else two."""
+    for module in model.modules():
+        if isinstance(module, (FusedModule, ConvertedFeatures, EfficientDenseNet)):
+            dims = input_checks.dimensions(module)
+            if dims is not None:
+                return dims
+    return 2
+
+
 class _Visitor:
     def __init__(self, dtype: torch.dtype, device: torch.device, backend: str) -> None:
-        self.expected = eligibility.Expected(dtype, device)
+        self.dtype, self.device = dtype, device
         self.rows: list[FusionRow] = []
         self.backend = backend
         self.everywhere = eligibility.autocast(device) or eligibility.surroundings()
         if device.type == "meta":
             self.everywhere = "the parameters are on the meta device"
+
+    def expected(self, owner: nn.Module) -> eligibility.Expected:
+        """What the modules of a block or chain are looked at for."""
+        return eligibility.Expected(self.dtype, self.device, _dimensions(owner))
 
     def add(self, name: str, found: object, called: str | None = None) -> None:
         """`found` is an obstacle if it is a text; `called` is why the part's module is called."""
@@ -96,10 +112,10 @@ class _Visitor:
         """Rows of what is below `module`; `head` follows it if it is a converted chain."""
         prefix = f"{name}." if name else ""
         if isinstance(module, (DenseLayer, Transition)):
-            step = module.step(None, None, self.expected)
+            step = module.step(None, None, self.expected(module))
             self.add(name or type(module).__name__, step, eligibility.touched(module))
         elif isinstance(module, FusedBlock):
-            parts = module.parts(self.expected)
+            parts = module.parts(self.expected(module))
             for (part, layer), found in zip(module._modules.items(), parts, strict=True):
                 if isinstance(layer, DenseLayer) and eligibility.touched(layer) is not None:
                     self.visit(f"{prefix}{part}", layer)
@@ -125,9 +141,10 @@ class _Visitor:
         """A row for everything that `fusing.steps` could fuse; `whole` is why it fuses nothing."""
         obstacles: dict[int, str] = {}
         modules: dict[str, Any] = features._modules
-        fusing.steps(list(modules.values()), self.expected, head=head, obstacles=obstacles)
+        expected = self.expected(features)
+        fusing.steps(list(modules.values()), expected, head=head, obstacles=obstacles)
         for at, (name, module) in enumerate(modules.items()):
-            if isinstance(module, eligibility.NORMS) or name in ("norm0", "norm5"):
+            if isinstance(module, NORMS) or name in ("norm0", "norm5"):
                 self.add(prefix + name, whole or obstacles.get(at))
             elif module is not None:
                 self.visit(prefix + name, module)  # nothing of ours in it: no rows

@@ -8,6 +8,7 @@ network does besides (modules of unknown types, hooks, other devices than the CP
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,17 +17,27 @@ from torch import Tensor, nn
 
 from densenet_fast import operators
 from densenet_fast.blocks import autocast, norms, stem_convolution
+from densenet_fast.blocks.forward import halved
 from densenet_fast.blocks.specs import NormSpec
+from densenet_fast.blocks.stem import pooled
 from densenet_fast.conversion.parts import ConvertedNetwork
 from densenet_fast.modules import eligibility
 from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.dimensions import MODULES, Conv
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
 from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step, norm_spec
 from densenet_fast.operators import extension, winograd
 from densenet_fast.operators.backends import select
-from densenet_fast.operators.rows import as_rows, empty_channels_last, row_pitch, statistics_dtype
+from densenet_fast.operators.rows import (
+    as_rows,
+    channels_last_format,
+    empty_channels_last,
+    row_pitch,
+    rows_of,
+    statistics_dtype,
+)
 
-Room = Callable[[int, int, int], Tensor]
+Room = Callable[[Sequence[int]], Tensor]  # of [N, *size]
 _operators: Any = torch.ops.densenet_fast
 
 
@@ -72,7 +83,7 @@ class OptimizedNetwork(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Tensor:
-        """What the network gives for `images` [N, C, H, W] in evaluation, without gradients.
+        """What the network gives for `images` [N, C, *size] in evaluation, without gradients.
 
         Raises:
             RuntimeError: `images` require a gradient.
@@ -91,7 +102,7 @@ class OptimizedNetwork(nn.Module):
         """The network prepared for images of this kind; None: it runs as usual."""
         if (
             type(images) is not Tensor
-            or images.dim() != 4
+            or images.dim() - 2 not in MODULES
             or not images.numel()
             or torch.compiler.is_compiling()
             or eligibility.surroundings() is not None
@@ -122,7 +133,7 @@ def optimize_for_inference(model: nn.Module) -> OptimizedNetwork:
     longer.
 
     Args:
-        model: any module that takes images [N, C, H, W], in any mode.
+        model: any module that takes images [N, C, *size], in any mode.
 
     Raises:
         TypeError: `model` is not a module.
@@ -188,24 +199,25 @@ def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:
 class Stem:
     """The first convolution, and norm, ReLU and max-pooling behind it where there are any."""
 
-    def __init__(self, conv: nn.Conv2d, norm: Any) -> None:
+    def __init__(self, conv: Conv, norm: Any) -> None:
         """Copy the convolution's weight in the layout that writes channels innermost."""
         self.conv = conv
-        self.weight = conv.weight.contiguous(memory_format=torch.channels_last)
+        layout = channels_last_format(conv.weight.dim())
+        self.weight = conv.weight.contiguous(memory_format=layout)
         self.norm = None
         if norm is not None:
             like = torch.empty(0, dtype=statistics_dtype(conv.weight.dtype))
             self.norm = _coefficients(norm_spec(norm, []), like)
 
     def __call__(self, images: Tensor, room: Room) -> None:
-        """Write the features into what `room` gives for their [N, H, W]."""
+        """Write the features into what `room` gives for their [N, *size]."""
         features = stem_convolution.module_forward(self.conv, images, self.weight, self.conv.bias)
         rows = as_rows(features)
-        count, height, width, _ = rows.shape
         if self.norm is None:
-            room(count, height, width).copy_(rows)
+            room(rows.shape[:-1]).copy_(rows)
             return
-        out = room(count, (height + 1) // 2, (width + 1) // 2)
+        count, *size, _ = rows.shape
+        out = room((count, *pooled(size)))
         argmax = torch.empty(out.shape, dtype=torch.uint8)
         operators.norm_relu_maxpool_forward(rows, *self.norm, out, argmax)
 
@@ -228,30 +240,30 @@ class Block:
         ]
         self.coefficients = torch.cat(pairs)
         self.widest = max(self.sizes[1::2])
-        self.packed: dict[tuple[int, int], Tensor] = {}  # by the images' size
+        self.packed: dict[tuple[int, ...], Tensor] = {}  # by the images' size
         norm, conv = tail
         self.tail_norm = _coefficients(norm_spec(norm, []), like)
         self.conv = None if conv is None else conv.weight.flatten(1)  # None: the average
         if self.conv is not None:
-            self.tail_packed = _packed(images, [self.conv], 0, 0)
+            self.tail_packed = _packed(images, [self.conv], [0] * (images.dim() - 2))
 
-    def room(self, count: int, height: int, width: int) -> Tensor:
-        """An empty feature buffer as rows [N, H, W, C]."""
+    def room(self, pixels: Sequence[int]) -> Tensor:
+        """An empty feature buffer for `pixels` [N, *size] as rows [N, *size, C]."""
         pitch = row_pitch(self.channels, self.dtype.itemsize, cuda=False)
         like = torch.empty(0, dtype=self.dtype)
-        shape = (count, self.channels, height, width)
-        return empty_channels_last(shape, like, pitch).permute(0, 2, 3, 1)
+        count, *size = pixels
+        return rows_of(empty_channels_last((count, self.channels, *size), like, pitch))
 
     def __call__(self, features: Tensor, room: Room) -> Tensor | None:
         """Fill the buffer, and write what the tail makes of it into what `room` gives."""
-        count, height, width, _ = features.shape
-        packed = self.packed.get((height, width))
+        count, *size, _ = features.shape
+        packed = self.packed.get(tuple(size))
         if packed is None:
-            packed = _packed(features, self.weights, height, width)
+            packed = _packed(features, self.weights, size)
             # Sizes differ in how 3x3 convolutions are computed, and that shows in the length.
             same = [other for other in self.packed.values() if len(other) == len(packed)]
-            packed = self.packed[height, width] = same[0] if same else packed
-        bottleneck = features.new_empty(count * height * width * self.widest)
+            packed = self.packed[tuple(size)] = same[0] if same else packed
+        bottleneck = features.new_empty(count * math.prod(size) * self.widest)
         _operators.dense_block_inference_(
             features, bottleneck, self.coefficients, packed, self.sizes
         )
@@ -259,15 +271,15 @@ class Block:
             out = features.new_empty(count, self.channels)
             operators.norm_relu_avgpool_forward(features, *self.tail_norm, out)
             return out
-        pooled = room(count, height // 2, width // 2)
+        out = room((count, *halved(size)))
         _operators.transition_forward(
-            features, *self.tail_norm, self.conv, pooled, None, None, packed=self.tail_packed
+            features, *self.tail_norm, self.conv, out, None, None, packed=self.tail_packed
         )
         return None
 
 
-def _packed(like: Tensor, weights: Sequence[Tensor], height: int, width: int) -> Tensor:
-    packed: Tensor = _operators.packed_weights(like, weights, height, width)
+def _packed(like: Tensor, weights: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    packed: Tensor = _operators.packed_weights(like, weights, *size)
     return packed
 
 
@@ -284,17 +296,17 @@ class Prepared:
         features: Tensor | None = None
 
         def room_of(block: Block) -> Room:
-            def room(count: int, height: int, width: int) -> Tensor:
+            def room(pixels: Sequence[int]) -> Tensor:
                 nonlocal features
-                features = block.room(count, height, width)
+                features = block.room(pixels)
                 return features[..., : block.sizes[0]]
 
             return room
 
         self.stem(images, room_of(self.blocks[0]))
-        pooled = None
+        output = None
         for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             assert features is not None
-            pooled = block(features, room_of(following or block))
-        assert pooled is not None
-        return self.head(pooled)
+            output = block(features, room_of(following or block))
+        assert output is not None
+        return self.head(output)

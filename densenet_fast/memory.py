@@ -16,7 +16,7 @@ from densenet_fast.blocks.memory_plan import (
     held_below_peak,
     within_budget,
 )
-from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint
+from densenet_fast.blocks.specs import NETWORK_MODES, SHAPES, Checkpoint
 from densenet_fast.fusion import fusion_report
 from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
@@ -82,7 +82,7 @@ def estimate(
 
     Args:
         model: a network all of whose parts run fused (see `fusion_report`).
-        input_size: images' shape (N, C, H, W).
+        input_size: images' shape, (N, C, H, W) in two dimensions.
         dtype: what features are stored in: the parameters' type, or autocast's; None for that of
             the parameters under the autocast that is on now.
         checkpoint: "none", "bottleneck", "block" or "auto"; None for the model's own setting.
@@ -125,12 +125,13 @@ def estimate(
     )
 
 
-def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, int, int, int]:
+def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, ...]:
+    expected = f"({SHAPES[model.spatial_dims][1:-1]})"
     if isinstance(input_size, (str, bytes)) or not isinstance(input_size, Sequence):
-        raise TypeError(f"input_size must be (N, C, H, W), got {input_size!r}")
+        raise TypeError(f"input_size must be {expected}, got {input_size!r}")
     sizes = tuple(arguments.integer(f"input_size[{i}]", size) for i, size in enumerate(input_size))
-    if len(sizes) != 4:
-        raise ValueError(f"input_size must be (N, C, H, W), got {sizes}")
+    if len(sizes) != 2 + model.spatial_dims:
+        raise ValueError(f"input_size must be {expected}, got {sizes}")
     images = torch.empty(sizes, device="meta")
     input_checks.chain("estimate", model.features, images)
     return sizes
@@ -141,9 +142,8 @@ def _network(
 ) -> NetworkSize:
     parameter = model.classifier.weight
     modules = list(model.features)
-    steps, pooled = fusing.steps(
-        modules, Expected(parameter.dtype, parameter.device), recompute=recompute
-    )
+    expected = Expected(parameter.dtype, parameter.device, len(shape) - 2)
+    steps, pooled = fusing.steps(modules, expected, recompute=recompute)
     network = None
     if pooled and eligibility.exactly(model.features, torch.nn.Sequential) is None:
         network = network_size(steps, model.classifier, shape, dtype, parameter.device)

@@ -11,7 +11,14 @@ from torch import Tensor
 from densenet_fast import operators
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.forward import Block, Statistics, matrix, recompute_features
-from densenet_fast.operators.rows import as_rows, empty_channels_last, empty_rows, row_pitch
+from densenet_fast.operators.rows import (
+    as_rows,
+    empty_channels_last,
+    empty_rows,
+    images_of,
+    row_pitch,
+    rows_of,
+)
 
 Gradients = list[Tensor | None]
 
@@ -34,7 +41,7 @@ def gradients(
         features, bottlenecks = recompute_features(anchor, block, statistics)
     else:
         features = as_rows(anchor)
-        bottlenecks = [as_rows(bottleneck.permute(0, 3, 1, 2)) for bottleneck in bottlenecks]
+        bottlenecks = [as_rows(images_of(bottleneck)) for bottleneck in bottlenecks]
     return BlockBackward(block, features, statistics, bottlenecks, needs).run(grad_output)
 
 
@@ -71,9 +78,11 @@ class BlockBackward:
     def _gradient_buffer(self) -> Tensor:
         channels = self.geometry.channels
         pitch = row_pitch(channels, self.features.itemsize, cuda=self.features.is_cuda)
-        images, height, width = self.geometry.pixels
-        shape = (images, channels, height, width)
-        return empty_channels_last(shape, self.features, pitch).permute(0, 2, 3, 1)
+        return rows_of(self._images(channels, pitch))
+
+    def _images(self, channels: int, pitch: int | None = None) -> Tensor:
+        images, *size = self.geometry.pixels
+        return empty_channels_last((images, channels, *size), self.features, pitch)
 
     def run(self, grad_output: Tensor) -> Gradients:
         """The input's gradient and the parameters', the tail's last.
@@ -82,7 +91,7 @@ class BlockBackward:
         """
         tail_gradients: Gradients = []
         if self.block.settings.tail == "none":
-            self.grad_features.copy_(grad_output.permute(0, 2, 3, 1))
+            self.grad_features.copy_(rows_of(grad_output))
         else:
             tail_gradients = self._tail(grad_output)
         gradients = self._layers()
@@ -125,7 +134,8 @@ class BlockBackward:
         grad_gamma, grad_beta = self._vectors(self.geometry.channels)
         found: Gradients = [grad_gamma, grad_beta]
         if block.settings.tail == "transition":
-            weight = matrix(block.parameters[-1])
+            of_conv = block.parameters[-1]
+            weight = matrix(of_conv)
             grad_weight = _like(weight) if self.needs[-1] else None
             operators.transition_backward(
                 as_rows(grad_output),
@@ -137,7 +147,9 @@ class BlockBackward:
                 grad_beta,
                 grad_weight,
             )
-            found.append(None if grad_weight is None else grad_weight[..., None, None])
+            if grad_weight is not None and of_conv is not None:
+                grad_weight = grad_weight.view(of_conv.shape)
+            found.append(grad_weight)
         else:
             operators.norm_relu_avgpool_backward(
                 grad_output.contiguous(),
@@ -206,10 +218,9 @@ class BlockBackward:
         )
 
     def _input(self) -> Tensor:
-        images, height, width = self.geometry.pixels
         channels = self.geometry.starts[0]
-        gradient = empty_channels_last((images, channels, height, width), self.features)
-        rows = gradient.permute(0, 2, 3, 1)
+        gradient = self._images(channels)
+        rows = rows_of(gradient)
         if self.geometry.reduced:
             self._exchange_features(0)
             operators.finish_gradient(

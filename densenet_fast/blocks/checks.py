@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.specs import (
     CHECKPOINT_MODES,
+    SHAPES,
     AvgPoolTail,
     LayerSpec,
     NormSpec,
@@ -20,12 +22,15 @@ from densenet_fast.blocks.specs import (
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
-def check_input(input: Tensor) -> None:
-    """An image batch with something in it."""
-    if input.dim() != 4:
-        raise ValueError(
-            f"the input should have four dimensions [N, C, H, W], got shape {tuple(input.shape)}"
-        )
+_NUMERALS = {1: "three", 2: "four", 3: "five"}
+
+
+def check_input(input: Tensor, weight: Tensor | None = None) -> None:
+    """An image batch with something in it, of the dimensions that `weight`, if given, is for."""
+    known = [weight.dim() - 2] if weight is not None and weight.dim() - 2 in SHAPES else [*SHAPES]
+    if input.dim() - 2 not in known:
+        expected = " or ".join(f"{_NUMERALS[dims]} dimensions {SHAPES[dims]}" for dims in known)
+        raise ValueError(f"the input should have {expected}, got shape {tuple(input.shape)}")
     if not input.is_floating_point():
         raise TypeError(f"the input should have a floating-point type, got {input.dtype}")
     if not input.numel():
@@ -48,9 +53,12 @@ def check_block(
         raise ValueError(
             f"hold should be between 0 and the number of layers, {len(layers)}, got {hold!r}"
         )
-    check_input(input)
-    images, channels, height, width = input.shape
-    pixels = (images, height, width)
+    weights = [layer.conv2_weight for layer in layers]
+    if isinstance(tail, TransitionTail):
+        weights.append(tail.conv_weight)
+    check_input(input, next(iter(weights), None))
+    images, channels, *size = input.shape
+    pixels = (images, *size)
     for index, layer in enumerate(layers):
         at = f"layer {index + 1}: "
         check_norm(layer.norm1, at + "norm1", channels, input, pixels)
@@ -64,10 +72,11 @@ def check_block(
     if isinstance(tail, TransitionTail):
         check_norm(tail.norm, "transition: norm", channels, input, pixels)
         _check_conv(tail.conv_weight, "transition: conv", channels, 1, input)
-        if height < 2 or width < 2:
+        if min(size) < 2:
+            least = "x".join(["2"] * len(size))
             raise ValueError(
-                "the transition's 2x2 pooling needs an image of at least 2x2 pixels, got "
-                f"{height}x{width}"
+                f"the transition's {least} pooling needs an image of at least {least} pixels, got "
+                f"{'x'.join(map(str, size))}"
             )
     elif isinstance(tail, AvgPoolTail):
         check_norm(tail.norm, "final norm", channels, input, pixels)
@@ -93,14 +102,13 @@ def _check_groups(layers: Sequence[LayerSpec], tail: Tail | None) -> None:
 
 
 def check_norm(
-    norm: NormSpec, name: str, channels: int, input: Tensor, pixels: tuple[int, int, int]
+    norm: NormSpec, name: str, channels: int, input: Tensor, pixels: Sequence[int]
 ) -> None:
     """Parameters and statistics of a norm over `channels`, and enough values to take them from."""
-    images, height, width = pixels
     if norm.group:
         synchronized.check(norm.group, input.device, name)
-    elif norm.batch_statistics and images * height * width == 1:
-        size = torch.Size((images, channels, height, width))
+    elif norm.batch_statistics and math.prod(pixels) == 1:
+        size = torch.Size((pixels[0], channels, *pixels[1:]))
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {size}"
         )
@@ -128,9 +136,10 @@ def check_norm(
 
 def _check_conv(weight: Tensor, name: str, channels: int, kernel: int, input: Tensor) -> int:
     """The number of output channels of a convolution that fits."""
-    if weight.dim() != 4 or weight.shape[1:] != (channels, kernel, kernel) or not len(weight):
+    expected = (channels, *[kernel] * (input.dim() - 2))
+    if weight.shape[1:] != expected or not len(weight):
         raise ValueError(
-            f"{name}.weight should have shape (outputs, {channels}, {kernel}, {kernel}), got "
+            f"{name}.weight should have shape (outputs, {', '.join(map(str, expected))}), got "
             f"{tuple(weight.shape)}"
         )
     if not _fits(weight.dtype, input.dtype):

@@ -23,7 +23,7 @@ from torch import Tensor
 from densenet_fast.blocks import autocast, nodes, norms
 from densenet_fast.blocks.backward import gradients
 from densenet_fast.blocks.checks import check_block
-from densenet_fast.blocks.forward import Block, Geometry, Statistics, forward, norm_places
+from densenet_fast.blocks.forward import Block, Geometry, Statistics, forward, halved, norm_places
 from densenet_fast.blocks.nodes import Finish
 from densenet_fast.blocks.specs import (
     CHECKPOINT_MODES,
@@ -41,7 +41,12 @@ from densenet_fast.blocks.specs import (
 from densenet_fast.blocks.stem import conv_stem, stem_norm_relu_maxpool
 from densenet_fast.operators.backends import select
 from densenet_fast.operators.philox import draw_seeds
-from densenet_fast.operators.rows import empty_channels_last, row_pitch, statistics_dtype
+from densenet_fast.operators.rows import (
+    channels_last_format,
+    empty_channels_last,
+    row_pitch,
+    statistics_dtype,
+)
 
 __all__ = [
     "CHECKPOINT_MODES",
@@ -70,12 +75,12 @@ def dense_block(
     checkpoint: Checkpoint = "bottleneck",
     hold: int = 0,
 ) -> Tensor:
-    """Run `layers` on `input` [N, C0, H, W] and, fused behind them, `tail`.
+    """Run `layers` on `input` [N, C0, *size], of one to three sizes, and, fused behind, `tail`.
 
-    Returns the concatenated features [N, C, H, W] without a tail, [N, Cout, H // 2, W // 2] behind
-    a `TransitionTail` (both channels last in memory), [N, C] behind an `AvgPoolTail`. `hold` is the
-    number of last layers whose bottleneck is held for the backward; with `checkpoint="none"` all
-    are.
+    Returns the concatenated features [N, C, *size] without a tail, with halved sizes behind a
+    `TransitionTail` (both channels innermost in memory), [N, C] behind an `AvgPoolTail`. `hold` is
+    the number of last layers whose bottleneck is held for the backward; with `checkpoint="none"`
+    all are.
     """
     check_block(autocast.cast(input), layers, tail, checkpoint, hold)
     return fused(input, FlatBlock(layers, tail), checkpoint, hold)
@@ -91,7 +96,7 @@ class FlatBlock:
         self._updates: norms.Updates | None = None
 
     def updates(self, shape: Sequence[int]) -> norms.Updates:
-        """What a step on an input [N, C0, H, W] changes of running statistics and counters."""
+        """What a step on an input [N, C0, *size] changes of running statistics and counters."""
         if self._updates is None:
             geometry = Geometry(shape, self.parameters, self.settings)
             places = norm_places(geometry, block_norms(self.layers, self.tail))
@@ -113,8 +118,8 @@ def fused(input: Tensor, block: FlatBlock, checkpoint: Checkpoint, hold: int) ->
     seeds = draw_seeds(dropping) if dropping else None
 
     def finish(statistics: Tensor) -> None:
-        images, _, height, width = input.shape
-        nodes.record(statistics, block.updates(input.shape), images * height * width)
+        count = input.shape[0] * input.shape[2:].numel()
+        nodes.record(statistics, block.updates(input.shape), count)
 
     try:
         if torch.is_grad_enabled() and (
@@ -162,21 +167,21 @@ def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tenso
     parameters, _, _, *rest = args
     settings = Settings(*rest)
     geometry = Geometry(input.shape, parameters, settings)
-    images, height, width = geometry.pixels
+    images, *size = geometry.pixels
     pitch = geometry.channels
     if settings.tail != "none":
         pitch = row_pitch(pitch, input.itemsize, cuda=input.is_cuda)
-    buffer = empty_channels_last((images, geometry.channels, height, width), input, pitch)
+    buffer = empty_channels_last((images, geometry.channels, *size), input, pitch)
     block = settings.checkpoint == "block"
     widths = geometry.widths[geometry.layers - (0 if block else settings.hold) :]
-    kept = [input.new_empty(images, height, width, bottleneck) for bottleneck in widths]
+    kept = [input.new_empty(images, *size, bottleneck) for bottleneck in widths]
     statistics = input.new_empty(Statistics.size(geometry), dtype=statistics_dtype(input.dtype))
     if settings.tail == "none":
         return buffer, statistics, kept
     if not block:
         kept.insert(0, buffer)
     if settings.tail == "transition":
-        shape = (images, parameters[-1].shape[0], height // 2, width // 2)
+        shape = (images, parameters[-1].shape[0], *halved(size))
         return empty_channels_last(shape, input), statistics, kept
     return input.new_empty(images, geometry.channels), statistics, kept
 
@@ -204,8 +209,7 @@ def _backward_fake(
     *args: Any,
 ) -> list[Tensor]:
     _, _, *rest, (input_needed, *needs) = args
-    images, channels, height, width = _input_shape(anchor, parameters, Settings(*rest))
-    shape = (images, channels, height, width)
+    shape = _input_shape(anchor, parameters, Settings(*rest))
     found = [empty_channels_last(shape, anchor)] if input_needed else []
     return found + nodes.wanted_like(parameters, needs)
 
@@ -297,7 +301,8 @@ def released(output: Tensor, memory_format: torch.memory_format = torch.preserve
 
     Autograd would notice most writes, and not those through `.data` or a NumPy array.
     """
-    if output.dim() != 4:
+    known = (torch.contiguous_format, channels_last_format(output.dim()))
+    if output.dim() < 3 or memory_format not in known:
         memory_format = torch.preserve_format
     if backward_reads(output):
         return output.clone(memory_format=memory_format)

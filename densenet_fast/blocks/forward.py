@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from densenet_fast.operators.rows import (
     empty_channels_last,
     empty_rows,
     row_pitch,
+    rows_of,
     statistics_dtype,
 )
 
@@ -30,12 +32,12 @@ class Geometry:
     """
 
     def __init__(self, shape: Sequence[int], parameters: Tensors, settings: Settings) -> None:
-        """Describe the block of these parameters on an input [N, C0, H, W]."""
-        images, channels, height, width = shape
+        """Describe the block of these parameters on an input [N, C0, *size]."""
+        images, channels, *size = shape
         self.layers = len(settings.dropout)
         weights = [w.shape[0] for w in parameters[2 : 6 * self.layers : 3] if w is not None]
-        self.pixels = (images, height, width)
-        self.rows = images * height * width
+        self.pixels = (images, *size)
+        self.rows = math.prod(self.pixels)
         self.widths, self.growths = weights[::2], weights[1::2]
         self.starts = [channels]
         for growth in self.growths:
@@ -143,7 +145,7 @@ class Block:
         seeds: Tensor | None,
         settings: Settings,
     ) -> None:
-        """Describe a block on an input [N, C0, H, W]; `seeds` are those of layers with dropout."""
+        """Describe a block on an input [N, C0, *size]; `seeds` are those of layers with dropout."""
         self.parameters, self.buffers, self.settings = parameters, buffers, settings
         self.geometry = Geometry(shape, parameters, settings)
         drawn = iter([] if seeds is None else seeds.tolist())
@@ -166,8 +168,9 @@ class Block:
             frozen = plain(list(self.buffers[: 4 * layers]))
         settings = self.settings
         eps, dropout = settings.eps[: 2 * layers], settings.dropout
-        of_layers = zip(eps[::2], eps[1::2], dropout, settings.whole_channels, strict=True)
-        numbers = [float(number) for of_layer in of_layers for number in of_layer]
+        whole = map(float, settings.whole_channels)
+        of_layers = zip(eps[::2], eps[1::2], dropout, whole, strict=True)
+        numbers = [number for of_layer in of_layers for number in of_layer]
         return BlockArguments(parameters, frozen, numbers, self.seeds, self.geometry.reduced)
 
     def scratch(self, vector: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ class Block:
         return vector.new_empty(3 * (sum(geometry.starts[:-1]) + widths))
 
     def rooms(self, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
-        """Room for each layer's bottleneck [N, H, W, B]: `kept`, the last ones, and a scratch."""
+        """Room for each layer's bottleneck [N, *size, B]: `kept`, the last ones, and a scratch."""
         geometry = self.geometry
         shared = geometry.widths[: geometry.layers - len(kept)]
         scratch = Scratch(geometry.pixels, max(shared, default=0), like)
@@ -217,7 +220,7 @@ class Block:
 def forward(input: Tensor, block: Block) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The block's output, the vector of `Statistics`, and what a backward reads besides.
 
-    That is the feature buffer [N, C, H, W], where there is a tail and the block is not made again,
+    That is the feature buffer [N, C, *size], where there is a tail and the block is not made again,
     and the bottlenecks that are held.
     """
     geometry, settings = block.geometry, block.settings
@@ -262,25 +265,24 @@ def _held(geometry: Geometry, like: Tensor, hold: int) -> list[Tensor]:
 
 
 def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple[Tensor, Tensor]:
-    """The buffer [N, C, H, W] and its rows [N, H, W, C], the block's input in the first channels.
+    """The buffer [N, C, *size] and its rows [N, *size, C], the block's input in the first channels.
 
     Rows are padded only where the buffer never leaves the block: others want them contiguous.
     """
-    images, height, width = geometry.pixels
+    images, *size = geometry.pixels
     pitch = geometry.channels
     if padded:
         pitch = row_pitch(pitch, input.itemsize, cuda=input.is_cuda)
-    shape = (images, geometry.channels, height, width)
-    buffer = empty_channels_last(shape, input, pitch)
-    features = buffer.permute(0, 2, 3, 1)
-    features[..., : geometry.starts[0]].copy_(input.permute(0, 2, 3, 1))
+    buffer = empty_channels_last((images, geometry.channels, *size), input, pitch)
+    features = rows_of(buffer)
+    features[..., : geometry.starts[0]].copy_(rows_of(input))
     return buffer, features
 
 
 def recompute_features(
     input: Tensor, block: Block, statistics: Statistics
 ) -> tuple[Tensor, list[Tensor]]:
-    """The rows of the features once more, [N, H, W, C]: nothing is reduced, nothing updated.
+    """The rows of the features once more, [N, *size, C]: nothing is reduced, nothing updated.
 
     And the bottlenecks that are held.
     """
@@ -298,20 +300,23 @@ def recompute_features(
 
 def _tail(block: Block, features: Tensor, statistics: Statistics) -> Tensor:
     scale, shift, _, _ = block.tail_coefficients(statistics)
-    images, height, width = block.geometry.pixels
+    images, *size = block.geometry.pixels
     if block.settings.tail == "average":
         out = features.new_empty(images, block.geometry.channels)
         operators.norm_relu_avgpool_forward(features, scale, shift, out)
         return out
     weight = matrix(block.parameters[-1])
-    out = empty_channels_last((images, len(weight), height // 2, width // 2), features)
-    operators.transition_forward(
-        features, scale, shift, weight, out.permute(0, 2, 3, 1), None, None
-    )
+    out = empty_channels_last((images, len(weight), *halved(size)), features)
+    operators.transition_forward(features, scale, shift, weight, rows_of(out), None, None)
     return out
 
 
+def halved(size: Sequence[int]) -> list[int]:
+    """The size behind a transition's pooling."""
+    return [length // 2 for length in size]
+
+
 def matrix(weight: Tensor | None) -> Tensor:
-    """A 1x1 convolution's weight [B, C, 1, 1] as [B, C]."""
+    """A 1x1 convolution's weight [B, C, 1, ...] as [B, C]."""
     assert weight is not None
     return weight.flatten(1)

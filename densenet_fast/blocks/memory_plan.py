@@ -41,6 +41,7 @@ class BlockSize:
     weights: int  # bytes of the convolutions' gradients, which it hands over when it is done
     lasting: int  # bytes of those that stay, as parameters that had no gradient keep them
     pitch: int = 0  # elements between two pixels of the feature buffer, if not `end`
+    taps: int = 9  # of the second convolutions
     workspace: int = 0  # bytes that the kernels of its backward need for partial results
 
     @property
@@ -92,7 +93,7 @@ class BlockSize:
         first = [read * width for read, width in zip(reads, self.widths, strict=True)]
         count = sum(first[: len(first) - plan.hold])
         if plan.mode == "block":  # all layers once more, then those that are not held
-            count += sum(first) + 9 * growth * sum(self.widths)
+            count += sum(first) + self.taps * growth * sum(self.widths)
         return self.pixels * count
 
     def _recomputed(self, plan: Plan) -> Sequence[int]:

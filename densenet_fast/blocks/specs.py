@@ -14,6 +14,10 @@ NetworkMode = Checkpoint | Literal["auto"]
 NETWORK_MODES: tuple[NetworkMode, ...] = (*CHECKPOINT_MODES, "auto")
 
 
+# By the number of an image's dimensions.
+SHAPES = {1: "[N, C, L]", 2: "[N, C, H, W]", 3: "[N, C, D, H, W]"}
+
+
 class NormSpec(NamedTuple):
     """One batch normalisation, as this step applies it.
 
@@ -39,9 +43,9 @@ class NormSpec(NamedTuple):
 class ConvGeometry(NamedTuple):
     """What a convolution with zero padding is besides its weight and bias."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
 

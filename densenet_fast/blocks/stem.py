@@ -1,4 +1,4 @@
-"""The stem: norm, ReLU and 3x3 max-pool of stride 2 as one node, and with the convolution.
+"""The stem: norm, ReLU and 3-wide max-pool of stride 2 as one node, and with the convolution.
 
 The convolution's output is the largest tensor of the network, and making it again costs little
 (about a hundredth of a DenseNet-121 step): where blocks recompute, so does the stem.
@@ -6,6 +6,7 @@ The convolution's output is the largest tensor of the network, and making it aga
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,13 @@ from densenet_fast.blocks.checks import check_input, check_norm
 from densenet_fast.blocks.nodes import Finish
 from densenet_fast.blocks.specs import ConvGeometry, NormSpec, Tensors
 from densenet_fast.operators.reference_block import Coefficients
-from densenet_fast.operators.rows import as_rows, empty_channels_last, statistics_dtype
+from densenet_fast.operators.rows import (
+    as_rows,
+    channels_last_format,
+    empty_channels_last,
+    rows_of,
+    statistics_dtype,
+)
 
 _STEM = (
     "Tensor?[] parameters, Tensor?[] buffers, int[] conv, ScalarType stored, float eps, "
@@ -27,7 +34,7 @@ _STEM = (
 
 
 def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
-    """max_pool2d(relu(norm(input)), kernel 3, stride 2, padding 1) of `[N, C, H, W]`.
+    """max_pool(relu(norm(input)), kernel 3, stride 2, padding 1) of `[N, C, *size]`.
 
     Keeps `input` and one byte per output element for the backward.
     """
@@ -38,7 +45,7 @@ def stem_norm_relu_maxpool(input: Tensor, norm: NormSpec) -> Tensor:
 def conv_stem(
     input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry, norm: NormSpec
 ) -> Tensor:
-    """`stem_norm_relu_maxpool` of the convolution of `[N, Cin, H, W]`, in autocast's type if on.
+    """`stem_norm_relu_maxpool` of the convolution of `[N, Cin, *size]`, in autocast's type if on.
 
     Keeps `input` as it came and one byte per output element; the backward makes the convolution
     again.
@@ -61,16 +68,13 @@ def _stem(
     buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
 
     def finish(statistics: Tensor) -> None:
-        images, channels, height, width = input.shape
+        images, channels, *size = input.shape
         if conv is not None and weight is not None:
             channels, _, *kernel = weight.shape
-            size = (kernel[0], kernel[1])
-            height, width = stem_convolution.windows(
-                (height, width), size, conv.stride, conv.padding, conv.dilation
-            )
+            size = stem_convolution.windows(size, kernel, conv.stride, conv.padding, conv.dilation)
         total = 2 * channels if norm.group else -1
         place = norms.Place(norm, 0, channels, total, channels)
-        nodes.record(statistics, norms.updates([place]), images * height * width)
+        nodes.record(statistics, norms.updates([place]), images * math.prod(size))
 
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
@@ -79,6 +83,11 @@ def _stem(
     output, _, statistics = stem_forward(input, parameters, buffers, *rest)
     finish(statistics)
     return output
+
+
+def pooled(size: Sequence[int]) -> list[int]:
+    """The size behind the pooling."""
+    return [(length + 1) // 2 for length in size]
 
 
 class _Call:
@@ -101,8 +110,9 @@ class _Call:
         self.stored = stored
         self.conv: ConvGeometry | None = None
         if conv:
-            pairs = [(conv[at], conv[at + 1]) for at in (0, 2, 4)]
-            self.conv = ConvGeometry(pairs[0], pairs[1], pairs[2], conv[6])
+            dims = len(conv) // 3
+            stride, padding, dilation = (conv[at * dims :][:dims] for at in range(3))
+            self.conv = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), conv[-1])
 
     def features(self, input: Tensor) -> Tensor:
         """What the norm reads."""
@@ -113,8 +123,8 @@ class _Call:
     def check(self, features: Tensor) -> None:
         """Refuse what the norm cannot take."""
         check_input(features)
-        images, channels, height, width = features.shape
-        check_norm(self.norm, "norm", channels, features, (images, height, width))
+        images, channels, *size = features.shape
+        check_norm(self.norm, "norm", channels, features, (images, *size))
 
     def coefficients(self, statistics: Tensor, channels: int) -> Coefficients:
         """The norm by the batch's statistics, or its own where it is frozen."""
@@ -133,16 +143,14 @@ def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     stem = _Call(*args)
     features, conv = input, stem.conv
     if conv is not None and stem.weight is not None:
-        features = torch.nn.functional.conv2d(input, stem.weight.to(input.dtype), None, *conv).to(
-            stem.stored
-        )
+        weight = stem.weight.to(input.dtype)
+        features = stem_convolution.convolution(input, weight, None, conv).to(stem.stored)
     stem.check(features)
-    images, channels, height, width = features.shape
-    height, width = (height + 1) // 2, (width + 1) // 2
-    output = empty_channels_last((images, channels, height, width), features)
-    argmax = features.new_empty(images, height, width, channels, dtype=torch.uint8)
-    size = 2 * channels + bool(stem.norm.group)
-    return output, argmax, features.new_empty(size, dtype=statistics_dtype(features.dtype))
+    images, channels, *size = features.shape
+    output = empty_channels_last((images, channels, *pooled(size)), features)
+    argmax = features.new_empty(images, *pooled(size), channels, dtype=torch.uint8)
+    count = 2 * channels + bool(stem.norm.group)
+    return output, argmax, features.new_empty(count, dtype=statistics_dtype(features.dtype))
 
 
 @nodes.node(f"(Tensor input, {_STEM}) -> (Tensor, Tensor, Tensor)", _forward_fake)
@@ -155,7 +163,7 @@ def stem_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     norm, features = stem.norm, stem.features(input)
     stem.check(features)
     rows = as_rows(features)
-    images, height, width, channels = rows.shape
+    images, *size, channels = rows.shape
     statistics = torch.empty(
         2 * channels + bool(norm.group),
         dtype=statistics_dtype(features.dtype),
@@ -165,25 +173,20 @@ def stem_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if norm.batch_statistics:
         operators.channel_statistics(rows, mean, var)
     if norm.group:
-        synchronized.combine(norm.group, images * height * width, mean, var, total)
+        synchronized.combine(norm.group, rows[..., 0].numel(), mean, var, total)
     scale, shift, _, _ = stem.coefficients(statistics, channels)
-    out = empty_channels_last((images, channels, (height + 1) // 2, (width + 1) // 2), features)
-    out_rows = out.permute(0, 2, 3, 1)
+    out = empty_channels_last((images, channels, *pooled(size)), features)
+    out_rows = rows_of(out)
     argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=features.device)
     operators.norm_relu_maxpool_forward(rows, scale, shift, out_rows, argmax)
     return out, argmax, statistics
-
-
-_LAYOUTS = (torch.channels_last, torch.contiguous_format, torch.contiguous_format)
 
 
 def _backward_fake(
     grad_output: Tensor, input: Tensor, argmax: Tensor, statistics: Tensor, *args: Any
 ) -> list[Tensor]:
     parameters, *_, (input_needed, *needs) = args
-    images, channels, height, width = input.shape
-    shape = (images, channels, height, width)
-    found = [empty_channels_last(shape, input)] if input_needed else []
+    found = [empty_channels_last(input.shape, input)] if input_needed else []
     return found + nodes.wanted_like(parameters, needs)
 
 
@@ -199,11 +202,11 @@ def stem_backward(
     *args, needs = args  # type: ignore[assignment]
     stem = _Call(*args)
     features, norm = stem.features(input), stem.norm
-    images, channels, height, width = features.shape
+    channels = features.shape[1]
     forward = stem.coefficients(statistics, channels)
-    grad_features = empty_channels_last((images, channels, height, width), features)
+    grad_features = empty_channels_last(features.shape, features)
     grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
-    rows, grad_rows = as_rows(features), grad_features.permute(0, 2, 3, 1)
+    rows, grad_rows = as_rows(features), rows_of(grad_features)
     operators.norm_relu_maxpool_backward(
         as_rows(grad_output),
         argmax.contiguous(),
@@ -218,7 +221,7 @@ def stem_backward(
         # The correction for the batch's statistics, with the sums of all ranks.
         sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
         total = _parts(statistics, channels)[2]
-        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(images * height * width)
+        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(rows[..., 0].numel())
         operators.finish_gradient(rows, grad_rows, forward.mean, sums[0], sums[1], grad_rows)
     del features, rows  # the largest tensors there are
     before: list[Tensor | None] = [grad_features, None, None]
@@ -227,9 +230,10 @@ def stem_backward(
             grad_features, input, stem.conv, stem.weight, stem.bias, list(needs[:3])
         )
         # In the layouts that a graph was promised, whichever the convolution has chosen.
+        layouts = (channels_last_format(input.dim()), *[torch.contiguous_format] * 2)
         before = [
             None if gradient is None else gradient.contiguous(memory_format=layout)
-            for gradient, layout in zip(before, _LAYOUTS, strict=True)
+            for gradient, layout in zip(before, layouts, strict=True)
         ]
     return nodes.wanted([*before, grad_gamma, grad_beta], [input, *args[0]], needs)
 

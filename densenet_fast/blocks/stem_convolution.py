@@ -7,18 +7,21 @@ inputs and weights are rounded to it in front, outputs and gradients behind.
 
 from __future__ import annotations
 
+import math
 import platform
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densenet_fast.blocks import autocast
 from densenet_fast.blocks.specs import ConvGeometry
 from densenet_fast.operators import torch_internals
 from densenet_fast.operators.backends import backend_for, get_backend
+from densenet_fast.operators.rows import channels_last_format
 
-Size = tuple[int, int]
+Size = Sequence[int]
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _WIDE_PARTS = 8
 _X86_INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -48,26 +51,22 @@ def fast_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if kernels else dtype
 
 
-def windows(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
+def windows(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> list[int]:
     """How many windows of a convolution or pooling fit into images of `size`."""
-    height, width = (
+    return [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    )
-    return height, width
+    ]
 
 
-def columns(
-    conv: nn.Conv2d, images: int, output: Size, dtype: torch.dtype, device: torch.device
-) -> int:
+def columns(conv: Conv, images: int, output: Size, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that PyTorch needs besides, to compute the convolution in this type: im2col's matrix.
 
     Only what oneDNN does not compute needs one, and `output` is the size of the images behind it.
     """
     if device.type != "cpu" or dtype != torch.float64:
         return 0
-    height, width = conv.kernel_size
-    matrix = conv.in_channels * height * width * output[0] * output[1]
+    matrix = conv.in_channels * math.prod(conv.kernel_size) * math.prod(output)
     return images * matrix * dtype.itemsize
 
 
@@ -77,10 +76,10 @@ def _fast_type(tensor: Tensor) -> torch.dtype:
 
 def _channels_last(weight: Tensor) -> Tensor:
     # A weight with channels innermost makes the convolution write its output so.
-    return weight.contiguous(memory_format=torch.channels_last)
+    return weight.contiguous(memory_format=channels_last_format(weight.dim()))
 
 
-def module_forward(module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def module_forward(module: Conv, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What the module makes of its input with these parameters, channels innermost."""
     stored = autocast.computed_type(input.dtype, input.device.type)
     dtype = fast_type(stored, input.device)
@@ -92,6 +91,13 @@ def module_forward(module: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tenso
         images = input.to(stored).to(dtype)
         output = torch_internals.conv_forward(module, images, _channels_last(weight), bias)
     return output.to(stored)
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
+    """Of an input of any dimensions, all in one type."""
+    stride, padding, dilation, groups = conv
+    none = [0] * len(stride)
+    return torch.convolution(input, weight, bias, stride, padding, dilation, False, none, groups)
 
 
 def _parts(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -116,15 +122,14 @@ def forward(
     bias: Tensor | None,
     stored: torch.dtype,
 ) -> Tensor:
-    """F.conv2d of tensors rounded to type `stored`, which is the output's, channels innermost."""
+    """The convolution in type `stored`, of tensors rounded to it, with channels innermost."""
     input, weight = input.to(stored), weight.to(stored)
     dtype = _fast_type(input)
     weight = _channels_last(weight.to(dtype))
     bias = None if bias is None else bias.to(stored).to(dtype)
 
     def convolved(part: Tensor) -> Tensor:
-        part = part.to(dtype)
-        return F.conv2d(part, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return convolution(part.to(dtype), weight, bias, conv)
 
     parts = _parts(input, dtype)
     if len(parts) == 1:
@@ -134,7 +139,7 @@ def forward(
         (len(input), *first.shape[1:]),
         dtype=stored,
         device=input.device,
-        memory_format=torch.channels_last,
+        memory_format=channels_last_format(input.dim()),
     )
     at = 0
     for part in parts:
@@ -167,7 +172,7 @@ def backward(
             conv.padding,
             conv.dilation,
             False,
-            (0, 0),
+            [0] * len(conv.stride),
             conv.groups,
             wanted,
         )

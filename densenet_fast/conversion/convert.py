@@ -73,10 +73,10 @@ class ConversionReport(Report[ConversionRow]):
 def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> ConversionReport:
     """Make the DenseNets in `model` efficient, in place.
 
-    Knows those of torchvision, timm, MONAI (2-D) and torchxrayvision, alone or inside another model
-    (a detector's or segmentation network's backbone, a wrapper). Parameters, buffers, names,
-    state-dict keys, hooks and modes stay the very same objects: modules get another class, which
-    inherits from their own. Converting again sets another `checkpoint`.
+    Knows those of torchvision, timm, MONAI (in one, two and three dimensions) and torchxrayvision,
+    alone or inside another model (a detector's or segmentation network's backbone, a wrapper).
+    Parameters, buffers, names, state-dict keys, hooks and modes stay the very same objects: modules
+    get another class, which inherits from their own. Converting again sets another `checkpoint`.
 
     Args:
         model: any module.
@@ -160,7 +160,7 @@ def _plan(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
     if is_converted(module):
         return kind, None
     if kind in ADAPTERS:
-        return ADAPTERS[kind], _dimensions(module)
+        return ADAPTERS[kind], None
     base = next((base for base in kind.__mro__ if base in ADAPTERS), None)
     if base is None:
         return None, None
@@ -171,15 +171,6 @@ def _plan(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
             "in it are converted"
         )
     return None, reason
-
-
-def _dimensions(module: nn.Module) -> str | None:
-    """Why the convolutions below are none of images, or None."""
-    for part in module.modules():
-        for kind, text in ((nn.Conv1d, "1-D"), (nn.Conv3d, "3-D")):
-            if isinstance(part, kind):
-                return f"its convolutions are {text}: only 2-D networks are supported"
-    return None
 
 
 def _type_text(module: nn.Module) -> str:

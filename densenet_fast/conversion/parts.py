@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import released
 from densenet_fast.conversion import tensor_subclasses
-from densenet_fast.modules import eligibility, fusing
+from densenet_fast.modules import eligibility, fusing, input_checks
+from densenet_fast.modules.dimensions import CONVS, MODULES
 from densenet_fast.modules.eligibility import routed
 from densenet_fast.modules.layers import FusedBlock, FusedModule
 from densenet_fast.modules.layers import Transition as FusedTransition
 from densenet_fast.modules.steps import Step
-from densenet_fast.operators.rows import is_channels_last
+from densenet_fast.operators.rows import channels_last_format, is_channels_last
 
 
 def _fused_forward(library: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,18 +80,18 @@ class Converted(nn.Module):
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`: channels last only if that is."""
-        return _layout(is_channels_last(input))
+        return _layout(input, is_channels_last(input))
 
 
-def _layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _layout(input: Tensor, channels_last: bool) -> torch.memory_format:
+    return channels_last_format(input.dim()) if channels_last else torch.contiguous_format
 
 
 def _given(input: Tensor, conv: Any) -> torch.memory_format:
     """The layout of what a convolution, and the modules behind it, make of `input`."""
-    weight: Any = conv._parameters.get("weight") if isinstance(conv, nn.Conv2d) else None
+    weight: Any = conv._parameters.get("weight") if isinstance(conv, CONVS) else None
     known = type(weight) in eligibility.PLAIN_TENSORS
-    return _layout(is_channels_last(input) or (known and is_channels_last(weight)))
+    return _layout(input, is_channels_last(input) or (known and is_channels_last(weight)))
 
 
 class ConvertedPart(Converted):
@@ -120,7 +121,7 @@ class ConvertedFeatures(Converted, nn.Sequential):
     """A network's chain of stem, blocks and transitions, fused across their borders."""
 
     def run(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, C', H', W'], outside any graph."""
+        """[N, C, *size] to [N, C', *size'], outside any graph."""
         images = tensor_subclasses.plain(input)
         planned = self.planned(images, None)
         if planned is None:
@@ -194,12 +195,14 @@ def is_converted(module: nn.Module) -> bool:
     return "converted_from" in type(module).__dict__
 
 
-def averages(pool: nn.Module | None, flatten: nn.Module | None) -> bool:
-    """Whether these two give the flattened average over all pixels."""
+def averages(network: nn.Module, pool: Any, flatten: nn.Module | None) -> bool:
+    """Whether these two give the flattened average over all pixels of what `network` takes."""
+    dims = input_checks.dimensions(network)
     return (
-        type(pool) is nn.AdaptiveAvgPool2d
+        dims is not None
+        and type(pool) is MODULES[dims].whole
         and type(flatten) is nn.Flatten
         and not (eligibility.touched(pool) or eligibility.touched(flatten))
-        and pool.output_size in (1, (1, 1))
+        and pool.output_size in (1, (1,) * dims)
         and (flatten.start_dim, flatten.end_dim) == (1, -1)
     )

@@ -19,7 +19,7 @@ from densenet_fast.blocks.autocast import computed_type
 from densenet_fast.blocks.memory_plan import Plan, within_budget
 from densenet_fast.blocks.nodes import planned_shape
 from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint, NetworkMode
-from densenet_fast.modules import eligibility, fusing, input_checks
+from densenet_fast.modules import dimensions, eligibility, fusing, input_checks
 from densenet_fast.modules.eligibility import routed
 from densenet_fast.modules.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.modules.step_sizes import apply_plans, network_size
@@ -49,9 +49,15 @@ class EfficientDenseNet(nn.Module):
         small_inputs: the stem for small images (CIFAR): one 3×3 convolution, no pooling.
         compression: share of the channels that a transition keeps.
         in_channels: channels of the images.
+        spatial_dims: the images' dimensions: 1, 2 or 3.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
     """
 
     __jit_unused_properties__ = ("checkpoint", "memory_budget")
+    __constants__ = ("spatial_dims",)
+    spatial_dims = 2  # of networks in files that do not say it
 
     def __init__(
         self,
@@ -68,8 +74,11 @@ class EfficientDenseNet(nn.Module):
         small_inputs: bool = False,
         compression: float = 0.5,
         in_channels: int = 3,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        kinds = dimensions.modules(spatial_dims)
+        self.spatial_dims = int(spatial_dims)
         growth_rate = arguments.integer("growth_rate", growth_rate)
         blocks = arguments.block_config(block_config)
         num_features = arguments.integer("num_init_features", num_init_features)
@@ -84,7 +93,7 @@ class EfficientDenseNet(nn.Module):
 
         # Modules are made in torchvision's order: the same seed gives the same parameters.
         self.features = _stem(
-            in_channels, num_features, arguments.flag("small_inputs", small_inputs)
+            in_channels, num_features, arguments.flag("small_inputs", small_inputs), kinds
         )
         for i, num_layers in enumerate(blocks):
             block = DenseBlock(
@@ -94,18 +103,20 @@ class EfficientDenseNet(nn.Module):
                 growth_rate,
                 drop_rate,
                 checkpoint=_of_blocks(self._checkpoint),
+                spatial_dims=spatial_dims,
             )
             self.features.add_module(f"denseblock{i + 1}", block)
             num_features += num_layers * growth_rate
             if i != len(blocks) - 1:
                 kept = arguments.compressed(num_features, compression)
-                self.features.add_module(f"transition{i + 1}", Transition(num_features, kept))
+                transition = Transition(num_features, kept, spatial_dims=spatial_dims)
+                self.features.add_module(f"transition{i + 1}", transition)
                 num_features = kept
-        self.features.add_module("norm5", nn.BatchNorm2d(num_features))
+        self.features.add_module("norm5", kinds.norm(num_features))
         self.classifier = nn.Linear(num_features, num_classes)
 
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, kinds.conv):
                 nn.init.kaiming_normal_(module.weight)
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
@@ -134,7 +145,7 @@ class EfficientDenseNet(nn.Module):
         self._memory_budget = arguments.memory_budget(self._checkpoint, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores [N, num_classes] of images [N, in_channels, H, W]."""
+        """Class scores [N, num_classes] of images [N, in_channels, *size]."""
         if is_scripting():
             return self._compose(x)
         else:  # noqa: RET505 (what TorchScript does not compile)
@@ -143,7 +154,7 @@ class EfficientDenseNet(nn.Module):
     def run(self, x: Tensor) -> Tensor:
         """The checked forward, fused where nothing is in the way."""
         owner = type(self).__name__
-        input_checks.images(owner, x)
+        input_checks.images(self, x)
         synchronized.check_modules(self, x.device)
         obstacle = eligibility.input(x) or eligibility.exactly(self.features, nn.Sequential)
         if obstacle is not None:
@@ -161,7 +172,7 @@ class EfficientDenseNet(nn.Module):
             x = fusing.run(apply_plans(steps, plans), x, hold=False)
         else:
             x = fusing.run(steps, x)
-        return self.classifier(x if pooled else _relu_and_average(x))
+        return self.classifier(x if pooled else _relu_and_average(x, self.spatial_dims))
 
     def inference_steps(
         self, x: Tensor
@@ -204,7 +215,7 @@ class EfficientDenseNet(nn.Module):
 
     def _compose(self, x: Tensor) -> Tensor:
         """The modules called one by one."""
-        return self.classifier(_relu_and_average(self.features(x)))
+        return self.classifier(_relu_and_average(self.features(x), self.spatial_dims))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -219,23 +230,32 @@ def _of_blocks(mode: NetworkMode) -> Checkpoint:
     return "bottleneck" if mode == "auto" else mode
 
 
-def _relu_and_average(features: Tensor) -> Tensor:
+def _relu_and_average(features: Tensor, spatial_dims: int) -> Tensor:
     # Not in place: the features may be a block's own buffer, if norm5 was taken out.
-    return torch.flatten(F.adaptive_avg_pool2d(F.relu(features), (1, 1)), 1)
+    activation = F.relu(features)
+    if spatial_dims == 1:
+        pooled = F.adaptive_avg_pool1d(activation, 1)
+    elif spatial_dims == 2:
+        pooled = F.adaptive_avg_pool2d(activation, (1, 1))
+    else:
+        pooled = F.adaptive_avg_pool3d(activation, (1, 1, 1))
+    return torch.flatten(pooled, 1)
 
 
-def _stem(in_channels: int, num_features: int, small_inputs: bool) -> nn.Sequential:
+def _stem(
+    in_channels: int, num_features: int, small_inputs: bool, kinds: dimensions.Modules
+) -> nn.Sequential:
     if small_inputs:
-        conv = nn.Conv2d(in_channels, num_features, kernel_size=3, padding=1, bias=False)
+        conv = kinds.conv(in_channels, num_features, kernel_size=3, padding=1, bias=False)
         return nn.Sequential(OrderedDict([("conv0", conv)]))
-    conv = nn.Conv2d(in_channels, num_features, kernel_size=7, stride=2, padding=3, bias=False)
+    conv = kinds.conv(in_channels, num_features, kernel_size=7, stride=2, padding=3, bias=False)
     return nn.Sequential(
         OrderedDict(
             [
                 ("conv0", conv),
-                ("norm0", nn.BatchNorm2d(num_features)),
+                ("norm0", kinds.norm(num_features)),
                 ("relu0", nn.ReLU(inplace=False)),
-                ("pool0", nn.MaxPool2d(kernel_size=3, stride=2, padding=1)),
+                ("pool0", kinds.maximum(kernel_size=3, stride=2, padding=1)),
             ]
         )
     )

@@ -17,18 +17,20 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from densenet_fast.blocks.autocast import CAST_TYPES
 from densenet_fast.blocks.autocast import enabled as autocast_enabled
+from densenet_fast.modules.dimensions import AVERAGES, CONVS, MAXIMA, MODULES, NORMS, Conv, Norm
 from densenet_fast.operators import torch_internals
 from densenet_fast.operators.backends import backend_for, get_backend
 
 # Tensors of a FakeTensorMode have shapes and no values: fused nodes know what to make of them.
 PLAIN_TENSORS = (Tensor, nn.Parameter, torch_internals.FakeTensor)
 
-Norm = nn.BatchNorm2d | nn.SyncBatchNorm
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-POINTWISE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
-SPATIAL = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+# Of convolutions that keep the size, by their taps in each dimension and the dimensions.
+_KEEPING: dict[tuple[int, int], tuple[Any, ...]] = {
+    (taps, dims): ((taps,) * dims, (1,) * dims, (taps // 2,) * dims, (1,) * dims, 1, "zeros")
+    for taps in (1, 3)
+    for dims in MODULES
+}
 
 _AVERAGE: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0}
 _AVERAGE |= {"ceil_mode": False, "divisor_override": None}
@@ -36,17 +38,17 @@ _MAXIMUM: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "dilati
 _MAXIMUM |= {"ceil_mode": False, "return_indices": False}
 
 _FORWARDS = tuple(
-    (kind, kind.forward)
-    for kind in (*NORMS, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, nn.Sequential)
+    (kind, kind.forward) for kind in (*NORMS, nn.ReLU, *CONVS, *AVERAGES, *MAXIMA, nn.Sequential)
 )
 _CALL = nn.Module.__call__
 
 
 class Expected(NamedTuple):
-    """What parameters have to be."""
+    """What parameters have to be, and the number of the images' dimensions."""
 
     dtype: torch.dtype
     device: torch.device
+    dims: int
 
 
 def touched(module: nn.Module) -> str | None:
@@ -101,8 +103,8 @@ def of_kind(module: nn.Module, kind: str, expected: type[nn.Module]) -> str | No
     return touched(module)
 
 
-# Subclasses of BatchNorm2d with a ReLU of their own, and what may be in the way of taking one of
-# exactly this type for BatchNorm2d and ReLU.
+# Subclasses of batch norms with a ReLU of their own, and what may be in the way of taking one of
+# exactly this type for such a norm and ReLU.
 NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
 
 
@@ -117,9 +119,7 @@ OUT_OF_PLACE = {
     nn.SyncBatchNorm.forward,
     torch_internals.InstanceNorm.forward,
     nn.GroupNorm.forward,
-    nn.Conv2d.forward,
-    nn.AvgPool2d.forward,
-    nn.MaxPool2d.forward,
+    *(kind.forward for kind in (*CONVS, *AVERAGES, *MAXIMA)),
 }
 
 
@@ -174,8 +174,9 @@ def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
 
 def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | None:
     """Obstacle to computing a norm of this many channels (a ReLU behind it is harmless)."""
-    if not is_norm(module):
-        return other_type(module, nn.BatchNorm2d)
+    kind = MODULES[expected.dims].norm
+    if not is_norm(module) or not isinstance(module, (kind, nn.SyncBatchNorm)):
+        return other_type(module, kind)
     with_relu = NORMS_WITH_RELU.get(type(module))
     obstacle = touched(module) or (None if with_relu is None else with_relu(module))
     if obstacle is not None:
@@ -202,13 +203,9 @@ def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | N
     return None
 
 
-def conv(
-    module: nn.Module,
-    settings: tuple[Any, ...],
-    expected: Expected,
-) -> str | None:
-    """Obstacle to computing a convolution without bias and with these settings."""
-    obstacle = exactly(module, nn.Conv2d)
+def conv(module: nn.Module, taps: int, expected: Expected) -> str | None:
+    """Obstacle to computing a convolution of this width that keeps the size, without bias."""
+    obstacle = exactly(module, MODULES[expected.dims].conv)
     if obstacle is not None:
         return obstacle
     state = module.__dict__
@@ -219,14 +216,15 @@ def conv(
     if bias is not None:
         return "has a bias"
     actual = tuple(setting(state, name) for name in _SETTINGS)
-    if actual != settings:
+    if actual != _KEEPING[taps, expected.dims]:
         return "has " + ", ".join(map("{} {}".format, _SETTINGS, actual))
     return _tensor(weight, expected)
 
 
 def any_conv(module: nn.Module) -> str | None:
     """Obstacle to computing a convolution of any kind with a copy of its weight."""
-    obstacle = exactly(module, nn.Conv2d)
+    kind = type(module)
+    obstacle = exactly(module, kind if kind in CONVS else nn.Conv2d)
     if obstacle is None:
         parameters = module.__dict__["_parameters"]
         for name in ("weight", "bias"):
@@ -237,7 +235,7 @@ def any_conv(module: nn.Module) -> str | None:
     return obstacle
 
 
-def zero_padded(conv: nn.Conv2d) -> bool:
+def zero_padded(conv: Conv) -> bool:
     """Whether the padding is a number of zeros, not a word or another kind of border."""
     state = conv.__dict__
     return setting(state, "padding_mode") == "zeros" and not isinstance(state["padding"], str)
@@ -248,20 +246,22 @@ def weight_shape(module: nn.Module | None) -> torch.Size:
     return parameter(module.__dict__, "weight").shape
 
 
-def average_pool(module: nn.Module) -> str | None:
+def average_pool(module: nn.Module, dims: int) -> str | None:
     """Obstacle to computing a transition's 2×2 average pooling."""
-    return exactly(module, nn.AvgPool2d) or _pool(module, _AVERAGE, "a plain 2×2 average")
+    what = f"a plain {'×'.join('2' * dims)} average"
+    return exactly(module, MODULES[dims].average) or _pool(module, _AVERAGE, dims, what)
 
 
-def max_pool(module: nn.Module) -> str | None:
+def max_pool(module: nn.Module, dims: int) -> str | None:
     """Obstacle to computing the stem's 3×3 max-pooling of stride 2."""
-    return exactly(module, nn.MaxPool2d) or _pool(module, _MAXIMUM, "a 3×3 maximum of stride 2")
+    what = f"a {'×'.join('3' * dims)} maximum of stride 2"
+    return exactly(module, MODULES[dims].maximum) or _pool(module, _MAXIMUM, dims, what)
 
 
-def _pool(module: nn.Module, settings: dict[str, Any], what: str) -> str | None:
+def _pool(module: nn.Module, settings: dict[str, Any], dims: int, what: str) -> str | None:
     for name, wanted in settings.items():
         found = setting(module.__dict__, name)
-        if (tuple(found) if isinstance(found, list) else found) not in (wanted, (wanted, wanted)):
+        if (tuple(found) if isinstance(found, list) else found) not in (wanted, (wanted,) * dims):
             return f"has {name}={found}, not that of {what}"
     return None
 
@@ -303,9 +303,9 @@ def autocast(device: torch.device) -> str | None:
 
 
 def expected(input: Tensor) -> Expected:
-    """What parameters should be for this input: under autocast float32."""
+    """What parameters should be for this input [N, C, *size]: under autocast float32."""
     cast = autocast_enabled(input.device.type) and input.dtype in CAST_TYPES
-    return Expected(torch.float32 if cast else input.dtype, input.device)
+    return Expected(torch.float32 if cast else input.dtype, input.device, input.dim() - 2)
 
 
 def input(tensor: Tensor) -> str | None:
@@ -318,6 +318,8 @@ def input(tensor: Tensor) -> str | None:
         return f"the input's layout is {tensor.layout}"
     if not tensor.is_floating_point():
         return f"the input is {tensor.dtype}"
+    if tensor.dim() - 2 not in MODULES:
+        return f"the input is {tensor.dim()}-D"
     found = autocast(tensor.device) or surroundings()
     # Last: where a graph is recorded, nothing may depend on the size.
     return found or (None if tensor.numel() else "the input is empty")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from densenet_fast.blocks import synchronized
 from densenet_fast.modules import eligibility, step_sizes
+from densenet_fast.modules.dimensions import MODULES, Conv
 from densenet_fast.modules.eligibility import Expected, named
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layer_parts import TailParts
@@ -28,11 +29,11 @@ def _stem_obstacle(modules: Sequence[nn.Module], length: int, expected: Expected
         return "is not followed by a ReLU and a max-pooling"
     norm, *relu, pool = modules[:length]
     if not eligibility.is_norm(norm):
-        return eligibility.other_type(norm, nn.BatchNorm2d)
+        return eligibility.other_type(norm, MODULES[expected.dims].norm)
     found = named("the norm", eligibility.norm(norm, None, expected))
     for module in relu:
         found = found or named("the ReLU", eligibility.exactly(module, nn.ReLU))
-    return found or named("the pooling", eligibility.max_pool(pool))
+    return found or named("the pooling", eligibility.max_pool(pool, expected.dims))
 
 
 def _block_obstacle(block: nn.Module) -> str | None:
@@ -156,8 +157,7 @@ def _channels_innermost(planned: list[Step]) -> None:
     """Make the last step, if it is a convolution, write its output as fused steps want it."""
     last = planned[-1] if planned else None
     if isinstance(last, ModuleStep) and eligibility.any_conv(last.module) is None:
-        assert isinstance(last.module, nn.Conv2d)
-        planned[-1] = ConvStep(last.module)
+        planned[-1] = ConvStep(last.module)  # type: ignore[arg-type]
 
 
 def _recomputes(behind: Sequence[nn.Module]) -> bool:
@@ -165,7 +165,7 @@ def _recomputes(behind: Sequence[nn.Module]) -> bool:
     return any(isinstance(block, FusedBlock) and block.checkpoint != "none" for block in behind)
 
 
-def _recomputable_conv(planned: list[Step]) -> nn.Conv2d | None:
+def _recomputable_conv(planned: list[Step]) -> Conv | None:
     """The stem's convolution, taken off the plan, if the stem can make it itself."""
     last = planned[-1] if planned else None
     if isinstance(last, ConvStep) and eligibility.zero_padded(last.module):

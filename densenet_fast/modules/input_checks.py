@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from densenet_fast.blocks.specs import SHAPES
 from densenet_fast.blocks.stem_convolution import Size, windows
 from densenet_fast.blocks.synchronized import group_of
+from densenet_fast.modules.dimensions import (
+    AVERAGES,
+    BATCH_NORMS,
+    CONVS,
+    DROPOUTS,
+    INSTANCE_NORMS,
+    MAXIMA,
+    NORMS,
+    OF_TYPE,
+)
 from densenet_fast.modules.eligibility import (
     KINDS,
-    NORMS,
     is_norm,
     norm_with_relu,
     setting,
     touched,
 )
+from densenet_fast.modules.layer_parts import READERS
 
 
-def images(owner: str, input: Any) -> None:
-    """A floating-point tensor [N, C, H, W] without empty dimensions."""
+def dimensions(owner: nn.Module) -> int | None:
+    """How many dimensions the images of a network or block have: the first convolution or norm.
+
+    None where others' modules alone, which may be of any kind, would say so.
+    """
+    for module in owner._modules.values():
+        kind: Any = type(module)
+        found = OF_TYPE.get(kind)
+        if found is None and module is not None:
+            if kind in _CONTAINERS or kind in KINDS or kind in READERS:
+                found = dimensions(module)
+        if found is not None:
+            return found
+    return None
+
+
+def images(owner: nn.Module, input: Any) -> None:
+    """A floating-point tensor of the owner's dimensions, none of them empty."""
+    name, dims = type(owner).__name__, dimensions(owner)
+    shapes = [*SHAPES.values()] if dims is None else [SHAPES[dims]]
     if not isinstance(input, Tensor):
-        raise TypeError(f"{owner} expects a tensor [N, C, H, W], got {type(input).__name__}")
-    if input.dim() != 4:
-        raise ValueError(
-            f"{owner} expects a 4-D input [N, C, H, W], got {input.dim()}-D {tuple(input.shape)}"
-        )
+        expected = " or ".join(shapes)
+        raise TypeError(f"{name} expects a tensor {expected}, got {type(input).__name__}")
+    if input.dim() - 2 not in ((dims,) if dims else SHAPES):
+        expected = " or ".join(f"{shape.count(',') + 1}-D input {shape}" for shape in shapes)
+        raise ValueError(f"{name} expects a {expected}, got {input.dim()}-D {tuple(input.shape)}")
     if not input.is_floating_point() and not input.is_quantized:
         raise TypeError(
-            f"{owner} expects a floating-point input, got {input.dtype}: convert it first, "
+            f"{name} expects a floating-point input, got {input.dtype}: convert it first, "
             "for example with input.float()"
         )
-    n, c, h, w = input.shape
-    if n == 0:
-        raise ValueError(f"{owner} got an empty batch: {tuple(input.shape)}")
-    if h == 0 or w == 0 or c == 0:
-        raise ValueError(f"{owner} got images without any pixel: {tuple(input.shape)}")
+    if input.shape[0] == 0:
+        raise ValueError(f"{name} got an empty batch: {tuple(input.shape)}")
+    if 0 in input.shape:
+        raise ValueError(f"{name} got images without any pixel: {tuple(input.shape)}")
 
 
 def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
@@ -46,7 +75,7 @@ def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
         return
     if is_norm(first):
         expected = first.num_features
-    elif type(first) is nn.Conv2d:
+    elif isinstance(first, CONVS) and type(first) in CONVS:
         expected = first.in_channels
     else:
         return
@@ -56,13 +85,13 @@ def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
         )
 
 
-_CHECKED = (nn.Conv2d, *NORMS, nn.Linear)
+_CHECKED = (*CONVS, *NORMS, nn.Linear)
 _CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
 _REDUCED = (torch.float16, torch.bfloat16)
 _KEEP_SIZE = (
-    nn.BatchNorm2d,
+    *BATCH_NORMS,
     nn.GroupNorm,
-    nn.InstanceNorm2d,
+    *INSTANCE_NORMS,
     nn.SyncBatchNorm,
     nn.ReLU,
     nn.SiLU,
@@ -72,7 +101,7 @@ _KEEP_SIZE = (
     nn.PReLU,
     nn.Identity,
     nn.Dropout,
-    nn.Dropout2d,
+    *DROPOUTS,
 )
 # A search for the smallest image gives up here: some module takes no image that is reasonable.
 _LARGEST_SEARCHED = 4096
@@ -122,7 +151,7 @@ def _path(owner: nn.Module, part: nn.Module) -> str:
 
 
 def output_size(module: nn.Module, size: Size) -> Size | None:
-    """Height and width behind `module`, or None where that cannot be known."""
+    """The images' size behind `module`, or None where that cannot be known."""
     if touched(module):
         return None
     kind, own = type(module), KINDS.get(type(module))
@@ -135,18 +164,19 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
                 return None
             through = output_size(child, through)
         return through
-    if kind not in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
+    dims = len(size)
+    if kind not in (*CONVS, *MAXIMA, *AVERAGES) or OF_TYPE[kind] != dims:
         return None
     state: Any = module.__dict__
-    stride = _pair(state["stride"])
+    stride = _each(state["stride"], dims)
     if setting(state, "ceil_mode") or isinstance(state["padding"], str) or min(stride) < 1:
         return None  # of a stride of 0, PyTorch's error is to come
-    kernel, padding = _pair(state["kernel_size"]), _pair(state["padding"])
-    return windows(size, kernel, stride, padding, _pair(setting(state, "dilation")))
+    kernel, padding = _each(state["kernel_size"], dims), _each(state["padding"], dims)
+    return windows(size, kernel, stride, padding, _each(setting(state, "dilation"), dims))
 
 
-def _pair(value: Any) -> Size:
-    return (value, value) if isinstance(value, int) else value
+def _each(value: Any, dims: int) -> Size:
+    return (value,) * dims if isinstance(value, int) else value
 
 
 def _through(modules: list[nn.Module], size: Size) -> tuple[list[tuple[nn.Module, Size]], bool]:
@@ -170,26 +200,30 @@ def chain(owner: str, modules: Iterable[nn.Module], input: Tensor) -> list[nn.Mo
     """
     called = list(modules)
     channels(owner, input, called[0] if called else None)
-    n, _, h, w = input.shape
-    known, fit = _through(called, (h, w))
+    n, _, *size = input.shape
+    known, fit = _through(called, size)
     if not fit:
-        edges = range(1, _LARGEST_SEARCHED)
-        minimum = next((edge for edge in edges if _through(called, (edge, edge))[1]), None)
+        dims, edges = len(size), range(1, _LARGEST_SEARCHED)
+        minimum = next((edge for edge in edges if _through(called, (edge,) * dims)[1]), None)
         raise ValueError(
-            f"{owner} got images too small for its pooling: {h}×{w}, "
-            f"expected at least {minimum}×{minimum}"
+            f"{owner} got images too small for its pooling: {_text(size)}, "
+            f"expected at least {_text([minimum] * dims)}"
         )
-    for module, (height, width) in known:
-        if n * height * width == 1:
-            _values_per_channel(module, height, width)
+    for module, through in known:
+        if n * math.prod(through) == 1:
+            _values_per_channel(module, through)
     return [module for module, _ in known]
 
 
-def _values_per_channel(module: nn.Module, h: int, w: int) -> None:
+def _text(size: Sequence[object]) -> str:
+    return "×".join(map(str, size))
+
+
+def _values_per_channel(module: nn.Module, through: Size) -> None:
     """BatchNorm's own error, if a norm below `module` would take statistics of a single value."""
     for norm in module.modules():
         if is_norm(norm) and (norm.training or norm.running_mean is None) and not group_of(norm):
-            size = torch.Size([1, norm.num_features, h, w])
+            size = torch.Size([1, norm.num_features, *through])
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {size}"
             )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from densenet_fast.modules import eligibility
+from densenet_fast.modules.dimensions import Conv, Norm
 from densenet_fast.modules.eligibility import Expected, named
 
 
@@ -15,22 +16,23 @@ class LayerParts(NamedTuple):
     """What a layer computes with: norm1, ReLU, conv1, norm2, ReLU, conv2 and dropout.
 
     `activations` are modules that must be a ReLU each, by name; a norm may have its own inside.
-    `dropout` is the probability of zeroing an element of the layer's output now.
+    `dropout` is the probability of zeroing an element of the layer's output now, or with
+    `whole_channels` a whole channel of an image.
     """
 
-    norm1: eligibility.Norm
-    conv1: nn.Conv2d
-    norm2: eligibility.Norm
-    conv2: nn.Conv2d
+    norm1: Norm
+    conv1: Conv
+    norm2: Norm
+    conv2: Conv
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float
+    whole_channels: bool = False
 
     def obstacle(self, channels: int | None, expected: Expected) -> str | None:
         """Why they cannot be fused on an input of so many channels (None: of norm1's), or None."""
-        norm1, conv1, norm2, conv2, activations, _ = self
-        pointwise, spatial = eligibility.POINTWISE, eligibility.SPATIAL
-        found = named("conv1", eligibility.conv(conv1, pointwise, expected))
-        found = found or named("conv2", eligibility.conv(conv2, spatial, expected))
+        norm1, conv1, norm2, conv2, activations, *_ = self
+        found = named("conv1", eligibility.conv(conv1, 1, expected))
+        found = found or named("conv2", eligibility.conv(conv2, 3, expected))
         if found is not None:
             return found
         bottleneck, read, *_ = eligibility.weight_shape(conv1)
@@ -47,8 +49,8 @@ class LayerParts(NamedTuple):
 class TailParts(NamedTuple):
     """What computes behind a block: a transition's norm and convolution, or a final norm."""
 
-    norm: eligibility.Norm
-    conv: nn.Conv2d | None = None
+    norm: Norm
+    conv: Conv | None = None
 
 
 # By a layer's exact type: what gives its parts, or what is in the way of finding them.
@@ -68,11 +70,14 @@ def named_parts(
     return LayerParts(norm1, conv1, norm2, conv2, relus, dropout)
 
 
-def sequential_parts(modules: dict[str, Any], dropout: float) -> LayerParts | str:
+def sequential_parts(
+    modules: dict[str, Any], dropout: float, *, whole_channels: bool = False
+) -> LayerParts | str:
     """The same parts as all that a Sequential runs, which is what it has, in that order."""
     if tuple(modules) != ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2"):
         return f"its submodules are {', '.join(modules)}"
-    return named_parts(modules, dropout)
+    parts = named_parts(modules, dropout)
+    return parts if isinstance(parts, str) else parts._replace(whole_channels=whole_channels)
 
 
 def usual_parts(layer: nn.Module) -> LayerParts | str:

@@ -16,7 +16,7 @@ from densenet_fast import arguments
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import released
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
-from densenet_fast.modules import eligibility, input_checks, layer_parts
+from densenet_fast.modules import dimensions, eligibility, input_checks, layer_parts
 from densenet_fast.modules.eligibility import Expected, named, routed
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
 from densenet_fast.modules.steps import DenseStep, Segment
@@ -26,7 +26,7 @@ class FusedModule(nn.Module):
     """A module that runs as one step wherever nothing is in the way."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The output of `input` [N, C, H, W]."""
+        """The output of `input` [N, C, *size]."""
         if is_scripting():
             return self.plain(input)
         else:  # noqa: RET505 (what TorchScript does not compile)
@@ -35,7 +35,7 @@ class FusedModule(nn.Module):
     def run(self, input: Tensor) -> Tensor:
         """The checked forward, fused where nothing is in the way."""
         owner = type(self).__name__
-        input_checks.images(owner, input)
+        input_checks.images(self, input)
         input_checks.channels(owner, input, self.first_reader())
         synchronized.check_modules(self, input.device)
         step = self.step(eligibility.input(input), input.shape[1], eligibility.expected(input))
@@ -99,6 +99,8 @@ class Checkpointed(FusedModule):
 class DenseLayer(Checkpointed):
     """norm, ReLU, 1×1 convolution, norm, ReLU, 3×3 convolution, concatenated to the input.
 
+    For inputs [N, C, L], [N, C, H, W] or [N, C, D, H, W] by `spatial_dims`.
+
     Emits its `num_input_features` channels and `k * growth_rate` new ones. The bottleneck between
     the convolutions has `bn_size * growth_rate` channels whatever `k` is.
     """
@@ -113,20 +115,22 @@ class DenseLayer(Checkpointed):
         memory_efficient: bool = True,
         *,
         checkpoint: Checkpoint = "bottleneck",
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        kinds = dimensions.modules(spatial_dims)
         num_input_features = arguments.integer("num_input_features", num_input_features)
         growth_rate = arguments.integer("growth_rate", growth_rate)
         bottleneck = arguments.integer("bn_size", bn_size) * growth_rate
         growth = arguments.integer("k", k) * growth_rate
         self.drop_rate = arguments.share("drop_rate", drop_rate, zero=True)
         self._set_mode(memory_efficient, checkpoint)
-        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.norm1 = kinds.norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=False)
-        self.conv1 = nn.Conv2d(num_input_features, bottleneck, kernel_size=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(bottleneck)
+        self.conv1 = kinds.conv(num_input_features, bottleneck, kernel_size=1, bias=False)
+        self.norm2 = kinds.norm(bottleneck)
         self.relu2 = nn.ReLU(inplace=False)
-        self.conv2 = nn.Conv2d(bottleneck, growth, kernel_size=3, padding=1, bias=False)
+        self.conv2 = kinds.conv(bottleneck, growth, kernel_size=3, padding=1, bias=False)
 
     def step(
         self, obstacle: str | None, channels: int | None, expected: Expected
@@ -172,7 +176,7 @@ class FusedBlock(Checkpointed):
     lists = False  # whether layers take a list of features and return their own alone
 
     def forward(self, init_features: Tensor) -> Tensor:
-        """`init_features` [N, C, H, W] and the features of all layers behind them."""
+        """`init_features` [N, C, *size] and the features of all layers behind them."""
         if is_scripting():
             return self.plain(init_features)
         else:  # noqa: RET505
@@ -235,7 +239,7 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
     """Layers that each read the concatenation of all features so far.
 
     Any layer may be replaced by a module that takes the features so far and returns them with its
-    own behind them.
+    own behind them. Inputs are [N, C, L], [N, C, H, W] or [N, C, D, H, W] by `spatial_dims`.
     """
 
     _version = 2
@@ -250,6 +254,7 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
         memory_efficient: bool = True,
         *,
         checkpoint: Checkpoint = "bottleneck",
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         self._set_mode(memory_efficient, checkpoint)
@@ -262,6 +267,7 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
                 bn_size,
                 drop_rate,
                 checkpoint=self._checkpoint,
+                spatial_dims=spatial_dims,
             )
             self.add_module(f"denselayer{i + 1}", layer)
 
@@ -275,17 +281,21 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
 class Transition(FusedModule, nn.Sequential):
     """norm, ReLU, 1×1 convolution and 2×2 average pooling between two blocks.
 
-    [N, C, H, W] to [N, num_output_features, H // 2, W // 2].
+    [N, C, H, W] to [N, num_output_features, H // 2, W // 2], and likewise in one and three
+    dimensions.
     """
 
-    def __init__(self, num_input_features: int, num_output_features: int) -> None:
+    def __init__(
+        self, num_input_features: int, num_output_features: int, *, spatial_dims: int = 2
+    ) -> None:
         super().__init__()
+        kinds = dimensions.modules(spatial_dims)
         num_input_features = arguments.integer("num_input_features", num_input_features)
         num_output_features = arguments.integer("num_output_features", num_output_features)
-        self.norm = nn.BatchNorm2d(num_input_features)
+        self.norm = kinds.norm(num_input_features)
         self.relu = nn.ReLU(inplace=False)
-        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
-        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+        self.conv = kinds.conv(num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.pool = kinds.average(kernel_size=2, stride=2)
 
     def plain(self, input: Tensor) -> Tensor:
         """The submodules called one by one."""
@@ -306,7 +316,7 @@ class Transition(FusedModule, nn.Sequential):
         if names != (["norm", "relu", "conv", "pool"] if relu else ["norm", "conv", "pool"]):
             return f"its submodules are {', '.join(names)}"
         norm, conv, pool = parts["norm"], parts["conv"], parts["pool"]
-        if (found := eligibility.conv(conv, eligibility.POINTWISE, expected)) is not None:
+        if (found := eligibility.conv(conv, 1, expected)) is not None:
             return f"conv {found}"
         read = eligibility.weight_shape(conv)[1]
         if channels is not None and read != channels:
@@ -314,7 +324,7 @@ class Transition(FusedModule, nn.Sequential):
         found = named("norm", eligibility.norm(norm, read, expected))
         if relu:
             found = found or named("relu", eligibility.exactly(parts["relu"], nn.ReLU))
-        found = found or named("pool", eligibility.average_pool(pool))
+        found = found or named("pool", eligibility.average_pool(pool, expected.dims))
         return found or DenseStep([], "bottleneck", TailParts(norm, conv))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from densenet_fast.blocks import stem_convolution
 from densenet_fast.blocks.autocast import computed_type
+from densenet_fast.blocks.forward import halved
 from densenet_fast.blocks.memory_plan import (
     BlockSize,
     HeadSize,
@@ -22,9 +24,10 @@ from densenet_fast.blocks.memory_plan import (
     statistics_bytes,
 )
 from densenet_fast.blocks.nodes import planned_shape
+from densenet_fast.blocks.stem import pooled
 from densenet_fast.modules import eligibility, input_checks
 from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
-from densenet_fast.operators.rows import row_pitch
+from densenet_fast.operators.rows import channels_last_format, row_pitch
 from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 
 _LABEL = 8  # bytes
@@ -59,7 +62,7 @@ def network_size(
     stored: torch.dtype,
     device: torch.device,
 ) -> NetworkSize | None:
-    """Sizes of a step of whole fused blocks on images of `shape` [N, C, H, W].
+    """Sizes of a step of whole fused blocks on images of `shape` [N, C, *size].
 
     Features are `stored` in that type; parameters of another one are cast as autocast does it.
     Cross entropy is taken for the loss. None where anything in the network does not run fused.
@@ -88,11 +91,11 @@ def network_size(
 def _block_sizes(
     steps: Sequence[DenseStep], shape: Sequence[int], itemsize: int
 ) -> list[BlockSize] | None:
-    """Sizes of blocks behind one another, the first one's input [N, C, H, W] being `shape`.
+    """Sizes of blocks behind one another, the first one's input [N, C, *size] being `shape`.
 
     None where some layer is not fused. `itemsize` is that of a feature, in bytes.
     """
-    images, channels, height, width = shape
+    images, channels, *size = shape
     sizes: list[BlockSize] = []
     for step in steps:
         layers = step.segments[0] if len(step.segments) == 1 else None
@@ -101,18 +104,27 @@ def _block_sizes(
         widths = [eligibility.weight_shape(layer.conv1)[0] for layer in layers]
         growths = [eligibility.weight_shape(layer.conv2)[0] for layer in layers]
         convolutions = [conv for layer in layers for conv in (layer.conv1, layer.conv2)]
-        end, pixels = channels + sum(growths), images * height * width
+        end, pixels = channels + sum(growths), images * math.prod(size)
         if step.tail is not None and step.tail.conv is not None:
             behind = eligibility.weight_shape(step.tail.conv)[0]
             convolutions.append(step.tail.conv)
-            height, width = height // 2, width // 2
-            output = images * height * width * behind
+            size = halved(size)
+            output = images * math.prod(size) * behind
         else:
             behind, output = end, images * end if step.tail is not None else pixels * end
-        gradients = _gradient_bytes([conv.weight for conv in convolutions])
+        weights, lasting = _gradient_bytes([conv.weight for conv in convolutions])
         sizes.append(
             BlockSize(
-                pixels, channels, end, tuple(widths), max(growths), output, itemsize, *gradients
+                pixels,
+                channels,
+                end,
+                tuple(widths),
+                max(growths),
+                output,
+                itemsize,
+                weights,
+                lasting,
+                taps=3 ** len(size),
             )
         )
         channels = behind
@@ -161,7 +173,7 @@ def apply_plans(planned: Sequence[Step], plans: Sequence[Plan]) -> list[Step]:
 
 def _stem(
     steps: Sequence[Step], shape: Sequence[int], stored: torch.dtype, device: torch.device
-) -> tuple[StemSize, tuple[int, int, int, int]] | None:
+) -> tuple[StemSize, Sequence[int]] | None:
     """The stem's sizes, and the shape behind it."""
     first = steps[0] if steps else None
     conv = first.module if isinstance(first, ConvStep) else None
@@ -170,18 +182,18 @@ def _stem(
         conv = norm.conv
     if conv is None or len(steps) != 1 + (norm is not None and norm.conv is None):
         return None
-    images, channels, height, width = shape
-    size = input_checks.output_size(conv, (height, width))
+    images, channels, *before = shape
+    size = input_checks.output_size(conv, before)
     if size is None:
         return None
     weights, lasting = _gradient_bytes([conv.weight])
     e, out = stored.itemsize, conv.out_channels
-    image, pixels = channels * height * width, size[0] * size[1] * out
+    image, pixels = channels * math.prod(before), math.prod(size) * out
     computed = stem_convolution.fast_type(stored, device)
     copies, wide = 0, stem_convolution.columns(conv, images, size, stored, device)
     if conv.weight.dtype != stored:
         copies = (images * image + conv.weight.numel()) * computed.itemsize
-    elif not conv.weight.is_contiguous(memory_format=torch.channels_last):
+    elif not conv.weight.is_contiguous(memory_format=channels_last_format(len(shape))):
         copies = conv.weight.numel() * e
     if norm is None:
         if computed != stored:
@@ -191,8 +203,8 @@ def _stem(
     if computed != stored:
         at_once = images if norm.conv is None else stem_convolution.wide_images(images)
         wide = at_once * (image + pixels) * computed.itemsize
-    pooled = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-    elements = images * pooled[0] * pooled[1] * out
+    behind = pooled(size)
+    elements = images * math.prod(behind) * out
     stem = StemSize(
         features=images * pixels * e,
         pooled=elements * e,
@@ -204,7 +216,7 @@ def _stem(
         weights=weights,
         lasting=lasting,
     )
-    return stem, (images, out, *pooled)
+    return stem, (images, out, *behind)
 
 
 def _head(classifier: nn.Linear, images: int, channels: int, stored: torch.dtype) -> HeadSize:
@@ -220,7 +232,11 @@ def cpu_workspace(block: BlockSize) -> int:
     """The CPU kernels' partial weight gradients, as csrc/cpu/product_backward.h cuts them."""
     widest = max(block.widths, default=0)
     pointwise = _parts(block.pixels, _LEAST_ROWS) * widest * (block.end - block.growth)
-    spatial = _parts(block.pixels // 4, _LEAST_TILES) * 9 * widest * block.growth
+    if block.taps == 9:
+        parts = _parts(block.pixels // 4, _LEAST_TILES)
+    else:
+        parts = _parts(block.pixels, _LEAST_ROWS)
+    spatial = parts * block.taps * widest * block.growth
     return max(pointwise, spatial) * max(4, block.itemsize)
 
 

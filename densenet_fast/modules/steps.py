@@ -26,7 +26,8 @@ from densenet_fast.blocks.specs import (
     Tail,
     TransitionTail,
 )
-from densenet_fast.modules.eligibility import Norm, leaves_input, parameter, setting, weight_shape
+from densenet_fast.modules.dimensions import Conv, Norm
+from densenet_fast.modules.eligibility import leaves_input, parameter, setting, weight_shape
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
 
 FusedRun = list[LayerParts]
@@ -63,7 +64,7 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
         eps=state["eps"],
         batch_statistics=state["training"] or mean is None,
         momentum=momentum,
-        group="" if type(norm) is nn.BatchNorm2d else synchronized.group_of(norm),
+        group=synchronized.group_of(norm) if type(norm) is nn.SyncBatchNorm else "",
         counter=counter,
     )
 
@@ -93,7 +94,7 @@ class ConvStep:
     images: autograd keeps them as they came.
     """
 
-    module: nn.Conv2d
+    module: Conv
 
     def run(self, input: Tensor) -> Tensor:
         """The module's output."""
@@ -107,7 +108,7 @@ class StemStep:
     """norm0, relu0 and pool0 as one node, with the convolution where that is recomputed."""
 
     norm: Norm
-    conv: nn.Conv2d | None = None
+    conv: Conv | None = None
 
     def run(self, input: Tensor) -> Tensor:
         """The pooled features."""
@@ -229,4 +230,5 @@ def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
         norm2=norm_spec(layer.norm2, counted),
         conv2_weight=parameter(layer.conv2.__dict__, "weight"),
         dropout=layer.dropout,
+        whole_channels=layer.whole_channels,
     )

@@ -162,12 +162,10 @@ def conv1x1_backward(
 # Convolution with three taps in each dimension
 
 
-def _convolution(features: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """Of rows [N, *size, C], padded with one row of zeros on every side."""
-    images = images_of(features)
+def _geometry(images: Tensor, *, transposed: bool = False) -> tuple[Any, ...]:
+    """Of a convolution that keeps the images' size, as PyTorch's operators take it."""
     one, zero = [1] * (images.dim() - 2), [0] * (images.dim() - 2)
-    weight = weight.to(features.dtype)
-    return rows_of(torch.convolution(images, weight, None, one, one, one, transposed, zero, 1))
+    return one, one, one, transposed, zero, 1
 
 
 def conv3x3_forward(
@@ -179,12 +177,10 @@ def conv3x3_forward(
     mean: Tensor | None,
     var: Tensor | None,
 ) -> None:
-    """`growth` = conv3(act(bottleneck), weight), zero padding after act, and its statistics.
-
-    The weight is [K, B, 3], [K, B, 3, 3] or [K, B, 3, 3, 3].
-    """
-    activation = _activation(bottleneck, scale, shift).to(bottleneck.dtype)
-    growth.copy_(_convolution(activation, weight))
+    """`growth` = conv3(act(bottleneck), weight), zero padding after act, and its statistics."""
+    images = images_of(_activation(bottleneck, scale, shift).to(bottleneck.dtype))
+    weight = weight.to(images.dtype)
+    growth.copy_(rows_of(torch.convolution(images, weight, None, *_geometry(images))))
     _optional_statistics(growth, mean, var)
 
 
@@ -208,18 +204,18 @@ def conv3x3_backward(
 
     `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is.
     """
+    images = images_of(grad_growth)
     if grad_weight is not None:
         activation = images_of(_activation(bottleneck, scale, shift).to(bottleneck.dtype))
-        grad, room = images_of(grad_growth), activation.new_empty(1).expand(grad_weight.shape)
-        one, zero = [1] * (grad.dim() - 2), [0] * (grad.dim() - 2)
-        _, found, _ = torch.ops.aten.convolution_backward(
-            grad, activation, room, None, one, one, one, False, zero, 1, (False, True, False)
-        )
-        grad_weight.copy_(found)
+        shape = activation.new_empty(1).expand(grad_weight.shape)
+        of_weight: Any = (*_geometry(images), (False, True, False))
+        backward = torch.ops.aten.convolution_backward
+        grad_weight.copy_(backward(images, activation, shape, None, *of_weight)[1])
         del activation
     if grad_gamma is None or grad_beta is None:
         return
-    grad = _convolution(grad_growth, weight, transposed=True)
+    weight, geometry = weight.to(images.dtype), _geometry(images, transposed=True)
+    grad = rows_of(torch.convolution(images, weight, None, *geometry))
     grad = _masked(grad, bottleneck, scale, shift)
     if grad_norm is not None:
         grad = _wide(grad_norm.copy_(grad))
@@ -239,9 +235,8 @@ def dropout_(growth: Tensor, seed: int, p: float, channels: bool = False) -> Non
     if p >= 1:
         growth.zero_()
         return
-    shape = list(growth.shape)
-    if channels:
-        shape[1:-1] = [1] * (growth.dim() - 2)
+    images, *size, width = growth.shape
+    shape = (images, *(1 if channels else length for length in size), width)
     keep = philox(math.prod(shape), seed, growth.device) >= int(p * 2**32)
     growth.mul_(keep.view(shape).to(statistics_dtype(growth.dtype)).mul_(1 / (1 - p)))
 
@@ -388,13 +383,13 @@ def norm_relu_maxpool_backward(
     grad_input = scale * (grad_norm - [batch_statistics] * (grad_beta + xhat * grad_gamma) / M)
     """
     images, *size, channels = input.shape
-    windows = grad_out.shape[1:-1]
-    grad = _wide(grad_out)
+    grad, windows = _wide(grad_out), grad_out.shape[1:-1]
     padded = grad.new_zeros(images, *(length + 2 for length in size), channels)
     # One scatter for each place in a window: deterministic everywhere.
     for place, starts in enumerate(product(range(3), repeat=len(size))):
-        reached = [slice(at, at + 2 * n, 2) for at, n in zip(starts, windows, strict=True)]
-        target = padded[(slice(None), *reached)]
+        edges = zip(starts, windows, strict=True)
+        reached = (slice(None), *(slice(at, at + 2 * count, 2) for at, count in edges))
+        target = padded[reached]
         target += torch.where(argmax == place, grad, grad.new_zeros(()))
     inside = (slice(None), *[slice(1, -1)] * len(size))
     grad_norm = _masked(padded[inside], input, scale, shift)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format as suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._utils import IMPORT_MAPPING as IMPORT_MAPPING
@@ -30,10 +30,17 @@ _functorch: Any = torch._C._functorch
 
 # The attribute of a parameter with what is called when its gradient is there, and may free it.
 GRADIENT_HOOKS = "_post_accumulate_grad_hooks"
-# A convolution of given weight and bias, padded as the module pads.
-conv_forward = nn.Conv2d._conv_forward
 BatchNorm: type[nn.Module] = nn.modules.batchnorm._BatchNorm
 InstanceNorm: type[nn.Module] = nn.modules.instancenorm._InstanceNorm
+
+
+def conv_forward(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The module's convolution with another weight and bias, padded as it pads."""
+    kind: Any = type(module)
+    output: Tensor = kind._conv_forward(module, input, weight, bias)
+    return output
 
 
 def process_group(name: str) -> ProcessGroup:

@@ -22,7 +22,13 @@ _ENUMS = {
     "densenet169": "DenseNet169_Weights",
     "densenet201": "DenseNet201_Weights",
 }
-_DEFAULTS = {"bn_size": 4, "compression": 0.5, "in_channels": 3, "small_inputs": False}
+_DEFAULTS = {
+    "bn_size": 4,
+    "compression": 0.5,
+    "in_channels": 3,
+    "small_inputs": False,
+    "spatial_dims": 2,
+}
 
 
 class Pretrained:

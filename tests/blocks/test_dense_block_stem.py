@@ -101,7 +101,7 @@ def test_partial_gradients(backend: str) -> None:
 def test_errors(backend: str) -> None:
     input, norm = case((2, 3, 5, 5))
     with pytest.raises(ValueError, match="four dimensions"):
-        stem_norm_relu_maxpool(input[0], norm)
+        stem_norm_relu_maxpool(input[0, 0], norm)
     with pytest.raises(ValueError, match=r"norm.weight should have shape \(2,\)"):
         stem_norm_relu_maxpool(input[:, :2], norm)
     with pytest.raises(TypeError, match="type of the input"):

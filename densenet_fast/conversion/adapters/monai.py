@@ -1,4 +1,4 @@
-"""MONAI's DenseNet, in two dimensions."""
+"""MONAI's DenseNet, in one, two and three dimensions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from densenet_fast.conversion.parts import (
     averages,
 )
 from densenet_fast.modules import eligibility, layer_parts
+from densenet_fast.modules.dimensions import MODULES, OF_TYPE
 from densenet_fast.modules.layer_parts import LayerParts
 
 
@@ -25,10 +26,14 @@ def parts(layer: nn.Module) -> LayerParts | str:
     modules = dict(layers.__dict__["_modules"])
     if next(reversed(modules), None) == "dropout":
         dropout = modules.pop("dropout")
-        if (found := eligibility.exactly(dropout, nn.Dropout2d)) is not None:
+        # In one dimension MONAI's is PyTorch's Dropout, of elements.
+        whole = type(dropout) is not nn.Dropout
+        dims = OF_TYPE.get(type(modules.get("conv1")), 2)
+        found = eligibility.exactly(dropout, MODULES[dims].dropout if whole else nn.Dropout)
+        if found is not None:
             return f"dropout {found}"
-        if dropout.training and dropout.p > 0:
-            return "dropout is a Dropout2d, which drops whole channels"
+        share = dropout.p if dropout.training else 0.0
+        return layer_parts.sequential_parts(modules, share, whole_channels=whole)
     return layer_parts.sequential_parts(modules, 0.0)
 
 
@@ -48,7 +53,7 @@ class _Network(ConvertedNetwork):
             eligibility.exactly(layers, nn.Sequential) is None
             and list(layers._modules) == ["relu", "pool", "flatten", "out"]
             and eligibility.exactly(layers.relu, nn.ReLU) is None
-            and averages(layers.pool, layers.flatten)
+            and averages(self, layers.pool, layers.flatten)
         )
 
     def head(self, pooled: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Network(ConvertedNetwork, densenet.DenseNet):
         """Whether the pooling is the flattened average over all pixels."""
         pool: Any = self.global_pool
         known = eligibility.exactly(pool, SelectAdaptivePool2d) is None
-        return known and averages(pool.pool, pool.flatten)
+        return known and averages(self, pool.pool, pool.flatten)
 
     def head(self, pooled: Tensor) -> Tensor:
         """Dropout and the classifier."""

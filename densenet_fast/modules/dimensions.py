@@ -1,0 +1,66 @@
+"""The modules that networks in one, two and three dimensions are made of, side by side."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from densenet_fast import arguments
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+
+class Modules(NamedTuple):
+    """The types for one number of dimensions."""
+
+    conv: type[Conv]
+    norm: type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]
+    average: type[nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d]
+    maximum: type[nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d]
+    whole: type[nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d]
+    instance: type[nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d]
+    dropout: type[nn.Dropout1d | nn.Dropout2d | nn.Dropout3d]
+
+
+MODULES = {
+    1: Modules(
+        nn.Conv1d,
+        nn.BatchNorm1d,
+        nn.AvgPool1d,
+        nn.MaxPool1d,
+        nn.AdaptiveAvgPool1d,
+        nn.InstanceNorm1d,
+        nn.Dropout1d,
+    ),
+    2: Modules(
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.AvgPool2d,
+        nn.MaxPool2d,
+        nn.AdaptiveAvgPool2d,
+        nn.InstanceNorm2d,
+        nn.Dropout2d,
+    ),
+    3: Modules(
+        nn.Conv3d,
+        nn.BatchNorm3d,
+        nn.AvgPool3d,
+        nn.MaxPool3d,
+        nn.AdaptiveAvgPool3d,
+        nn.InstanceNorm3d,
+        nn.Dropout3d,
+    ),
+}
+CONVS, BATCH_NORMS, AVERAGES, MAXIMA, _, INSTANCE_NORMS, DROPOUTS = zip(
+    *MODULES.values(), strict=True
+)
+NORMS: tuple[type[nn.Module], ...] = (*BATCH_NORMS, nn.SyncBatchNorm)
+# By a module's exact type.
+OF_TYPE: dict[Any, int] = {kind: dims for dims, kinds in MODULES.items() for kind in kinds}
+
+
+def modules(spatial_dims: int) -> Modules:
+    """Those of a constructor's `spatial_dims`."""
+    return MODULES[arguments.one_number_of("spatial_dims", spatial_dims, MODULES)]
