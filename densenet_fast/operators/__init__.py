@@ -8,6 +8,7 @@ check every argument before they write anything; nodes have checked what users h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, Generic, ParamSpec
 
 import torch
