@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def make_norm(
 
 
 def make_block(
-    shape: tuple[int, int, int, int] = (2, 5, 6, 7),
+    shape: tuple[int, ...] = (2, 5, 6, 7),
     growths: Sequence[int] = (3, 3, 4),
     tail: str | None = None,
     *,
@@ -113,6 +114,7 @@ def make_block(
     affine: bool = True,
     eps: Sequence[float] = (1e-5,),
     dropout: float = 0.0,
+    whole_channels: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Block:
@@ -134,26 +136,27 @@ def make_block(
         return spec
 
     def weight(*size: int) -> Tensor:
-        fan_in = size[1] * size[2] * size[3]
+        fan_in = math.prod(size[1:])
         values = torch.randn(size, generator=generator, dtype=dtype) * (2 / fan_in) ** 0.5
         return values.to(device()).requires_grad_()
 
-    channels = shape[1]
+    channels, one, three = shape[1], [1] * (len(shape) - 2), [3] * (len(shape) - 2)
     layers = []
     for growth in growths:
         layers.append(
             LayerSpec(
                 norm(channels),
-                weight(width, channels, 1, 1),
+                weight(width, channels, *one),
                 norm(width),
-                weight(growth, width, 3, 3),
+                weight(growth, width, *three),
                 dropout,
+                whole_channels,
             )
         )
         channels += growth
     behind: Tail | None = None
     if tail == "transition":
-        behind = TransitionTail(norm(channels), weight((channels + 1) // 2, channels, 1, 1))
+        behind = TransitionTail(norm(channels), weight((channels + 1) // 2, channels, *one))
     elif tail == "avgpool":
         behind = AvgPoolTail(norm(channels))
     input = torch.randn(shape, generator=generator, dtype=dtype).to(device())

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from densenet_fast.blocks.specs import LayerSpec, NormSpec, Tail, TransitionTail
 
+# By the number of a tensor's dimensions.
+CONVOLUTION = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+AVERAGE = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
+MAXIMUM = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
+
 
 def plain_norm(input: Tensor, norm: NormSpec) -> Tensor:
     update = not norm.batch_statistics or norm.momentum is not None
@@ -32,7 +37,7 @@ def plain_block(
     masks: Sequence[Tensor | None] = (),
     normalised: list[Tensor] | None = None,
 ) -> Tensor:
-    """The block and its tail; `masks` are the factors of dropout, [N, k, H, W] for each layer.
+    """The block and its tail; `masks` are the factors of dropout, [N, k, *size] for each layer.
 
     `normalised` collects what the ReLUs are given.
     """
@@ -43,10 +48,10 @@ def plain_block(
             normalised.append(output)
         return F.relu(output)
 
-    features = input
+    features, convolution = input, CONVOLUTION[input.dim()]
     for index, layer in enumerate(layers):
-        bottleneck = F.conv2d(activation(features, layer.norm1), layer.conv1_weight)
-        growth = F.conv2d(activation(bottleneck, layer.norm2), layer.conv2_weight, padding=1)
+        bottleneck = convolution(activation(features, layer.norm1), layer.conv1_weight)
+        growth = convolution(activation(bottleneck, layer.norm2), layer.conv2_weight, padding=1)
         if masks and masks[index] is not None:
             growth = growth * masks[index]
         features = torch.cat([features, growth], 1)
@@ -54,9 +59,9 @@ def plain_block(
         return features
     output = activation(features, tail.norm)
     if isinstance(tail, TransitionTail):
-        return F.avg_pool2d(F.conv2d(output, tail.conv_weight), 2)
-    return output.mean((2, 3))
+        return AVERAGE[input.dim()](convolution(output, tail.conv_weight), 2)
+    return output.flatten(2).mean(2)
 
 
 def plain_stem(input: Tensor, norm: NormSpec) -> Tensor:
-    return F.max_pool2d(F.relu(plain_norm(input, norm)), 3, 2, padding=1)
+    return MAXIMUM[input.dim()](F.relu(plain_norm(input, norm)), 3, 2, padding=1)

@@ -178,8 +178,12 @@ class ConvertedNetwork(Converted):
         return (planned[0], self.head) if planned and planned[1] else None
 
     def head_is_known(self) -> bool:
-        """Whether the modules between the features and what `head` does are what they were."""
-        return True
+        """Whether the modules between the features and what `head` does are what they were.
+
+        Where there are none, the library's forward pools images of two dimensions.
+        """
+        features: Any = self._modules["features"]
+        return input_checks.dimensions(features) == 2
 
     def head(self, pooled: Tensor) -> Tensor:
         """The library's forward behind the pooling."""
@@ -195,9 +199,9 @@ def is_converted(module: nn.Module) -> bool:
     return "converted_from" in type(module).__dict__
 
 
-def averages(network: nn.Module, pool: Any, flatten: nn.Module | None) -> bool:
-    """Whether these two give the flattened average over all pixels of what `network` takes."""
-    dims = input_checks.dimensions(network)
+def averages(features: nn.Module, pool: Any, flatten: nn.Module | None) -> bool:
+    """Whether these two give the flattened average over all pixels behind `features`."""
+    dims = input_checks.dimensions(features)
     return (
         dims is not None
         and type(pool) is MODULES[dims].whole

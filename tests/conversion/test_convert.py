@@ -18,7 +18,6 @@ from library_networks import (
     assert_same_step,
     images,
     make,
-    monai_network,
     plain_copy,
     timm_network,
     torchvision_network,
@@ -173,15 +172,6 @@ def test_dropout_of_torchvision_and_timm_drops() -> None:
         assert torch.equal(model(x), model(x))
 
 
-def test_channel_dropout_of_monai_runs_plain_in_training_alone() -> None:
-    model = monai_network(dropout_prob=0.5)
-    convert(model)
-    row = fusion_report(model)["features.denseblock1.denselayer1"]
-    assert row.reason == "dropout is a Dropout2d, which drops whole channels"
-    model.eval()
-    assert fusion_report(model).all_fused
-
-
 # Networks inside others
 
 
@@ -267,19 +257,6 @@ def test_a_detector_with_our_backbone() -> None:
 
 
 # What is not converted, and why
-
-
-def test_three_dimensions_are_left_as_they_are() -> None:
-    model = monai_network(3).eval()
-    types = [type(module) for module in model.modules()]
-    report = convert(model)
-    assert len(report) == 4
-    assert not any(row.converted for row in report)
-    assert report[""].reason == "its convolutions are 3-D: only 2-D networks are supported"
-    assert "left as it is: its convolutions are 3-D" in str(report)
-    assert types == [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="found nothing converted in DenseNet"):
-        revert(model)
 
 
 def test_subclasses_are_named() -> None:

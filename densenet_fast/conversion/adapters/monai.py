@@ -48,12 +48,13 @@ class Transition(ConvertedTransition, densenet._Transition):
 class _Network(ConvertedNetwork):
     def head_is_known(self) -> bool:
         """Whether the classifier's first modules are ReLU, average over all pixels, flatten."""
+        features: Any = self._modules["features"]
         layers: Any = self._modules["class_layers"]
         return (
             eligibility.exactly(layers, nn.Sequential) is None
             and list(layers._modules) == ["relu", "pool", "flatten", "out"]
             and eligibility.exactly(layers.relu, nn.ReLU) is None
-            and averages(self, layers.pool, layers.flatten)
+            and averages(features, layers.pool, layers.flatten)
         )
 
     def head(self, pooled: Tensor) -> Tensor:

@@ -54,9 +54,10 @@ class Network(ConvertedNetwork, densenet.DenseNet):
 
     def head_is_known(self) -> bool:
         """Whether the pooling is the flattened average over all pixels."""
+        features: Any = self._modules["features"]
         pool: Any = self.global_pool
         known = eligibility.exactly(pool, SelectAdaptivePool2d) is None
-        return known and averages(self, pool.pool, pool.flatten)
+        return known and averages(features, pool.pool, pool.flatten)
 
     def head(self, pooled: Tensor) -> Tensor:
         """Dropout and the classifier."""
