@@ -12,7 +12,7 @@ enum class Conv3x3 { kWinograd, kTaps, kDirect };
 
 template <class S>
 Conv3x3 forward_way(int64_t h, int64_t w, const Weight<S>& weight) {
-  if (use_winograd(h, w, weight.out)) return Conv3x3::kWinograd;
+  if (use_winograd(h, w, weight)) return Conv3x3::kWinograd;
   const bool taps = weight.dims == 2 && taps_product_is_faster<Compute<S>>(weight.out);
   return taps ? Conv3x3::kTaps : Conv3x3::kDirect;
 }
@@ -22,7 +22,7 @@ int64_t packed_conv3x3_size(int64_t h, int64_t w, Weight<S> weight) {
   using T = Compute<S>;
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return weight.depth() * kPoints * weight.in * padded<T>(weight.out);
+      return depth_points(weight) * kPoints * weight.in * padded<T>(weight.out);
     case Conv3x3::kTaps:
       return weight.in * padded<T>(9 * weight.out);
     default:
@@ -54,7 +54,7 @@ void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weig
   }
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return conv3x3_forward_winograd<S>(bottleneck, act, weight, packed, growth, statistics);
+      return conv3x3_forward_winograd<S>(bottleneck, act, packed, growth, statistics);
     case Conv3x3::kTaps:
       return conv3x3_forward_taps<S>(bottleneck, act, packed, growth, statistics);
     default:
@@ -66,7 +66,7 @@ template <class S>
 void conv3x3_backward(Image<const S> grad_growth, Image<const S> bottleneck, Norm<Compute<S>> norm,
                       Weight<S> weight, Image<S> grad_norm, NormGradient<Compute<S>> grad_affine,
                       WeightGradient<S> grad_weight) {
-  const bool winograd = use_winograd(bottleneck.h, bottleneck.w, weight.out);
+  const bool winograd = use_winograd(bottleneck.h, bottleneck.w, weight);
   (winograd ? conv3x3_backward_winograd<S> : conv3x3_backward_direct<S>)(grad_growth, bottleneck,
                                                                          norm, weight, grad_norm,
                                                                          grad_affine, grad_weight);

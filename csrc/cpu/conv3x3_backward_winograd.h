@@ -10,23 +10,30 @@
 namespace densenet_fast::cpu {
 namespace {
 
-// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch], in the slice so many `behind` theirs;
-// outside the image dY is zero.
+// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch], at a point of the depth; outside the image
+// dY is zero.
 template <class T, class S>
 void transform_output_gradients(const Image<const S>& g, const WinogradTiles& tiles, int64_t begin,
-                                int64_t end, int64_t behind, T* to) {
+                                int64_t end, DepthPoint point, T* to) {
   constexpr int L = kLanes<T>;
+  const Vec<T> sign = splat<T>(static_cast<T>(point.sign));
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const S* corner = g.data + (tiles.pixel(tile) + behind * g.h * g.w) * g.pitch;
-    const bool there = tiles.has_slice(tile, behind);
-    const bool right = there && tile.x + 1 < g.w, below = there && tile.y + 1 < g.h;
+    const S* corner = g.data + tiles.pixel(tile) * g.pitch;
+    const S* first = corner + point.first * g.h * g.w * g.pitch;
+    const S* second = corner + point.second * g.h * g.w * g.pitch;
+    const bool has_first = tiles.has_slice(tile, point.first);
+    const bool has_second = point.sign && tiles.has_slice(tile, point.second);
+    const bool right = tile.x + 1 < g.w, below = tile.y + 1 < g.h;
     for (int64_t c = 0; c < g.c; c += L) {
       const int64_t n = g.c - c;
       const auto at = [&](int i, int j, bool exists) {
-        return exists ? load_upto<T>(corner + (i * g.w + j) * g.pitch + c, n) : zero<T>();
+        const int64_t place = (i * g.w + j) * g.pitch + c;
+        Vec<T> value = exists && has_first ? load_upto<T>(first + place, n) : zero<T>();
+        if (exists && has_second) value = fma<T>(sign, load_upto<T>(second + place, n), value);
+        return value;
       };
-      const Vec<T> y[2][2] = {{at(0, 0, there), at(0, 1, right)},
+      const Vec<T> y[2][2] = {{at(0, 0, true), at(0, 1, right)},
                               {at(1, 0, below), at(1, 1, right && below)}};
       Vec<T> rows[4][2];
       for (int j = 0; j < 2; ++j) {
@@ -67,37 +74,56 @@ DF_INLINE void transform_weight_gradient(const T* s, int64_t stride, Vec<T> (&ta
   }
 }
 
+// Slice z of the kernel's gradients from those at the points of its depth, whose products `s` has,
+// points of a slice `stride` apart and those of the depth `deep`: G' once more.
+template <class T>
+DF_INLINE void transform_weight_slice(const T* s, int64_t stride, int64_t deep, int points,
+                                      int64_t z, Vec<T> (&taps)[9]) {
+  if (points == 1) return transform_weight_gradient<T>(s, stride, taps);
+  Vec<T> inner[2][9];
+  for (int i = 0; i < 2; ++i) transform_weight_gradient<T>(s + (i + 1) * deep, stride, inner[i]);
+  if (z != 1) transform_weight_gradient<T>(s + (z == 0 ? 0 : 3) * deep, stride, taps);
+  const Vec<T> half = splat<T>(T(0.5));
+  for (int t = 0; t < 9; ++t) {
+    taps[t] = z == 1 ? half * (inner[0][t] - inner[1][t])
+                     : fma<T>(half, inner[0][t] + inner[1][t], taps[t]);
+  }
+}
+
 // The data gradient of tiles [begin, end) and channels [c0, c0 + columns), masked by the
 // activation; adds the sums of D and D * (x - mean) of whole vectors.
 template <class T, class S>
-void finish_data_gradient(const T* result, int64_t ldr, const WinogradTiles& tiles, int64_t begin,
-                          int64_t end, const Image<const S>& x, const PaddedNorm<T>& norm,
+void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const WinogradTiles& tiles,
+                          int64_t begin, int64_t end, const Image<const S>& x, const PaddedNorm<T>& norm,
                           const Image<S>& gradient, int64_t c0, int64_t columns, T* sum,
                           T* sum_centred) {
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, result += ldr) {
     const WinogradTile tile = tiles.at(index);
-    const int64_t pixel = tiles.pixel(tile);
+    const int64_t slices = smaller(tiles.thick, tiles.d - tile.z);
     const bool right = tile.x + 1 < tiles.w, below = tile.y + 1 < tiles.h;
     for (int64_t c = 0; c < columns; c += L) {
       const int64_t n = columns - c;
       const Vec<T> scale = load<T>(norm.scale() + c0 + c), shift = load<T>(norm.shift() + c0 + c);
       const Vec<T> mean = load<T>(norm.mean() + c0 + c);
-      Vec<T> y[2][2];
-      transform_output<T>(result + c, result_pitch(ldr), y);
       Vec<T> added = zero<T>(), added_centred = zero<T>();
-      const auto finish_pixel = [&](int i, int j) {
-        const int64_t at = pixel + i * tiles.w + j;
-        const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
-        const Vec<T> d = rounded<S>(where_positive<T>(fma<T>(scale, value, shift), y[i][j]));
-        added += d;
-        added_centred = fma<T>(d, value - mean, added_centred);
-        if (gradient.data) store_upto<T>(gradient.data + at * gradient.pitch + c0 + c, d, n);
-      };
-      finish_pixel(0, 0);
-      if (right) finish_pixel(0, 1);
-      if (below) finish_pixel(1, 0);
-      if (right && below) finish_pixel(1, 1);
+      for (int64_t z = 0; z < slices; ++z) {
+        const int64_t pixel = tiles.pixel(tile) + z * tiles.h * tiles.w;
+        Vec<T> y[2][2];
+        transform_slice<T>(result + c, pitch, kPoints * pitch, tiles, z, y);
+        const auto finish_pixel = [&](int i, int j) {
+          const int64_t at = pixel + i * tiles.w + j;
+          const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
+          const Vec<T> d = rounded<S>(where_positive<T>(fma<T>(scale, value, shift), y[i][j]));
+          added += d;
+          added_centred = fma<T>(d, value - mean, added_centred);
+          if (gradient.data) store_upto<T>(gradient.data + at * gradient.pitch + c0 + c, d, n);
+        };
+        finish_pixel(0, 0);
+        if (right) finish_pixel(0, 1);
+        if (below) finish_pixel(1, 0);
+        if (right && below) finish_pixel(1, 1);
+      }
       store<T>(sum + c, load<T>(sum + c) + added);
       store<T>(sum_centred + c, load<T>(sum_centred + c) + added_centred);
     }
@@ -113,13 +139,14 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   constexpr int64_t L = kLanes<T>;
   const int64_t k = weight.out, channels = weight.in;
   const int64_t width = padded<T>(channels);
-  const int64_t panels = ceil_div(channels, kPanel), depth = weight.depth();
+  const int64_t panels = ceil_div(channels, kPanel);
   const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight.wanted();
   const PaddedNorm<T> padded_norm(norm, channels);
 
   // Tasks: equal parts of the tiles, 16 at most as each has its own sums and weight gradient, each
   // for one panel of channels, in groups of column blocks where threads would be idle.
   const WinogradTiles tiles(bottleneck);
+  const int points = tiles.points();
   const EqualParts parts(tiles.count(), 16, 64);
   const int64_t run = equal_tile(parts.size, kWinogradTiles);
   const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
@@ -127,15 +154,14 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                                  ceil_div(2 * thread_count(), parts.count * panels));
   // Of a single part every task packs what it reads and stores what it makes.
   const bool single = parts.count == 1;
-  const CallMemory<T> packed(want_data && !single ? depth * kPoints * k * width : 0);
-  for (int64_t z = 0; want_data && !single && z < depth; ++z) {
-    const Weight<S> kernels = weight.slice(z);
+  const CallMemory<T> packed(want_data && !single ? points * kPoints * k * width : 0);
+  for (int64_t z = 0; want_data && !single && z < points; ++z) {
     for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
       pack_blocks(
           k, k, smaller(kPanel, channels - c0), kBackwardVectors,
           packed.get() + kPoints * k * (z * width + c0),
           [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
-            pack_points<true>(kernels, c0, i, count, v, nv, block, k * panel_vectors(c0) * L);
+            pack_points<true>(weight, z, c0, i, count, v, nv, block, k * panel_vectors(c0) * L);
           });
     }
   }
@@ -150,30 +176,77 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     if (panel == 0) return;
     const int64_t columns = smaller(panel, channels - c0);
     const T* b = packed.get() + kPoints * k * panel_begin + group.begin * L * k;
-    int64_t stride = k * group.vecs * L, slice_stride = kPoints * k * width;
+    int64_t stride = k * group.vecs * L, deep_stride = kPoints * k * width;
     if (single && want_data) {
       stride = k * panel;
-      slice_stride = kPoints * stride;
-      T* own = scratch<T>(Scratch::kWeight, depth * slice_stride);
-      for (int64_t z = 0; z < depth; ++z) {
+      deep_stride = kPoints * stride;
+      T* own = scratch<T>(Scratch::kWeight, points * deep_stride);
+      for (int64_t z = 0; z < points; ++z) {
         for_each_block(group, [&](int64_t v, int nv) {
-          T* block = own + z * slice_stride + (v - group.begin) * L * k;
-          pack_points<true>(weight.slice(z), panel_begin, 0, k, v, nv, block, stride);
+          T* block = own + z * deep_stride + (v - group.begin) * L * k;
+          pack_points<true>(weight, z, panel_begin, 0, k, v, nv, block, stride);
         });
       }
       b = own;
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
+    const int64_t data_run = points > 1 ? smaller(run, kVolumeTiles) : run;
+    const int64_t pitch = result_pitch(data_run, panel);
     T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
-    T* points = scratch<T>(Scratch::kResult, kPoints * larger(kPointPitch, result_pitch(panel)));
-    const int64_t slice_products = kPoints * k * kPanelPitch;
-    T* products = scratch<T>(Scratch::kActivated, want_weight ? depth * slice_products : 1);
-    bool weight_begun[3] = {}; // by slice of the kernel
+    T* inputs = scratch<T>(Scratch::kResult, kPoints * larger(kPointPitch, points * pitch));
+    const int64_t deep_products = kPoints * k * kPanelPitch;
+    T* products = scratch<T>(Scratch::kActivated, want_weight ? points * deep_products : 1);
     const int64_t part_begin = parts.begin(part), part_end = parts.end(part);
-    for (int64_t begin = part_begin; begin < part_end; begin += run) {
+
+    const auto add_weight = [&](int64_t begin, int64_t end, int64_t z, PrefetchStream& stream) {
+      transform_output_gradients<T>(grad_growth, tiles, begin, end, tiles.output_point(z),
+                                    gradients);
+      transform_inputs<true, T>(bottleneck, tiles, begin, end, tiles.input_point(z),
+                                {norm.scale, norm.shift}, c0, columns, inputs);
+      T* to = products + z * deep_products;
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for_each_block(group, [&](int64_t v, int nv) {
+          const int64_t column = (v - group.begin) * L;
+          for_each_row_tile(k, nv, [&](int64_t first, int rows) {
+            TransposedProduct<T> p{gradients + point * kPointPitch + first,
+                                   inputs + point * kPointPitch + column,
+                                   kPanelPitch,
+                                   end - begin,
+                                   to + (point * k + first) * kPanelPitch + column,
+                                   kPanelPitch,
+                                   begin > part_begin,
+                                   &stream};
+            kMicrokernels<T>.transposed[nv][rows](p);
+          });
+        });
+      }
+    };
+    const auto make_data = [&](int64_t begin, int64_t end, PrefetchStream& stream) {
+      for (int64_t z = 0; z < points; ++z) {
+        transform_inputs<false, T>(grad_growth, tiles, begin, end, tiles.input_point(z), {}, 0, k,
+                                   gradients);
+        multiply_points<T>(gradients, end - begin, 0, k, k, b + z * deep_stride, stride, group,
+                           inputs + z * kPoints * pitch, pitch, false, stream);
+      }
+      finish_data_gradient<T>(inputs, panel, pitch, tiles, begin, end, bottleneck, padded_norm,
+                              grad_norm, c0, columns, sums + c0, sums + width + c0);
+    };
+
+    // Of volumes point by point of the depth, so that its products stay in the cache.
+    PrefetchStream stream;
+    for (int64_t z = 0; points > 1 && want_weight && z < points; ++z) {
+      for (int64_t begin = part_begin; begin < part_end; begin += run) {
+        add_weight(begin, smaller(part_end, begin + run), z, stream);
+      }
+    }
+    for (int64_t begin = part_begin; points > 1 && want_data && begin < part_end;
+         begin += data_run) {
+      make_data(begin, smaller(part_end, begin + data_run), stream);
+    }
+    for (int64_t begin = part_begin; points == 1 && begin < part_end; begin += run) {
       const int64_t end = smaller(part_end, begin + run), count = end - begin;
-      PrefetchStream stream;
+      stream.clear();
       if (end < part_end) {
         const int64_t first = tiles.first_pixel(end);
         const int64_t pixels = tiles.pixels(end, smaller(part_end, end + run));
@@ -187,67 +260,27 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
         }
       }
       if (single && end == part_end && grad_weight.data) {
-        const int64_t taps = weight.taps();
-        stream.add(grad_weight.data + c0 * taps, columns * taps * sizeof(S),
-                   channels * taps * sizeof(S), k, true);
+        stream.add(grad_weight.data + c0 * 9, columns * 9 * sizeof(S), channels * 9 * sizeof(S), k,
+                   true);
       }
       const int64_t blocks = ceil_div(panel / L, kBackwardVectors);
       stream.start(
-          depth * kPoints * blocks *
+          kPoints * blocks *
           ((want_weight ? ceil_div(k, kMaxRows[kBackwardVectors]) * ceil_div(count, kPrefetchEvery)
                         : 0) +
            (want_data ? ceil_div(count, kMaxRows[kBackwardVectors]) * ceil_div(k, kPrefetchEvery)
                       : 0)));
-      if (want_weight) {
-        transform_inputs<true, T>(bottleneck, tiles, begin, end, 0, {norm.scale, norm.shift}, c0,
-                                  columns, points);
-      }
-      for (int64_t z = 0; want_weight && z < depth; ++z) {
-        const int64_t behind = depth / 2 - z;
-        if (!tiles.any_has_slice(begin, end, behind)) continue;
-        transform_output_gradients<T>(grad_growth, tiles, begin, end, behind, gradients);
-        T* slice = products + z * slice_products;
-        for (int64_t point = 0; point < kPoints; ++point) {
-          for_each_block(group, [&](int64_t v, int nv) {
-            const int64_t column = (v - group.begin) * L;
-            for_each_row_tile(k, nv, [&](int64_t first, int rows) {
-              TransposedProduct<T> p{gradients + point * kPointPitch + first,
-                                     points + point * kPointPitch + column,
-                                     kPanelPitch,
-                                     count,
-                                     slice + (point * k + first) * kPanelPitch + column,
-                                     kPanelPitch,
-                                     weight_begun[z],
-                                     &stream};
-              kMicrokernels<T>.transposed[nv][rows](p);
-            });
-          });
-        }
-        weight_begun[z] = true;
-      }
-      if (want_data) {
-        bool data_begun = false;
-        for (int64_t z = 0; z < depth; ++z) {
-          const int64_t behind = depth / 2 - z;
-          if (!tiles.any_has_slice(begin, end, behind)) continue;
-          transform_inputs<false, T>(grad_growth, tiles, begin, end, behind, {}, 0, k, gradients);
-          multiply_points<T>(gradients, count, 0, k, k, b + z * slice_stride, stride, group, points,
-                             data_begun, stream);
-          data_begun = true;
-        }
-        finish_data_gradient<T>(points, panel, tiles, begin, end, bottleneck, padded_norm,
-                                grad_norm, c0, columns, sums + c0, sums + width + c0);
-      }
+      if (want_weight) add_weight(begin, end, 0, stream);
+      if (want_data) make_data(begin, end, stream);
     }
-    for (int64_t z = 0; want_weight && z < depth; ++z) {
-      T* to = partial_weight.get() + (part * depth + z) * 9 * k * width + c0;
-      const T* slice = products + z * slice_products;
+
+    for (int64_t z = 0; want_weight && z < weight.depth(); ++z) {
+      T* to = partial_weight.get() + (part * weight.depth() + z) * 9 * k * width + c0;
       for (int64_t o = 0; o < k; ++o) {
         for (int64_t c = 0; c < panel; c += L) {
-          Vec<T> taps[9] = {};
-          if (weight_begun[z]) {
-            transform_weight_gradient<T>(slice + o * kPanelPitch + c, k * kPanelPitch, taps);
-          }
+          Vec<T> taps[9];
+          transform_weight_slice<T>(products + o * kPanelPitch + c, k * kPanelPitch, deep_products,
+                                    points, z, taps);
           if (single) {
             store_kernel_gradients(weight, grad_weight, o * channels + c0 + c, z, taps,
                                    columns - c);

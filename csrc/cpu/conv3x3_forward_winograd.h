@@ -14,59 +14,62 @@ constexpr int kWinogradForwardVectors = 2;
 // Transforms one tile's products to pixels of the growth, and to `copy` one after another; returns
 // how many pixels the tile has.
 template <class T, class S>
-DF_INLINE int64_t store_outputs(const T* result, const WinogradTiles& tiles, int64_t index,
-                                const Image<S>& growth, T* copy, int64_t width) {
+DF_INLINE int64_t store_outputs(const T* result, int64_t pitch, const WinogradTiles& tiles,
+                                int64_t index, const Image<S>& growth, T* copy, int64_t width) {
   constexpr int L = kLanes<T>;
   const WinogradTile tile = tiles.at(index);
+  const int64_t slices = smaller(tiles.thick, tiles.d - tile.z);
   const int64_t rows = smaller(2, tiles.h - tile.y), columns = smaller(2, tiles.w - tile.x);
-  S* out = growth.data + tiles.pixel(tile) * growth.pitch;
-  for (int64_t c = 0; c < growth.c; c += L) {
-    const int64_t n = growth.c - c;
-    Vec<T> y[2][2];
-    transform_output<T>(result + c, result_pitch(width), y);
-    const auto store_pixel = [&](int64_t i, int64_t j, int64_t at) {
-      store_upto<T>(out + (i * tiles.w + j) * growth.pitch + c, y[i][j], n);
-      store<T>(copy + at * width + c, rounded<S>(y[i][j]));
-    };
-    store_pixel(0, 0, 0);
-    if (columns == 2) store_pixel(0, 1, 1);
-    if (rows == 2) store_pixel(1, 0, columns);
-    if (rows == 2 && columns == 2) store_pixel(1, 1, 3);
+  for (int64_t z = 0; z < slices; ++z) {
+    S* out = growth.data + (tiles.pixel(tile) + z * tiles.h * tiles.w) * growth.pitch;
+    T* to = copy + z * rows * columns * width;
+    for (int64_t c = 0; c < growth.c; c += L) {
+      const int64_t n = growth.c - c;
+      Vec<T> y[2][2];
+      transform_slice<T>(result + c, pitch, kPoints * pitch, tiles, z, y);
+      const auto store_pixel = [&](int64_t i, int64_t j, int64_t at) {
+        store_upto<T>(out + (i * tiles.w + j) * growth.pitch + c, y[i][j], n);
+        store<T>(to + at * width + c, rounded<S>(y[i][j]));
+      };
+      store_pixel(0, 0, 0);
+      if (columns == 2) store_pixel(0, 1, 1);
+      if (rows == 2) store_pixel(1, 0, columns);
+      if (rows == 2 && columns == 2) store_pixel(1, 1, 3);
+    }
   }
-  return rows * columns;
+  return slices * rows * columns;
 }
 
-// 16 operands [in, out], one after the other, for each slice of the kernel.
+// 16 operands [in, out], one after the other, for each point of the depth.
 template <class S>
 void pack_winograd(const Weight<S>& weight, Compute<S>* packed) {
   const int64_t stride = weight.in * padded<Compute<S>>(weight.out);
-  for (int64_t z = 0; z < weight.depth(); ++z) {
-    const Weight<S> kernels = weight.slice(z);
+  for (int64_t z = 0; z < depth_points(weight); ++z) {
     pack_blocks(weight.in, weight.in, weight.out, kWinogradForwardVectors,
                 packed + z * kPoints * stride,
                 [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
-                  pack_points<false>(kernels, 0, i, count, v, nv, block, stride);
+                  pack_points<false>(weight, z, 0, i, count, v, nv, block, stride);
                 });
   }
 }
 
 template <class S>
 void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> act,
-                              const Weight<S>& weight, const Compute<S>* packed, Image<S> growth,
+                              const Compute<S>* packed, Image<S> growth,
                               Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t channels = bottleneck.c, k = growth.c, width = padded<T>(k);
   const BlockGroup group(width / L, kWinogradForwardVectors);
   const WinogradTiles tiles(bottleneck);
-  const int64_t depth = weight.depth();
+  const int64_t most = tiles.thick > 1 ? kVolumeTiles : kWinogradTiles;
   const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
-  const int64_t run = equal_tile(tasks.size, kWinogradTiles);
+  const int64_t run = equal_tile(tasks.size, most), pitch = result_pitch(run, width);
   TaskStatistics<T> partial(tasks.count, k);
   for_each_task(tasks.count, [&](int64_t task) {
     T* operand = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
-    T* result = scratch<T>(Scratch::kResult, kPoints * result_pitch(width));
-    T* pixels = scratch<T>(Scratch::kActivated, 4 * kWinogradTiles * width);
+    T* result = scratch<T>(Scratch::kResult, tiles.points() * kPoints * pitch);
+    T* pixels = scratch<T>(Scratch::kActivated, 4 * tiles.thick * run * width);
     const int64_t task_end = tasks.end(task);
     for (int64_t begin = tasks.begin(task); begin < task_end; begin += run) {
       const int64_t end = smaller(task_end, begin + run);
@@ -79,25 +82,22 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
         stream.add(growth.data + tiles.first_pixel(end) * growth.pitch, k * sizeof(S),
                    growth.pitch * sizeof(S), tiles.pixels(end, next_end), true);
       }
-      stream.start(depth * kPoints *
+      stream.start(tiles.points() * kPoints *
                    product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
-      bool first = true;
-      for (int64_t z = 0; z < depth; ++z) {
-        const int64_t behind = z - depth / 2;
-        if (!tiles.any_has_slice(begin, end, behind)) continue;
+      for (int64_t z = 0; z < tiles.points(); ++z) {
+        const T* b = packed + z * kPoints * channels * width;
         for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
           const int64_t panel = smaller(kPanel, channels - c0);
-          transform_inputs<true, T>(bottleneck, tiles, begin, end, behind, act, c0, panel, operand);
-          multiply_points<T>(operand, end - begin, c0, panel, channels,
-                             packed + z * kPoints * channels * width, channels * width, group,
-                             result, !first, stream);
-          first = false;
+          transform_inputs<true, T>(bottleneck, tiles, begin, end, tiles.input_point(z), act, c0,
+                                    panel, operand);
+          multiply_points<T>(operand, end - begin, c0, panel, channels, b, channels * width, group,
+                             result + z * kPoints * pitch, pitch, c0 > 0, stream);
         }
       }
 
       int64_t made = 0;  // pixels of this run, side by side for the statistics
       for (int64_t index = begin; index < end; ++index) {
-        made += store_outputs<T>(result + (index - begin) * width, tiles, index, growth,
+        made += store_outputs<T>(result + (index - begin) * width, pitch, tiles, index, growth,
                                  pixels + made * width, width);
       }
       if (statistics.mean) {

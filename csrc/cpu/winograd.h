@@ -4,10 +4,13 @@
 //   Y  = A' [(G g G') . (B' d B)] A        per tile; the sum over channels is 16 matrix products
 //   dg = G' [(A dY A') . (B' d B)] G       its adjoint: weight gradients
 //
+// Of volumes the same in depth around it: 2x2x2 outputs from four slices by 64 multiplications where
+// the direct way needs 216. The depth's transform is linear, so that each of its four points is an
+// image of one or two slices, and a slice of the output is a sum of three points' products.
+//
 // Transformed operands are [16 points, tiles, kPanelPitch]. Tiles are counted image by image, row
 // by row, so that runs of them serve images of any size, also many small ones at once; what a tile
-// has beyond its image is zero before and dropped behind. The slices of a volume are images here:
-// a product over the kernel's slices adds those of neighbours, zero where there is none.
+// has beyond its image is zero before and dropped behind.
 #pragma once
 
 #include "blocking.h"
@@ -17,44 +20,67 @@ namespace {
 
 constexpr int64_t kPoints = 16;
 constexpr int64_t kWinogradTiles = 48;  // of one run, at most
+constexpr int64_t kVolumeTiles = 16;    // where products of all points of the depth are held
 constexpr int64_t kPointPitch = kWinogradTiles * kPanelPitch;
 
-// Elements between two points of a result of [16, kWinogradTiles, width]: a few cache lines more
-// than needed, as a transform reads all points of a tile at once and must not find them in one set.
-DF_INLINE int64_t result_pitch(int64_t width) { return kWinogradTiles * width + 48; }
+// Elements between two points of a result of [16, tiles, width]: a few cache lines more than
+// needed, as a transform reads all points of a tile at once and must not find them in one set.
+DF_INLINE int64_t result_pitch(int64_t tiles, int64_t width) { return tiles * width + 48; }
+
+// A point of the depth's transform: slice `first` behind the tile's, and `sign` times another. The
+// last one has the other sign than in the paper, on both sides.
+struct DepthPoint {
+  int first, second, sign;
+};
+constexpr DepthPoint kImagePoint = {0, 0, 0};
+constexpr DepthPoint kInputPoints[4] = {{-1, 1, -1}, {0, 1, 1}, {1, 0, -1}, {2, 0, -1}};
+constexpr DepthPoint kOutputPoints[4] = {{0, 0, 0}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}};
+
+// What M, the products of these points, make of the two slices of a tile.
+template <class Value>
+DF_INLINE Value first_slice(Value m0, Value m1, Value m2) {
+  return m0 + m1 + m2;
+}
+template <class Value>
+DF_INLINE Value second_slice(Value m1, Value m2, Value m3) {
+  return m1 - m2 + m3;
+}
 
 struct WinogradTile {
-  int64_t slice, y, x;  // of its first output
+  int64_t image, z, y, x;  // of its first output
 };
 
 struct WinogradTiles {
-  int64_t slices, d, h, w, down, across;
+  int64_t n, d, h, w;
+  int64_t thick;  // slices of a tile
+  int64_t deep, down, across;
 
   template <class Any>
   explicit WinogradTiles(const Image<Any>& image)
-      : slices(image.slices()),
+      : n(image.n),
         d(image.d),
         h(image.h),
         w(image.w),
+        thick(image.dims > 2 ? 2 : 1),
+        deep(ceil_div(image.d, thick)),
         down(ceil_div(image.h, 2)),
         across(ceil_div(image.w, 2)) {}
-  int64_t count() const { return slices * down * across; }
+  int points() const { return thick > 1 ? 4 : 1; }  // of the depth
+  DepthPoint input_point(int64_t i) const { return thick > 1 ? kInputPoints[i] : kImagePoint; }
+  DepthPoint output_point(int64_t i) const { return thick > 1 ? kOutputPoints[i] : kImagePoint; }
+
+  int64_t count() const { return n * deep * down * across; }
   WinogradTile at(int64_t index) const {
-    return {index / (down * across), index / across % down * 2, index % across * 2};
+    const int64_t slab = index / (down * across);
+    return {slab / deep, slab % deep * thick, index / across % down * 2, index % across * 2};
   }
   // The pixel of a tile's first output, by its row in the image's memory.
-  int64_t pixel(const WinogradTile& tile) const { return (tile.slice * h + tile.y) * w + tile.x; }
+  int64_t pixel(const WinogradTile& tile) const {
+    return ((tile.image * d + tile.z) * h + tile.y) * w + tile.x;
+  }
   // Whether its volume has the slice so many behind a tile's.
   bool has_slice(const WinogradTile& tile, int64_t behind) const {
-    return static_cast<uint64_t>(tile.slice % d + behind) < static_cast<uint64_t>(d);
-  }
-  // Whether any of the tiles [begin, end) has it.
-  bool any_has_slice(int64_t begin, int64_t end, int64_t behind) const {
-    const WinogradTile last = at(end - 1);
-    for (WinogradTile tile = at(begin); tile.slice <= last.slice; ++tile.slice) {
-      if (has_slice(tile, behind)) return true;
-    }
-    return false;
+    return static_cast<uint64_t>(tile.z + behind) < static_cast<uint64_t>(d);
   }
   // What the tiles [begin, end) read, but for their border: whole image rows, and how many pixels
   // there are in them.
@@ -65,18 +91,20 @@ struct WinogradTiles {
   int64_t pixels(int64_t begin, int64_t end) const {
     if (begin >= end) return 0;
     const WinogradTile last = at(end - 1);
-    return (last.slice * h + smaller(last.y + 2, h)) * w - first_pixel(begin);
+    return ((last.image * d + last.z) * h + smaller(last.y + 2, h)) * w - first_pixel(begin);
   }
 };
 
 // The rule, where the user allows it. Products saved must outweigh tiles cut by the border: 16
-// multiplications for each tile against 9 for each pixel, and what the transforms cost. Where the
-// image has less than three rows or columns the direct way adds so few terms that its rounding
-// errors are smaller by more than half.
-DF_INLINE bool use_winograd(int64_t h, int64_t w, int64_t k) {
-  const int64_t tiles = ceil_div(h, 2) * ceil_div(w, 2);
+// multiplications for each tile against 9 for each pixel, in two slices of a volume 64 against 27,
+// and what the transforms cost. Where the image has less than three rows or columns the direct way adds so few
+// terms that its rounding errors are smaller by more than half.
+template <class S>
+DF_INLINE bool use_winograd(int64_t h, int64_t w, const Weight<S>& weight) {
+  const int64_t tiles = ceil_div(h, 2) * ceil_div(w, 2), k = weight.out;
+  const int64_t products = weight.dims > 2 ? 32 : 16, direct = weight.dims > 2 ? 27 : 9;
   return winograd_allowed() && k <= kPanel && h > 2 && w > 2 &&
-         tiles * 16 * (k + 6) < 9 * h * w * k;
+         tiles * products * (k + 6) < direct * h * w * k;
 }
 
 // B' d B of a tile, to 16 points; load_at(i, j) is element (i, j) of d. Rows are transformed as
@@ -106,21 +134,25 @@ DF_INLINE void store_transformed_input(const Load& load_at, T* to) {
   for (int j = 0; j < 4; ++j) store<T>(to + (12 + j) * kPointPitch, f1[j] - outer[j]);
 }
 
-// Transforms channels [c0, c0 + width) of tiles [begin, end), in the slice so many `behind` theirs:
-// of relu(scale * x + shift), or of x itself. Whole vectors are stored, zero behind the last
-// channel.
+// Transforms channels [c0, c0 + width) of tiles [begin, end) at a point of the depth: of
+// relu(scale * x + shift), or of x itself. Whole vectors are stored, zero behind the last channel.
 template <bool kActivate, class T, class S>
 void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64_t begin,
-                      int64_t end, int64_t behind, Activation<T> act, int64_t c0, int64_t width,
+                      int64_t end, DepthPoint point, Activation<T> act, int64_t c0, int64_t width,
                       T* to) {
   constexpr int L = kLanes<T>;
-  const int64_t pitch = x.pitch, row = x.w * pitch;
+  const int64_t pitch = x.pitch, row = x.w * pitch, slice = x.h * row;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const S* corner = x.data + (tiles.pixel(tile) + (behind * x.h - 1) * x.w - 1) * pitch + c0;
-    const bool there = tiles.has_slice(tile, behind);
+    const S* corner = x.data + (tiles.pixel(tile) - x.w - 1) * pitch + c0;
+    const S* first = corner + point.first * slice;
+    const S* second = corner + point.second * slice;
+    const bool has_first = tiles.has_slice(tile, point.first);
+    const bool has_second = point.sign && tiles.has_slice(tile, point.second);
+    const Vec<T> sign = splat<T>(static_cast<T>(point.sign));
+    const bool whole = has_first && (has_second || !point.sign);
     const bool inside =
-        there && tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
+        whole && tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
     const auto activated = [&](Vec<T> value, Vec<T> a, Vec<T> b) {
       return kActivate ? relu<T>(fma<T>(a, value, b)) : value;
     };
@@ -128,11 +160,16 @@ void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64
       for (int64_t c = 0; c < width; c += L) {
         const Vec<T> a = kActivate ? load<T>(act.scale + c0 + c) : zero<T>();
         const Vec<T> b = kActivate ? load<T>(act.shift + c0 + c) : zero<T>();
-        store_transformed_input<T>(
-            [&](int i, int j) {
-              return activated(load<T>(corner + i * row + j * pitch + c), a, b);
-            },
-            to + c);
+        const auto at = [&](const S* from, int i, int j) {
+          return activated(load<T>(from + i * row + j * pitch + c), a, b);
+        };
+        if (point.sign) {
+          store_transformed_input<T>(
+              [&](int i, int j) { return fma<T>(sign, at(second, i, j), at(first, i, j)); },
+              to + c);
+        } else {
+          store_transformed_input<T>([&](int i, int j) { return at(first, i, j); }, to + c);
+        }
       }
       continue;
     }
@@ -140,27 +177,30 @@ void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64
       const int64_t n = width - c;
       const Vec<T> a = kActivate ? load_upto<T>(act.scale + c0 + c, n) : zero<T>();
       const Vec<T> b = kActivate ? load_upto<T>(act.shift + c0 + c, n) : zero<T>();
+      const auto at = [&](const S* from, int i, int j) {
+        return activated(load_upto<T>(from + i * row + j * pitch + c, n), a, b);
+      };
       store_transformed_input<T>(
           [&](int i, int j) {
             const bool exists =
-                there && static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
+                static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
                 static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
-            return exists ? activated(load_upto<T>(corner + i * row + j * pitch + c, n), a, b)
-                          : zero<T>();
+            Vec<T> value = exists && has_first ? at(first, i, j) : zero<T>();
+            if (exists && has_second) value = fma<T>(sign, at(second, i, j), value);
+            return value;
           },
           to + c);
     }
   }
 }
 
-// A' M A of one tile and vector: y[row][column]. `m` is the first point, points `stride` apart.
-template <class T>
-DF_INLINE void transform_output(const T* m, int64_t stride, Vec<T> (&y)[2][2]) {
+// A' M A of one tile and vector: y[row][column], of load(point).
+template <class T, class Load>
+DF_INLINE void transform_output(const Load& load, Vec<T> (&y)[2][2]) {
   Vec<T> s[2][4];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const Vec<T> m0 = load<T>(m + j * stride), m1 = load<T>(m + (4 + j) * stride);
-    const Vec<T> m2 = load<T>(m + (8 + j) * stride), m3 = load<T>(m + (12 + j) * stride);
+    const Vec<T> m0 = load(j), m1 = load(4 + j), m2 = load(8 + j), m3 = load(12 + j);
     s[0][j] = m0 + m1 + m2;
     s[1][j] = m1 - m2 - m3;
   }
@@ -168,6 +208,21 @@ DF_INLINE void transform_output(const T* m, int64_t stride, Vec<T> (&y)[2][2]) {
   for (int i = 0; i < 2; ++i) {
     y[i][0] = s[i][0] + s[i][1] + s[i][2];
     y[i][1] = s[i][1] - s[i][2] - s[i][3];
+  }
+}
+
+// The same of slice `z` of a tile, whose products `m` has, points of a slice `stride` apart and
+// those of the depth `deep`.
+template <class T>
+DF_INLINE void transform_slice(const T* m, int64_t stride, int64_t deep, const WinogradTiles& tiles,
+                               int64_t z, Vec<T> (&y)[2][2]) {
+  const auto at = [&](int64_t i, int point) { return load<T>(m + i * deep + point * stride); };
+  if (tiles.thick == 1) {
+    transform_output<T>([&](int p) { return at(0, p); }, y);
+  } else if (z == 0) {
+    transform_output<T>([&](int p) { return first_slice(at(0, p), at(1, p), at(2, p)); }, y);
+  } else {
+    transform_output<T>([&](int p) { return second_slice(at(1, p), at(2, p), at(3, p)); }, y);
   }
 }
 
@@ -194,19 +249,45 @@ DF_INLINE void store_transformed_weight(const Vec<T> (&taps)[9], T* to, int64_t 
   }
 }
 
-// Transforms rows [i, i + count) of a column block: of the forward's operands [in, out], or with
-// flipped kernels of the data gradient's, [out, in] from channel `in` on. Points are `stride`
-// apart.
+template <class S>
+DF_INLINE int64_t depth_points(const Weight<S>& weight) {
+  return weight.dims > 2 ? 4 : 1;
+}
+
+// The taps of L kernels, as load_kernels has them, at point z of the depth's transform.
 template <bool kBackward, class S>
-void pack_points(const Weight<S>& weight, int64_t in, int64_t i, int64_t count, int64_t v, int nv,
-                 Compute<S>* block, int64_t stride) {
+DF_INLINE void load_depth_point(const Weight<S>& weight, int64_t z, int64_t out, int64_t in,
+                                Vec<Compute<S>> (&taps)[9]) {
+  using T = Compute<S>;
+  if (weight.dims < 3) return load_kernels<kBackward>(weight, out, in, taps);
+  if (z % 3 == 0) {  // flipped in the backward
+    return load_kernels<kBackward>(weight.slice((z == 0) == kBackward ? 2 : 0), out, in, taps);
+  }
+  Vec<T> others[2][9];
+  load_kernels<kBackward>(weight.slice(0), out, in, others[0]);
+  load_kernels<kBackward>(weight.slice(1), out, in, taps);
+  load_kernels<kBackward>(weight.slice(2), out, in, others[1]);
+  const Vec<T> half = splat<T>(T(0.5));
+  for (int t = 0; t < 9; ++t) {
+    const Vec<T> outer = others[0][t] + others[1][t];
+    taps[t] = half * (z == 1 ? outer + taps[t] : outer - taps[t]);
+  }
+}
+
+// Transforms rows [i, i + count) of a column block, at point z of the depth: of the forward's
+// operands [in, out], or with flipped kernels of the data gradient's, [out, in] from channel `in`
+// on. Points are `stride` apart.
+template <bool kBackward, class S>
+void pack_points(const Weight<S>& weight, int64_t z, int64_t in, int64_t i, int64_t count,
+                 int64_t v, int nv, Compute<S>* block, int64_t stride) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int64_t r = i; r < i + count; ++r) {
     for (int u = 0; u < nv; ++u) {
       const int64_t column = (v + u) * L;
       Vec<T> taps[9];
-      load_kernels<kBackward>(weight, kBackward ? r : column, kBackward ? in + column : r, taps);
+      load_depth_point<kBackward>(weight, z, kBackward ? r : column, kBackward ? in + column : r,
+                                  taps);
       store_transformed_weight<kBackward, T>(taps, block + (r * nv + u) * L, stride);
     }
   }
@@ -214,11 +295,11 @@ void pack_points(const Weight<S>& weight, int64_t in, int64_t i, int64_t count, 
 
 // For every point: result[point] (+)= operand[point] * packed[point], [k0, k0 + width) of the
 // reduction's k, for a group of column blocks. The result is [16, tiles, vectors of the group],
-// points result_pitch() apart; those of `packed` are `stride` apart, from the group's first on.
+// points `pitch` apart; those of `packed` are `stride` apart, from the group's first on.
 template <class T>
 DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int64_t width,
                                int64_t k, const T* packed, int64_t stride, const BlockGroup& group,
-                               T* result, bool accumulate, PrefetchStream& stream) {
+                               T* result, int64_t pitch, bool accumulate, PrefetchStream& stream) {
   constexpr int64_t L = kLanes<T>;
   const int64_t ldr = (group.end - group.begin) * L;
   for (int64_t point = 0; point < kPoints; ++point) {
@@ -231,7 +312,7 @@ DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int6
                                1,
                                width,
                                b,
-                               result + point * result_pitch(ldr) + first * ldr + column,
+                               result + point * pitch + first * ldr + column,
                                ldr,
                                nv * L,
                                accumulate,
