@@ -277,7 +277,7 @@ class Block:
 
 
 def _packed(like: Tensor, weights: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    packed: Tensor = _operators.packed_weights(like, weights, *size)
+    packed: Tensor = _operators.packed_weights(like, weights, size)
     return packed
 
 

@@ -39,7 +39,6 @@ class Operator(Generic[Arguments]):
         names = list(signature(twin).parameters)
         # A pooled gradient does not say of how many dimensions the images are.
         self._rows = 1 if names[:2] == ["grad_out", "features"] else 0
-        self._numbers = names.index("numbers") if "numbers" in names else None
         if extension.LOADED:
             name = twin.__name__
             self._kernel = getattr(torch.ops.densenet_fast, name).default
@@ -50,14 +49,6 @@ class Operator(Generic[Arguments]):
         """Run it."""
         first: Any = args[0]
         backend = select(args[self._rows])  # type: ignore[arg-type]
-        if self._numbers is not None and backend != "reference":
-            # These kernels know nothing of whole channels.
-            numbers: Any = args[self._numbers]
-            if any(numbers[3::4]):
-                backend = "reference"
-            rest: Any = list(args)
-            rest[self._numbers] = [one for at, one in enumerate(numbers) if at % 4 != 3]
-            args = args if backend == "reference" else rest
         if backend == "reference":
             self._twin(*args, **kwargs)
         elif backend == "cuda":

@@ -25,9 +25,6 @@ _CPU_TYPES = (torch.bfloat16, torch.float32, torch.float64)
 _CUDA_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-_OTHER_DIMENSIONS = "the {} kernels compute images of two dimensions, not of {}"
-
-
 class Choice(NamedTuple):
     """A backend, and for the reference the reason why it is not a faster one."""
 
@@ -58,8 +55,6 @@ def backend_for(device: torch.device | str, dtype: torch.dtype, dims: int = 2) -
             f"the CPU kernels compute in bfloat16, float32 and float64, not in {_name(dtype)}: "
             "convert model and input for the fast path",
         )
-    if kind == "cpu" and dims != 2:
-        return Choice("reference", _OTHER_DIMENSIONS.format("CPU", dims))
     if kind == "cpu":
         return Choice("cpu", None)
     return Choice(
@@ -71,7 +66,7 @@ def backend_for(device: torch.device | str, dtype: torch.dtype, dims: int = 2) -
 def _cuda_backend(device: torch.device, dtype: torch.dtype, dims: int) -> Choice:
     reason = cuda_device.obstacle(device.index)
     if reason is None and dims != 2:
-        reason = _OTHER_DIMENSIONS.format("CUDA", dims)
+        reason = f"the CUDA kernels compute images of two dimensions, not of {dims}"
     if reason is None and dtype not in _CUDA_TYPES:
         reason = (
             "the CUDA kernels compute in float16, bfloat16, float32 and float64, not in "
