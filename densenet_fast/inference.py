@@ -30,7 +30,6 @@ from densenet_fast.operators import extension, winograd
 from densenet_fast.operators.backends import select
 from densenet_fast.operators.rows import (
     as_rows,
-    channels_last_format,
     empty_channels_last,
     row_pitch,
     rows_of,
@@ -202,8 +201,7 @@ class Stem:
     def __init__(self, conv: Conv, norm: Any) -> None:
         """Copy the convolution's weight in the layout that writes channels innermost."""
         self.conv = conv
-        layout = channels_last_format(conv.weight.dim())
-        self.weight = conv.weight.contiguous(memory_format=layout)
+        self.weight = stem_convolution.channels_innermost(conv.weight)
         self.norm = None
         if norm is not None:
             like = torch.empty(0, dtype=statistics_dtype(conv.weight.dtype))

@@ -21,8 +21,8 @@ from densenet_fast.blocks.specs import ConvGeometry, NormSpec, Tensors
 from densenet_fast.operators.reference_block import Coefficients
 from densenet_fast.operators.rows import (
     as_rows,
-    channels_last_format,
     empty_channels_last,
+    images_of,
     rows_of,
     statistics_dtype,
 )
@@ -226,15 +226,13 @@ def stem_backward(
     del features, rows  # the largest tensors there are
     before: list[Tensor | None] = [grad_features, None, None]
     if stem.conv is not None and stem.weight is not None and any(needs[:3]):
-        before = stem_convolution.backward(
+        grad_input, *others = stem_convolution.backward(
             grad_features, input, stem.conv, stem.weight, stem.bias, list(needs[:3])
         )
         # In the layouts that a graph was promised, whichever the convolution has chosen.
-        layouts = (channels_last_format(input.dim()), *[torch.contiguous_format] * 2)
-        before = [
-            None if gradient is None else gradient.contiguous(memory_format=layout)
-            for gradient, layout in zip(before, layouts, strict=True)
-        ]
+        if grad_input is not None:
+            grad_input = images_of(as_rows(grad_input))
+        before = [grad_input, *(None if grad is None else grad.contiguous() for grad in others)]
     return nodes.wanted([*before, grad_gamma, grad_beta], [input, *args[0]], needs)
 
 

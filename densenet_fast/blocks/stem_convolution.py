@@ -18,7 +18,7 @@ from densenet_fast.blocks import autocast
 from densenet_fast.blocks.specs import ConvGeometry
 from densenet_fast.operators import torch_internals
 from densenet_fast.operators.backends import backend_for, get_backend
-from densenet_fast.operators.rows import channels_last_format
+from densenet_fast.operators.rows import as_rows, empty_channels_last, images_of
 
 Size = Sequence[int]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -74,9 +74,11 @@ def _fast_type(tensor: Tensor) -> torch.dtype:
     return fast_type(tensor.dtype, tensor.device)
 
 
-def _channels_last(weight: Tensor) -> Tensor:
-    # A weight with channels innermost makes the convolution write its output so.
-    return weight.contiguous(memory_format=channels_last_format(weight.dim()))
+def channels_innermost(weight: Tensor) -> Tensor:
+    """The weight in a layout that makes the convolution write its output in the same."""
+    if weight.dim() == 4:
+        return weight.contiguous(memory_format=torch.channels_last)
+    return images_of(as_rows(weight))  # also of sequences, and with the strides of one channel
 
 
 def module_forward(module: Conv, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,12 +86,12 @@ def module_forward(module: Conv, input: Tensor, weight: Tensor, bias: Tensor | N
     stored = autocast.computed_type(input.dtype, input.device.type)
     dtype = fast_type(stored, input.device)
     if dtype == stored:
-        return torch_internals.conv_forward(module, input, _channels_last(weight), bias)
+        return torch_internals.conv_forward(module, input, channels_innermost(weight), bias)
     weight = autocast.cast(weight).to(dtype)
     bias = None if bias is None else autocast.cast(bias).to(dtype)
     with autocast.disabled(input.device.type):
         images = input.to(stored).to(dtype)
-        output = torch_internals.conv_forward(module, images, _channels_last(weight), bias)
+        output = torch_internals.conv_forward(module, images, channels_innermost(weight), bias)
     return output.to(stored)
 
 
@@ -125,7 +127,7 @@ def forward(
     """The convolution in type `stored`, of tensors rounded to it, with channels innermost."""
     input, weight = input.to(stored), weight.to(stored)
     dtype = _fast_type(input)
-    weight = _channels_last(weight.to(dtype))
+    weight = channels_innermost(weight.to(dtype))
     bias = None if bias is None else bias.to(stored).to(dtype)
 
     def convolved(part: Tensor) -> Tensor:
@@ -135,12 +137,7 @@ def forward(
     if len(parts) == 1:
         return convolved(input).to(stored)
     first = convolved(parts[0]).to(stored)
-    output = torch.empty(
-        (len(input), *first.shape[1:]),
-        dtype=stored,
-        device=input.device,
-        memory_format=channels_last_format(input.dim()),
-    )
+    output = empty_channels_last((len(input), *first.shape[1:]), first)
     at = 0
     for part in parts:
         output[at : at + len(part)] = first if at == 0 else convolved(part)

@@ -84,7 +84,11 @@ class Converted(nn.Module):
 
 
 def _layout(input: Tensor, channels_last: bool) -> torch.memory_format:
-    return channels_last_format(input.dim()) if channels_last else torch.contiguous_format
+    # On CPUs oneDNN computes no float64, and PyTorch's own convolution of volumes has one layout.
+    contiguous = input.dim() == 5 and input.dtype == torch.float64 and input.device.type == "cpu"
+    if channels_last and not contiguous:
+        return channels_last_format(input.dim())
+    return torch.contiguous_format
 
 
 def _given(input: Tensor, conv: Any) -> torch.memory_format:
@@ -114,7 +118,8 @@ class ConvertedTransition(ConvertedPart, FusedTransition):
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`."""
-        return _given(input, self._modules.get("conv"))
+        conv = self._modules.get("conv")
+        return fusing.averaged_format(_given(input, conv), input.dim() - 2)
 
 
 class ConvertedFeatures(Converted, nn.Sequential):
@@ -126,11 +131,14 @@ class ConvertedFeatures(Converted, nn.Sequential):
         planned = self.planned(images, None)
         if planned is None:
             return self.plain(input)
-        output = released(fusing.run(planned[0], images), self.released_format(images))
+        memory_format = self.released_format(images)
+        if any(isinstance(module, FusedTransition) for module in self._modules.values()):
+            memory_format = fusing.averaged_format(memory_format, images.dim() - 2)
+        output = released(fusing.run(planned[0], images), memory_format)
         return tensor_subclasses.restored(output, input)
 
     def released_format(self, input: Tensor) -> torch.memory_format:
-        """The layout of what the library gives for `input`."""
+        """The layout of what the library gives for `input`, up to the first transition."""
         return _given(input, next(iter(self._modules.values()), None))
 
     def planned(self, input: Tensor, head: fusing.Head) -> tuple[Sequence[Step], bool] | None:

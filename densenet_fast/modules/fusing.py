@@ -133,6 +133,7 @@ def steps(
                 planned.append(step)
         elif isinstance(module, Transition) or at + 1 == len(modules):
             obstacle = _fuse_behind(planned, _tail(module, head, expected))
+            memory_format = averaged_format(memory_format, expected.dims)
         else:
             length = 2 if eligibility.norm_with_relu(module) else 3
             obstacle = _stem_obstacle(modules[at:], length, expected)
@@ -151,6 +152,12 @@ def steps(
     end = planned[-1] if planned else None
     tail = end.tail if isinstance(end, DenseStep) else None
     return planned, tail is not None and tail.conv is None
+
+
+def averaged_format(memory_format: torch.memory_format, dims: int) -> torch.memory_format:
+    """The layout behind a transition's average: PyTorch averages volumes into contiguous ones."""
+    given = memory_format is not torch.preserve_format
+    return torch.contiguous_format if given and dims == 3 else memory_format
 
 
 def _channels_innermost(planned: list[Step]) -> None:

@@ -27,7 +27,7 @@ from densenet_fast.blocks.nodes import planned_shape
 from densenet_fast.blocks.stem import pooled
 from densenet_fast.modules import eligibility, input_checks
 from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
-from densenet_fast.operators.rows import channels_last_format, row_pitch
+from densenet_fast.operators.rows import row_pitch, rows_of
 from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 
 _LABEL = 8  # bytes
@@ -193,7 +193,7 @@ def _stem(
     copies, wide = 0, stem_convolution.columns(conv, images, size, stored, device)
     if conv.weight.dtype != stored:
         copies = (images * image + conv.weight.numel()) * computed.itemsize
-    elif not conv.weight.is_contiguous(memory_format=channels_last_format(len(shape))):
+    elif not rows_of(conv.weight).is_contiguous():
         copies = conv.weight.numel() * e
     if norm is None:
         if computed != stored:

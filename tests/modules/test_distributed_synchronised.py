@@ -145,7 +145,7 @@ def frozen_below(network: nn.Module) -> None:
     network.features.conv0.requires_grad_(False)
 
 
-def halve_every_other_channel(growth: Tensor, seed: int, p: float) -> None:
+def halve_every_other_channel(growth: Tensor, seed: int, p: float, channels: bool) -> None:
     growth[..., ::2].mul_(0.5)
 
 
