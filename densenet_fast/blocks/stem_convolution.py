@@ -42,9 +42,13 @@ def _bfloat16_is_fast() -> bool:
     return _INSTRUCTIONS
 
 
-def fast_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which to compute convolutions of tensors of `dtype`."""
-    if dtype != torch.bfloat16 or device.type != "cpu" or _bfloat16_is_fast():
+def fast_type(dtype: torch.dtype, device: torch.device, dims: int) -> torch.dtype:
+    """The type in which to compute convolutions of images of `dtype` and so many dimensions."""
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return dtype
+    if dims == 3:
+        return torch.float32  # PyTorch's weight gradient is wrong for volumes of few slices
+    if _bfloat16_is_fast():
         return dtype
     # Not `select`, which remembers its answers: a graph would be bound to what it remembers.
     kernels = get_backend() != "reference" and backend_for(device, dtype).backend == "cpu"
@@ -71,7 +75,7 @@ def columns(conv: Conv, images: int, output: Size, dtype: torch.dtype, device: t
 
 
 def _fast_type(tensor: Tensor) -> torch.dtype:
-    return fast_type(tensor.dtype, tensor.device)
+    return fast_type(tensor.dtype, tensor.device, tensor.dim() - 2)
 
 
 def channels_innermost(weight: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ def channels_innermost(weight: Tensor) -> Tensor:
 def module_forward(module: Conv, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What the module makes of its input with these parameters, channels innermost."""
     stored = autocast.computed_type(input.dtype, input.device.type)
-    dtype = fast_type(stored, input.device)
+    dtype = fast_type(stored, input.device, input.dim() - 2)
     if dtype == stored:
         return torch_internals.conv_forward(module, input, channels_innermost(weight), bias)
     weight = autocast.cast(weight).to(dtype)

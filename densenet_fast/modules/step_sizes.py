@@ -189,7 +189,7 @@ def _stem(
     weights, lasting = _gradient_bytes([conv.weight])
     e, out = stored.itemsize, conv.out_channels
     image, pixels = channels * math.prod(before), math.prod(size) * out
-    computed = stem_convolution.fast_type(stored, device)
+    computed = stem_convolution.fast_type(stored, device, conv.weight.dim() - 2)
     copies, wide = 0, stem_convolution.columns(conv, images, size, stored, device)
     if conv.weight.dtype != stored:
         copies = (images * image + conv.weight.numel()) * computed.itemsize

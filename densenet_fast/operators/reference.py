@@ -209,8 +209,11 @@ def conv3x3_backward(
         activation = images_of(_activation(bottleneck, scale, shift).to(bottleneck.dtype))
         shape = activation.new_empty(1).expand(grad_weight.shape)
         of_weight: Any = (*_geometry(images), (False, True, False))
+        operands = [images, activation, shape]
+        if images.dim() == 5:  # PyTorch's own is wrong in bfloat16 for volumes of few slices
+            operands = [_wide(operand) for operand in operands]
         backward = torch.ops.aten.convolution_backward
-        grad_weight.copy_(backward(images, activation, shape, None, *of_weight)[1])
+        grad_weight.copy_(backward(*operands, None, *of_weight)[1])
         del activation
     if grad_gamma is None or grad_beta is None:
         return

@@ -144,7 +144,10 @@ def test_the_rule(size: int, outputs: int) -> None:
 
 @pytest.mark.parametrize(("pixels", "channels", "outputs"), SHAPES, ids=str)
 def test_as_accurate_as_plain_float32(pixels: Pixels, channels: int, outputs: int) -> None:
-    """Root mean square errors against float64: at most twice those of PyTorch's convolutions."""
+    """Root mean square errors against float64: a factor of sqrt(2) for each dimension at most.
+
+    PyTorch's convolutions are direct. Twice their errors in images, then.
+    """
     case = Case(torch.float32)
     norm = case.norm(channels)
     rows, weight = case.input(pixels, norm), case.weight(outputs, channels, *(3,) * (len(pixels) - 1))
@@ -167,7 +170,7 @@ def test_as_accurate_as_plain_float32(pixels: Pixels, channels: int, outputs: in
     found = run(pixels, channels, outputs, torch.float32)
     ours = [found["out"], found["grad_norm"], found["weight"]]
     for actual, theirs, truth in zip(ours, plain(torch.float32), exact, strict=True):
-        assert error(actual, truth) <= 2 * error(theirs, truth)
+        assert error(actual, truth) <= 2 ** (len(pixels) / 2 - 0.5) * error(theirs, truth)
 
 
 def test_nan_reaches_its_neighbours_alone() -> None:
