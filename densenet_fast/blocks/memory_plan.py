@@ -41,8 +41,8 @@ class BlockSize:
     weights: int  # bytes of the convolutions' gradients, which it hands over when it is done
     lasting: int  # bytes of those that stay, as parameters that had no gradient keep them
     pitch: int = 0  # elements between two pixels of the feature buffer, if not `end`
-    taps: int = 9  # of the second convolutions
     workspace: int = 0  # bytes that the kernels of its backward need for partial results
+    taps: int = 9  # of the second convolutions
 
     @property
     def buffer(self) -> int:

@@ -67,11 +67,14 @@ def columns(conv: Conv, images: int, output: Size, dtype: torch.dtype, device: t
     """Bytes that PyTorch needs besides, to compute the convolution in this type: im2col's matrix.
 
     Only what oneDNN does not compute needs one, and `output` is the size of the images behind it.
+    Of volumes the output, or its gradient, is there in a second layout.
     """
     if device.type != "cpu" or dtype != torch.float64:
         return 0
-    matrix = conv.in_channels * math.prod(conv.kernel_size) * math.prod(output)
-    return images * matrix * dtype.itemsize
+    columns = conv.in_channels * math.prod(conv.kernel_size)
+    if len(output) == 3:
+        columns += conv.out_channels
+    return images * columns * math.prod(output) * dtype.itemsize
 
 
 def _fast_type(tensor: Tensor) -> torch.dtype:
@@ -160,6 +163,8 @@ def backward(
     """The wanted gradients of input, weight and bias of `forward`, whose type `grad_output` has."""
     stored, dtype = grad_output.dtype, _fast_type(grad_output)
     wide_weight = weight.to(stored).to(dtype)
+    if weight.dim() != 4:  # or the gradients would be copied into the weight's layout
+        wide_weight = channels_innermost(wide_weight)
     images: list[Tensor] = []
     sums: list[Tensor | None] = [None, None]
     parts = _parts(grad_output, dtype)

@@ -229,13 +229,15 @@ def _head(classifier: nn.Linear, images: int, channels: int, stored: torch.dtype
 
 
 def cpu_workspace(block: BlockSize) -> int:
-    """The CPU kernels' partial weight gradients, as csrc/cpu/product_backward.h cuts them."""
+    """The CPU kernels' partial weight gradients, as csrc/cpu/product_backward.h cuts them.
+
+    Or Winograd's, in tiles of two pixels along each dimension where there are more than one.
+    """
     widest = max(block.widths, default=0)
-    pointwise = _parts(block.pixels, _LEAST_ROWS) * widest * (block.end - block.growth)
-    if block.taps == 9:
-        parts = _parts(block.pixels // 4, _LEAST_TILES)
-    else:
-        parts = _parts(block.pixels, _LEAST_ROWS)
+    pointwise_parts = _parts(block.pixels, _LEAST_ROWS)
+    pointwise = pointwise_parts * widest * (block.end - block.growth)
+    tile = {9: 4, 27: 8}.get(block.taps)
+    parts = _parts(block.pixels // tile, _LEAST_TILES) if tile else pointwise_parts
     spatial = parts * block.taps * widest * block.growth
     return max(pointwise, spatial) * max(4, block.itemsize)
 

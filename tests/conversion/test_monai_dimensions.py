@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from library_networks import assert_same_step
 from torch import Tensor, nn
 
-from densenet_fast import convert, fusion_report, revert
+from densenet_fast import EfficientDenseNet, convert, fusion_report, load_weights, revert
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.operators.rows import channels_last_format
 
@@ -188,11 +189,32 @@ def test_metadata_stay(dims: int) -> None:
 
 
 @DIMENSIONS
+def test_weights_for_our_network(dims: int, tmp_path: Path) -> None:
+    expected = network(dims).eval()
+    torch.save(expected.state_dict(), tmp_path / "weights.pt")
+    shape: dict[str, Any] = {"in_channels": 2, "num_classes": 3, "bn_size": 2}
+    ours = EfficientDenseNet(4, (2, 2), 6, spatial_dims=dims, **shape).double().eval()
+    load_weights(ours, tmp_path / "weights.pt")
+    torch.testing.assert_close(ours(images(dims)), expected(images(dims)), rtol=1e-9, atol=1e-9)
+
+
+@DIMENSIONS
 def test_compiled(dims: int) -> None:
     torch._dynamo.reset()
     model, expected = pair(dims)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same_step(compiled, expected, images(dims))
+
+
+@DIMENSIONS
+def test_compiled_dropout(dims: int) -> None:
+    torch._dynamo.reset()
+    model, _ = pair(dims, dropout_prob=0.5)
+    outputs = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(4)
+        outputs.append(call(images(dims)))
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
 
 
 @DIMENSIONS

@@ -173,6 +173,8 @@ def networks_on_two_ranks() -> None:
     assert_as_one_process(frozen_below)
     assert_as_one_process(lambda network: network.eval())
     assert_as_one_process(small_inputs=True, size=(5, 3, 8, 8))
+    assert_as_one_process(spatial_dims=1, size=(5, 3, 64))
+    assert_as_one_process(spatial_dims=3, size=(5, 3, 20, 17, 24))
     # The ranks' masks are not those of one process.
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
         patch.setattr(reference, "dropout_", halve_every_other_channel)
