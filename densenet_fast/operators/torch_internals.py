@@ -38,9 +38,7 @@ def conv_forward(
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The module's convolution with another weight and bias, padded as it pads."""
-    kind: Any = type(module)
-    output: Tensor = kind._conv_forward(module, input, weight, bias)
-    return output
+    return module._conv_forward(input, weight, bias)
 
 
 def process_group(name: str) -> ProcessGroup:
