@@ -141,7 +141,8 @@ ImageArgument growth_gradient(const typename Device::Context& context, const Blo
                             block.vector(block.sum_grad_x, layer.start), out);
     gradient = out;
   }
-  if (layer.dropout > 0) Device::dropout(context, gradient, layer.seed, layer.dropout, layer.drop_channels);
+  if (layer.dropout > 0)
+    Device::dropout(context, gradient, layer.seed, layer.dropout, layer.drop_channels);
   return gradient;
 }
 

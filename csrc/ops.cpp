@@ -1,9 +1,9 @@
 // Schemas of every operator, and nothing else. The mathematics is in
 // densenet_fast/operators/reference.py.
 //
-// All activations have their channels innermost, `[N, H, W, C]`, or `[N, W, C]` and `[N, D, H, W, C]`,
-// rows of pixels `pitch >= C` apart, so that a channel slice of the feature buffer is an ordinary
-// argument. Operators write into tensors their caller owns; they allocate no outputs.
+// All activations have their channels innermost, `[N, H, W, C]`, or `[N, W, C]` and `[N, D, H, W,
+// C]`, rows of pixels `pitch >= C` apart, so that a channel slice of the feature buffer is an
+// ordinary argument. Operators write into tensors their caller owns; they allocate no outputs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 

@@ -16,8 +16,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A batch of images [N, W, C], [N, H, W, C] or [N, D, H, W, C]: rows of c channels, `pitch` elements
-// apart; sizes of dimensions that it has not are 1.
+// A batch of images [N, W, C], [N, H, W, C] or [N, D, H, W, C]: rows of c channels, `pitch`
+// elements apart; sizes of dimensions that it has not are 1.
 struct Rows {
   int64_t n, d, h, w, c, pitch;
   int dims;
@@ -63,10 +63,11 @@ inline void check_vector(const Tensor& t, ScalarType type, int64_t size, const c
 
 inline void check_weight(const Tensor& t, int64_t kernel, int64_t in, int dims) {
   bool fits = t.dim() == 2 + dims || (t.dim() == 2 && kernel == 1);
-  STD_TORCH_CHECK(fits && t.size(1) == in, "`weight` should have ", in, " input channels and ", dims,
-                  " dimensions behind them");
+  STD_TORCH_CHECK(fits && t.size(1) == in, "`weight` should have ", in, " input channels and ",
+                  dims, " dimensions behind them");
   for (int64_t i = 2; i < t.dim(); ++i) fits = fits && t.size(i) == kernel;
-  STD_TORCH_CHECK(fits, "`weight` should have ", kernel, " elements in every dimension of its kernels");
+  STD_TORCH_CHECK(fits, "`weight` should have ", kernel,
+                  " elements in every dimension of its kernels");
 }
 
 inline void check_statistics(const OptionalTensor& mean, const OptionalTensor& var) {

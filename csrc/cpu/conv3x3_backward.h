@@ -108,8 +108,7 @@ void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottlene
   // Whole taps a panel where they fit.
   const int64_t panel_width = k <= kPanel ? kPanel / k * k : kPanel;
   const int64_t columns = weight.taps() * k;
-  const BackwardShape shape{bottleneck.rows(), columns, channels,
-                            smaller(panel_width, columns)};
+  const BackwardShape shape{bottleneck.rows(), columns, channels, smaller(panel_width, columns)};
   const PaddedNorm<T> padded_norm(norm, channels);
   product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
                       TapsWeight<S>{weight, grad_weight}, norm, grad_affine,

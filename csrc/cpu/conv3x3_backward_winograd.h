@@ -10,8 +10,8 @@
 namespace densenet_fast::cpu {
 namespace {
 
-// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch], at a point of the depth; outside the image
-// dY is zero.
+// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch], at a point of the depth; outside the
+// image dY is zero.
 template <class T, class S>
 void transform_output_gradients(const Image<const S>& g, const WinogradTiles& tiles, int64_t begin,
                                 int64_t end, DepthPoint point, T* to) {
@@ -94,9 +94,9 @@ DF_INLINE void transform_weight_slice(const T* s, int64_t stride, int64_t deep, 
 // activation; adds the sums of D and D * (x - mean) of whole vectors.
 template <class T, class S>
 void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const WinogradTiles& tiles,
-                          int64_t begin, int64_t end, const Image<const S>& x, const PaddedNorm<T>& norm,
-                          const Image<S>& gradient, int64_t c0, int64_t columns, T* sum,
-                          T* sum_centred) {
+                          int64_t begin, int64_t end, const Image<const S>& x,
+                          const PaddedNorm<T>& norm, const Image<S>& gradient, int64_t c0,
+                          int64_t columns, T* sum, T* sum_centred) {
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, result += ldr) {
     const WinogradTile tile = tiles.at(index);
@@ -157,12 +157,12 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const CallMemory<T> packed(want_data && !single ? points * kPoints * k * width : 0);
   for (int64_t z = 0; want_data && !single && z < points; ++z) {
     for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-      pack_blocks(
-          k, k, smaller(kPanel, channels - c0), kBackwardVectors,
-          packed.get() + kPoints * k * (z * width + c0),
-          [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
-            pack_points<true>(weight, z, c0, i, count, v, nv, block, k * panel_vectors(c0) * L);
-          });
+      pack_blocks(k, k, smaller(kPanel, channels - c0), kBackwardVectors,
+                  packed.get() + kPoints * k * (z * width + c0),
+                  [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
+                    pack_points<true>(weight, z, c0, i, count, v, nv, block,
+                                      k * panel_vectors(c0) * L);
+                  });
     }
   }
   CallMemory<T> partial_sums(2 * parts.count * width);

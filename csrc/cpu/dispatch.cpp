@@ -279,13 +279,14 @@ class Device {
   Context context_;
 };
 
-// Weights [out, in, 1, 1] and [out, in, 3, 3], or those of one or three dimensions, packed for images
-// of this size, one behind another.
+// Weights [out, in, 1, 1] and [out, in, 3, 3], or those of one or three dimensions, packed for
+// images of this size, one behind another.
 Tensor packed_weights(const Tensor& like, const std::vector<Tensor>& weights,
                       const std::vector<int64_t>& size) {
   const Call<Device> call(like);
   const int dims = static_cast<int>(size.size());
-  STD_TORCH_CHECK(1 <= dims && dims <= 3, "`size` should be of one to three dimensions, got ", dims);
+  STD_TORCH_CHECK(1 <= dims && dims <= 3, "`size` should be of one to three dimensions, got ",
+                  dims);
   PackedWeights places(call.dtype(), dims > 1 ? size[dims - 2] : 1, size[dims - 1]);
   std::vector<WeightArgument> arguments;
   std::vector<int64_t> at;

@@ -187,7 +187,9 @@ struct HoldingWindows {
   HoldingWindows(bool pooled, int64_t place, int64_t windows)
       : first(pooled ? place / 2 : 0),
         count(pooled && place % 2 == 1 && first + 1 < windows ? 2 : 1),
-        position(!pooled ? 0 : place % 2 == 1 ? 2 : 1) {}
+        position(!pooled          ? 0
+                 : place % 2 == 1 ? 2
+                                  : 1) {}
 };
 
 // Calls each(x, gradient) for the activations of one line of the images and a vector of channels.
@@ -246,11 +248,10 @@ void norm_relu_maxpool_backward(Image<const S> grad_out, const uint8_t* argmax,
   const auto masked_line = [&](int64_t line, int64_t c, int64_t n, const auto& each) {
     const Vec<T> scale = load_upto<T>(norm.scale + c, n), shift = load_upto<T>(norm.shift + c, n);
     const S* from = input.data + line * input.w * input.pitch + c;
-    unpool_line<T>(grad_out, argmax, input, line, c, n,
-                   [&](int64_t x, Vec<T> gradient) {
-                     const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
-                     each(x, value, where_positive<T>(fma<T>(scale, value, shift), gradient));
-                   });
+    unpool_line<T>(grad_out, argmax, input, line, c, n, [&](int64_t x, Vec<T> gradient) {
+      const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
+      each(x, value, where_positive<T>(fma<T>(scale, value, shift), gradient));
+    });
   };
 
   const TaskSums<T> sums(lines.count, channels);

@@ -107,8 +107,7 @@ void transition_backward(Image<const S> grad_out, Image<const S> features, Norm<
   product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
                       MatrixWeight<S>{weight, grad_weight}, norm, grad_affine,
                       PlainSource<S>{grad_out},
-                      UnpoolSink<S>{features, padded_norm, grad_features,
-                                    PooledPixels(features)});
+                      UnpoolSink<S>{features, padded_norm, grad_features, PooledPixels(features)});
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // out = avgpool2x2(relu(scale * features + shift)) * weight^T. Pooling and the 1x1 convolution are
-// both linear and commute: pooled while loading, the product has a quarter of the rows, half of them
-// in one dimension and an eighth in three.
+// both linear and commute: pooled while loading, the product has a quarter of the rows, half of
+// them in one dimension and an eighth in three.
 #pragma once
 
 #include "conv1x1_forward.h"

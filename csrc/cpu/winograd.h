@@ -4,9 +4,9 @@
 //   Y  = A' [(G g G') . (B' d B)] A        per tile; the sum over channels is 16 matrix products
 //   dg = G' [(A dY A') . (B' d B)] G       its adjoint: weight gradients
 //
-// Of volumes the same in depth around it: 2x2x2 outputs from four slices by 64 multiplications where
-// the direct way needs 216. The depth's transform is linear, so that each of its four points is an
-// image of one or two slices, and a slice of the output is a sum of three points' products.
+// Of volumes the same in depth around it: 2x2x2 outputs from four slices by 64 multiplications
+// where the direct way needs 216. The depth's transform is linear, so that each of its four points
+// is an image of one or two slices, and a slice of the output is a sum of three points' products.
 //
 // Transformed operands are [16 points, tiles, kPanelPitch]. Tiles are counted image by image, row
 // by row, so that runs of them serve images of any size, also many small ones at once; what a tile
@@ -97,8 +97,8 @@ struct WinogradTiles {
 
 // The rule, where the user allows it. Products saved must outweigh tiles cut by the border: 16
 // multiplications for each tile against 9 for each pixel, in two slices of a volume 64 against 27,
-// and what the transforms cost. Where the image has less than three rows or columns the direct way adds so few
-// terms that its rounding errors are smaller by more than half.
+// and what the transforms cost. Where the image has less than three rows or columns the direct way
+// adds so few terms that its rounding errors are smaller by more than half.
 template <class S>
 DF_INLINE bool use_winograd(int64_t h, int64_t w, const Weight<S>& weight) {
   const int64_t tiles = ceil_div(h, 2) * ceil_div(w, 2), k = weight.out;

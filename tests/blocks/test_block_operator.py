@@ -140,7 +140,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         _list("parameters", 2, lambda t: t[:, 1:]),
         "`weight` should have 9 input channels",
     ),
-    "conv2's kernel": (_list("parameters", 11, lambda t: t[..., :2]), "out, in, 3, 3"),
+    "conv2's kernel": (
+        _list("parameters", 11, lambda t: t[..., :2]),
+        "3 elements in every dimension",
+    ),
     "a weight's type": (
         _list("parameters", 2, torch.Tensor.double),
         "`weight` should have type Float, or float32, got Double",

@@ -300,9 +300,7 @@ class EmulatedOps:
     def dropout_(self, growth: Tensor, seed: int, p: float, channels: bool = False) -> None:
         seed %= 1 << 64
         probability = c_double(p)
-        self._call(
-            "dropout_", growth, _image(growth), c_uint64(seed), probability, c_int(channels)
-        )
+        self._call("dropout_", growth, _image(growth), c_uint64(seed), probability, c_int(channels))
 
     def finish_gradient(
         self,

@@ -126,7 +126,7 @@ attempt("conv1x1_forward", weight=torch.empty(1).expand(1 << 20, 9))
 """
     expected = [
         "one pitch apart",
-        "four dimensions [N, H, W, C], got 3",
+        "four dimensions [N, H, W, C] for the CUDA kernels, got 3",
         "`scale` should have 9 elements, got 8",
         "`scale` should have type Float, got Double",
         "`weight` should have type Float, or float32, got Double",

@@ -170,8 +170,8 @@ def test_a_training_step(emulated: dict[str, Any], training: Step) -> None:
         if mode != "block":  # dropout draws otherwise
             size = (2, 3, 9, 10) if small_inputs else (2, 3, 35, 40)
             modules = step(unfused(network(mode, dtype, **training.options)), dtype, size)
-            # In float64 the definition against itself would have no rounding. In the others both are
-            # asked: what cancels is all rounding, and one result says little of its size.
+            # In float64 the definition against itself would have no rounding. Else both are asked:
+            # what cancels is all rounding, and one result says little of its size.
             plain = [modules] if dtype == torch.float64 else [*plain, modules]
     # Some forty operations follow each other.
     eps = (64 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps

@@ -45,7 +45,9 @@ FAULTS = {
     "channels": Fault(lambda tensor: tensor.repeat_interleave(2, -1), "should have"),
     "dtype": Fault(lambda tensor: tensor.double(), "should have type"),
     "integers": Fault(lambda tensor: tensor.int(), "should have type|kernels compute in"),
-    "device": Fault(lambda tensor: tensor.to("meta"), "should be on one device"),
+    "device": Fault(
+        lambda tensor: tensor.to("meta"), "should be on one device|no kernels for meta"
+    ),
     "strides": Fault(scattered, "one pitch apart|should be contiguous"),
 }
 # Images that set what others must be: where one is wrong, the others differ from it.

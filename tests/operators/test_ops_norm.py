@@ -144,9 +144,7 @@ def test_the_affine_map_is_the_backward_of_batch_norm(
     p, q, s = _affine_gradient(norm, grad_gamma, grad_beta, 60, frozen=False).double()
 
     value = rows.double().clone().requires_grad_()
-    output = F.batch_norm(
-        nchw(value), None, None, weight.double(), bias.double(), True, 0.0, eps
-    )
+    output = F.batch_norm(nchw(value), None, None, weight.double(), bias.double(), True, 0.0, eps)
     (exact,) = torch.autograd.grad(output, value, nchw(grad_norm.double()))
     actual = p * grad_norm.double() + q * rows.double() + s
     assert_close("gradient", actual, exact, dtype, 60)

@@ -86,7 +86,10 @@ def run(pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype) -> dict
     """Forward and backward of one convolution."""
     case = Case(dtype)
     norm = case.norm(channels)
-    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, *(3,) * (len(pixels) - 1))
+    rows, weight = (
+        case.input(pixels, norm),
+        case.weight(outputs, channels, *(3,) * (len(pixels) - 1)),
+    )
     grad_growth = case.rows(pixels, outputs)
     out, mean, var = case.rows(pixels, outputs), case.vector(outputs), case.vector(outputs)
     operators.conv3x3_forward(rows, norm.scale, norm.shift, weight, out, mean, var)
@@ -150,7 +153,10 @@ def test_as_accurate_as_plain_float32(pixels: Pixels, channels: int, outputs: in
     """
     case = Case(torch.float32)
     norm = case.norm(channels)
-    rows, weight = case.input(pixels, norm), case.weight(outputs, channels, *(3,) * (len(pixels) - 1))
+    rows, weight = (
+        case.input(pixels, norm),
+        case.weight(outputs, channels, *(3,) * (len(pixels) - 1)),
+    )
     grad_growth = case.rows(pixels, outputs)
 
     def error(actual: Tensor, exact: Tensor) -> float:

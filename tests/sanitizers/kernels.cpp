@@ -52,9 +52,9 @@ constexpr Wanted kWanted[] = {{true, true, true},
                               {false, false, true}};
 
 std::string name(const Case& s) {
-  return std::to_string(s.dims) + "-d n=" + std::to_string(s.n) + " d=" +
-         std::to_string(s.size.d) + " h=" + std::to_string(s.size.h) +
-         " w=" + std::to_string(s.size.w) + " channels=" + std::to_string(s.channels) + " out=" + std::to_string(s.out) +
+  return std::to_string(s.dims) + "-d n=" + std::to_string(s.n) + " d=" + std::to_string(s.size.d) +
+         " h=" + std::to_string(s.size.h) + " w=" + std::to_string(s.size.w) +
+         " channels=" + std::to_string(s.channels) + " out=" + std::to_string(s.out) +
          " gap=" + std::to_string(s.gap) + (s.permuted ? " permuted" : "") +
          (s.optional ? "" : " without optional outputs");
 }
@@ -278,8 +278,7 @@ class Tester {
     const Image<const S> features = input(size, c);
     kernels_.norm_relu_avgpool_forward(features, activation(c), output_image(s_.n * c));
     const Image<S> to = output(size, c);
-    kernels_.norm_relu_avgpool_backward(filled(s_.n * c), features, norm(c), to,
-                                        affine(c));
+    kernels_.norm_relu_avgpool_backward(filled(s_.n * c), features, norm(c), to, affine(c));
     keep(to);
 
     const Image<S> pooled = output(out, c);
@@ -372,31 +371,20 @@ int64_t pick(std::mt19937& random, std::initializer_list<int64_t> from) {
   return from.begin()[random() % from.size()];
 }
 
-// dims, n, {d, h, w}, channels, out, gap, permuted, optional: single pixels, single lines, images that are cut
-// into bands and columns, batches long enough for tasks of several tiles.
+// dims, n, {d, h, w}, channels, out, gap, permuted, optional: single pixels, single lines, images
+// that are cut into bands and columns, batches long enough for tasks of several tiles.
 constexpr Case kCases[] = {
-    {2, 1, {1, 1, 1}, 1, 1, 0, false, true},
-    {2, 3, {1, 1, 1}, 300, 12, 1, false, true},
-    {2, 2, {1, 1, 9}, 128, 32, 3, true, true},
-    {2, 2, {1, 7, 7}, 129, 32, 5, false, true},
-    {2, 1, {1, 7, 7}, 256, 48, 0, false, false},
-    {2, 1, {1, 13, 5}, 257, 48, 0, true, true},
-    {2, 2, {1, 13, 5}, 300, 3, 7, false, true},
-    {2, 1, {1, 3, 70}, 20, 12, 1, false, true},
-    {2, 1, {1, 2, 129}, 33, 32, 0, true, false},
-    {2, 2, {1, 5, 65}, 48, 24, 3, false, true},
-    {2, 1, {1, 40, 33}, 20, 12, 3, false, true},
-    {2, 1, {1, 37, 29}, 16, 8, 0, true, true},
-    {2, 3, {1, 30, 30}, 17, 16, 1, false, false},
-    {2, 3, {1, 24, 24}, 40, 33, 0, false, true},
-    {2, 1, {1, 8, 8}, 290, 70, 1, false, true},
-    {2, 1, {1, 2, 2}, 131, 5, 0, false, true},
-    {1, 3, {1, 1, 33}, 131, 12, 1, false, true},
-    {1, 1, {1, 1, 150}, 17, 32, 0, true, true},
-    {3, 1, {1, 1, 1}, 5, 3, 0, false, true},
-    {3, 2, {3, 7, 7}, 129, 32, 3, false, true},
-    {3, 1, {5, 12, 13}, 20, 12, 0, true, true},
-    {3, 2, {2, 9, 8}, 33, 48, 1, false, false},
+    {2, 1, {1, 1, 1}, 1, 1, 0, false, true},      {2, 3, {1, 1, 1}, 300, 12, 1, false, true},
+    {2, 2, {1, 1, 9}, 128, 32, 3, true, true},    {2, 2, {1, 7, 7}, 129, 32, 5, false, true},
+    {2, 1, {1, 7, 7}, 256, 48, 0, false, false},  {2, 1, {1, 13, 5}, 257, 48, 0, true, true},
+    {2, 2, {1, 13, 5}, 300, 3, 7, false, true},   {2, 1, {1, 3, 70}, 20, 12, 1, false, true},
+    {2, 1, {1, 2, 129}, 33, 32, 0, true, false},  {2, 2, {1, 5, 65}, 48, 24, 3, false, true},
+    {2, 1, {1, 40, 33}, 20, 12, 3, false, true},  {2, 1, {1, 37, 29}, 16, 8, 0, true, true},
+    {2, 3, {1, 30, 30}, 17, 16, 1, false, false}, {2, 3, {1, 24, 24}, 40, 33, 0, false, true},
+    {2, 1, {1, 8, 8}, 290, 70, 1, false, true},   {2, 1, {1, 2, 2}, 131, 5, 0, false, true},
+    {1, 3, {1, 1, 33}, 131, 12, 1, false, true},  {1, 1, {1, 1, 150}, 17, 32, 0, true, true},
+    {3, 1, {1, 1, 1}, 5, 3, 0, false, true},      {3, 2, {3, 7, 7}, 129, 32, 3, false, true},
+    {3, 1, {5, 12, 13}, 20, 12, 0, true, true},   {3, 2, {2, 9, 8}, 33, 48, 1, false, false},
 };
 
 void check_chosen() {
