@@ -15,7 +15,7 @@ from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
     empty_rows,
-    images_of,
+    pitched,
     row_pitch,
     rows_of,
 )
@@ -41,7 +41,7 @@ def gradients(
         features, bottlenecks = recompute_features(anchor, block, statistics)
     else:
         features = as_rows(anchor)
-        bottlenecks = [as_rows(images_of(bottleneck)) for bottleneck in bottlenecks]
+        bottlenecks = [pitched(bottleneck) for bottleneck in bottlenecks]
     return BlockBackward(block, features, statistics, bottlenecks, needs).run(grad_output)
 
 

@@ -15,6 +15,8 @@ _LARGE = 4 << 20  # bytes from which huge pages are worth a call
 _CACHE_PAGE = 4096  # rows a multiple of this many bytes apart all fall into the same cache sets
 _PADDING = 16
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_TO_ROWS = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
+_TO_IMAGES = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
 _CUDA_ACCESS = 16  # bytes that a thread moves at once, if rows begin at their multiples
 
 
@@ -33,12 +35,12 @@ def row_pitch(channels: int, itemsize: int, *, cuda: bool) -> int:
 
 def rows_of(images: Tensor) -> Tensor:
     """A tensor [N, C, *size] as [N, *size, C]: a view."""
-    return images.permute(0, *range(2, images.dim()), 1)
+    return images.permute(*_TO_ROWS[images.dim()])
 
 
 def images_of(rows: Tensor) -> Tensor:
     """Rows [N, *size, C] as [N, C, *size]: a view."""
-    return rows.permute(0, rows.dim() - 1, *range(1, rows.dim() - 1))
+    return rows.permute(*_TO_IMAGES[rows.dim()])
 
 
 def _row_strides(size: Sequence[int], pitch: int) -> list[int]:
@@ -89,7 +91,11 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """[N, C, *size] of any layout as [N, *size, C], rows a pitch apart: a copy only if it must."""
-    rows = rows_of(tensor)
+    return pitched(rows_of(tensor))
+
+
+def pitched(rows: Tensor) -> Tensor:
+    """[N, *size, C] of any layout with rows a pitch apart: a copy only if it must."""
     _, *size, channels = rows.shape
     *strides, channel_stride = rows.stride()
     pitch = strides[-1]
