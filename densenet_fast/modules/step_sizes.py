@@ -191,7 +191,7 @@ def _stem(
     image, pixels = channels * math.prod(before), math.prod(size) * out
     computed = stem_convolution.fast_type(stored, device, conv.weight.dim() - 2)
     copies, wide = 0, stem_convolution.columns(conv, images, size, stored, device)
-    if conv.weight.dtype != stored:
+    if {conv.weight.dtype, computed} != {stored}:
         copies = (images * image + conv.weight.numel()) * computed.itemsize
     elif not rows_of(conv.weight).is_contiguous():
         copies = conv.weight.numel() * e
