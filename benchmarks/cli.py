@@ -178,7 +178,7 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
     if missing:
         need = ", ".join(dict.fromkeys(PEERS[name].requires for name in missing))
         raise UsageError(f"{', '.join(missing)}: not installed here: `pip install {need}`")
-    _known("network", arguments.networks, tuple(NETWORKS))
+    _known("network", arguments.networks, tuple(getattr(suite, "KNOWN_NETWORKS", NETWORKS)))
     _known("part", arguments.parts, suite.PARTS)
     options = Options(
         full=arguments.full,

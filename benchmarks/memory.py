@@ -110,7 +110,7 @@ def measure_case(case: MemoryCase) -> StepMemory:
         assert isinstance(model, EfficientDenseNet)
         model.memory_budget = case.memory_budget
         model.checkpoint = "auto"
-    images, labels = make_batch(case.spec, peer.memory_format, device, case.seed)
+    images, labels = make_batch(case.spec, peer.layout(case.spec), device, case.seed)
     images = images.to(dtype)
 
     def step() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 
@@ -14,24 +15,24 @@ class NetworkSpec:
     growth_rate: int
     block_config: tuple[int, ...]
     num_init_features: int
-    image_size: int  # pixels, height and width
+    image_size: int  # pixels, in every dimension
     batch_size: int  # images
     bn_size: int = 4
     num_classes: int = 1000
     in_channels: int = 3
     small_inputs: bool = False  # 3×3 stem without norm and pooling
     compression: float = 0.5
+    dims: int = 2  # of the images
 
     @property
-    def input_shape(self) -> tuple[int, int, int, int]:
+    def input_shape(self) -> tuple[int, ...]:
         """Shape of one batch, [N, C, H, W]."""
-        return (self.batch_size, self.in_channels, self.image_size, self.image_size)
+        return (self.batch_size, self.in_channels, *(self.image_size,) * self.dims)
 
     @property
     def title(self) -> str:
         """Name and input, as tables show them."""
-        n, c, h, w = self.input_shape
-        return f"{self.name} (k={self.growth_rate}), {n}×{c}×{h}×{w}"
+        return f"{self.name} (k={self.growth_rate}), {'×'.join(map(str, self.input_shape))}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` turns back into this specification."""
@@ -91,6 +92,25 @@ NETWORKS: dict[str, NetworkSpec] = {
     "densenet264": imagenet(264, 32, (6, 12, 64, 48)),
     "densenet-bc-100": densenet_bc(100, 12, batch_size=64),
     "densenet-bc-190": densenet_bc(190, 40, batch_size=4),
+}
+_sequences_or_volumes = partial(replace, NETWORKS["densenet121"], in_channels=1, num_classes=2)
+# Of sequences and volumes, where the naive network is MONAI's.
+OTHER_DIMENSIONS: dict[str, NetworkSpec] = {
+    "densenet121-1d": _sequences_or_volumes(
+        name="DenseNet-121, 1-D", dims=1, image_size=2048, batch_size=32
+    ),
+    "densenet121-3d": _sequences_or_volumes(
+        name="DenseNet-121, 3-D", dims=3, image_size=64, batch_size=2
+    ),
+    "densenet-bc-100-3d": _sequences_or_volumes(
+        name="DenseNet-BC-100, 3-D",
+        growth_rate=12,
+        block_config=(16, 16, 16),
+        num_init_features=24,
+        dims=3,
+        image_size=32,
+        batch_size=8,
+    ),
 }
 # The two that suites measure unless told otherwise.
 MAIN_NETWORKS = ("densenet121", "densenet-bc-100")

@@ -18,10 +18,10 @@ State = Mapping[str, Tensor]
 
 
 def build_monai(spec: NetworkSpec) -> nn.Module:
-    """MONAI's DenseNet; its transitions keep half the channels."""
+    """MONAI's DenseNet, of any dimensions; its transitions keep half the channels."""
     nets: Any = importlib.import_module("monai.networks.nets")
     network: nn.Module = nets.DenseNet(
-        spatial_dims=2,
+        spatial_dims=spec.dims,
         in_channels=spec.in_channels,
         out_channels=spec.num_classes,
         init_features=spec.num_init_features,
@@ -30,6 +30,14 @@ def build_monai(spec: NetworkSpec) -> nn.Module:
         bn_size=spec.bn_size,
     )
     return network
+
+
+def torchvision_state(state: State) -> dict[str, Tensor]:
+    """MONAI's keys as torchvision calls them."""
+    return {
+        key.replace(".layers.", ".").replace("class_layers.out.", "classifier."): tensor
+        for key, tensor in state.items()
+    }
 
 
 def monai_state(state: State) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 `naive` and `memory-efficient` are torchvision's own layers, blocks and transitions. torchvision
 assembles them only with the ImageNet stem and a compression of one half; `PlainDenseNet`
-assembles the same classes for every other network.
+assembles the same classes for every other network. Of sequences and volumes `naive` is MONAI's.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class PlainDenseNet(nn.Module):
 
 def build_torchvision(spec: NetworkSpec, *, memory_efficient: bool) -> nn.Module:
     """torchvision's network, or its layers assembled for what torchvision does not assemble."""
+    if spec.dims != 2:
+        return others.build_monai(spec)
     if spec.small_inputs or spec.in_channels != 3 or spec.compression != 0.5:
         return PlainDenseNet(spec, memory_efficient=memory_efficient)
     return torchvision_densenet.DenseNet(
@@ -104,6 +106,7 @@ def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
         small_inputs=spec.small_inputs,
         compression=spec.compression,
         in_channels=spec.in_channels,
+        spatial_dims=spec.dims,
     )
 
 
@@ -127,11 +130,16 @@ class Peer:
     memory_format: torch.memory_format = torch.channels_last
     requires: str = "torchvision"  # the module of its library
     applies: Callable[[NetworkSpec], bool] = lambda spec: True
-    # torchvision's state dict as this network calls it; None for another family's own weights.
-    state: Callable[[State], State] | None = dict
+    shares_weights: bool = True  # else another family's own
     compiled: bool = False
     # For inference alone: what runs the network in evaluation mode, made of it and of its images.
     deploy: engines.Deploy | None = None
+
+    def layout(self, spec: NetworkSpec) -> torch.memory_format:
+        """The memory format of its weights and images: PyTorch has none for sequences."""
+        if self.memory_format == torch.contiguous_format or spec.dims == 1:
+            return torch.contiguous_format
+        return torch.channels_last if spec.dims == 2 else torch.channels_last_3d
 
     @property
     def ours(self) -> bool:
@@ -157,12 +165,19 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("naive", "naive, contiguous", "#7f7f7f", _naive, torch.contiguous_format),
-        Peer("naive-channels-last", "naive, channels_last", "#4d4d4d", _naive),
+        Peer(
+            "naive-channels-last",
+            "naive, channels_last",
+            "#4d4d4d",
+            _naive,
+            applies=lambda spec: spec.dims > 1,
+        ),
         Peer(
             "memory-efficient",
             "torchvision memory_efficient, channels_last",
             "#e08214",
             lambda spec: build_torchvision(spec, memory_efficient=True),
+            applies=lambda spec: spec.dims == 2,
         ),
         Peer(
             "ours-none",
@@ -203,7 +218,6 @@ PEERS: dict[str, Peer] = {
             others.build_monai,
             requires="monai",
             applies=others.like_torchvision,
-            state=others.monai_state,
         ),
         Peer(
             "timm",
@@ -219,7 +233,7 @@ PEERS: dict[str, Peer] = {
             "#762a83",
             partial(others.build_resnet, "resnet50"),
             applies=others.beside_resnets,
-            state=None,
+            shares_weights=False,
         ),
         Peer(
             "resnet101",
@@ -227,7 +241,7 @@ PEERS: dict[str, Peer] = {
             "#af8dc3",
             partial(others.build_resnet, "resnet101"),
             applies=others.beside_resnets,
-            state=None,
+            shares_weights=False,
         ),
         Peer(
             "onnxruntime",
@@ -272,7 +286,7 @@ def initial_state(spec: NetworkSpec, seed: int) -> dict[str, Tensor]:
     # The weights are drawn on the CPU: `torch.manual_seed` would seed every GPU too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _naive(spec).state_dict()
+        return others.torchvision_state(_naive(spec).state_dict())
 
 
 def build(
@@ -285,9 +299,10 @@ def build(
 ) -> nn.Module:
     """The network of one peer with the weights of `state`, which must fit name by name."""
     model = peer.build(spec)
-    if peer.state is not None:
-        model.load_state_dict(peer.state(state), strict=True)
-    model = model.to(device, dtype).to(memory_format=peer.memory_format)
+    if peer.shares_weights:
+        named = others.monai_state(state) if hasattr(model, "class_layers") else state
+        model.load_state_dict(named, strict=True)
+    model = model.to(device, dtype).to(memory_format=peer.layout(spec))
     if peer.compiled:
         model.compile(
             dynamic=False

@@ -21,7 +21,7 @@ def test_inference(benchmark: Any, growth_rate: int, peer: str) -> None:
     """A DenseNet-BC-22 in evaluation mode without gradients; a group for each growth rate."""
     spec = densenet_bc(22, growth_rate, batch_size=16)
     model = build(PEERS[peer], spec, initial_state(spec, SEED), device=CPU).eval()
-    images, _ = make_batch(spec, PEERS[peer].memory_format, CPU, SEED)
+    images, _ = make_batch(spec, PEERS[peer].layout(spec), CPU, SEED)
     benchmark.group = f"inference, k={growth_rate}"
     benchmark.extra_info["threads"] = torch.get_num_threads()
     with torch.no_grad():

@@ -5,8 +5,10 @@ Measured as the `step` suite does; a network is compared with the peers that can
 
 from __future__ import annotations
 
+from collections import ChainMap
+
 from benchmarks import ranking
-from benchmarks.networks import MAIN_NETWORKS, NETWORKS
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS, OTHER_DIMENSIONS
 from benchmarks.peers import BASIC_PEERS, PEERS
 from benchmarks.report import Page
 from benchmarks.suites import Options, Record, step, step_page
@@ -17,6 +19,7 @@ __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
 OPTIONS = step.OPTIONS
 PARTS = step.PARTS
+KNOWN_NETWORKS = ChainMap(NETWORKS, OTHER_DIMENSIONS)
 
 # The compiler takes minutes for each network: unless named, its networks are the main ones.
 QUICK_PEERS = (*BASIC_PEERS, "monai", "timm", "resnet50", "resnet101")
@@ -27,16 +30,18 @@ ROUNDS = 3  # the form says how many networks
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
     wanted = options.peers or (FULL_PEERS if options.full else QUICK_PEERS)
-    record = step.plan(options)
+    record = step.plan(options, KNOWN_NETWORKS)
     settings = record["settings"]
     settings["peers"] = [name for name in wanted if PEERS[name].installed]
     settings["not_installed"] = [
         PEERS[name].requires for name in wanted if not PEERS[name].installed
     ]
-    names = options.networks or (NETWORKS if options.full else MAIN_NETWORKS)
-    settings["networks"] = [NETWORKS[name].to_json() for name in names]
+    names = options.networks or (KNOWN_NETWORKS if options.full else MAIN_NETWORKS)
+    settings["networks"] = [KNOWN_NETWORKS[name].to_json() for name in names]
     compiled = names if options.peers else MAIN_NETWORKS
-    settings["compiled_networks"] = [NETWORKS[name].name for name in names if name in compiled]
+    settings["compiled_networks"] = [
+        KNOWN_NETWORKS[name].name for name in names if name in compiled
+    ]
     settings["rounds"] = options.rounds or ROUNDS
     return record
 
@@ -45,6 +50,7 @@ def page(record: Record) -> Page:
     """The step suite's page, and which libraries were not there."""
     result = step_page.page(record)
     result.title = "DenseNets, other libraries and another family: memory and speed"
+    result.add("Of sequences and volumes the naive network is MONAI's.")
     missing = record["settings"]["not_installed"]
     if missing:
         result.add(f"Not compared, as not installed: {', '.join(missing)}.")

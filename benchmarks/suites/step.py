@@ -6,7 +6,7 @@ process, in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -54,9 +54,9 @@ WORK = {"memory": 8.0, "time": 1.0, "inference": 0.3}
 AGREEMENT = 1e-5
 
 
-def plan(options: Options) -> Record:
+def plan(options: Options, known: Mapping[str, NetworkSpec] = NETWORKS) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
-    specs = [NETWORKS[name] for name in options.networks or MAIN_NETWORKS]
+    specs = [known[name] for name in options.networks or MAIN_NETWORKS]
     check_peers(options, specs)
     return {
         "settings": {
@@ -190,7 +190,7 @@ def _first_call(
 
 def _require_agreement(name: str, output: object, others: dict[str, Tensor]) -> None:
     """Raise if logits in float32 on the CPU are others than those of the same weights elsewhere."""
-    if not isinstance(output, Tensor) or PEERS[name].state is None:
+    if not isinstance(output, Tensor) or not PEERS[name].shares_weights:
         return
     if output.dtype != torch.float32 or output.device.type != "cpu":
         return  # fewer digits, perhaps inside the convolutions alone
@@ -203,8 +203,8 @@ def _require_agreement(name: str, output: object, others: dict[str, Tensor]) -> 
 
 def _require_memory(spec: NetworkSpec, name: str, amp: str, device: torch.device) -> None:
     """Raise before Linux kills the process for memory that a step on the CPU does not find."""
-    if device.type != "cpu":
-        return  # the device's allocator raises by itself
+    if device.type != "cpu" or spec.dims != 2:
+        return  # the device's allocator raises by itself; the plan knows images alone
     planned = IMPLEMENTATIONS.get(name, memory_plan.NAIVE)
     fmt = FORMATS["float32" if amp == "none" else "bfloat16"]
     needed = memory_plan.peak(spec, fmt, planned, None)
@@ -224,7 +224,7 @@ def make_training_call(
     amp: str,
 ) -> Callable[[], object]:
     model = build(PEERS[name], spec, state, device=device).train()
-    images, labels = make_batch(spec, PEERS[name].memory_format, device, seed)
+    images, labels = make_batch(spec, PEERS[name].layout(spec), device, seed)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -243,7 +243,7 @@ def _make_inference_call(
 ) -> Callable[[], object]:
     peer = PEERS[name]
     model = build(peer, spec, state, device=device).eval()
-    images, _ = make_batch(spec, peer.memory_format, device, seed)
+    images, _ = make_batch(spec, peer.layout(spec), device, seed)
     network = model if peer.deploy is None else peer.deploy(model, images)
 
     def infer() -> Tensor:

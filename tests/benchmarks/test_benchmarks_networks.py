@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 
 from benchmarks import cli, measure, peers
 from benchmarks.environment import describe
-from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
+from benchmarks.networks import NETWORKS, OTHER_DIMENSIONS, NetworkSpec, densenet_bc
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS
 from benchmarks.suites import Options, networks, step, step_page
@@ -40,6 +40,25 @@ def test_other_libraries_compute_the_same_function(name: str) -> None:
         with torch.no_grad():
             outputs.append(model(images))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_DIMENSIONS)
+def test_sequences_and_volumes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("monai")
+    # Logits that disagree would not be timed.
+    small = replace(OTHER_DIMENSIONS[name], block_config=(2, 1), image_size=16, batch_size=2)
+    monkeypatch.setitem(OTHER_DIMENSIONS, "small", small)
+    arguments = ["--no-progress", "--device", "cpu", "--networks", "small", "--rounds", "1"]
+    arguments += ["--peers", "naive,ours-bottleneck,ours-converted", "--output", str(tmp_path)]
+    assert cli.main(["networks", *arguments]) == 0
+    record = json.loads((tmp_path / "networks.json").read_text())
+    assert [len(entry["seconds"]) for entry in record["inference"]] == [1, 1, 1]
+    assert record["memory"][0]["saved_for_backward"] > record["memory"][1]["saved_for_backward"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["step", *arguments])
+    assert "unknown network: 'small'" in capsys.readouterr().err
 
 
 def test_peers_are_compared_where_they_can_build_the_network() -> None:
@@ -83,7 +102,7 @@ def test_logits_that_disagree_are_not_timed(
 
 def test_full_form_has_all_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     record = networks.plan(Options(full=True))
-    assert len(record["settings"]["networks"]) == len(NETWORKS) == 7
+    assert len(record["settings"]["networks"]) == len(NETWORKS) + len(OTHER_DIMENSIONS) == 10
     monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
     settings = networks.plan(Options())["settings"]
     assert "timm" not in settings["peers"]

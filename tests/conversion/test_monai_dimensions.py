@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -227,3 +229,14 @@ def test_other_inputs_get_the_librarys_errors(dims: int) -> None:
                 net(x)
             errors.append(str(caught.value))
         assert errors[0] == errors[1]
+
+
+def test_example_of_volumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "volumes.py"
+    monkeypatch.setattr(sys, "argv", [str(example), "1"])
+    runpy.run_path(str(example))
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", epoch 1: loss " in line]
+    as_it_is, converted = (float(line.split()[-1]) for line in lines)
+    assert converted == pytest.approx(as_it_is, rel=1e-2)
