@@ -102,6 +102,9 @@ OTHER_DIMENSIONS: dict[str, NetworkSpec] = {
     "densenet121-3d": _sequences_or_volumes(
         name="DenseNet-121, 3-D", dims=3, image_size=64, batch_size=2
     ),
+    "densenet121-3d-96": _sequences_or_volumes(
+        name="DenseNet-121, 3-D", dims=3, image_size=96, batch_size=1
+    ),
     "densenet-bc-100-3d": _sequences_or_volumes(
         name="DenseNet-BC-100, 3-D",
         growth_rate=12,

@@ -191,7 +191,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
-    const int64_t data_run = points > 1 ? smaller(run, kVolumeTiles) : run;
+    const int64_t data_run = points > 1 ? smaller(run, kWideVolumeTiles) : run;
     const int64_t pitch = result_pitch(data_run, panel);
     T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
     T* inputs = scratch<T>(Scratch::kResult, kPoints * larger(kPointPitch, points * pitch));

@@ -102,7 +102,7 @@ def test_logits_that_disagree_are_not_timed(
 
 def test_full_form_has_all_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     record = networks.plan(Options(full=True))
-    assert len(record["settings"]["networks"]) == len(NETWORKS) + len(OTHER_DIMENSIONS) == 10
+    assert len(record["settings"]["networks"]) == len(NETWORKS) + len(OTHER_DIMENSIONS) == 11
     monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
     settings = networks.plan(Options())["settings"]
     assert "timm" not in settings["peers"]

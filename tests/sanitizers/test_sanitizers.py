@@ -63,7 +63,7 @@ def supports(cxx: list[str], flags: list[str], folder: Path) -> bool:
 @pytest.mark.parametrize(
     ("sanitizers", "cases"),
     # Races need several tasks, not odd sizes, and ThreadSanitizer is slow: no chosen shapes for it.
-    [("address,undefined", ["30", "chosen"]), ("thread", ["6"])],
+    [("address,undefined", ["12", "chosen"]), ("thread", ["3"])],
     ids=["address,undefined", "thread"],
 )
 def test_kernels(sanitizers: str, cases: list[str], tmp_path: Path):
