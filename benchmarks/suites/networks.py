@@ -19,7 +19,7 @@ __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
 OPTIONS = step.OPTIONS
 PARTS = step.PARTS
-KNOWN_NETWORKS = ChainMap(NETWORKS, OTHER_DIMENSIONS)
+KNOWN_NETWORKS = ChainMap(OTHER_DIMENSIONS, NETWORKS)  # the last one first
 
 # The compiler takes minutes for each network: unless named, its networks are the main ones.
 QUICK_PEERS = (*BASIC_PEERS, "monai", "timm", "resnet50", "resnet101")
