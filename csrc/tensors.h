@@ -37,17 +37,17 @@ inline Rows rows(const Tensor& t, ScalarType type, const char* name) {
   STD_TORCH_CHECK(t.numel() > 0, "`", name, "` should have at least one element");
   const int64_t c = t.size(channels);
   // The stride of a dimension of size one means nothing; the pitch is the first that does.
-  int64_t pitch = 0, rows = 1;
-  bool regular = c <= 1 || t.stride(channels) == 1;
+  int64_t pitch = c, rows = 1;
+  bool known = false, regular = c <= 1 || t.stride(channels) == 1;
   for (int64_t i = channels; i-- > 0;) {
     const int64_t size = t.size(i);
     if (size > 1) {
-      if (!pitch) pitch = t.stride(i);
+      if (!known) pitch = t.stride(i);
+      known = true;
       regular = regular && t.stride(i) == rows * pitch;
     }
     rows *= size;
   }
-  if (!pitch) pitch = c;
   STD_TORCH_CHECK(regular && pitch >= c, "`", name,
                   "` should have its pixels as rows of channels, one pitch apart");
   const auto size = [&](int back) { return back <= dims ? t.size(channels - back) : 1; };

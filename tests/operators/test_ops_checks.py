@@ -40,6 +40,12 @@ def scattered(tensor: Tensor) -> Tensor:
     return wide[..., ::2]
 
 
+def repeated(tensor: Tensor) -> Tensor:
+    """One pixel's channels in memory, for all of them; of a vector one element."""
+    one = tensor[(0,) * (tensor.dim() - 1)] if tensor.dim() > 1 else tensor[:1]
+    return one.expand(tensor.shape)
+
+
 FAULTS = {
     "rank": Fault(lambda tensor: tensor[None, None], "should have"),
     "channels": Fault(lambda tensor: tensor.repeat_interleave(2, -1), "should have"),
@@ -49,6 +55,7 @@ FAULTS = {
         lambda tensor: tensor.to("meta"), "should be on one device|no kernels for meta"
     ),
     "strides": Fault(scattered, "one pitch apart|should be contiguous"),
+    "repeated": Fault(repeated, "one pitch apart|should be contiguous"),
 }
 # Images that set what others must be: where one is wrong, the others differ from it.
 SETTING = ("features", "bottleneck", "input", "growth")
@@ -75,7 +82,7 @@ def wrong_arguments() -> list[Any]:
                     continue
                 if fault == "rank" and (value.dim() != 4 or name in ("argmax", "grad_weight")):
                     continue  # the same numbers, in the same places
-                if fault == "strides" and name == "weight" and value.dim() > 1:
+                if fault in ("strides", "repeated") and name == "weight" and value.dim() > 1:
                     continue  # a convolution's may have any
                 cases.append(pytest.param(op, name, fault, id=f"{op}-{name}-{fault}"))
     return cases
