@@ -22,7 +22,7 @@ int64_t packed_conv3x3_size(int64_t h, int64_t w, Weight<S> weight) {
   using T = Compute<S>;
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return depth_points(weight) * kPoints * weight.in * padded<T>(weight.out);
+      return depth_points(weight.dims) * kPoints * weight.in * padded<T>(weight.out);
     case Conv3x3::kTaps:
       return weight.in * padded<T>(9 * weight.out);
     default:

@@ -146,7 +146,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   // Tasks: equal parts of the tiles, 16 at most as each has its own sums and weight gradient, each
   // for one panel of channels, in groups of column blocks where threads would be idle.
   const WinogradTiles tiles(bottleneck);
-  const int points = tiles.points();
+  const int points = tiles.points;
   const EqualParts parts(tiles.count(), 16, 64);
   const int64_t run = equal_tile(parts.size, kWinogradTiles);
   const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
@@ -233,16 +233,17 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                               grad_norm, c0, columns, sums + c0, sums + width + c0);
     };
 
-    // Of volumes point by point of the depth, so that its products stay in the cache.
     PrefetchStream stream;
-    for (int64_t z = 0; points > 1 && want_weight && z < points; ++z) {
-      for (int64_t begin = part_begin; begin < part_end; begin += run) {
-        add_weight(begin, smaller(part_end, begin + run), z, stream);
+    if (points > 1) {
+      // Point by point of the depth, so that its products stay in the cache.
+      for (int64_t z = 0; want_weight && z < points; ++z) {
+        for (int64_t begin = part_begin; begin < part_end; begin += run) {
+          add_weight(begin, smaller(part_end, begin + run), z, stream);
+        }
       }
-    }
-    for (int64_t begin = part_begin; points > 1 && want_data && begin < part_end;
-         begin += data_run) {
-      make_data(begin, smaller(part_end, begin + data_run), stream);
+      for (int64_t begin = part_begin; want_data && begin < part_end; begin += data_run) {
+        make_data(begin, smaller(part_end, begin + data_run), stream);
+      }
     }
     for (int64_t begin = part_begin; points == 1 && begin < part_end; begin += run) {
       const int64_t end = smaller(part_end, begin + run), count = end - begin;

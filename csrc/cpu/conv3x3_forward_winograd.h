@@ -44,7 +44,7 @@ DF_INLINE int64_t store_outputs(const T* result, int64_t pitch, const WinogradTi
 template <class S>
 void pack_winograd(const Weight<S>& weight, Compute<S>* packed) {
   const int64_t stride = weight.in * padded<Compute<S>>(weight.out);
-  for (int64_t z = 0; z < depth_points(weight); ++z) {
+  for (int64_t z = 0; z < depth_points(weight.dims); ++z) {
     pack_blocks(weight.in, weight.in, weight.out, kWinogradForwardVectors,
                 packed + z * kPoints * stride,
                 [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
@@ -62,13 +62,13 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   const int64_t channels = bottleneck.c, k = growth.c, width = padded<T>(k);
   const BlockGroup group(width / L, kWinogradForwardVectors);
   const WinogradTiles tiles(bottleneck);
-  const int64_t most = tiles.thick > 1 ? kVolumeTiles : kWinogradTiles;
+  const int64_t most = tiles.points > 1 ? kVolumeTiles : kWinogradTiles;
   const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
   const int64_t run = equal_tile(tasks.size, most), pitch = result_pitch(run, width);
   TaskStatistics<T> partial(tasks.count, k);
   for_each_task(tasks.count, [&](int64_t task) {
     T* operand = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
-    T* result = scratch<T>(Scratch::kResult, tiles.points() * kPoints * pitch);
+    T* result = scratch<T>(Scratch::kResult, tiles.points * kPoints * pitch);
     T* pixels = scratch<T>(Scratch::kActivated, 4 * tiles.thick * run * width);
     const int64_t task_end = tasks.end(task);
     for (int64_t begin = tasks.begin(task); begin < task_end; begin += run) {
@@ -82,9 +82,9 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
         stream.add(growth.data + tiles.first_pixel(end) * growth.pitch, k * sizeof(S),
                    growth.pitch * sizeof(S), tiles.pixels(end, next_end), true);
       }
-      stream.start(tiles.points() * kPoints *
+      stream.start(tiles.points * kPoints *
                    product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
-      for (int64_t z = 0; z < tiles.points(); ++z) {
+      for (int64_t z = 0; z < tiles.points; ++z) {
         const T* b = packed + z * kPoints * channels * width;
         for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
           const int64_t panel = smaller(kPanel, channels - c0);

@@ -33,6 +33,7 @@ DF_INLINE int64_t result_pitch(int64_t tiles, int64_t width) { return tiles * wi
 struct DepthPoint {
   int first, second, sign;
 };
+DF_INLINE int depth_points(int dims) { return dims > 2 ? 4 : 1; }
 constexpr DepthPoint kImagePoint = {0, 0, 0};
 constexpr DepthPoint kInputPoints[4] = {{-1, 1, -1}, {0, 1, 1}, {1, 0, -1}, {2, 0, -1}};
 constexpr DepthPoint kOutputPoints[4] = {{0, 0, 0}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}};
@@ -53,6 +54,7 @@ struct WinogradTile {
 
 struct WinogradTiles {
   int64_t n, d, h, w;
+  int points;     // of the depth's transform
   int64_t thick;  // slices of a tile
   int64_t deep, down, across;
 
@@ -62,13 +64,13 @@ struct WinogradTiles {
         d(image.d),
         h(image.h),
         w(image.w),
-        thick(image.dims > 2 ? 2 : 1),
+        points(depth_points(image.dims)),
+        thick(points > 1 ? 2 : 1),
         deep(ceil_div(image.d, thick)),
         down(ceil_div(image.h, 2)),
         across(ceil_div(image.w, 2)) {}
-  int points() const { return thick > 1 ? 4 : 1; }  // of the depth
-  DepthPoint input_point(int64_t i) const { return thick > 1 ? kInputPoints[i] : kImagePoint; }
-  DepthPoint output_point(int64_t i) const { return thick > 1 ? kOutputPoints[i] : kImagePoint; }
+  DepthPoint input_point(int64_t i) const { return points > 1 ? kInputPoints[i] : kImagePoint; }
+  DepthPoint output_point(int64_t i) const { return points > 1 ? kOutputPoints[i] : kImagePoint; }
 
   int64_t count() const { return n * deep * down * across; }
   WinogradTile at(int64_t index) const {
@@ -218,7 +220,7 @@ template <class T>
 DF_INLINE void transform_slice(const T* m, int64_t stride, int64_t deep, const WinogradTiles& tiles,
                                int64_t z, Vec<T> (&y)[2][2]) {
   const auto at = [&](int64_t i, int point) { return load<T>(m + i * deep + point * stride); };
-  if (tiles.thick == 1) {
+  if (tiles.points == 1) {
     transform_output<T>([&](int p) { return at(0, p); }, y);
   } else if (z == 0) {
     transform_output<T>([&](int p) { return first_slice(at(0, p), at(1, p), at(2, p)); }, y);
@@ -250,17 +252,12 @@ DF_INLINE void store_transformed_weight(const Vec<T> (&taps)[9], T* to, int64_t 
   }
 }
 
-template <class S>
-DF_INLINE int64_t depth_points(const Weight<S>& weight) {
-  return weight.dims > 2 ? 4 : 1;
-}
-
 // The taps of L kernels, as load_kernels has them, at point z of the depth's transform.
 template <bool kBackward, class S>
 DF_INLINE void load_depth_point(const Weight<S>& weight, int64_t z, int64_t out, int64_t in,
                                 Vec<Compute<S>> (&taps)[9]) {
   using T = Compute<S>;
-  if (weight.dims < 3) return load_kernels<kBackward>(weight, out, in, taps);
+  if (depth_points(weight.dims) == 1) return load_kernels<kBackward>(weight, out, in, taps);
   if (z % 3 == 0) {  // flipped in the backward
     return load_kernels<kBackward>(weight.slice((z == 0) == kBackward ? 2 : 0), out, in, taps);
   }
