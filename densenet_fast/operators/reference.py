@@ -1,10 +1,9 @@
 """Every operator in plain PyTorch: the definition, and the backend of last resort.
 
-Same signatures as the compiled operators: rows `[N, *size, C]` of images with one, two or three
-sizes, possibly channel slices of wider buffers, results written into tensors the caller owns. Any
-device and floating-point type. Statistics and sums are float32 (float64 for float64 storage); with
-float16 or bfloat16 storage they are taken of the rounded values, which the backward will read
-again. Weights may be float32 then.
+Same signatures as the compiled operators: rows `[N, *size, C]` of one to three sizes, possibly
+channel slices of wider buffers, results written into tensors the caller owns. Any device and
+floating-point type. Statistics and sums are float32 (float64 for float64 storage); with float16 or
+bfloat16 storage they are of the rounded values, read again later. Weights may be float32 then.
 
 Below, act(x) = relu(scale * x + shift) and xhat = (x - mean) * rstd.
 """
@@ -19,13 +18,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from densenet_fast.operators.philox import philox
 from densenet_fast.operators.rows import images_of, rows_of, statistics_dtype
 
-# By the number of a tensor's dimensions.
-_AVERAGE: dict[int, Callable[..., Tensor]] = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
-_MAXIMUM: dict[int, Callable[..., Any]] = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
+ByDimensions = dict[int, Callable[..., Any]]  # by the number of a tensor's
+_AVERAGE: ByDimensions = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
+_MAXIMUM: ByDimensions = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
+_OF_WEIGHT: ByDimensions = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -207,14 +208,11 @@ def conv3x3_backward(
     images = images_of(grad_growth)
     if grad_weight is not None:
         activation = images_of(_activation(bottleneck, scale, shift).to(bottleneck.dtype))
-        shape = activation.new_empty(1).expand(grad_weight.shape)
-        of_weight: Any = (*_geometry(images), (False, True, False))
-        operands = [images, activation, shape]
+        grad, size = images, tuple(grad_weight.shape)
         if images.dim() == 5:  # PyTorch's own is wrong in bfloat16 for volumes of few slices
-            operands = [_wide(operand) for operand in operands]
-        backward = torch.ops.aten.convolution_backward
-        grad_weight.copy_(backward(*operands, None, *of_weight)[1])
-        del activation
+            activation, grad = _wide(activation), _wide(grad)
+        grad_weight.copy_(_OF_WEIGHT[images.dim()](activation, size, grad, padding=1))
+        del activation, grad
     if grad_gamma is None or grad_beta is None:
         return
     weight, geometry = weight.to(images.dtype), _geometry(images, transposed=True)
@@ -281,8 +279,7 @@ def transition_forward(
 ) -> None:
     """`out` = avgpool2(act(features)) @ weight.T, and its statistics.
 
-    Pooling commutes with the 1x1 convolution, so it comes first: in two dimensions a quarter of the
-    rows remain.
+    Pooling commutes with the 1x1 convolution, so it comes first: of images a quarter remains.
     """
     pooled = _pooled_activation(features, scale, shift)
     torch.mm(_rows(pooled), weight.to(features.dtype).t(), out=_rows(out))
