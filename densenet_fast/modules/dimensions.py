@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from densenet_fast import arguments
+from densenet_fast.blocks.stem_convolution import Conv as Conv  # for all modules
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
