@@ -109,3 +109,16 @@ def assert_same_step(model: nn.Module, reference: nn.Module, x: torch.Tensor) ->
         )
     for one, other in zip(model.buffers(), reference.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_training(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> None:
+    """Three steps of gradient descent agree, and the evaluation behind them."""
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (model, reference)]
+    for _ in range(3):
+        assert_same_step(model, reference, x)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        output, expected = model.eval()(x), reference.eval()(x)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
