@@ -74,19 +74,23 @@ DF_INLINE void transform_weight_gradient(const T* s, int64_t stride, Vec<T> (&ta
   }
 }
 
-// Slice z of the kernel's gradients from those at the points of its depth, whose products `s` has,
-// points of a slice `stride` apart and those of the depth `deep`: G' once more.
+// The slices of the kernels' gradients from those at the points of their depth, whose products `s`
+// has, points of a slice `stride` apart and those of the depth `deep`: G' once more.
 template <class T>
-DF_INLINE void transform_weight_slice(const T* s, int64_t stride, int64_t deep, int points,
-                                      int64_t z, Vec<T> (&taps)[9]) {
-  if (points == 1) return transform_weight_gradient<T>(s, stride, taps);
-  Vec<T> inner[2][9];
-  for (int i = 0; i < 2; ++i) transform_weight_gradient<T>(s + (i + 1) * deep, stride, inner[i]);
-  if (z != 1) transform_weight_gradient<T>(s + (z == 0 ? 0 : 3) * deep, stride, taps);
+DF_INLINE void transform_weight_slices(const T* s, int64_t stride, int64_t deep, int points,
+                                       Vec<T> (&slices)[3][9]) {
+  transform_weight_gradient<T>(s, stride, slices[0]);
+  if (points == 1) return;
+  Vec<T> second[9];
+  transform_weight_gradient<T>(s + deep, stride, slices[1]);
+  transform_weight_gradient<T>(s + 2 * deep, stride, second);
+  transform_weight_gradient<T>(s + 3 * deep, stride, slices[2]);
   const Vec<T> half = splat<T>(T(0.5));
   for (int t = 0; t < 9; ++t) {
-    taps[t] = z == 1 ? half * (inner[0][t] - inner[1][t])
-                     : fma<T>(half, inner[0][t] + inner[1][t], taps[t]);
+    const Vec<T> even = slices[1][t] + second[t];
+    slices[0][t] = fma<T>(half, even, slices[0][t]);
+    slices[2][t] = fma<T>(half, even, slices[2][t]);
+    slices[1][t] = half * (slices[1][t] - second[t]);
   }
 }
 
@@ -143,21 +147,26 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const bool want_data = grad_affine.beta != nullptr, want_weight = grad_weight.wanted();
   const PaddedNorm<T> padded_norm(norm, channels);
 
-  // Tasks: equal parts of the tiles, 16 at most as each has its own sums and weight gradient, each
-  // for one panel of channels, in groups of column blocks where threads would be idle.
+  // Tasks: equal parts of the tiles, each with its own sums and weight gradient, for one panel of
+  // channels, in groups of column blocks where threads would be idle. In volumes a gradient's
+  // transforms cost as much as five tiles, so that parts are larger, but where a single part had
+  // but one group.
   const WinogradTiles tiles(bottleneck);
   const int points = tiles.points;
-  const EqualParts parts(tiles.count(), 16, 64);
-  const int64_t run = equal_tile(parts.size, kWinogradTiles);
+  const int prefer = points > 1 ? 2 : kBackwardVectors;
   const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
-  const int64_t groups = smaller(ceil_div(panel_vectors(0), kBackwardVectors),
+  const bool narrow = width <= 3 * L;
+  const EqualParts parts(tiles.count(), points > 1 && narrow ? 8 : 16,
+                         points == 1 ? 64 : narrow ? 32 : 128);
+  const int64_t run = equal_tile(parts.size, kWinogradTiles);
+  const int64_t groups = smaller(ceil_div(panel_vectors(0), prefer),
                                  ceil_div(2 * thread_count(), parts.count * panels));
   // Of a single part every task packs what it reads and stores what it makes.
   const bool single = parts.count == 1;
   const CallMemory<T> packed(want_data && !single ? points * kPoints * k * width : 0);
   for (int64_t z = 0; want_data && !single && z < points; ++z) {
     for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-      pack_blocks(k, k, smaller(kPanel, channels - c0), kBackwardVectors,
+      pack_blocks(k, k, smaller(kPanel, channels - c0), prefer,
                   packed.get() + kPoints * k * (z * width + c0),
                   [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
                     pack_points<true>(weight, z, c0, i, count, v, nv, block,
@@ -171,7 +180,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
 
   for_each_task(parts.count * panels * groups, [&](int64_t task) {
     const int64_t part = task / groups / panels, panel_begin = task / groups % panels * kPanel;
-    const BlockGroup group(panel_vectors(panel_begin), kBackwardVectors, task % groups, groups);
+    const BlockGroup group(panel_vectors(panel_begin), prefer, task % groups, groups);
     const int64_t c0 = panel_begin + group.begin * L, panel = (group.end - group.begin) * L;
     if (panel == 0) return;
     const int64_t columns = smaller(panel, channels - c0);
@@ -191,7 +200,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
-    const int64_t data_run = points > 1 ? smaller(run, kWideVolumeTiles) : run;
+    const int64_t data_run = points > 1 ? smaller(run, kVolumeTiles) : run;
     const int64_t pitch = result_pitch(data_run, panel);
     T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
     T* inputs = scratch<T>(Scratch::kResult, kPoints * larger(kPointPitch, points * pitch));
@@ -264,29 +273,31 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
         stream.add(grad_weight.data + c0 * 9, columns * 9 * sizeof(S), channels * 9 * sizeof(S), k,
                    true);
       }
-      const int64_t blocks = ceil_div(panel / L, kBackwardVectors);
+      const int64_t blocks = ceil_div(panel / L, prefer);
       stream.start(
           kPoints * blocks *
-          ((want_weight ? ceil_div(k, kMaxRows[kBackwardVectors]) * ceil_div(count, kPrefetchEvery)
+          ((want_weight ? ceil_div(k, kMaxRows[prefer]) * ceil_div(count, kPrefetchEvery)
                         : 0) +
-           (want_data ? ceil_div(count, kMaxRows[kBackwardVectors]) * ceil_div(k, kPrefetchEvery)
+           (want_data ? ceil_div(count, kMaxRows[prefer]) * ceil_div(k, kPrefetchEvery)
                       : 0)));
       if (want_weight) add_weight(begin, end, 0, stream);
       if (want_data) make_data(begin, end, stream);
     }
 
-    for (int64_t z = 0; want_weight && z < weight.depth(); ++z) {
-      T* to = partial_weight.get() + (part * weight.depth() + z) * 9 * k * width + c0;
-      for (int64_t o = 0; o < k; ++o) {
-        for (int64_t c = 0; c < panel; c += L) {
-          Vec<T> taps[9];
-          transform_weight_slice<T>(products + o * kPanelPitch + c, k * kPanelPitch, deep_products,
-                                    points, z, taps);
+    T* to = partial_weight.get() + part * weight.taps() * k * width + c0;
+    for (int64_t o = 0; want_weight && o < k; ++o) {
+      for (int64_t c = 0; c < panel; c += L) {
+        Vec<T> slices[3][9];
+        transform_weight_slices<T>(products + o * kPanelPitch + c, k * kPanelPitch, deep_products,
+                                   points, slices);
+        for (int z = 0; z < weight.depth(); ++z) {
           if (single) {
-            store_kernel_gradients(weight, grad_weight, o * channels + c0 + c, z, taps,
+            store_kernel_gradients(weight, grad_weight, o * channels + c0 + c, z, slices[z],
                                    columns - c);
-          } else {
-            for (int t = 0; t < 9; ++t) store<T>(to + (t * k + o) * width + c, taps[t]);
+            continue;
+          }
+          for (int t = 0; t < 9; ++t) {
+            store<T>(to + ((z * 9 + t) * k + o) * width + c, slices[z][t]);
           }
         }
       }

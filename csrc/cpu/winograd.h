@@ -20,8 +20,8 @@ namespace {
 
 constexpr int64_t kPoints = 16;
 constexpr int64_t kWinogradTiles = 48;  // of one run, at most
-// Where products of all points of the depth are held: in the cache, of narrow and of wide results.
-constexpr int64_t kVolumeTiles = 28, kWideVolumeTiles = 16;
+// Where products of all points of the depth are held: in the cache.
+constexpr int64_t kVolumeTiles = 28;
 constexpr int64_t kPointPitch = kWinogradTiles * kPanelPitch;
 
 // Elements between two points of a result of [16, tiles, width]: a few cache lines more than
