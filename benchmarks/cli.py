@@ -39,6 +39,7 @@ SUITE_FLAGS = {
     "parts": "--parts",
     "growth_rates": "--growth-rates",
     "depths": "--depths",
+    "dims": "--dims",
     "rounds": "--rounds",
     "amp": "--amp",
     "budgets": "--budgets",
@@ -103,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--parts", type=_names, help="parts of the suite")
     some.add_argument("--growth-rates", type=_rates, help="growth rates to measure")
     some.add_argument("--depths", type=_depths, help="depths to measure")
+    some.add_argument("--dims", type=int, choices=(1, 2, 3), help="of the images (default: 2)")
     some.add_argument("--rounds", type=_positive, help="timed rounds, training steps or passes")
     amp = ("none", "float16", "bfloat16")
     some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
@@ -189,6 +191,7 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
         parts=arguments.parts,
         growth_rates=arguments.growth_rates,
         depths=arguments.depths,
+        dims=arguments.dims,
         rounds=arguments.rounds,
         amp=arguments.amp,
         budgets=arguments.budgets,

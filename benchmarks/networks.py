@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -52,15 +53,19 @@ def densenet_bc(
     image_size: int = 32,
     in_channels: int = 3,
     num_classes: int = 10,
+    dims: int = 2,
 ) -> NetworkSpec:
-    """DenseNet-BC for small images: three equal blocks, `depth` layers, 2k stem channels."""
+    """DenseNet-BC for small images: three equal blocks, `depth` layers, 2k stem channels.
+
+    Of sequences and volumes MONAI's, with the large stem.
+    """
     layers, rest = divmod(depth - 4, 6)
     if layers < 1 or rest:
         raise ValueError(
             f"the depth of a DenseNet-BC of three blocks is 6·n + 4 (10, 16, ...), got {depth}"
         )
     return NetworkSpec(
-        name=f"DenseNet-BC-{depth}",
+        name=f"DenseNet-BC-{depth}" + f", {dims}-D" * (dims != 2),
         growth_rate=growth_rate,
         block_config=(layers,) * 3,
         num_init_features=2 * growth_rate,
@@ -68,7 +73,8 @@ def densenet_bc(
         batch_size=batch_size,
         num_classes=num_classes,
         in_channels=in_channels,
-        small_inputs=True,
+        small_inputs=dims == 2,
+        dims=dims,
     )
 
 
@@ -105,15 +111,8 @@ OTHER_DIMENSIONS: dict[str, NetworkSpec] = {
     "densenet121-3d-96": _sequences_or_volumes(
         name="DenseNet-121, 3-D", dims=3, image_size=96, batch_size=1
     ),
-    "densenet-bc-100-3d": _sequences_or_volumes(
-        name="DenseNet-BC-100, 3-D",
-        growth_rate=12,
-        block_config=(16, 16, 16),
-        num_init_features=24,
-        dims=3,
-        image_size=32,
-        batch_size=8,
-    ),
+    "densenet-bc-100-3d": densenet_bc(100, 12, batch_size=8, in_channels=1, num_classes=2, dims=3),
 }
+KNOWN_NETWORKS = ChainMap(OTHER_DIMENSIONS, NETWORKS)  # the last one first
 # The two that suites measure unless told otherwise.
 MAIN_NETWORKS = ("densenet121", "densenet-bc-100")

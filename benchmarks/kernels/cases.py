@@ -63,29 +63,33 @@ class Operands:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def features(self, shape: Shape, channels: int, start: int = 0) -> Tensor:
-        """Rows [N, H, W, C] in a block's buffer, where other channels lie between them."""
+        """Rows [N, *size, C] in a block's buffer, where other channels lie between them."""
         like = self.empty(0)
-        size = (shape.images, shape.buffer, shape.size, shape.size)
+        size = (shape.images, shape.buffer, *(shape.size,) * shape.dims)
         pitch = row_pitch(shape.buffer, like.itemsize, cuda=like.is_cuda)
         buffer = empty_channels_last(size, like, pitch)
-        rows = buffer.permute(0, 2, 3, 1)[..., start : start + channels]
+        rows = buffer.movedim(1, -1)[..., start : start + channels]
         return rows.copy_(self.rows(shape, channels))
 
     def rows(self, shape: Shape, channels: int, size: int | None = None) -> Tensor:
-        """Dense rows [N, H, W, C]."""
+        """Dense rows [N, *size, C]."""
         size = size or shape.size
-        return self.randn(shape.images, size, size, channels).to(self.dtype)
+        return self.randn(shape.images, *(size,) * shape.dims, channels).to(self.dtype)
 
     def norm(self, rows: Tensor) -> Norm:
         """A norm of these rows."""
-        var, mean = torch.var_mean(rows.float(), (0, 1, 2), correction=0)
-        channels = rows.shape[3]
+        var, mean = torch.var_mean(rows.float(), tuple(range(rows.dim() - 1)), correction=0)
+        channels = rows.shape[-1]
         gamma, beta = 1 + 0.2 * self.randn(channels), 0.1 * self.randn(channels)
         return Norm(gamma, beta, mean, (var + EPS).rsqrt())
 
     def weight(self, *shape: int) -> Tensor:
         """A convolution's weight."""
         return (0.05 * self.randn(*shape)).to(self.dtype)
+
+    def kernels(self, shape: Shape) -> Tensor:
+        """Weight of a 3-wide convolution."""
+        return self.weight(shape.outputs, shape.channels, *(3,) * shape.dims)
 
     def empty(self, *shape: int) -> Tensor:
         """Room for a result."""
@@ -117,8 +121,17 @@ def _moved(*operands: Tensor | None) -> int:
 
 
 def _images(rows: Tensor) -> Tensor:
-    """Dense channels_last images [N, C, H, W] of rows."""
-    return rows.contiguous().permute(0, 3, 1, 2)
+    """Dense channels_last images [N, C, *size] of rows."""
+    return rows.contiguous().movedim(-1, 1)
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAXIMA = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+
+
+def _by_dimensions(functions: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[..., Tensor]:
+    return functions[x.dim() - 3]
 
 
 def _norm_relu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -127,19 +140,20 @@ def _norm_relu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def _conv1x1(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(_norm_relu(x, gamma, beta), weight[..., None, None])
+    kernel = weight.reshape(*weight.shape, *(1,) * (x.dim() - 2))
+    return _by_dimensions(_CONVOLUTIONS, x)(_norm_relu(x, gamma, beta), kernel)
 
 
 def _conv3x3(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(_norm_relu(x, gamma, beta), weight, padding=1)
+    return _by_dimensions(_CONVOLUTIONS, x)(_norm_relu(x, gamma, beta), weight, padding=1)
 
 
 def _transition(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-    return F.avg_pool2d(_conv1x1(x, gamma, beta, weight), 2)
+    return _by_dimensions(_AVERAGES, x)(_conv1x1(x, gamma, beta, weight), 2)
 
 
 def _max_pool(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    return F.max_pool2d(_norm_relu(x, gamma, beta), 3, 2, padding=1)
+    return _by_dimensions(_MAXIMA, x)(_norm_relu(x, gamma, beta), 3, 2, padding=1)
 
 
 def _usual_forward(
@@ -149,7 +163,7 @@ def _usual_forward(
 
     def call() -> Sequence[Tensor]:
         with torch.no_grad():
-            return (function(x, norm.gamma, norm.beta, *weight).permute(0, 2, 3, 1),)
+            return (function(x, norm.gamma, norm.beta, *weight).movedim(1, -1),)
 
     return call
 
@@ -178,7 +192,7 @@ def _usual_backward(
 def _conv1x1_forward(make: Operands, shape: Shape) -> Case:
     features = make.features(shape, shape.channels)
     norm, weight = make.norm(features), make.weight(shape.outputs, shape.channels)
-    bottleneck = make.empty(*features.shape[:3], shape.outputs)
+    bottleneck = make.empty(*features.shape[:-1], shape.outputs)
     mean, var = make.vectors(shape.outputs)
     arguments = (features, *norm.forward, weight, bottleneck, mean, var)
     return Case(
@@ -215,7 +229,10 @@ def _conv1x1_backward(make: Operands, shape: Shape) -> Case:
 
 def _conv3x3_forward(make: Operands, shape: Shape) -> Case:
     bottleneck = make.rows(shape, shape.channels)
-    norm, weight = make.norm(bottleneck), make.weight(shape.outputs, shape.channels, 3, 3)
+    norm, weight = (
+        make.norm(bottleneck),
+        make.weight(shape.outputs, shape.channels, *(3,) * shape.dims),
+    )
     growth = make.features(shape, shape.outputs, shape.buffer - shape.outputs)
     mean, var = make.vectors(shape.outputs)
     arguments = (bottleneck, *norm.forward, weight, growth, mean, var)
@@ -230,7 +247,10 @@ def _conv3x3_forward(make: Operands, shape: Shape) -> Case:
 
 def _conv3x3_backward(make: Operands, shape: Shape) -> Case:
     bottleneck = make.rows(shape, shape.channels)
-    norm, weight = make.norm(bottleneck), make.weight(shape.outputs, shape.channels, 3, 3)
+    norm, weight = (
+        make.norm(bottleneck),
+        make.weight(shape.outputs, shape.channels, *(3,) * shape.dims),
+    )
     grad_growth = make.rows(shape, shape.outputs)
     grad_norm = torch.empty_like(bottleneck)
     grad_gamma, grad_beta = make.vectors(shape.channels)
@@ -252,10 +272,10 @@ def _transition_forward(make: Operands, shape: Shape) -> Case:
     features = make.features(shape, shape.channels)
     norm, weight = make.norm(features), make.weight(shape.outputs, shape.channels)
     half = shape.size // 2
-    out = make.empty(shape.images, half, half, shape.outputs)
+    out = make.empty(shape.images, *(half,) * shape.dims, shape.outputs)
     arguments = (features, *norm.forward, weight, out)
     return Case(
-        2 * shape.images * half**2 * weight.numel(),
+        2 * shape.images * half**shape.dims * weight.numel(),
         _moved(*arguments),
         lambda: operators.transition_forward(*arguments, None, None),
         _usual_forward(_transition, features, norm, weight),
@@ -276,7 +296,7 @@ def _transition_backward(make: Operands, shape: Shape) -> Case:
         *(grad_features, grad_gamma, grad_beta, grad_weight),
     )
     return Case(
-        4 * shape.images * half**2 * weight.numel(),
+        4 * shape.images * half**shape.dims * weight.numel(),
         _moved(*arguments),
         lambda: operators.transition_backward(*arguments),
         _usual_backward(_transition, features, norm, grad_out, weight),
@@ -319,7 +339,7 @@ def _finish_gradient(make: Operands, shape: Shape) -> Case:
 def _pooled(make: Operands, shape: Shape) -> tuple[Tensor, Norm, Tensor, Tensor]:
     input = make.rows(shape, shape.channels)
     half = (shape.size + 1) // 2
-    out = make.empty(shape.images, half, half, shape.channels)
+    out = make.empty(shape.images, *(half,) * shape.dims, shape.channels)
     return input, make.norm(input), out, torch.empty_like(out, dtype=torch.uint8)
 
 
@@ -346,7 +366,7 @@ def _maxpool_backward(make: Operands, shape: Shape) -> Case:
         _moved(*read, *written),
         lambda: operators.norm_relu_maxpool_backward(*read, True, *written),
         _usual_backward(_max_pool, input, norm, grad_out),
-        (grad_input.permute(0, 3, 1, 2), grad_gamma, grad_beta),
+        (grad_input.movedim(-1, 1), grad_gamma, grad_beta),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import KNOWN_NETWORKS
 from benchmarks.prediction.shapes import Block, blocks
 
 CONVOLUTIONS = (
@@ -30,7 +30,8 @@ class Shape:
     """Images of one size and the channels of one kernel."""
 
     images: int
-    size: int  # pixels, height and width
+    size: int  # pixels, in every dimension
+    dims: int
     channels: int  # that the kernel reads
     outputs: int  # of its product; 0: it has none
     buffer: int  # of all features of the block, in which the kernel's are a slice
@@ -38,23 +39,23 @@ class Shape:
     @property
     def rows(self) -> int:
         """Pixels of the batch."""
-        return self.images * self.size**2
+        return self.images * self.size**self.dims
 
     @property
     def label(self) -> str:
         """As tables show it."""
-        label = f"{self.images}×{self.size}×{self.size}×{self.channels}"
+        label = "×".join(map(str, (self.images, *(self.size,) * self.dims, self.channels)))
         return f"{label} → {self.outputs}" if self.outputs else label
 
 
 def shapes(kernel: str, name: str) -> list[Shape]:
     """Where one network has this kernel: for each block that has it, or in its stem."""
-    spec = NETWORKS[name]
+    spec = KNOWN_NETWORKS[name]
     inner = blocks(spec)
     stem: list[Shape] = []
     if not spec.small_inputs:
         channels, size = spec.num_init_features, (spec.image_size - 1) // 2 + 1
-        stem = [Shape(spec.batch_size, size, channels, 0, channels)]
+        stem = [Shape(spec.batch_size, size, spec.dims, channels, 0, channels)]
     if kernel.startswith("norm_relu_maxpool"):
         return stem
     if kernel == "channel_statistics":
@@ -73,4 +74,4 @@ def shapes(kernel: str, name: str) -> list[Shape]:
 
 
 def _shape(block: Block, channels: int, outputs: int = 0) -> Shape:
-    return Shape(block.images, block.height, channels, outputs, block.end)
+    return Shape(block.images, block.size, block.dims, channels, outputs, block.end)

@@ -95,7 +95,7 @@ def partials(tiles: int, channels: int) -> int:
 def tiles_3x3(block: Block) -> int:
     """Tiles of 128 pixels that cover the images of a block best (`best_shape`)."""
     return min(
-        ceil_div(block.images, n) * ceil_div(block.height, h) * ceil_div(block.width, w)
+        ceil_div(block.images, n) * ceil_div(block.size, h) * ceil_div(block.size, w)
         for n, h, w in TILE_SHAPES
     )
 
@@ -341,7 +341,7 @@ def _tail(block: Block, fmt: Format, multiprocessors: int) -> Iterator[Op]:
         weight=packed(c, out, 1, fmt),
         partial=partials(ceil_div(pooled, TILE_ROWS), c),
         flops=2 * pooled * weights,
-        launches=4 if block.height % 2 or block.width % 2 else 3,
+        launches=4 if block.size % 2 else 3,
     )
     splits = row_splits(pooled, out, c, fmt, multiprocessors)
     yield product(

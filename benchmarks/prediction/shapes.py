@@ -69,11 +69,11 @@ class Op:
 
 @dataclass(frozen=True)
 class Block:
-    """A dense block on [images, channels, height, width], and what is behind it."""
+    """A dense block on images of one size in every dimension, and what is behind it."""
 
     images: int
-    height: int
-    width: int
+    size: int
+    dims: int
     channels: int  # of the input
     layers: int
     growth: int
@@ -83,12 +83,17 @@ class Block:
     @property
     def rows(self) -> int:
         """Pixels of the batch."""
-        return self.images * self.height * self.width
+        return self.images * self.size**self.dims
 
     @property
     def pooled_rows(self) -> int:
-        """Pixels behind 2×2 pooling."""
-        return self.images * (self.height // 2) * (self.width // 2)
+        """Pixels behind the 2-wide pooling."""
+        return self.images * (self.size // 2) ** self.dims
+
+    @property
+    def taps(self) -> int:
+        """Of the 3-wide convolution."""
+        return 3**self.dims
 
     @property
     def end(self) -> int:
@@ -106,7 +111,7 @@ class Block:
 
     def layer_weights(self, layer: int) -> int:
         """Elements of a layer's two convolutions."""
-        return self.bottleneck * (self.start(layer) + 9 * self.growth)
+        return self.bottleneck * (self.start(layer) + self.taps * self.growth)
 
     @property
     def weights(self) -> int:
@@ -142,14 +147,14 @@ def stem(spec: NetworkSpec) -> Stem:
     images, size = spec.batch_size, spec.image_size
     out = size if spec.small_inputs else (size - 1) // 2 + 1
     pooled = 0 if spec.small_inputs else (out - 1) // 2 + 1
-    taps = 9 if spec.small_inputs else 49
+    taps = (3 if spec.small_inputs else 7) ** spec.dims
     return Stem(
         images=images,
-        image_elements=images * spec.in_channels * size**2,
-        rows=images * out**2,
+        image_elements=images * spec.in_channels * size**spec.dims,
+        rows=images * out**spec.dims,
         channels=spec.num_init_features,
         weights=taps * spec.in_channels * spec.num_init_features,
-        pooled_rows=images * pooled**2,
+        pooled_rows=images * pooled**spec.dims,
     )
 
 
@@ -164,10 +169,9 @@ def blocks(spec: NetworkSpec) -> list[Block]:
         end = channels + layers * spec.growth_rate
         last = index == len(spec.block_config)
         behind = None if last else int(end * spec.compression)
-        width = spec.bn_size * spec.growth_rate
-        found.append(
-            Block(spec.batch_size, size, size, channels, layers, spec.growth_rate, width, behind)
-        )
+        growth, width = spec.growth_rate, spec.bn_size * spec.growth_rate
+        images = spec.batch_size
+        found.append(Block(images, size, spec.dims, channels, layers, growth, width, behind))
         channels, size = behind or end, size // 2
     return found
 

@@ -71,13 +71,13 @@ def layer_forward(block: Block, layer: int, fmt: Format) -> Iterator[Op]:
     yield from norm_relu("norm1, ReLU", m * c, fmt)
     yield conv_forward("conv1x1", m, b * c, c, b, fmt)
     yield from norm_relu("norm2, ReLU", m * b, fmt)
-    yield conv_forward("conv3x3", m, 9 * b * k, b, k, fmt)
+    yield conv_forward("conv3x3", m, block.taps * b * k, b, k, fmt)
 
 
 def layer_backward(block: Block, layer: int, fmt: Format, *, efficient: bool) -> Iterator[Op]:
     """The same backwards; `efficient` makes concatenation, norm1 and ReLU again before."""
     m, c, b, k = block.rows, block.start(layer), block.bottleneck, block.growth
-    yield from conv_backward("conv3x3", m, 9 * b * k, b, k, fmt)
+    yield from conv_backward("conv3x3", m, block.taps * b * k, b, k, fmt)
     yield from norm_relu_backward("norm2, ReLU", m * b, fmt)
     if efficient:
         yield cat("recomputation", m * c, fmt, "backward")

@@ -46,6 +46,7 @@ class Options:
     parts: tuple[str, ...] | None = None
     growth_rates: tuple[int, ...] | None = None
     depths: tuple[int, ...] | None = None
+    dims: int | None = None
     rounds: int | None = None
     amp: str | None = None
     budgets: tuple[int, ...] | None = None  # MiB

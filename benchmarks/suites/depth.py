@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks.networks import densenet_bc
 from benchmarks.suites import Options, Record, sweep
 from benchmarks.suites.step import failures, run
 from benchmarks.suites.sweep_page import figure, page
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
-OPTIONS = frozenset({"depths", "peers", "parts", "rounds"})
+OPTIONS = frozenset({"depths", "dims", "peers", "parts", "rounds"})
 PARTS = sweep.PARTS
 
 DEPTHS = (22, 40, 100, 148, 190, 250)
@@ -21,5 +20,5 @@ BATCH_SIZE = 8  # a naive step of the deepest then takes about a second on two c
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
     depths = options.depths or (DEPTHS if options.full else QUICK_DEPTHS)
-    specs = {depth: densenet_bc(depth, GROWTH_RATE, batch_size=BATCH_SIZE) for depth in depths}
+    specs = {depth: sweep.network(options, depth, GROWTH_RATE, BATCH_SIZE) for depth in depths}
     return sweep.plan(options, "depth", f"Depths at k={GROWTH_RATE}", specs)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks.networks import densenet_bc
 from benchmarks.suites import Options, Record, sweep
 from benchmarks.suites.step import failures, run
 from benchmarks.suites.sweep_page import figure, page
 
 __all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
-OPTIONS = frozenset({"growth_rates", "peers", "parts", "rounds"})
+OPTIONS = frozenset({"growth_rates", "dims", "peers", "parts", "rounds"})
 PARTS = sweep.PARTS
 
 GROWTH_RATES = (8, 12, 16, 24, 32, 40, 48)
@@ -21,5 +20,5 @@ BATCH_SIZE = 32
 def plan(options: Options) -> Record:
     """Settings of the quick or the full form, as the user changed them."""
     rates = options.growth_rates or (GROWTH_RATES if options.full else QUICK_GROWTH_RATES)
-    specs = {k: densenet_bc(DEPTH, k, batch_size=BATCH_SIZE) for k in rates}
+    specs = {k: sweep.network(options, DEPTH, k, BATCH_SIZE) for k in rates}
     return sweep.plan(options, "growth rate", f"Growth rates at depth {DEPTH}", specs)

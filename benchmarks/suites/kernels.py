@@ -13,12 +13,12 @@ from benchmarks.kernels import machine
 from benchmarks.kernels.cases import make
 from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
 from benchmarks.measure import bursts, tuned_libraries
-from benchmarks.networks import MAIN_NETWORKS
+from benchmarks.networks import KNOWN_NETWORKS, MAIN_NETWORKS
 from benchmarks.progress import Progress
 from benchmarks.suites import Options, Record, Save, has
 from benchmarks.suites.kernels_page import figure, page
 
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
+__all__ = ["KNOWN_NETWORKS", "OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
 OPTIONS = frozenset({"networks", "parts", "rounds"})
 PARTS = (*CONVOLUTIONS, *MEMORY_BOUND)

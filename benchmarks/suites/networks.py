@@ -5,21 +5,18 @@ Measured as the `step` suite does; a network is compared with the peers that can
 
 from __future__ import annotations
 
-from collections import ChainMap
-
 from benchmarks import ranking
-from benchmarks.networks import MAIN_NETWORKS, NETWORKS, OTHER_DIMENSIONS
+from benchmarks.networks import KNOWN_NETWORKS, MAIN_NETWORKS
 from benchmarks.peers import BASIC_PEERS, PEERS
 from benchmarks.report import Page
 from benchmarks.suites import Options, Record, step, step_page
 from benchmarks.suites.step import failures, run
 from benchmarks.suites.step_page import figure
 
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
+__all__ = ["KNOWN_NETWORKS", "OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
 
 OPTIONS = step.OPTIONS
 PARTS = step.PARTS
-KNOWN_NETWORKS = ChainMap(OTHER_DIMENSIONS, NETWORKS)  # the last one first
 
 # The compiler takes minutes for each network: unless named, its networks are the main ones.
 QUICK_PEERS = (*BASIC_PEERS, "monai", "timm", "resnet50", "resnet101")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.networks import NetworkSpec
 from benchmarks.peers import PEERS
 from benchmarks.report import MISSING, Page, Table, intro, mebibytes, percent, ratio, seconds
 from benchmarks.suites.step_page import best_naive, memory_of, minima_of
@@ -71,7 +72,7 @@ def page(record: Record) -> Page:
     result = Page(f"{settings['title']}: memory and speed")
     result.add(*intro(record))
     result.add(
-        "DenseNet-BC for 32×32 images, float32. A step is forward, cross entropy and backward, "
+        f"{_networks_text(settings)}, float32. A step is forward, cross entropy and backward, "
         "without an optimizer; inference is without gradients. All implementations start from the "
         "same weights, and densenet_fast gets channels_last input.",
         f"Seconds: the minimum of {settings['rounds']} rounds after an untimed one, in which all "
@@ -99,6 +100,13 @@ def page(record: Record) -> Page:
     result.heading("Slower than naive?")
     result.add(verdict(record))
     return result
+
+
+def _networks_text(settings: dict[str, Any]) -> str:
+    images = "×".join(map(str, NetworkSpec.from_json(settings["networks"][0]).input_shape[2:]))
+    if settings["dims"] == 2:
+        return f"DenseNet-BC for {images} images"
+    return f"MONAI's DenseNet with three equal blocks for inputs of {images}, as the naive network"
 
 
 def _networks(settings: dict[str, Any]) -> Table:

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 KERNELS = (*CONVOLUTIONS, *MEMORY_BOUND)
 QUIET = ["kernels", "--no-progress", "--device", "cpu"]
 # Odd pixels, which no pooling and no tile fits, in a buffer whose rows are padded.
-SMALL = Shape(3, 7, 12, 8, 1024)
+SMALL = Shape(3, 7, 2, 12, 8, 1024)
 
 
 @pytest.fixture
@@ -59,9 +59,10 @@ def threads_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 # ---- What is timed
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_both_calls_do_the_same_work(kernel: str) -> None:
-    shape = SMALL if kernel in CONVOLUTIONS else replace(SMALL, outputs=0)
+def test_both_calls_do_the_same_work(kernel: str, dims: int) -> None:
+    shape = replace(SMALL, dims=dims, outputs=8 if kernel in CONVOLUTIONS else 0)
     case = cases.make(kernel, shape, 1, CPU)
     case.ours()
     compared = 0
@@ -117,6 +118,8 @@ def test_shapes_are_those_of_the_networks() -> None:
     ]
     assert labels("norm_relu_maxpool_forward", "densenet121") == ["8×112×112×64"]
     assert not labels("norm_relu_maxpool_forward", "densenet-bc-100")
+    assert labels("conv3x3_forward", "densenet121-3d")[0] == "2×16×16×16×128 → 32"
+    assert labels("norm_relu_maxpool_forward", "densenet121-1d") == ["32×1024×64"]
     assert labels("channel_statistics", "densenet121")[:2] == ["8×112×112×64", "8×56×56×64"]
     assert {shape.buffer for shape in shapes("finish_gradient", "densenet-bc-100")} == {
         216,

@@ -67,7 +67,7 @@ def test_conv1x1_forward_by_hand() -> None:
 
 
 def test_conv3x3_by_hand() -> None:
-    block = Block(2, 8, 16, 24, 1, 12, 48, None)
+    block = Block(4, 8, 2, 24, 1, 12, 48, None)
     m, weights = 256, 9 * 48 * 12
     assert fused.tiles_3x3(block) == 2
     dgrad, wgrad = fused.conv3x3_backward(block, FLOAT32, SMS)
@@ -91,7 +91,7 @@ def test_features_are_read_once_for_each_tile_of_columns(outputs: int, sweeps: i
 
 
 def test_usual_layer_by_hand() -> None:
-    block = Block(1, 4, 4, 32, 1, 8, 16, None)
+    block = Block(1, 4, 2, 32, 1, 8, 16, None)
     m, c, b, k, e = 16, 32, 16, 8, 4
     forward = list(usual.layer_forward(block, 0, FLOAT32))
     # cat, statistics, normalisation, ReLU, convolution; twice but for cat

@@ -20,6 +20,7 @@ pytest.importorskip("tqdm")
 
 from benchmarks import cli, measure, memory, peers
 from benchmarks.environment import describe
+from benchmarks.networks import NetworkSpec
 from benchmarks.peers import BASIC_PEERS
 from benchmarks.suites import Options, depth, growth, step, sweep_page
 
@@ -61,14 +62,17 @@ def test_values_that_are_named_are_measured() -> None:
     assert images == {depth.BATCH_SIZE}  # nothing but the depth differs
 
 
-def test_parameters_and_flops_are_those_of_the_network() -> None:
-    (case,) = growth.plan(Options(growth_rates=(12,)))["settings"]["cases"]
-    spec = growth.densenet_bc(growth.DEPTH, 12, batch_size=growth.BATCH_SIZE)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_parameters_and_flops_are_those_of_the_network(dims: int) -> None:
+    settings = growth.plan(Options(growth_rates=(12,), dims=dims))["settings"]
+    (case,), (network,) = settings["cases"], settings["networks"]
+    spec = NetworkSpec.from_json(network)
+    assert len(spec.input_shape) == 2 + dims
     model = peers.build_torchvision(spec, memory_efficient=False)
     assert case["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     counter = FlopCounterMode(display=False)
     with counter:
-        memory.training_step(model, *memory.make_batch(spec, torch.channels_last, CPU, 0))
+        memory.training_step(model, *memory.make_batch(spec, torch.contiguous_format, CPU, 0))
     assert case["flops"] == counter.get_total_flops()
 
 
@@ -78,6 +82,8 @@ def test_parameters_and_flops_are_those_of_the_network() -> None:
     [
         ("growth", ["--growth-rates", "4,6"], "## Growth rates at depth 10"),
         ("depth", ["--depths", "10,16"], "## Depths at k=4"),
+        ("depth", ["--depths", "10,16", "--dims", "1"], "## Depths at k=4, 1-D"),
+        ("growth", ["--growth-rates", "4,6", "--dims", "3"], "## Growth rates at depth 10, 3-D"),
     ],
 )
 def test_small_run(
@@ -89,8 +95,12 @@ def test_small_run(
     assert names == {f"{suite}.{suffix}" for suffix in ("md", "json", "png", "svg")}
     record = json.loads((tmp_path / f"{suite}.json").read_text())
     assert record["complete"]
+    compared = record["settings"]["peers"]
+    assert set(compared) <= set(BASIC_PEERS) and (len(compared) < len(BASIC_PEERS)) == (
+        "--dims" in chosen
+    )
     for part in ("time", "inference"):
-        assert [len(entry["seconds"]) for entry in record[part]] == [2] * 2 * len(BASIC_PEERS)
+        assert [len(entry["seconds"]) for entry in record[part]] == [2] * 2 * len(compared)
     assert not record["memory"]
     assert len(sweep_page.comparisons(record)) == 2 * 2 * 3  # cases, parts, modes
     text = (tmp_path / f"{suite}.md").read_text()
