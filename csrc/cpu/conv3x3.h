@@ -22,7 +22,7 @@ int64_t packed_conv3x3_size(int64_t h, int64_t w, Weight<S> weight) {
   using T = Compute<S>;
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return depth_points(weight.dims) * kPoints * weight.in * padded<T>(weight.out);
+      return packed_winograd_size(weight);
     case Conv3x3::kTaps:
       return weight.in * padded<T>(9 * weight.out);
     default:
@@ -46,20 +46,20 @@ template <class S>
 void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weight<S> weight,
                      Image<S> growth, Statistics<Compute<S>> statistics) {
   const int64_t h = bottleneck.h, w = bottleneck.w;
+  const Conv3x3 way = forward_way(h, w, weight);
+  if (way == Conv3x3::kWinograd) {
+    return conv3x3_forward_winograd<S>(bottleneck, act, weight, growth, statistics);
+  }
   const CallMemory<Compute<S>> memory(weight.packed ? 0 : packed_conv3x3_size(h, w, weight));
   const Compute<S>* packed = weight.packed;
   if (!packed) {
     pack_conv3x3(h, w, weight, memory.get());
     packed = memory.get();
   }
-  switch (forward_way(h, w, weight)) {
-    case Conv3x3::kWinograd:
-      return conv3x3_forward_winograd<S>(bottleneck, act, packed, growth, statistics);
-    case Conv3x3::kTaps:
-      return conv3x3_forward_taps<S>(bottleneck, act, packed, growth, statistics);
-    default:
-      return conv3x3_forward_direct<S>(bottleneck, act, weight, packed, growth, statistics);
+  if (way == Conv3x3::kTaps) {
+    return conv3x3_forward_taps<S>(bottleneck, act, packed, growth, statistics);
   }
+  conv3x3_forward_direct<S>(bottleneck, act, weight, packed, growth, statistics);
 }
 
 template <class S>

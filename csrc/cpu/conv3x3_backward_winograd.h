@@ -157,22 +157,22 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
   const bool narrow = width <= 3 * L;
   const EqualParts parts(tiles.count(), points > 1 && narrow ? 8 : 16,
-                         points == 1 ? 64 : narrow ? 32 : 128);
+                         points == 1 ? 64
+                         : narrow    ? 32
+                                     : 128);
   const int64_t run = equal_tile(parts.size, kWinogradTiles);
   const int64_t groups = smaller(ceil_div(panel_vectors(0), prefer),
                                  ceil_div(2 * thread_count(), parts.count * panels));
   // Of a single part every task packs what it reads and stores what it makes.
   const bool single = parts.count == 1;
-  const CallMemory<T> packed(want_data && !single ? points * kPoints * k * width : 0);
-  for (int64_t z = 0; want_data && !single && z < points; ++z) {
-    for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
-      pack_blocks(k, k, smaller(kPanel, channels - c0), prefer,
-                  packed.get() + kPoints * k * (z * width + c0),
-                  [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
-                    pack_points<true>(weight, z, c0, i, count, v, nv, block,
-                                      k * panel_vectors(c0) * L);
-                  });
-    }
+  const int64_t packed_panel = points * kPoints * packed_pitch(k, smaller(kPanel, width));
+  const CallMemory<T> packed(want_data && !single ? panels * packed_panel : 0);
+  for (int64_t q = 0; want_data && !single && q < panels; ++q) {
+    const int64_t c0 = q * kPanel, stride = packed_pitch(k, panel_vectors(c0) * L);
+    pack_blocks(k, k, smaller(kPanel, channels - c0), prefer, packed.get() + q * packed_panel,
+                [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
+                  pack_points<true>(weight, c0, i, count, v, nv, block, stride, kPoints * stride);
+                });
   }
   CallMemory<T> partial_sums(2 * parts.count * width);
   CallMemory<T> partial_weight(want_weight && !single ? parts.count * weight.taps() * k * width
@@ -184,18 +184,15 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     const int64_t c0 = panel_begin + group.begin * L, panel = (group.end - group.begin) * L;
     if (panel == 0) return;
     const int64_t columns = smaller(panel, channels - c0);
-    const T* b = packed.get() + kPoints * k * panel_begin + group.begin * L * k;
-    int64_t stride = k * group.vecs * L, deep_stride = kPoints * k * width;
+    const int64_t stride = packed_pitch(k, single ? panel : group.vecs * L);
+    const int64_t deep_stride = kPoints * stride;
+    const T* b = packed.get() + panel_begin / kPanel * packed_panel + group.begin * L * k;
     if (single && want_data) {
-      stride = k * panel;
-      deep_stride = kPoints * stride;
       T* own = scratch<T>(Scratch::kWeight, points * deep_stride);
-      for (int64_t z = 0; z < points; ++z) {
-        for_each_block(group, [&](int64_t v, int nv) {
-          T* block = own + z * deep_stride + (v - group.begin) * L * k;
-          pack_points<true>(weight, z, panel_begin, 0, k, v, nv, block, stride);
-        });
-      }
+      for_each_block(group, [&](int64_t v, int nv) {
+        pack_points<true>(weight, panel_begin, 0, k, v, nv, own + (v - group.begin) * L * k, stride,
+                          deep_stride);
+      });
       b = own;
     }
     T* sums = partial_sums.get() + 2 * part * width;
@@ -276,10 +273,8 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
       const int64_t blocks = ceil_div(panel / L, prefer);
       stream.start(
           kPoints * blocks *
-          ((want_weight ? ceil_div(k, kMaxRows[prefer]) * ceil_div(count, kPrefetchEvery)
-                        : 0) +
-           (want_data ? ceil_div(count, kMaxRows[prefer]) * ceil_div(k, kPrefetchEvery)
-                      : 0)));
+          ((want_weight ? ceil_div(k, kMaxRows[prefer]) * ceil_div(count, kPrefetchEvery) : 0) +
+           (want_data ? ceil_div(count, kMaxRows[prefer]) * ceil_div(k, kPrefetchEvery) : 0)));
       if (want_weight) add_weight(begin, end, 0, stream);
       if (want_data) make_data(begin, end, stream);
     }

@@ -12,19 +12,20 @@ namespace {
 constexpr int kWinogradForwardVectors = 2;
 
 // Transforms one tile's products to pixels of the growth, and to `copy` one after another; returns
-// how many pixels the tile has.
+// how many pixels the tile has. Of columns [c0, c0 + width), where the growth has them.
 template <class T, class S>
 DF_INLINE int64_t store_outputs(const T* result, int64_t pitch, const WinogradTiles& tiles,
-                                int64_t index, const Image<S>& growth, T* copy, int64_t width) {
+                                int64_t index, const Image<S>& growth, T* copy, int64_t c0,
+                                int64_t width) {
   constexpr int L = kLanes<T>;
   const WinogradTile tile = tiles.at(index);
   const int64_t slices = smaller(tiles.thick, tiles.d - tile.z);
   const int64_t rows = smaller(2, tiles.h - tile.y), columns = smaller(2, tiles.w - tile.x);
   for (int64_t z = 0; z < slices; ++z) {
-    S* out = growth.data + (tiles.pixel(tile) + z * tiles.h * tiles.w) * growth.pitch;
+    S* out = growth.data + (tiles.pixel(tile) + z * tiles.h * tiles.w) * growth.pitch + c0;
     T* to = copy + z * rows * columns * width;
-    for (int64_t c = 0; c < growth.c; c += L) {
-      const int64_t n = growth.c - c;
+    for (int64_t c = 0; c < width; c += L) {
+      const int64_t n = growth.c - c0 - c;
       Vec<T> y[2][2];
       transform_slice<T>(result + c, pitch, kPoints * pitch, tiles, z, y);
       const auto store_pixel = [&](int64_t i, int64_t j, int64_t at) {
@@ -40,33 +41,54 @@ DF_INLINE int64_t store_outputs(const T* result, int64_t pitch, const WinogradTi
   return slices * rows * columns;
 }
 
+template <class S>
+DF_INLINE int64_t packed_winograd_size(const Weight<S>& weight) {
+  using T = Compute<S>;
+  return depth_points(weight.dims) * kPoints * packed_pitch(weight.in, padded<T>(weight.out));
+}
+
 // 16 operands [in, out], one after the other, for each point of the depth.
 template <class S>
 void pack_winograd(const Weight<S>& weight, Compute<S>* packed) {
-  const int64_t stride = weight.in * padded<Compute<S>>(weight.out);
-  for (int64_t z = 0; z < depth_points(weight.dims); ++z) {
-    pack_blocks(weight.in, weight.in, weight.out, kWinogradForwardVectors,
-                packed + z * kPoints * stride,
-                [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
-                  pack_points<false>(weight, z, 0, i, count, v, nv, block, stride);
-                });
-  }
+  const int64_t stride = packed_pitch(weight.in, padded<Compute<S>>(weight.out));
+  pack_blocks(weight.in, weight.in, weight.out, kWinogradForwardVectors, packed,
+              [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
+                pack_points<false>(weight, 0, i, count, v, nv, block, stride, kPoints * stride);
+              });
 }
 
 template <class S>
 void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> act,
-                              const Compute<S>* packed, Image<S> growth,
+                              const Weight<S>& weight, Image<S> growth,
                               Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  const int64_t channels = bottleneck.c, k = growth.c, width = padded<T>(k);
-  const BlockGroup group(width / L, kWinogradForwardVectors);
+  const int64_t channels = bottleneck.c, k = growth.c, vecs = vectors<T>(k);
   const WinogradTiles tiles(bottleneck);
   const int64_t most = tiles.points > 1 ? kVolumeTiles : kWinogradTiles;
   const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
-  const int64_t run = equal_tile(tasks.size, most), pitch = result_pitch(run, width);
-  TaskStatistics<T> partial(tasks.count, k);
-  for_each_task(tasks.count, [&](int64_t task) {
+  const int64_t run = equal_tile(tasks.size, most);
+  // Of a single part every task packs what it reads, some columns where threads would be idle.
+  const bool single = tasks.count == 1 && !weight.packed;
+  const int64_t groups = single ? smaller(vecs, thread_count()) : 1;
+  const int prefer = groups > 1 ? 1 : kWinogradForwardVectors;
+  const CallMemory<T> memory(weight.packed || single ? 0 : packed_winograd_size(weight));
+  if (!weight.packed && !single) pack_winograd(weight, memory.get());
+  TaskStatistics<T> partial(tasks.count, k, groups);
+  for_each_task(tasks.count * groups, [&](int64_t index) {
+    const int64_t task = index / groups, group_index = index % groups;
+    const BlockGroup group(vecs, prefer, group_index, groups);
+    const int64_t k0 = group.begin * L, width = (group.end - group.begin) * L;
+    const int64_t pitch = result_pitch(run, width), stride = packed_pitch(channels, width);
+    const T* packed = weight.packed ? weight.packed : memory.get();
+    if (single) {
+      T* own = scratch<T>(Scratch::kWeight, tiles.points * kPoints * stride);
+      for_each_block(group, [&](int64_t v, int nv) {
+        pack_points<false>(weight, 0, 0, channels, v, nv, own + (v - group.begin) * L * channels,
+                           stride, kPoints * stride);
+      });
+      packed = own;
+    }
     T* operand = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
     T* result = scratch<T>(Scratch::kResult, tiles.points * kPoints * pitch);
     T* pixels = scratch<T>(Scratch::kActivated, 4 * tiles.thick * run * width);
@@ -85,23 +107,24 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
       stream.start(tiles.points * kPoints *
                    product_steps<T>(end - begin, channels, k, kWinogradForwardVectors));
       for (int64_t z = 0; z < tiles.points; ++z) {
-        const T* b = packed + z * kPoints * channels * width;
+        const T* b = packed + z * kPoints * stride;
         for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
           const int64_t panel = smaller(kPanel, channels - c0);
           transform_inputs<true, T>(bottleneck, tiles, begin, end, tiles.input_point(z), act, c0,
                                     panel, operand);
-          multiply_points<T>(operand, end - begin, c0, panel, channels, b, channels * width, group,
+          multiply_points<T>(operand, end - begin, c0, panel, channels, b, stride, group,
                              result + z * kPoints * pitch, pitch, c0 > 0, stream);
         }
       }
 
       int64_t made = 0;  // pixels of this run, side by side for the statistics
-      for (int64_t index = begin; index < end; ++index) {
-        made += store_outputs<T>(result + (index - begin) * width, pitch, tiles, index, growth,
-                                 pixels + made * width, width);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        made += store_outputs<T>(result + (tile - begin) * width, pitch, tiles, tile, growth,
+                                 pixels + made * width, k0, width);
       }
       if (statistics.mean) {
-        accumulate_statistics<T>(pixels, width, made, 1, 0, width, partial.of(task));
+        accumulate_statistics<T>(pixels, width, made, 1, 0, width,
+                                 partial.of(task, group_index, k0));
       }
     }
   });

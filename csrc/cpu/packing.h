@@ -25,8 +25,9 @@ DF_INLINE int64_t padded(int64_t columns) {
 }
 
 // Vectors in the next column block: `prefer` of them, avoiding a lone last vector, whose tile
-// would be bound by loads.
+// would be bound by loads, unless single ones are asked for.
 DF_INLINE int block_vectors(int64_t left, int prefer) {
+  if (prefer == 1) return 1;
   if (left <= 3) return static_cast<int>(left);
   if (left == 4) return 2;
   return prefer;
@@ -148,7 +149,7 @@ DF_INLINE WeightMatrix<S> backward_matrix(const Weight<S>& w) {
 template <class T, class Pack>
 void pack_blocks(int64_t units, int64_t k, int64_t columns, int prefer, T* packed,
                  const Pack& pack) {
-  constexpr int64_t kRun = 64;  // units of one task
+  constexpr int64_t kRun = 32;  // units of one task
   const int64_t vecs = vectors<T>(columns), runs = ceil_div(units, kRun);
   for_each_task(runs * ceil_div(vecs, prefer), [&](int64_t task) {
     int64_t index = 0;

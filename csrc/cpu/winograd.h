@@ -27,6 +27,8 @@ constexpr int64_t kPointPitch = kWinogradTiles * kPanelPitch;
 // Elements between two points of a result of [16, tiles, width]: a few cache lines more than
 // needed, as a transform reads all points of a tile at once and must not find them in one set.
 DF_INLINE int64_t result_pitch(int64_t tiles, int64_t width) { return tiles * width + 48; }
+// The same of a packed operand [16, k, width], all points of which one kernel is stored to.
+DF_INLINE int64_t packed_pitch(int64_t k, int64_t width) { return k * width + 48; }
 
 // A point of the depth's transform: slice `first` behind the tile's, and `sign` times another. The
 // last one has the other sign than in the paper, on both sides.
@@ -252,41 +254,41 @@ DF_INLINE void store_transformed_weight(const Vec<T> (&taps)[9], T* to, int64_t 
   }
 }
 
-// The taps of L kernels, as load_kernels has them, at point z of the depth's transform.
+// The taps of L kernels, as load_kernels has them, at the points of the depth's transform.
 template <bool kBackward, class S>
-DF_INLINE void load_depth_point(const Weight<S>& weight, int64_t z, int64_t out, int64_t in,
-                                Vec<Compute<S>> (&taps)[9]) {
+DF_INLINE void load_depth_points(const Weight<S>& weight, int64_t out, int64_t in,
+                                 Vec<Compute<S>> (&points)[4][9]) {
   using T = Compute<S>;
-  if (depth_points(weight.dims) == 1) return load_kernels<kBackward>(weight, out, in, taps);
-  if (z % 3 == 0) {  // flipped in the backward
-    return load_kernels<kBackward>(weight.slice((z == 0) == kBackward ? 2 : 0), out, in, taps);
-  }
-  Vec<T> others[2][9];
-  load_kernels<kBackward>(weight.slice(0), out, in, others[0]);
-  load_kernels<kBackward>(weight.slice(1), out, in, taps);
-  load_kernels<kBackward>(weight.slice(2), out, in, others[1]);
+  if (depth_points(weight.dims) == 1) return load_kernels<kBackward>(weight, out, in, points[0]);
+  load_kernels<kBackward>(weight.slice(kBackward ? 2 : 0), out, in, points[0]);  // or flipped
+  load_kernels<kBackward>(weight.slice(1), out, in, points[1]);
+  load_kernels<kBackward>(weight.slice(kBackward ? 0 : 2), out, in, points[3]);
   const Vec<T> half = splat<T>(T(0.5));
   for (int t = 0; t < 9; ++t) {
-    const Vec<T> outer = others[0][t] + others[1][t];
-    taps[t] = half * (z == 1 ? outer + taps[t] : outer - taps[t]);
+    const Vec<T> outer = points[0][t] + points[3][t], inner = points[1][t];
+    points[1][t] = half * (outer + inner);
+    points[2][t] = half * (outer - inner);
   }
 }
 
-// Transforms rows [i, i + count) of a column block, at point z of the depth: of the forward's
-// operands [in, out], or with flipped kernels of the data gradient's, [out, in] from channel `in`
-// on. Points are `stride` apart.
+// Transforms rows [i, i + count) of a column block: of the forward's operands [in, out], or with
+// flipped kernels of the data gradient's, [out, in] from channel `in` on. Points of a slice are
+// `stride` apart, those of the depth `deep`.
 template <bool kBackward, class S>
-void pack_points(const Weight<S>& weight, int64_t z, int64_t in, int64_t i, int64_t count,
-                 int64_t v, int nv, Compute<S>* block, int64_t stride) {
+void pack_points(const Weight<S>& weight, int64_t in, int64_t i, int64_t count, int64_t v, int nv,
+                 Compute<S>* block, int64_t stride, int64_t deep) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   for (int64_t r = i; r < i + count; ++r) {
     for (int u = 0; u < nv; ++u) {
       const int64_t column = (v + u) * L;
-      Vec<T> taps[9];
-      load_depth_point<kBackward>(weight, z, kBackward ? r : column, kBackward ? in + column : r,
-                                  taps);
-      store_transformed_weight<kBackward, T>(taps, block + (r * nv + u) * L, stride);
+      Vec<T> points[4][9];
+      load_depth_points<kBackward>(weight, kBackward ? r : column, kBackward ? in + column : r,
+                                   points);
+      for (int z = 0; z < depth_points(weight.dims); ++z) {
+        store_transformed_weight<kBackward, T>(points[z], block + z * deep + (r * nv + u) * L,
+                                               stride);
+      }
     }
   }
 }
