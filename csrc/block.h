@@ -1,6 +1,7 @@
 // A dense block's loop over its layers, one for both backends. The unit is the half-layer, at whose
 // ends ranks may have to exchange statistics: 2 l is norm1 and the 1x1 convolution of layer l,
-// 2 l + 1 norm2 and its 3x3 convolution. The definition is
+// 2 l + 1 norm2 and its 3x3 convolution, of the features themselves in a layer without a
+// bottleneck, whose first half-layer is nothing. The definition is
 // densenet_fast/operators/reference_block.py.
 #pragma once
 
@@ -32,6 +33,8 @@ struct BlockLayer {
   // Of the backward.
   NormGradientResult grad_norm1, grad_norm2;
   WeightGradient grad_conv1, grad_conv2;
+
+  bool has_bottleneck() const { return conv1.out > 0; }
 };
 
 struct Block {
@@ -55,6 +58,12 @@ struct Block {
   const BlockNorm& norm(int64_t half) const {
     return half % 2 ? layers[half / 2].norm2 : layers[half / 2].norm1;
   }
+  // Whether a half-layer is nothing, and the next one behind another that is something.
+  bool empty(int64_t half) const { return half % 2 == 0 && !layers[half / 2].has_bottleneck(); }
+  int64_t behind(int64_t half) const {
+    const int64_t next = half + 1;
+    return next < 2 * static_cast<int64_t>(layers.size()) && empty(next) ? next + 1 : next;
+  }
   int64_t rows() const { return features.rows(); }
   int64_t widest() const {
     int64_t width = 0;
@@ -69,6 +78,10 @@ struct Block {
     image.c = channels;
     return image;
   }
+  // What a layer's 3x3 convolution reads.
+  ImageArgument input(const BlockLayer& layer) const {
+    return layer.has_bottleneck() ? layer.bottleneck : slice(features, 0, layer.start);
+  }
   // Scratch as an image of the features' pixels.
   ImageArgument image(void* data, int64_t channels) const {
     ImageArgument image = features;
@@ -82,8 +95,8 @@ struct Block {
 // the next half-layer's norm, if that belongs to the same call.
 inline StatisticsResult behind(const Block& block, StatisticsResult found, int64_t half,
                                int64_t last) {
-  if (found.mean && half + 1 < last && !block.norm(half + 1).frozen)
-    found.next = &block.coefficients[half + 1];
+  const int64_t next = block.behind(half);
+  if (found.mean && next < last && !block.norm(next).frozen) found.next = &block.coefficients[next];
   return found;
 }
 
@@ -93,7 +106,9 @@ void block_forward(const typename Device::Context& context, Block& block, int64_
                    int64_t last) {
   std::vector<NormCoefficients> known;  // norms whose statistics are there
   std::vector<PackRequest> weights;
-  for (int64_t half = first; half < last; ++half) {
+  if (first < last && block.empty(first)) ++first;
+  if (first >= last) return;
+  for (int64_t half = first; half < last; half = block.behind(half)) {
     BlockLayer& layer = block.layers[half / 2];
     if (half == first || block.recompute || block.norm(half).frozen)
       known.push_back(block.coefficients[half]);
@@ -102,7 +117,7 @@ void block_forward(const typename Device::Context& context, Block& block, int64_
   }
   Device::norm_coefficients(context, known);
   Device::pack_weights(context, weights);
-  for (int64_t half = first; half < last; ++half) {
+  for (int64_t half = first; half < last; half = block.behind(half)) {
     const typename Device::Scope scope(context);
     const BlockLayer& layer = block.layers[half / 2];
     const NormArgument norm = block.coefficients[half].norm();
@@ -117,7 +132,7 @@ void block_forward(const typename Device::Context& context, Block& block, int64_
     const ImageArgument growth = block.slice(block.features, layer.start, layer.conv2.out);
     const StatisticsResult found =
         behind(block, block.recompute ? StatisticsResult{} : layer.growth, half, last);
-    Device::conv3x3_forward(context, layer.bottleneck, norm, layer.conv2, growth,
+    Device::conv3x3_forward(context, block.input(layer), norm, layer.conv2, growth,
                             layer.dropout > 0 ? StatisticsResult{} : found);
     if (layer.dropout > 0) {
       Device::dropout(context, growth, layer.seed, layer.dropout, layer.drop_channels);
@@ -146,6 +161,23 @@ ImageArgument growth_gradient(const typename Device::Context& context, const Blo
   return gradient;
 }
 
+// The second half-layer of a layer without a bottleneck.
+template <class Device>
+void plain_layer_backward(const typename Device::Context& context, const Block& block,
+                          const BlockLayer& layer, bool features_needed) {
+  const NormArgument norm = block.coefficients[2 * (&layer - block.layers.data()) + 1].norm();
+  NormBackward backward{layer.start, norm};
+  backward.sum_grad = block.sum_grad;
+  backward.sum_grad_x = block.sum_grad_x;
+  NormGradientResult sums = layer.grad_norm2;
+  if (features_needed && !layer.norm2.frozen) sums.next = &backward;
+  Device::conv3x3_backward(
+      context, growth_gradient<Device>(context, block, layer), block.input(layer), norm,
+      layer.conv2,
+      features_needed ? block.slice(block.grad_features, 0, layer.start) : ImageArgument{}, sums,
+      layer.grad_conv2, true);
+}
+
 // Half-layers [first, last), downwards. Below `Block::lowest` there is nothing to do.
 template <class Device>
 void block_backward(const typename Device::Context& context, Block& block, int64_t first,
@@ -157,9 +189,10 @@ void block_backward(const typename Device::Context& context, Block& block, int64
   for (int64_t index = first / 2; 2 * index < last; ++index) {
     BlockLayer& layer = block.layers[index];
     const auto at = block.coefficients.begin() + 2 * index;
-    known.insert(known.end(), at, at + 2);
+    if (layer.has_bottleneck()) known.push_back(at[0]);
+    known.push_back(at[1]);
     if (first <= 2 * index + 1 && 2 * index + 1 < last) {
-      if (index < made) weights.push_back({&layer.conv1, 1, false});
+      if (layer.has_bottleneck() && index < made) weights.push_back({&layer.conv1, 1, false});
       if (layer.grad_norm2.beta) weights.push_back({&layer.conv2, 3, true});
     }
     if (first <= 2 * index && layer.grad_norm1.beta) weights.push_back({&layer.conv1, 1, true});
@@ -171,6 +204,11 @@ void block_backward(const typename Device::Context& context, Block& block, int64
     const BlockLayer& layer = block.layers[index];
     const bool upper = first <= 2 * index + 1 && 2 * index + 1 < last, lower = first <= 2 * index;
     const bool features_needed = block.lowest < index;
+    if (!layer.has_bottleneck()) {
+      if (upper) plain_layer_backward<Device>(context, block, layer, features_needed);
+      Device::add_weight_gradients(context);
+      continue;
+    }
     const bool conv1_needed = features_needed || layer.grad_norm1.beta || layer.grad_conv1.data;
     const ImageArgument prefix = block.slice(block.features, 0, layer.start);
     const ImageArgument grad_norm = block.image(block.grad_norm, layer.conv1.out);
@@ -187,9 +225,9 @@ void block_backward(const typename Device::Context& context, Block& block, int64
       }
       NormGradientResult sums = layer.grad_norm2;
       if (conv1_needed && at_once) sums.next = &backward2;
-      Device::conv3x3_backward(context, growth_gradient<Device>(context, block, layer),
-                               layer.bottleneck, norm2, layer.conv2,
-                               conv1_needed ? grad_norm : ImageArgument{}, sums, layer.grad_conv2);
+      Device::conv3x3_backward(
+          context, growth_gradient<Device>(context, block, layer), layer.bottleneck, norm2,
+          layer.conv2, conv1_needed ? grad_norm : ImageArgument{}, sums, layer.grad_conv2, false);
     }
     if (lower && conv1_needed) {
       if (!at_once) {
@@ -222,10 +260,14 @@ template <class Device>
 void block_inference(const typename Device::Context& context, const Block& block, void* bottleneck,
                      const std::vector<InferenceLayer>& layers) {
   for (const InferenceLayer& layer : layers) {
-    const ImageArgument narrow = block.image(bottleneck, layer.conv1.out);
-    Device::conv1x1_forward(context, block.slice(block.features, 0, layer.conv1.in), layer.norm1,
-                            layer.conv1, narrow, StatisticsResult{});
-    Device::conv3x3_forward(context, narrow, layer.norm2, layer.conv2,
+    const ImageArgument features = block.slice(block.features, 0, layer.conv1.in);
+    ImageArgument input = features;
+    if (layer.conv1.out) {
+      input = block.image(bottleneck, layer.conv1.out);
+      Device::conv1x1_forward(context, features, layer.norm1, layer.conv1, input,
+                              StatisticsResult{});
+    }
+    Device::conv3x3_forward(context, input, layer.norm2, layer.conv2,
                             block.slice(block.features, layer.conv1.in, layer.conv2.out),
                             StatisticsResult{});
   }

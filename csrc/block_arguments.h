@@ -3,7 +3,8 @@
 //   frozen      mean and variance of norm1 and of norm2, or nothing at all if no norm is frozen;
 //   gradients   in the parameters' order;
 //   numbers     eps of norm1 and of norm2, probability of dropout, 1 if it drops whole channels.
-// A tensor without elements stands for one that is not there.
+// A tensor without elements stands for one that is not there; a layer without conv1's weight has no
+// bottleneck, and norm2 is over the features.
 #pragma once
 
 #include "block.h"
@@ -44,13 +45,18 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
     BlockLayer& layer = block.layers[i];
     const Tensor* own = &parameters[6 * i];
     layer.start = start;
-    layer.conv1 = call.weight(own[2], 1, start, features.dims);
-    layer.conv2 = call.weight(own[5], 3, layer.conv1.out, features.dims);
-    const int64_t width = layer.conv1.out;
+    if (own[2].numel()) layer.conv1 = call.weight(own[2], 1, start, features.dims);
+    const int64_t width = layer.conv1.out, read = layer.has_bottleneck() ? width : start;
+    layer.conv2 = call.weight(own[5], 3, read, features.dims);
     layer.norm1 = {given(own[0], start, "norm1.weight"), given(own[1], start, "norm1.bias"),
                    block.mean, var, numbers[4 * i]};
-    layer.norm2 = {given(own[3], width, "norm2.weight"), given(own[4], width, "norm2.bias"),
-                   of_bottleneck, block.vector(of_bottleneck, width), numbers[4 * i + 1]};
+    layer.norm2 = {given(own[3], read, "norm2.weight"), given(own[4], read, "norm2.bias"),
+                   block.mean, var, numbers[4 * i + 1]};
+    if (layer.has_bottleneck()) {
+      layer.norm2.mean = of_bottleneck;
+      layer.norm2.var = block.vector(of_bottleneck, width);
+      layer.bottleneck = call.mutable_image(bottlenecks[i], "bottleneck", features, width);
+    }
     const auto freeze = [&](BlockNorm& norm, size_t at, int64_t channels) {
       if (frozen.empty() || !frozen[at].numel()) return;
       norm.mean = call.mutable_vector(frozen[at], channels, "running_mean");
@@ -58,8 +64,7 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
       norm.frozen = true;
     };
     freeze(layer.norm1, 4 * i, start);
-    freeze(layer.norm2, 4 * i + 2, width);
-    layer.bottleneck = call.mutable_image(bottlenecks[i], "bottleneck", features, width);
+    freeze(layer.norm2, 4 * i + 2, read);
     if (static_cast<int64_t>(i) + 1 < reduced) {
       layer.growth = {block.vector(block.mean, start), block.vector(var, start)};
     }
@@ -79,7 +84,7 @@ Block described_block(const Call<Device>& call, const ImageArgument& features,
   for (size_t half = 0; half < 2 * count; ++half) {
     const BlockNorm& norm = block.norm(half);
     const BlockLayer& layer = block.layers[half / 2];
-    const int64_t channels = half % 2 ? layer.conv1.out : layer.start;
+    const int64_t channels = half % 2 ? layer.conv2.in : layer.conv1.in;
     block.coefficients.push_back({channels, norm.mean, norm.var, norm.weight, norm.bias, norm.eps,
                                   take(channels), take(channels), take(channels)});
   }
@@ -121,11 +126,11 @@ void describe_gradients(const Call<Device>& call, Block& block, const Tensor& gr
     };
     layer.grad_norm1 = affine(own, layer.start, "norm1");
     layer.grad_conv1 = weight(2);
-    layer.grad_norm2 = affine(own + 3, layer.conv1.out, "norm2");
+    layer.grad_norm2 = affine(own + 3, layer.conv2.in, "norm2");
     layer.grad_conv2 = weight(5);
     const bool features_needed = block.lowest < static_cast<int64_t>(i);
     STD_TORCH_CHECK(static_cast<int64_t>(i) < block.lowest ||
-                        ((layer.grad_norm1.beta || !features_needed) &&
+                        ((layer.grad_norm1.beta || !features_needed || !layer.has_bottleneck()) &&
                          (layer.grad_norm2.beta ||
                           !(features_needed || layer.grad_norm1.beta || layer.grad_conv1.data))),
                     "a norm's sums are wanted with every gradient of the data");

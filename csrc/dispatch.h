@@ -82,7 +82,8 @@ struct Operators {
                                const Tensor& scale, const Tensor& shift, const Tensor& mean,
                                const Tensor& rstd, const Tensor& w, const OptionalTensor& grad_norm,
                                const OptionalTensor& grad_gamma, const OptionalTensor& grad_beta,
-                               const OptionalTensor& grad_weight, bool allow_tf32) {
+                               const OptionalTensor& grad_weight, bool accumulate,
+                               bool allow_tf32) {
     const Call<Device> call(bottleneck, allow_tf32);
     const auto z = call.image(bottleneck, "bottleneck");
     const auto weight = call.weight(w, 3, z.c, z.dims);
@@ -91,7 +92,7 @@ struct Operators {
     Device::conv3x3_backward(call.context(), g, z, call.norm(scale, shift, mean, rstd, z.c), weight,
                              out,
                              call.norm_gradient(grad_gamma, grad_beta, grad_norm.has_value(), z.c),
-                             call.weight_gradient(grad_weight, w));
+                             call.weight_gradient(grad_weight, w), accumulate);
   }
 
   static void dropout(const Tensor& growth, int64_t seed, double p, bool channels) {

@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
   m.def(
       "conv3x3_backward(Tensor grad_growth, Tensor bottleneck, Tensor scale, Tensor shift, "
       "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!)? grad_norm, Tensor(b!)? grad_gamma, "
-      "Tensor(c!)? grad_beta, Tensor(d!)? grad_weight, bool allow_tf32=False) -> ()");
+      "Tensor(c!)? grad_beta, Tensor(d!)? grad_weight, bool accumulate=False, "
+      "bool allow_tf32=False) -> ()");
   m.def("dropout_(Tensor(a!) growth, int seed, float p, bool channels=False) -> ()");
   m.def(
       "finish_gradient(Tensor features, Tensor grad_features, Tensor mean, Tensor sum_grad, "

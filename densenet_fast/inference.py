@@ -227,13 +227,14 @@ class Block:
         """Copy what the kernels read; images have the type of `images`."""
         self.dtype = images.dtype
         like = torch.empty(0, dtype=statistics_dtype(images.dtype))
-        self.weights = [conv.weight for part in layers for conv in (part.conv1, part.conv2)]
-        self.sizes = [self.weights[0].shape[1], *(len(weight) for weight in self.weights)]
+        self.weights = [conv.weight for part in layers for conv in part.convolutions]
+        growths = [(part.width, len(part.conv2.weight)) for part in layers]
+        self.sizes = [self.weights[0].shape[1], *(size for both in growths for size in both)]
         self.channels = self.sizes[0] + sum(self.sizes[2::2])
         pairs = [
             vector
             for part in layers
-            for norm in (part.norm1, part.norm2)
+            for norm in part.norms
             for vector in _coefficients(norm_spec(norm, []), like)
         ]
         self.coefficients = torch.cat(pairs)

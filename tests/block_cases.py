@@ -11,6 +11,7 @@ from devices import device
 from torch import Tensor
 
 from densenet_fast.blocks.specs import (
+    NO_NORM,
     AvgPoolTail,
     LayerSpec,
     NormSpec,
@@ -109,7 +110,7 @@ def make_block(
     growths: Sequence[int] = (3, 3, 4),
     tail: str | None = None,
     *,
-    width: int = 8,
+    width: int | Sequence[int] = 8,
     frozen: Sequence[int] = (),
     affine: bool = True,
     eps: Sequence[float] = (1e-5,),
@@ -118,7 +119,7 @@ def make_block(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Block:
-    """A block on `shape`; `frozen` numbers norms in the order of `Block.norms`."""
+    """A block on `shape`; `frozen` numbers norms in order. A layer of width 0 has no bottleneck."""
     generator = torch.Generator().manual_seed(seed)
     count = 0
 
@@ -142,17 +143,12 @@ def make_block(
 
     channels, one, three = shape[1], [1] * (len(shape) - 2), [3] * (len(shape) - 2)
     layers = []
-    for growth in growths:
-        layers.append(
-            LayerSpec(
-                norm(channels),
-                weight(width, channels, *one),
-                norm(width),
-                weight(growth, width, *three),
-                dropout,
-                whole_channels,
-            )
-        )
+    widths = [width] * len(growths) if isinstance(width, int) else width
+    for growth, own in zip(growths, widths, strict=True):
+        first = (norm(channels), weight(own, channels, *one)) if own else (NO_NORM, None)
+        read = own or channels
+        second = (norm(read), weight(growth, read, *three))
+        layers.append(LayerSpec(*first, *second, dropout, whole_channels))
         channels += growth
     behind: Tail | None = None
     if tail == "transition":

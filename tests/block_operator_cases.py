@@ -23,7 +23,10 @@ ALL = (True, True, True, True)
 
 @dataclass(frozen=True)
 class BlockCase:
-    """A block of layers and what is wanted of it; norm 2 l + n is norm n + 1 of layer l."""
+    """A block of layers and what is wanted of it; norm 2 l + n is norm n + 1 of layer l.
+
+    A layer of width 0 has no bottleneck, norm1 and conv1.
+    """
 
     pixels: tuple[int, int, int] = (2, 3, 4)
     channels: int = 5
@@ -51,16 +54,26 @@ class BlockCase:
     def starts(self) -> list[int]:
         return [self.channels + sum(self.growths[:layer]) for layer in range(self.layers + 1)]
 
+    def reads(self, norm: int) -> int:
+        """Channels of a norm, and of the convolution behind it."""
+        layer, width = norm // 2, self.widths[norm // 2]
+        return (width or self.starts[layer]) if norm % 2 else self.starts[layer] * bool(width)
+
     @property
     def reduced(self) -> int:
-        readers = [layer for layer in range(self.layers) if 2 * layer not in self.frozen]
+        of_features = [2 * layer + (not width) for layer, width in enumerate(self.widths)]
+        readers = [layer for layer, norm in enumerate(of_features) if norm not in self.frozen]
         return 1 + max([*readers, self.layers] if self.tail else readers, default=-1)
 
     def _parameters(self, make: Case) -> list[Tensor]:
         found: list[Tensor] = []
         for layer, (growth, width) in enumerate(zip(self.growths, self.widths, strict=True)):
-            shapes = (width, self.starts[layer], 1, 1), (growth, width, 3, 3)
+            read = self.reads(2 * layer + 1)
+            shapes = (width, self.starts[layer], 1, 1), (growth, read, 3, 3)
             for norm, shape in enumerate(shapes, 2 * layer):
+                if not shape[0]:
+                    found += [make.vector(0)] * 3
+                    continue
                 size = 0 if norm in self.plain else shape[1]
                 weight = make.weight(*shape)
                 if self.wide:
@@ -73,8 +86,7 @@ class BlockCase:
     def _described(self, make: Case) -> dict[str, Any]:
         frozen: list[Tensor] = []
         for norm in range(2 * self.layers if self.frozen else 0):
-            size = (self.starts[norm // 2], self.widths[norm // 2])[norm % 2]
-            size = size if norm in self.frozen else 0
+            size = self.reads(norm) if norm in self.frozen else 0
             frozen += [make.vector(size), make.vector(size).abs() + 0.5]
         return {
             "parameters": self._parameters(make),
@@ -116,9 +128,10 @@ class BlockCase:
         slots: list[Tensor] = []
         for layer, (norm1, conv1, norm2, conv2) in enumerate(self.needs):
             above, at = self.lowest < layer, self.lowest <= layer
-            through = above or norm1 or conv1
+            through = above or ((norm1 or conv1) and self.widths[layer] > 0)
             wanted = (above or norm1, conv1, through or norm2, conv2)
-            for index, size in enumerate((self.starts[layer], 0, self.widths[layer], 0)):
+            sizes = (self.reads(2 * layer), 0, self.reads(2 * layer + 1), 0)
+            for index, size in enumerate(sizes):
                 if index % 2 == 0:
                     slots += [
                         none.new_full((size if at and wanted[index] else 0,), torch.nan)
@@ -255,4 +268,9 @@ CASES: dict[str, BlockCase] = {
         lowest=1, needs=(ALL, (False, True, False, False), (True, False, True, False))
     ),
     "input": BlockCase(needs=((False,) * 4,) * 3),
+    "no bottlenecks": BlockCase(widths=(0, 0, 0), held=2),
+    "some bottlenecks": BlockCase(widths=(0, 6, 0), frozen=(1, 2), dropout=0.4, tail=False),
+    "a bottleneck less": BlockCase(
+        widths=(4, 0, 4), lowest=1, needs=(ALL, (False, False, True, True), ALL), wide=True
+    ),
 }

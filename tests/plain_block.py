@@ -50,8 +50,10 @@ def plain_block(
 
     features, convolution = input, CONVOLUTION[input.dim()]
     for index, layer in enumerate(layers):
-        bottleneck = convolution(activation(features, layer.norm1), layer.conv1_weight)
-        growth = convolution(activation(bottleneck, layer.norm2), layer.conv2_weight, padding=1)
+        growth = features
+        if layer.conv1_weight is not None:
+            growth = convolution(activation(features, layer.norm1), layer.conv1_weight)
+        growth = convolution(activation(growth, layer.norm2), layer.conv2_weight, padding=1)
         if masks and masks[index] is not None:
             growth = growth * masks[index]
         features = torch.cat([features, growth], 1)

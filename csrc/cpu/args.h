@@ -99,7 +99,7 @@ struct Kernels {
                           Image<S> growth, Statistics<T> statistics);
   void (*conv3x3_backward)(Image<const S> grad_growth, Image<const S> bottleneck, Norm<T> norm,
                            Weight<S> weight, Image<S> grad_norm, NormGradient<T> grad_affine,
-                           WeightGradient<S> grad_weight);
+                           WeightGradient<S> grad_weight, bool accumulate);
   void (*dropout)(Image<S> growth, uint64_t seed, double p, bool channels);
   void (*finish_gradient)(Image<const S> features, Image<const S> grad_features, const T* mean,
                           const T* sum_grad, const T* sum_grad_x, Image<S> out);

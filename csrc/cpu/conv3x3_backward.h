@@ -99,10 +99,11 @@ struct TapsWeight {
   }
 };
 
-template <class S>
+template <class S, bool kAccumulate>
 void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottleneck,
                              Norm<Compute<S>> norm, Weight<S> weight, Image<S> grad_norm,
-                             NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight) {
+                             NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight,
+                             bool) {
   using T = Compute<S>;
   const int64_t k = weight.out, channels = weight.in;
   // Whole taps a panel where they fit.
@@ -113,7 +114,7 @@ void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottlene
   product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
                       TapsWeight<S>{weight, grad_weight}, norm, grad_affine,
                       GatheredTapsSource<S>{grad_growth, weight.depth(), weight.lines()},
-                      PixelSink<S, false>{bottleneck, padded_norm, grad_norm});
+                      PixelSink<S, kAccumulate>{bottleneck, padded_norm, grad_norm});
 }
 
 }  // namespace

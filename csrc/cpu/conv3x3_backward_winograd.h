@@ -10,6 +10,8 @@
 namespace densenet_fast::cpu {
 namespace {
 
+constexpr int64_t kNarrowVolume = 48;  // channels of a volume that make one group of column blocks
+
 // A dY A' of tiles [begin, end), [16, tiles, kPanelPitch], at a point of the depth; outside the
 // image dY is zero.
 template <class T, class S>
@@ -95,12 +97,13 @@ DF_INLINE void transform_weight_slices(const T* s, int64_t stride, int64_t deep,
 }
 
 // The data gradient of tiles [begin, end) and channels [c0, c0 + columns), masked by the
-// activation; adds the sums of D and D * (x - mean) of whole vectors.
+// activation; adds the sums of D and D * (x - mean) of whole vectors. The gradient is D, or has
+// scale * D added.
 template <class T, class S>
 void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const WinogradTiles& tiles,
                           int64_t begin, int64_t end, const Image<const S>& x,
                           const PaddedNorm<T>& norm, const Image<S>& gradient, int64_t c0,
-                          int64_t columns, T* sum, T* sum_centred) {
+                          int64_t columns, bool accumulate, T* sum, T* sum_centred) {
   constexpr int L = kLanes<T>;
   for (int64_t index = begin; index < end; ++index, result += ldr) {
     const WinogradTile tile = tiles.at(index);
@@ -118,10 +121,13 @@ void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const Win
         const auto finish_pixel = [&](int i, int j) {
           const int64_t at = pixel + i * tiles.w + j;
           const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
-          const Vec<T> d = rounded<S>(where_positive<T>(fma<T>(scale, value, shift), y[i][j]));
+          Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), y[i][j]);
+          if (!accumulate) d = rounded<S>(d);  // sums of what will be read again
           added += d;
           added_centred = fma<T>(d, value - mean, added_centred);
-          if (gradient.data) store_upto<T>(gradient.data + at * gradient.pitch + c0 + c, d, n);
+          if (!gradient.data) return;
+          S* to = gradient.data + at * gradient.pitch + c0 + c;
+          store_upto<T>(to, accumulate ? fma<T>(scale, d, load_upto<T>(to, n)) : d, n);
         };
         finish_pixel(0, 0);
         if (right) finish_pixel(0, 1);
@@ -137,8 +143,8 @@ void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const Win
 template <class S>
 void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottleneck,
                                Norm<Compute<S>> norm, Weight<S> weight, Image<S> grad_norm,
-                               NormGradient<Compute<S>> grad_affine,
-                               WeightGradient<S> grad_weight) {
+                               NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight,
+                               bool accumulate) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
   const int64_t k = weight.out, channels = weight.in;
@@ -155,7 +161,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const int points = tiles.points;
   const int prefer = points > 1 ? 2 : kBackwardVectors;
   const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
-  const bool narrow = width <= 3 * L;
+  const bool narrow = channels <= kNarrowVolume;
   const EqualParts parts(tiles.count(), points > 1 && narrow ? 8 : 16,
                          points == 1 ? 64
                          : narrow    ? 32
@@ -236,7 +242,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                            inputs + z * kPoints * pitch, pitch, false, stream);
       }
       finish_data_gradient<T>(inputs, panel, pitch, tiles, begin, end, bottleneck, padded_norm,
-                              grad_norm, c0, columns, sums + c0, sums + width + c0);
+                              grad_norm, c0, columns, accumulate, sums + c0, sums + width + c0);
     };
 
     PrefetchStream stream;

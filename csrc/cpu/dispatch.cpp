@@ -308,8 +308,8 @@ Tensor packed_weights(const Tensor& like, const std::vector<Tensor>& weights,
   return packed;
 }
 
-// sizes: the input's channels, then width and growth of every layer; coefficients: scale and shift
-// of norm1 and of norm2 of every layer, one behind another.
+// sizes: the input's channels, then width (0: no bottleneck) and growth of every layer;
+// coefficients: scale and shift of norm1 and of norm2 of every layer, one behind another.
 void dense_block_inference(const Tensor& features, const Tensor& bottleneck,
                            const Tensor& coefficients, const Tensor& packed,
                            const std::vector<int64_t>& sizes) {
@@ -340,11 +340,14 @@ void dense_block_inference(const Tensor& features, const Tensor& bottleneck,
   };
   for (size_t i = 0; i < layers.size(); ++i) {
     const int64_t width = sizes[2 * i + 1], growth = sizes[2 * i + 2];
-    STD_TORCH_CHECK(channels > 0 && width > 0 && growth > 0, "a layer has channels");
-    layers[i].norm1 = norm(channels);
-    layers[i].conv1 = weight(width, channels, false);
-    layers[i].norm2 = norm(width);
-    layers[i].conv2 = weight(growth, width, true);
+    STD_TORCH_CHECK(channels > 0 && width >= 0 && growth > 0, "a layer has channels");
+    layers[i].conv1.in = channels;
+    if (width > 0) {
+      layers[i].norm1 = norm(channels);
+      layers[i].conv1 = weight(width, channels, false);
+    }
+    layers[i].norm2 = norm(width > 0 ? width : channels);
+    layers[i].conv2 = weight(growth, width > 0 ? width : channels, true);
     channels += growth;
     widest = std::max(widest, width);
   }

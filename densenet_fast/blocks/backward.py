@@ -210,6 +210,12 @@ class BlockBackward:
         norm1_needed = features_needed or needs[0] or needs[1]
         norm2_needed = conv1_needed or needs[3] or needs[4]
         start, width = self.geometry.starts[layer], self.geometry.widths[layer]
+        if not width:
+            return (
+                *(none, none, none),
+                *(self._vectors(start) if features_needed or any(needs[3:5]) else (none, none)),
+                _like(weights[6 * layer + 5]) if needs[5] else none,
+            )
         return (
             *(self._vectors(start) if norm1_needed else (none, none)),
             _like(weights[6 * layer + 2]) if needs[2] else none,

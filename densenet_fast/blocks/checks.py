@@ -61,8 +61,10 @@ def check_block(
     pixels = (images, *size)
     for index, layer in enumerate(layers):
         at = f"layer {index + 1}: "
-        check_norm(layer.norm1, at + "norm1", channels, input, pixels)
-        outputs = _check_conv(layer.conv1_weight, at + "conv1", channels, 1, input)
+        outputs = channels
+        if layer.conv1_weight is not None:
+            check_norm(layer.norm1, at + "norm1", channels, input, pixels)
+            outputs = _check_conv(layer.conv1_weight, at + "conv1", channels, 1, input)
         check_norm(layer.norm2, at + "norm2", outputs, input, pixels)
         channels += _check_conv(layer.conv2_weight, at + "conv2", outputs, 3, input)
         if not 0 <= layer.dropout <= 1:
@@ -89,7 +91,7 @@ def check_block(
 
 def _check_groups(layers: Sequence[LayerSpec], tail: Tail | None) -> None:
     """One set of statistics of the features for all norms that read them."""
-    reading = [layer.norm1 for layer in layers] + ([] if tail is None else [tail.norm])
+    reading = [layer.of_features for layer in layers] + ([] if tail is None else [tail.norm])
     groups = {norm.group for norm in reading if norm.batch_statistics}
     if len(groups) > 1:
         raise ValueError(

@@ -151,7 +151,7 @@ def _block(shape: Sequence[int], like: Tensor, args: Sequence[Any]) -> Block:
     weights = [*parameters[2 : 6 * len(settings.dropout) : 3]]
     if settings.tail == "transition":
         weights.append(parameters[-1])
-    types = {weight.dtype for weight in weights}
+    types = {weight.dtype for weight in weights if weight is not None}
     if not types <= taken:
         # Those of autocast alone: what another type means, nobody has said.
         if types - taken - {torch.float32} or like.dtype not in autocast.CAST_TYPES:

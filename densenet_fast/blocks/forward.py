@@ -35,27 +35,32 @@ class Geometry:
         """Describe the block of these parameters on an input [N, C0, *size]."""
         images, channels, *size = shape
         self.layers = len(settings.dropout)
-        weights = [w.shape[0] for w in parameters[2 : 6 * self.layers : 3] if w is not None]
+        weights = parameters[2 : 6 * self.layers : 3]
+        outputs = [0 if weight is None else weight.shape[0] for weight in weights]
         self.pixels = (images, *size)
         self.rows = math.prod(self.pixels)
-        self.widths, self.growths = weights[::2], weights[1::2]
+        self.widths, self.growths = outputs[::2], outputs[1::2]  # no bottleneck: width 0
         self.starts = [channels]
         for growth in self.growths:
             self.starts.append(self.starts[-1] + growth)
         self.channels = self.starts[-1]
         # Where numbers of values begin in the vector of `Statistics`.
         self.totals = 2 * (self.channels + sum(self.widths))
-        # Norm1 of layer l reads segments 0 to l, a tail's norm all of them.
-        batch, end = settings.batch_statistics, 2 * self.layers
-        reading = [*batch[:end:2], *batch[end:]]
+        # A norm of layer l reads segments 0 to l, a tail's norm all of them.
+        of_features = [2 * layer + (not width) for layer, width in enumerate(self.widths)]
+        of_features += range(2 * self.layers, len(settings.batch_statistics))
+        reading = [settings.batch_statistics[norm] for norm in of_features]
         readers = [index for index, of_batch in enumerate(reading) if of_batch]
         # How many of the segments somebody normalises with statistics of the batch.
         self.reduced = readers[-1] + 1 if readers else 0
         # Whose statistics: those of the features are one group's, as `check_block` has seen to.
         groups = settings.groups
         self.synchronised = bool(groups)
-        self.group = [*groups[:end:2], *groups[end:]][readers[0]] if groups and readers else ""
-        self.bottleneck_groups = groups[1:end:2] if groups else [""] * self.layers
+        self.group = groups[of_features[readers[0]]] if groups and readers else ""
+        self.bottleneck_groups = [
+            groups[2 * layer + 1] if groups and width else ""
+            for layer, width in enumerate(self.widths)
+        ]
 
     def segment(self, index: int) -> tuple[int, int]:
         """The channels of a segment."""
@@ -163,6 +168,8 @@ class Block:
         parameters: Any = list(self.parameters[: 6 * layers])
         for at in (slice(0, None, 3), slice(1, None, 3)):
             parameters[at] = plain(parameters[at])
+        if not all(self.geometry.widths):
+            parameters[2::6] = [none if weight is None else weight for weight in parameters[2::6]]
         frozen: list[Tensor] = []
         if not all(self.settings.batch_statistics[: 2 * layers]):
             frozen = plain(list(self.buffers[: 4 * layers]))
@@ -250,6 +257,9 @@ def norm_places(geometry: Geometry, norm_specs: Sequence[NormSpec]) -> Iterator[
     at = 2 * channels
     for layer, width in enumerate(geometry.widths):
         norm1, norm2 = norm_specs[2 * layer : 2 * layer + 2]
+        if not width:
+            yield norms.Place(norm2, 0, channels, features, geometry.starts[layer])
+            continue
         yield norms.Place(norm1, 0, channels, features, geometry.starts[layer])
         total = totals + 1 + layer if geometry.bottleneck_groups[layer] else -1
         yield norms.Place(norm2, at, at + width, total, width)

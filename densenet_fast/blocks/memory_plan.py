@@ -34,7 +34,7 @@ class BlockSize:
     pixels: int  # of all images together
     channels: int  # of the input
     end: int  # of all features
-    widths: Sequence[int]  # bottleneck channels, layer by layer
+    widths: Sequence[int]  # bottleneck channels, layer by layer; 0: there is no bottleneck
     growth: int  # the widest layer's
     output: int  # elements of what follows the block: the incoming gradient
     itemsize: int  # bytes of an element
@@ -58,6 +58,13 @@ class BlockSize:
     def incoming(self) -> int:
         """Bytes of what follows the block, and of its gradient."""
         return self.output * self.itemsize
+
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """Channels that the first convolution of each layer reads, and its last one."""
+        growth = (self.end - self.channels) // max(1, len(self.widths))
+        starts = range(self.channels, self.end, max(1, growth))
+        return [(start, width or start) for start, width in zip(starts, self.widths, strict=False)]
 
     def bottlenecks(self, hold: int) -> int:
         """Bytes of the last layers' bottlenecks."""
@@ -86,14 +93,11 @@ class BlockSize:
 
     def recomputed_products(self, plan: Plan) -> int:
         """Multiplications that the backward does a second time."""
-        reads = [self.channels]
         growth = (self.end - self.channels) // max(1, len(self.widths))
-        for _ in self.widths[1:]:
-            reads.append(reads[-1] + growth)
-        first = [read * width for read, width in zip(reads, self.widths, strict=True)]
+        first = [read * width for (read, _), width in zip(self.reads, self.widths, strict=True)]
         count = sum(first[: len(first) - plan.hold])
         if plan.mode == "block":  # all layers once more, then those that are not held
-            count += sum(first) + self.taps * growth * sum(self.widths)
+            count += sum(first) + self.taps * growth * sum(read for _, read in self.reads)
         return self.pixels * count
 
     def _recomputed(self, plan: Plan) -> Sequence[int]:

@@ -49,20 +49,31 @@ class ConvGeometry(NamedTuple):
     groups: int
 
 
+# Stands for the norm of what is not there.
+NO_NORM = NormSpec(None, None, None, None, 0.0, True, None)
+
+
 class LayerSpec(NamedTuple):
     """norm1, ReLU, 1x1 convolution `[B, C_l, 1, 1]`, norm2, ReLU, 3x3 convolution `[k, B, 3, 3]`.
 
     Weights of one dimension are `[B, C_l, 1]` and `[k, B, 3]`, those of three have one size more.
+    Without a bottleneck there are norm2, over the `C_l` features, ReLU and `[k, C_l, 3, 3]` alone:
+    norm1 is `NO_NORM`, the 1x1 convolution's weight None.
     `dropout` is the probability of zeroing an element of the layer's output, or with
     `whole_channels` a whole channel of an image; 0 in evaluation.
     """
 
     norm1: NormSpec
-    conv1_weight: Tensor
+    conv1_weight: Tensor | None
     norm2: NormSpec
     conv2_weight: Tensor
     dropout: float = 0.0
     whole_channels: bool = False
+
+    @property
+    def of_features(self) -> NormSpec:
+        """The norm over the features that the layer reads."""
+        return self.norm2 if self.conv1_weight is None else self.norm1
 
 
 class TransitionTail(NamedTuple):

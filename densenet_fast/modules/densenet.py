@@ -50,6 +50,8 @@ class EfficientDenseNet(nn.Module):
         compression: share of the channels that a transition keeps.
         in_channels: channels of the images.
         spatial_dims: the images' dimensions: 1, 2 or 3.
+        bottleneck: False means layers of norm, ReLU and 3×3 convolution alone, DenseNet without B
+            (with `compression=1`, without C), where `bn_size` means nothing.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -75,6 +77,7 @@ class EfficientDenseNet(nn.Module):
         compression: float = 0.5,
         in_channels: int = 3,
         spatial_dims: int = 2,
+        bottleneck: bool = True,
     ) -> None:
         super().__init__()
         kinds = dimensions.modules(spatial_dims)
@@ -104,6 +107,7 @@ class EfficientDenseNet(nn.Module):
                 drop_rate,
                 checkpoint=_of_blocks(self._checkpoint),
                 spatial_dims=spatial_dims,
+                bottleneck=arguments.flag("bottleneck", bottleneck),
             )
             self.features.add_module(f"denseblock{i + 1}", block)
             num_features += num_layers * growth_rate

@@ -70,7 +70,7 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
     if isinstance(block, DenseStep) and obstacle is None:
         layers = block.segments[-1]
         assert isinstance(layers, list)
-        group = synchronized.OneGroup(*(layer.norm1 for layer in layers))
+        group = synchronized.OneGroup(*(layer.of_features for layer in layers))
         if group.admits(norm):
             block.tail = tail.tail
             return None

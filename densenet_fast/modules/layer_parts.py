@@ -15,31 +15,61 @@ from densenet_fast.modules.eligibility import Expected, named
 class LayerParts(NamedTuple):
     """What a layer computes with: norm1, ReLU, conv1, norm2, ReLU, conv2 and dropout.
 
+    Without a bottleneck norm1 and conv1 are None: norm2, ReLU and conv2 read the features.
     `activations` are modules that must be a ReLU each, by name; a norm may have its own inside.
     `dropout` is the probability of zeroing an element of the layer's output now, or with
     `whole_channels` a whole channel of an image.
     """
 
-    norm1: Norm
-    conv1: Conv
+    norm1: Norm | None
+    conv1: Conv | None
     norm2: Norm
     conv2: Conv
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float
     whole_channels: bool = False
 
+    @property
+    def norms(self) -> list[Norm]:
+        """Those that there are, the one over the features first."""
+        return [self.norm2] if self.norm1 is None else [self.norm1, self.norm2]
+
+    @property
+    def convolutions(self) -> list[Conv]:
+        """Those that there are, the one that reads the features first."""
+        return [self.conv2] if self.conv1 is None else [self.conv1, self.conv2]
+
+    @property
+    def of_features(self) -> Norm:
+        """The norm over the features."""
+        return self.norms[0]
+
+    @property
+    def first(self) -> Conv:
+        """The convolution that reads the features."""
+        return self.convolutions[0]
+
+    @property
+    def width(self) -> int:
+        """Channels of the bottleneck; 0 where there is none."""
+        return 0 if self.conv1 is None else eligibility.weight_shape(self.conv1)[0]
+
     def obstacle(self, channels: int | None, expected: Expected) -> str | None:
         """Why they cannot be fused on an input of so many channels (None: of norm1's), or None."""
         norm1, conv1, norm2, conv2, activations, *_ = self
-        found = named("conv1", eligibility.conv(conv1, 1, expected))
+        found = None if conv1 is None else named("conv1", eligibility.conv(conv1, 1, expected))
         found = found or named("conv2", eligibility.conv(conv2, 3, expected))
         if found is not None:
             return found
-        bottleneck, read, *_ = eligibility.weight_shape(conv1)
-        channels = getattr(norm1, "num_features", 0) if channels is None else channels
-        if read != channels or eligibility.weight_shape(conv2)[1] != bottleneck:
+        if channels is None:
+            channels = getattr(self.of_features, "num_features", 0)
+        bottleneck = eligibility.weight_shape(conv2)[1]
+        if eligibility.weight_shape(self.first)[1] != channels or (
+            conv1 is not None and eligibility.weight_shape(conv1)[0] != bottleneck
+        ):
             return "the shapes of the convolutions do not fit together"
-        found = named("norm1", eligibility.norm(norm1, channels, expected))
+        if norm1 is not None:
+            found = named("norm1", eligibility.norm(norm1, channels, expected))
         found = found or named("norm2", eligibility.norm(norm2, bottleneck, expected))
         for name, module in activations:
             found = found or named(name, eligibility.exactly(module, nn.ReLU))
@@ -84,6 +114,17 @@ def usual_parts(layer: nn.Module) -> LayerParts | str:
     """Parts of a layer with torchvision's names, its dropout among them as `drop_rate`."""
     state = layer.__dict__  # for every layer of every forward: not through __getattr__
     return named_parts(state["_modules"], dropout(state))
+
+
+def wide_parts(layer: nn.Module) -> LayerParts | str:
+    """Parts of a layer without a bottleneck, by the same names."""
+    state = layer.__dict__
+    modules = state["_modules"]
+    try:
+        norm, relu, conv = (modules[name] for name in ("norm1", "relu1", "conv1"))
+    except KeyError as missing:
+        return f"{missing.args[0]} is missing"
+    return LayerParts(None, None, norm, conv, [("relu1", relu)], dropout(state))
 
 
 def dropout(state: dict[str, Any]) -> float:

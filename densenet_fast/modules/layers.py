@@ -102,8 +102,12 @@ class DenseLayer(Checkpointed):
     For inputs [N, C, L], [N, C, H, W] or [N, C, D, H, W] by `spatial_dims`.
 
     Emits its `num_input_features` channels and `k * growth_rate` new ones. The bottleneck between
-    the convolutions has `bn_size * growth_rate` channels whatever `k` is.
+    the convolutions has `bn_size * growth_rate` channels whatever `k` is. With `bottleneck=False`
+    there are norm, ReLU and the 3×3 convolution alone, and `bn_size` means nothing.
     """
+
+    __constants__ = ("bottleneck",)  # TorchScript compiles one of the two forwards
+    bottleneck = True  # of layers in files that do not say it
 
     def __init__(
         self,
@@ -116,27 +120,34 @@ class DenseLayer(Checkpointed):
         *,
         checkpoint: Checkpoint = "bottleneck",
         spatial_dims: int = 2,
+        bottleneck: bool = True,
     ) -> None:
         super().__init__()
         kinds = dimensions.modules(spatial_dims)
         num_input_features = arguments.integer("num_input_features", num_input_features)
         growth_rate = arguments.integer("growth_rate", growth_rate)
-        bottleneck = arguments.integer("bn_size", bn_size) * growth_rate
+        width = arguments.integer("bn_size", bn_size) * growth_rate
         growth = arguments.integer("k", k) * growth_rate
+        self.bottleneck = arguments.flag("bottleneck", bottleneck)
         self.drop_rate = arguments.share("drop_rate", drop_rate, zero=True)
         self._set_mode(memory_efficient, checkpoint)
         self.norm1 = kinds.norm(num_input_features)
         self.relu1 = nn.ReLU(inplace=False)
-        self.conv1 = kinds.conv(num_input_features, bottleneck, kernel_size=1, bias=False)
-        self.norm2 = kinds.norm(bottleneck)
+        if not self.bottleneck:
+            self.conv1 = kinds.conv(
+                num_input_features, growth, kernel_size=3, padding=1, bias=False
+            )
+            return
+        self.conv1 = kinds.conv(num_input_features, width, kernel_size=1, bias=False)
+        self.norm2 = kinds.norm(width)
         self.relu2 = nn.ReLU(inplace=False)
-        self.conv2 = kinds.conv(bottleneck, growth, kernel_size=3, padding=1, bias=False)
+        self.conv2 = kinds.conv(width, growth, kernel_size=3, padding=1, bias=False)
 
     def step(
         self, obstacle: str | None, channels: int | None, expected: Expected
     ) -> DenseStep | str:
         """The layer alone."""
-        own = layer_parts.usual_parts(self)
+        own = _parts(self)
         parts = obstacle or layer_parts.fusable(own, channels, expected)
         return parts if isinstance(parts, str) else DenseStep([[parts]], self._checkpoint)
 
@@ -151,8 +162,9 @@ class DenseLayer(Checkpointed):
             features = input.clone()
         else:
             features = input if eligibility.leaves_input(self.norm1) else input.clone()
-        bottleneck = self.conv1(self.relu1(self.norm1(features)))
-        growth = self.conv2(self.relu2(self.norm2(bottleneck)))
+        growth = self.conv1(self.relu1(self.norm1(features)))
+        if self.bottleneck:
+            growth = self.conv2(self.relu2(self.norm2(growth)))
         if self.drop_rate > 0:
             growth = F.dropout(growth, p=self.drop_rate, training=self.training)
         return torch.cat((input, growth), 1)
@@ -190,7 +202,7 @@ class FusedBlock(Checkpointed):
         """The first layer's first norm, if that is known."""
         first = next(iter(self.layers()), None)
         parts = "there is none" if first is None else layer_parts.read(first, DenseLayer)
-        return None if isinstance(parts, str) else parts.norm1
+        return None if isinstance(parts, str) else parts.of_features
 
     def parts(self, expected: Expected) -> list[LayerParts | str]:
         """What each layer computes with, or why it must be called as a module.
@@ -205,7 +217,7 @@ class FusedBlock(Checkpointed):
             found.append(parts)
             channels = None
             if not isinstance(parts, str):
-                read, growth = map(eligibility.weight_shape, (parts.conv1, parts.conv2))
+                read, growth = map(eligibility.weight_shape, (parts.first, parts.conv2))
                 channels = read[1] + growth[0]
         return found
 
@@ -226,9 +238,9 @@ class FusedBlock(Checkpointed):
                 run = []
                 group = synchronized.OneGroup()
             else:
-                if not group.admits(parts.norm1):
+                if not group.admits(parts.of_features):
                     run = []
-                    group = synchronized.OneGroup(parts.norm1)
+                    group = synchronized.OneGroup(parts.of_features)
                 if not run:
                     segments.append(run)
                 run.append(parts)
@@ -255,6 +267,7 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
         *,
         checkpoint: Checkpoint = "bottleneck",
         spatial_dims: int = 2,
+        bottleneck: bool = True,
     ) -> None:
         super().__init__()
         self._set_mode(memory_efficient, checkpoint)
@@ -268,6 +281,7 @@ class DenseBlock(FusedBlock, nn.ModuleDict):
                 drop_rate,
                 checkpoint=self._checkpoint,
                 spatial_dims=spatial_dims,
+                bottleneck=bottleneck,
             )
             self.add_module(f"denselayer{i + 1}", layer)
 
@@ -328,5 +342,12 @@ class Transition(FusedModule, nn.Sequential):
         return found or DenseStep([], "bottleneck", TailParts(norm, conv))
 
 
+def _parts(layer: nn.Module) -> LayerParts | str:
+    """Of a `DenseLayer`."""
+    if layer.bottleneck:
+        return layer_parts.usual_parts(layer)
+    return layer_parts.wide_parts(layer)
+
+
 eligibility.KINDS.update({DenseLayer: "layer", DenseBlock: "block", Transition: "transition"})
-layer_parts.READERS[DenseLayer] = layer_parts.usual_parts
+layer_parts.READERS[DenseLayer] = _parts

@@ -32,6 +32,7 @@ from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 
 _LABEL = 8  # bytes
 _MOST_PARTS = 16  # of the CPU kernels' backward, each with a weight gradient of its own
+_NARROW, _WIDE = (32, 8), (128, _MOST_PARTS)  # tiles of volumes and parts, by channels
 _LEAST_ROWS, _LEAST_TILES = 384, 64  # of a part: pixels, and Winograd's 2×2 tiles
 
 
@@ -101,9 +102,9 @@ def _block_sizes(
         layers = step.segments[0] if len(step.segments) == 1 else None
         if not isinstance(layers, list):
             return None
-        widths = [eligibility.weight_shape(layer.conv1)[0] for layer in layers]
+        widths = [layer.width for layer in layers]
         growths = [eligibility.weight_shape(layer.conv2)[0] for layer in layers]
-        convolutions = [conv for layer in layers for conv in (layer.conv1, layer.conv2)]
+        convolutions = [conv for layer in layers for conv in layer.convolutions]
         end, pixels = channels + sum(growths), images * math.prod(size)
         if step.tail is not None and step.tail.conv is not None:
             behind = eligibility.weight_shape(step.tail.conv)[0]
@@ -150,7 +151,7 @@ def _trainable(step: DenseStep) -> bool:
     return any(
         parameter.requires_grad
         for layer in layers
-        for part in (layer.norm1, layer.conv1, layer.norm2, layer.conv2)
+        for part in (*layer.norms, *layer.convolutions)
         for parameter in part.parameters()
     )
 
@@ -233,14 +234,18 @@ def cpu_workspace(block: BlockSize) -> int:
 
     Or Winograd's, in tiles of two pixels along each dimension where there are more than one.
     """
-    widest = max(block.widths, default=0)
     pointwise_parts = _parts(block.pixels, _LEAST_ROWS)
-    pointwise = pointwise_parts * widest * (block.end - block.growth)
-    tile = {9: 4, 27: 8}.get(block.taps)
-    parts = _parts(block.pixels // tile, _LEAST_TILES) if tile else pointwise_parts
-    spatial = parts * block.taps * widest * block.growth
+    pointwise = pointwise_parts * max(block.widths, default=0) * (block.end - block.growth)
+    spatial = 0
+    for read in {read for _, read in block.reads}:
+        parts = pointwise_parts
+        if block.taps == 9:
+            parts = _parts(block.pixels // 4, _LEAST_TILES)
+        elif block.taps == 27:
+            parts = _parts(block.pixels // 8, *(_NARROW if read <= 48 else _WIDE))
+        spatial = max(spatial, parts * block.taps * read * block.growth)
     return max(pointwise, spatial) * max(4, block.itemsize)
 
 
-def _parts(total: int, least: int) -> int:
-    return max(1, min(_MOST_PARTS, total // least))
+def _parts(total: int, least: int, most: int = _MOST_PARTS) -> int:
+    return max(1, min(most, total // least))

@@ -18,6 +18,7 @@ from densenet_fast.blocks.dense_block import (
     stem_norm_relu_maxpool,
 )
 from densenet_fast.blocks.specs import (
+    NO_NORM,
     AvgPoolTail,
     Checkpoint,
     ConvGeometry,
@@ -201,7 +202,7 @@ class DenseStep:
             return found
         counted: list[Tensor] = []
         layers = [_layer_spec(layer, counted) for layer in run]
-        norms = [norm for layer in run for norm in (layer.norm1, layer.norm2)]
+        norms = [norm for layer in run for norm in layer.norms]
         behind: Tail | None = None
         if tail is not None:
             norms.append(tail.norm)
@@ -224,9 +225,10 @@ def _joined(features: list[Tensor]) -> Tensor:
 
 
 def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
+    norm1, conv1 = layer.norm1, layer.conv1
     return LayerSpec(
-        norm1=norm_spec(layer.norm1, counted),
-        conv1_weight=parameter(layer.conv1.__dict__, "weight"),
+        norm1=NO_NORM if norm1 is None else norm_spec(norm1, counted),
+        conv1_weight=None if conv1 is None else parameter(conv1.__dict__, "weight"),
         norm2=norm_spec(layer.norm2, counted),
         conv2_weight=parameter(layer.conv2.__dict__, "weight"),
         dropout=layer.dropout,

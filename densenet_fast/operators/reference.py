@@ -197,13 +197,16 @@ def conv3x3_backward(
     grad_gamma: Tensor | None,
     grad_beta: Tensor | None,
     grad_weight: Tensor | None,
+    accumulate: bool = False,
 ) -> None:
     """Gradients of the weight, of norm2's output and of norm2.
 
     grad_weight = correlation of act(bottleneck), padded with zeros, and grad_growth
     grad_norm = transposed conv3(grad_growth, weight) where act(bottleneck) > 0
 
-    `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is.
+    `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is. With `accumulate`, of a
+    layer without a bottleneck, features take the bottleneck's place, and theirs grad_norm's:
+    grad_features += scale * what grad_norm would be.
     """
     images = images_of(grad_growth)
     if grad_weight is not None:
@@ -218,9 +221,11 @@ def conv3x3_backward(
     weight, geometry = weight.to(images.dtype), _geometry(images, transposed=True)
     grad = rows_of(torch.convolution(images, weight, None, *geometry))
     grad = _masked(grad, bottleneck, scale, shift)
-    if grad_norm is not None:
+    if grad_norm is not None and not accumulate:
         grad = _wide(grad_norm.copy_(grad))
     _norm_sums(grad, bottleneck, mean, rstd, grad_gamma, grad_beta)
+    if grad_norm is not None and accumulate:
+        grad_norm.add_(grad.mul_(scale))
 
 
 # Dropout

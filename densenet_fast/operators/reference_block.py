@@ -9,7 +9,8 @@ products and pooling of a half-layer. Per layer the lists hold
 - `numbers`: eps of norm1 and of norm2, probability of dropout, 1 if that drops whole channels of
   an image and 0 if elements; `seeds`: one number.
 
-A tensor without elements stands for one that is not there. `statistics` are the means of the
+A tensor without elements stands for one that is not there; in a layer without conv1's weight norm2
+and conv2 read the features, and half-layer 2 l is nothing. `statistics` are the means of the
 features [C], their variances [C], then mean and variance of every bottleneck. Segment 0 of the
 features is the block's input, segment l + 1 the growth of layer l: the first `reduced` segments are
 normalised with statistics of the batch. Half-layer 2 l is norm1 and conv1 of layer l, half-layer
@@ -70,6 +71,15 @@ class _Block:
         weight = self.parameters[6 * layer + 3 * convolution - 1]
         return weight.flatten(1) if convolution == 1 else weight
 
+    def has_bottleneck(self, layer: int) -> bool:
+        return self.parameters[6 * layer + 2].numel() > 0
+
+    def input(self, layer: int) -> Tensor:
+        """What conv2 reads."""
+        if self.has_bottleneck(layer):
+            return self.bottlenecks[layer]
+        return self.features[..., : self.starts[layer]]
+
     def drop_(self, layer: int, tensor: Tensor) -> None:
         """Dropout, if the layer has any."""
         p, channels = self.numbers[4 * layer + 2 : 4 * layer + 4]
@@ -82,7 +92,7 @@ class _Block:
     def norm(self, layer: int, norm: int) -> Coefficients:
         start = self.starts[layer]
         mean, var = self.mean[:start], self.var[:start]
-        if norm == 2:
+        if norm == 2 and self.has_bottleneck(layer):
             mean, var = self.of_bottlenecks[2 * layer : 2 * layer + 2]
         if self.is_frozen(layer, norm):
             mean, var = self.frozen[4 * layer + 2 * norm - 2 : 4 * layer + 2 * norm]
@@ -131,7 +141,8 @@ def dense_block_forward_(
     for half in range(first, last):
         layer = half // 2
         if half % 2 == 0:
-            block.narrow(layer, reduce=not recompute)
+            if block.has_bottleneck(layer):
+                block.narrow(layer, reduce=not recompute)
             continue
         scale, shift, _, _ = block.norm(layer, 2)
         start, end = block.starts[layer : layer + 2]
@@ -141,7 +152,7 @@ def dense_block_forward_(
             wanted = (block.mean[start:end], block.var[start:end])
         dropout, weight = numbers[4 * layer + 2], block.weight(layer, 2)
         behind = (None, None) if dropout else wanted
-        operators.conv3x3_forward(bottlenecks[layer], scale, shift, weight, growth, *behind)
+        operators.conv3x3_forward(block.input(layer), scale, shift, weight, growth, *behind)
         block.drop_(layer, growth)
         if dropout and wanted[0] is not None:
             operators.channel_statistics(growth, *wanted)
@@ -189,6 +200,12 @@ def dense_block_backward_(
     def given(gradient: Tensor) -> Tensor | None:
         return gradient if gradient.numel() else None
 
+    def defer(start: int, norm: Coefficients, gamma: Tensor | None, beta: Tensor | None) -> None:
+        assert gamma is not None
+        assert beta is not None
+        sum_grad[:start] += norm.scale * beta
+        sum_grad_x[:start] += norm.scale * norm.rstd * gamma
+
     for half in reversed(range(max(first, 2 * lowest), last)):
         layer = half // 2
         gamma1, beta1, grad_conv1, gamma2, beta2, grad_conv2 = map(
@@ -197,11 +214,15 @@ def dense_block_backward_(
         features_needed = lowest < layer
         conv1_needed = features_needed or gamma1 is not None or grad_conv1 is not None
         start, end = block.starts[layer : layer + 2]
-        bottleneck = bottlenecks[layer]
-        grad_norm2 = image(grad_norm, bottleneck.shape[-1])
+        wide = not block.has_bottleneck(layer)
+        if wide and half % 2 == 0:
+            continue
+        bottleneck = block.input(layer)
+        grad_prefix = grad_features[..., :start] if features_needed else None
         norm2 = block.norm(layer, 2)
+        grad_norm2 = image(grad_norm, 0 if wide else bottleneck.shape[-1])
         if half % 2 == 1:
-            if layer < len(seeds) - held:
+            if not wide and layer < len(seeds) - held:
                 block.narrow(layer, reduce=False)
             gradient = grad_features[..., start:end]
             if layer + 1 < reduced:
@@ -221,11 +242,14 @@ def dense_block_backward_(
                 bottleneck,
                 *norm2,
                 block.weight(layer, 2),
-                grad_norm2 if conv1_needed else None,
+                grad_prefix if wide else grad_norm2 if conv1_needed else None,
                 gamma2,
                 beta2,
                 grad_conv2,
+                wide,
             )
+            if wide and features_needed and not block.is_frozen(layer, 2):
+                defer(start, norm2, gamma2, beta2)
             continue
         if not conv1_needed:
             continue
@@ -239,16 +263,13 @@ def dense_block_backward_(
             features[..., :start],
             *norm1,
             block.weight(layer, 1),
-            grad_features[..., :start] if features_needed else None,
+            grad_prefix,
             gamma1,
             beta1,
             None if grad_conv1 is None else grad_conv1.flatten(1),
         )
         if features_needed and not block.is_frozen(layer, 1):
-            assert gamma1 is not None
-            assert beta1 is not None
-            sum_grad[:start] += norm1.scale * beta1
-            sum_grad_x[:start] += norm1.scale * norm1.rstd * gamma1
+            defer(start, norm1, gamma1, beta1)
 
 
 def _affine_gradient(

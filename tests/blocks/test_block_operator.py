@@ -43,7 +43,7 @@ def block_cases(draw: st.DrawFn) -> BlockCase:
         pixels=draw(pixels.filter(lambda size: math.prod(size) > 1)),  # statistics need two
         channels=draw(st.integers(1, 40)),
         growths=draw(sizes),
-        widths=draw(sizes),
+        widths=draw(st.tuples(*[st.integers(0, 20)] * layers)),
         frozen=draw(norms),
         plain=draw(norms),
         dropout=draw(st.sampled_from([0.0, 0.0, 0.3])),

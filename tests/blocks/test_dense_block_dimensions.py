@@ -61,6 +61,18 @@ def test_the_block_is_the_plain_one(
     compare(make_block((2, 5, *size), tail=tail), checkpoint)
 
 
+@pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("width", [0, (0, 8, 0), (8, 0, 8)], ids=str)
+@pytest.mark.parametrize("size", [(9,), (5, 6), (4, 5, 6)], ids=str)
+def test_layers_without_a_bottleneck(
+    size: tuple[int, ...], width: int | tuple[int, ...], tail: str | None, checkpoint: Checkpoint
+) -> None:
+    for frozen in ((), (0, 2)):
+        block = make_block((2, 5, *size), tail=tail, width=width, frozen=frozen)
+        compare(block, checkpoint, hold=2)
+
+
 @pytest.mark.parametrize("size", [(1,), (1, 4, 3), (3, 1, 1)], ids=str)
 def test_sizes_of_one(size: tuple[int, ...]) -> None:
     compare(make_block((3, 5, *size), tail="avgpool"), "bottleneck", 1)
@@ -92,10 +104,12 @@ def test_any_block(
     data: st.DataObject,
 ) -> None:
     hold = data.draw(st.integers(0, len(growths)))
+    widths = data.draw(st.tuples(*[st.sampled_from([0, 3, 8])] * len(growths)))
     with use_backend(setting):
         # With next to no variance in a channel, rounding grows.
         frozen = range(2 * len(growths) + 1) if images * math.prod(size) < 8 else ()
-        compare(make_block((images, 3, *size), growths, tail, frozen=frozen), checkpoint, hold)
+        block = make_block((images, 3, *size), growths, tail, width=widths, frozen=frozen)
+        compare(block, checkpoint, hold)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
@@ -125,9 +139,10 @@ def test_dropout_of_channels(size: tuple[int, ...], p: float) -> None:
     torch.testing.assert_close(ones, expected / (1 - p) if p < 1 else expected)
 
 
+@pytest.mark.parametrize("width", [0, 2])
 @pytest.mark.parametrize("size", [(4,), (2, 2, 3)], ids=str)
-def test_finite_differences(size: tuple[int, ...]) -> None:
-    block = make_block((2, 2, *size), (2, 2), "transition", width=2, seed=3)
+def test_finite_differences(size: tuple[int, ...], width: int) -> None:
+    block = make_block((2, 2, *size), (2, 2), "transition", width=width, seed=3)
 
     def output(*leaves: Tensor) -> Tensor:
         return dense_block(block.input, block.layers, tail=block.tail)

@@ -176,6 +176,14 @@ def check_conv3x3_backward(
     operators.conv3x3_backward(*arguments, other, *sums, None)
     assert_repeated(other, grad_norm)
     assert_repeated(torch.stack(sums), torch.stack((grad_gamma, grad_beta)))
+
+    # Of a layer without a bottleneck: added to what is there, the norm's scale included.
+    added = case.rows(pixels, channels)
+    before = added.double().clone()
+    operators.conv3x3_backward(*arguments, added, *sums, again, accumulate=True)
+    assert_close("grad_features", added, before + exact_grad, dtype, taps * outputs)
+    check_sums(*sums, exact_grad, bottleneck, norm, dtype, taps * outputs)
+    assert_repeated(again, grad_weight)
     case.assert_guards()
 
 
