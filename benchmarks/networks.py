@@ -19,6 +19,7 @@ class NetworkSpec:
     image_size: int  # pixels, in every dimension
     batch_size: int  # images
     bn_size: int = 4
+    bottleneck: bool = True
     num_classes: int = 1000
     in_channels: int = 3
     small_inputs: bool = False  # 3×3 stem without norm and pooling
@@ -100,8 +101,9 @@ NETWORKS: dict[str, NetworkSpec] = {
     "densenet-bc-190": densenet_bc(190, 40, batch_size=4),
 }
 _sequences_or_volumes = partial(replace, NETWORKS["densenet121"], in_channels=1, num_classes=2)
-# Of sequences and volumes, where the naive network is MONAI's.
-OTHER_DIMENSIONS: dict[str, NetworkSpec] = {
+# Of sequences and volumes, where the naive network is MONAI's, and without bottlenecks and
+# compression, as in the first lines of the paper's table.
+OTHER_NETWORKS: dict[str, NetworkSpec] = {
     "densenet121-1d": _sequences_or_volumes(
         name="DenseNet-121, 1-D", dims=1, image_size=2048, batch_size=32
     ),
@@ -111,8 +113,16 @@ OTHER_DIMENSIONS: dict[str, NetworkSpec] = {
     "densenet121-3d-96": _sequences_or_volumes(
         name="DenseNet-121, 3-D", dims=3, image_size=96, batch_size=1
     ),
+    "densenet-100": replace(
+        NETWORKS["densenet-bc-100"],
+        name="DenseNet-100 without B and C",
+        block_config=(32, 32, 32),
+        num_init_features=16,
+        bottleneck=False,
+        compression=1.0,
+    ),
     "densenet-bc-100-3d": densenet_bc(100, 12, batch_size=8, in_channels=1, num_classes=2, dims=3),
 }
-KNOWN_NETWORKS = ChainMap(OTHER_DIMENSIONS, NETWORKS)  # the last one first
+KNOWN_NETWORKS = ChainMap(OTHER_NETWORKS, NETWORKS)  # the last one first
 # The two that suites measure unless told otherwise.
 MAIN_NETWORKS = ("densenet121", "densenet-bc-100")

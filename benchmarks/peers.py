@@ -26,6 +26,30 @@ from benchmarks.other_peers import State
 Checkpoint = Literal["none", "bottleneck", "block"]
 
 
+class WideLayer(nn.Sequential):
+    """A layer without a bottleneck, which torchvision has not: the features so far, and its own."""
+
+    def __init__(self, channels: int, growth_rate: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = nn.Conv2d(channels, growth_rate, 3, padding=1, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, C, H, W] and the layer's channels behind."""
+        return torch.cat((features, super().forward(features)), 1)
+
+
+def wide_block(layers: int, channels: int, growth_rate: int) -> nn.Sequential:
+    """A dense block of such layers."""
+    return nn.Sequential(
+        OrderedDict(
+            (f"denselayer{at + 1}", WideLayer(channels + at * growth_rate, growth_rate))
+            for at in range(layers)
+        )
+    )
+
+
 class PlainDenseNet(nn.Module):
     """torchvision's dense blocks and transitions with any stem, compression and channels."""
 
@@ -44,9 +68,13 @@ class PlainDenseNet(nn.Module):
             ]
         self.features = nn.Sequential(OrderedDict(stem))
         for index, num_layers in enumerate(spec.block_config, start=1):
-            block = torchvision_densenet._DenseBlock(
-                num_layers, channels, spec.bn_size, spec.growth_rate, 0.0, memory_efficient
-            )
+            block: nn.Module
+            if spec.bottleneck:
+                block = torchvision_densenet._DenseBlock(
+                    num_layers, channels, spec.bn_size, spec.growth_rate, 0.0, memory_efficient
+                )
+            else:
+                block = wide_block(num_layers, channels, spec.growth_rate)
             self.features.add_module(f"denseblock{index}", block)
             channels += num_layers * spec.growth_rate
             if index < len(spec.block_config):
@@ -107,6 +135,7 @@ def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
         compression=spec.compression,
         in_channels=spec.in_channels,
         spatial_dims=spec.dims,
+        bottleneck=spec.bottleneck,
     )
 
 
@@ -177,7 +206,7 @@ PEERS: dict[str, Peer] = {
             "torchvision memory_efficient, channels_last",
             "#e08214",
             lambda spec: build_torchvision(spec, memory_efficient=True),
-            applies=lambda spec: spec.dims == 2,
+            applies=lambda spec: spec.dims == 2 and spec.bottleneck,
         ),
         Peer(
             "ours-none",

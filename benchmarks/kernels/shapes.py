@@ -62,11 +62,15 @@ def shapes(kernel: str, name: str) -> list[Shape]:
         return [*stem, *(_shape(block, block.channels) for block in inner)]
     if kernel == "finish_gradient":
         return [_shape(block, block.growth) for block in inner]
+    middles = [block.start(block.layers // 2) for block in inner]
     if kernel.startswith("conv3x3"):
-        return [_shape(block, block.bottleneck, block.growth) for block in inner]
+        reads = [block.bottleneck for block in inner] if spec.bottleneck else middles
+        return [_shape(block, read, block.growth) for block, read in zip(inner, reads, strict=True)]
+    if kernel.startswith("conv1x1") and not spec.bottleneck:
+        return []
     if kernel.startswith("transition"):
         return [_shape(block, block.end, block.transition) for block in inner if block.transition]
-    layers = LAYER_CHANNELS.get(name) or [block.start(block.layers // 2) for block in inner]
+    layers = LAYER_CHANNELS.get(name) or middles
     return [
         _shape(block, channels, block.bottleneck)
         for block, channels in zip(inner, layers, strict=True)

@@ -203,8 +203,8 @@ def _require_agreement(name: str, output: object, others: dict[str, Tensor]) -> 
 
 def _require_memory(spec: NetworkSpec, name: str, amp: str, device: torch.device) -> None:
     """Raise before Linux kills the process for memory that a step on the CPU does not find."""
-    if device.type != "cpu" or spec.dims != 2:
-        return  # the device's allocator raises by itself; the plan knows images alone
+    if device.type != "cpu" or spec.dims != 2 or not spec.bottleneck:
+        return  # the allocator raises by itself; the plan knows images and bottlenecks alone
     planned = IMPLEMENTATIONS.get(name, memory_plan.NAIVE)
     fmt = FORMATS["float32" if amp == "none" else "bfloat16"]
     needed = memory_plan.peak(spec, fmt, planned, None)

@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 
 from benchmarks import cli, measure, peers
 from benchmarks.environment import describe
-from benchmarks.networks import NETWORKS, OTHER_DIMENSIONS, NetworkSpec, densenet_bc
+from benchmarks.networks import NETWORKS, OTHER_NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.prediction import memory_plan
 from benchmarks.prediction.shapes import FORMATS
 from benchmarks.suites import Options, networks, step, step_page
@@ -42,14 +42,14 @@ def test_other_libraries_compute_the_same_function(name: str) -> None:
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OTHER_DIMENSIONS)
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
 def test_sequences_and_volumes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("monai")
     # Logits that disagree would not be timed.
-    small = replace(OTHER_DIMENSIONS[name], block_config=(2, 1), image_size=16, batch_size=2)
-    monkeypatch.setitem(OTHER_DIMENSIONS, "small", small)
+    small = replace(OTHER_NETWORKS[name], block_config=(2, 1), image_size=16, batch_size=2)
+    monkeypatch.setitem(OTHER_NETWORKS, "small", small)
     arguments = ["--no-progress", "--device", "cpu", "--networks", "small", "--rounds", "1"]
     arguments += ["--peers", "naive,ours-bottleneck,ours-converted", "--output", str(tmp_path)]
     measured = name == "densenet121-3d"
@@ -106,7 +106,7 @@ def test_logits_that_disagree_are_not_timed(
 
 def test_full_form_has_all_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     record = networks.plan(Options(full=True))
-    assert len(record["settings"]["networks"]) == len(NETWORKS) + len(OTHER_DIMENSIONS) == 11
+    assert len(record["settings"]["networks"]) == len(NETWORKS) + len(OTHER_NETWORKS) == 12
     monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
     settings = networks.plan(Options())["settings"]
     assert "timm" not in settings["peers"]

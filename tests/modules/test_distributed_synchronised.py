@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from densenet_fast import EfficientDenseNet, fusion_report
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import dense_block
+from densenet_fast.blocks.specs import CHECKPOINT_MODES
 from densenet_fast.blocks.stem import stem_norm_relu_maxpool
 from densenet_fast.modules.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.modules.steps import norm_spec
@@ -175,6 +176,8 @@ def networks_on_two_ranks() -> None:
     assert_as_one_process(small_inputs=True, size=(5, 3, 8, 8))
     assert_as_one_process(spatial_dims=1, size=(5, 3, 64))
     assert_as_one_process(spatial_dims=3, size=(5, 3, 20, 17, 24))
+    for mode in CHECKPOINT_MODES:
+        assert_as_one_process(bottleneck=False, checkpoint=mode)
     # The ranks' masks are not those of one process.
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
         patch.setattr(reference, "dropout_", halve_every_other_channel)
