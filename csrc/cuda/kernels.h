@@ -46,7 +46,7 @@ struct Stream {
 };
 
 // Partial results of a weight gradient: sum over splits of partial[split, i] goes to place(i).
-// `taps` 9: i = (tap, o, c) goes to (o, c, tap).
+// With several taps i = (tap, o, c) goes to (o, c, tap).
 struct SplitSums {
   const void* partial;
   int splits;
