@@ -25,7 +25,7 @@ void run_tap_gradient(const Context& context, const PlainSource<P>& grad,
   const int stages = tap_shared_bytes<P>(grid, 2) <= limit ? 2 : 1;
   const int64_t size = taps.all() * out * in;
   A* partial = static_cast<A*>(context.workspace->allocate(sizeof(A) * splits * size));
-  launch(&tap_product<P>,
+  launch(taps.rows == 1 ? &tap_product<P, true> : &tap_product<P, false>,
          LaunchConfig{"conv3x3_wgrad",
                       dim3(static_cast<unsigned>(across), static_cast<unsigned>(down),
                            static_cast<unsigned>(cut.splits)),

@@ -71,7 +71,7 @@ struct TilePlace {
   }
   __device__ int64_t pixel(int i, int pz, int py, int px) const {
     if (i >= grid.n || py < 0 || py >= grid.h || px < 0 || px >= grid.w) return -1;
-    return ((int64_t{i} * grid.d + pz) * grid.h + py) * grid.w + px;
+    return ((i * grid.d + pz) * grid.h + py) * grid.w + px;
   }
   // The kernel's slices that meet the image: the others meet the zeros before and behind it.
   __device__ int first_slice() const { return z > 0 ? 0 : grid.reach; }
@@ -93,8 +93,8 @@ struct TilePlace {
   }
   // Where row r's pixel stands in the halo, for the tap at its top left.
   __device__ int halo_of_row(int r) const {
-    const int rows = grid.shape.rows + 2 * grid.shape.border;
-    return ((r >> grid.log_image) * rows + row_of(r)) * (grid.shape.columns + 2) + column_of(r);
+    return (r >> grid.log_image) * static_cast<int>(grid.halo_image.by) +
+           row_of(r) * (grid.shape.columns + 2) + column_of(r);
   }
   __device__ int tap_offset(int tap) const { return tap / 3 * (grid.shape.columns + 2) + tap % 3; }
 };
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   const int groups = kTaps == 1 ? grid.slice_taps : kGroups;
   // The steps of this split, without those of slices outside the image.
   int first = blockIdx.z * split_steps, last = first + split_steps;
-  first = max(first, place.first_slice() * weight.steps);
-  last = min(last, place.last_slice() * weight.steps);
+  first = larger(first, place.first_slice() * weight.steps);
+  last = smaller(last, place.last_slice() * weight.steps);
   ptx::keep(first);
   ptx::keep(last);
 

@@ -207,8 +207,8 @@ __host__ __device__ constexpr size_t tap_shared_bytes(const TileGrid& grid, int 
 }
 
 // partial[split, tap, o, c] = sum over the split's tiles of grad[pixel, o] * act(Z)[pixel + tap,
-// c]. Where a slice has three taps the warps have them three times, each for a third of the pixels.
-template <class P>
+// c]. Sequences (kLines) have three taps: warps have them three times, each for a third of the pixels.
+template <class P, bool kLines>
 __global__ void __launch_bounds__(kTapThreads)
     tap_product(PlainSource<P> grad, ActivatedSource<P> bottleneck,
                 Accumulator<typename P::Element>* partial, TileGrid grid, int tiles,
@@ -225,15 +225,11 @@ __global__ void __launch_bounds__(kTapThreads)
   const typename T::J operand_j{bottleneck, column * T::BJ, shared + stages * stage_bytes};
   // Without tiles whose pixels of this slice are outside the image.
   int begin = blockIdx.z * tiles_per_split, end = begin + tiles_per_split;
-  begin = max(begin, slice < grid.reach ? grid.depth_parts : 0);
-  end = min(end, slice > grid.reach ? tiles - grid.depth_parts : tiles);
-  int tap = warp, first_pixel = 0, last_pixel = pixels;
-  if (grid.slice_taps == 3) {
-    const int steps = pixels / kPixelStep, third = warp / 3;
-    tap = warp % 3;
-    first_pixel = third * steps / 3 * kPixelStep;
-    last_pixel = (third + 1) * steps / 3 * kPixelStep;
-  }
+  begin = larger(begin, slice < grid.reach ? grid.depth_parts : 0);
+  end = smaller(end, slice > grid.reach ? tiles - grid.depth_parts : tiles);
+  const int tap = kLines ? warp % 3 : warp, third = warp / 3, steps = pixels / kPixelStep;
+  const int first_pixel = kLines ? third * steps / 3 * kPixelStep : 0;
+  const int last_pixel = kLines ? (third + 1) * steps / 3 * kPixelStep : pixels;
 
   const auto start = [&](unsigned char* stage, int tile) {
     if (tile < end) {

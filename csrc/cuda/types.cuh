@@ -164,6 +164,9 @@ __device__ __forceinline__ void store_piece(E* to, const Piece<E>& piece, int va
       [&](int e) { to[e] = piece.element[e]; });
 }
 
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 // Division of numbers below 2^31 by one that is known before: a multiplication and a shift.
 struct Divisor {
   uint32_t by = 1, factor = 0, shift = 0;  // factor 0: by 1

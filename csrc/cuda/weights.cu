@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) pack_weight(PackingTable table) {
               column = first + i / kStepPieces % kPackColumns;
     if (column >= p.columns) continue;
     const int64_t slice_step = tap / 9 * p.steps + step;  // all steps of one slice in a row
-    const int64_t row = (slice_step * min(p.taps, 9) + tap % 9) * p.columns + column;
+    const int64_t row = (slice_step * smaller(p.taps, 9) + tap % 9) * p.columns + column;
     reinterpret_cast<Piece<E>*>(p.packed)[row * kStepPieces + i % kStepPieces] =
         reinterpret_cast<const Piece<E>*>(tile)[i];
   }

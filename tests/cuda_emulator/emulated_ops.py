@@ -171,7 +171,7 @@ class EmulatedOps:
         self, features: Tensor, mean: Tensor, var: Tensor, *others: Any
     ) -> None:
         norm = _coefficients(mean, var, *others)
-        found = _pair(*(t[-features.shape[3] :] for t in (mean, var)))
+        found = _pair(*(t[-features.shape[-1] :] for t in (mean, var)))
         found.next = addressof(norm)
         self._call("channel_statistics", features, _image(features), found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import pytest
@@ -33,7 +34,7 @@ class FarRows(Maker):
     """Every image spans more than 2**31 elements."""
 
     def rows(self, pixels: tuple[int, ...], channels: int, values: Tensor | None = None) -> Tensor:
-        count = pixels[0] * pixels[1] * pixels[2]
+        count = math.prod(pixels)
         size = torch.empty((), dtype=self.dtype).element_size()
         pitch = ((5 << 29) // max(count - 1, 1) + 8) // 8 * 8
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -42,8 +43,8 @@ class FarRows(Maker):
         except OSError:
             pytest.skip("needs address space for large sparse buffers")
         buffer = torch.frombuffer(memory, dtype=self.dtype)
-        strides = (pixels[1] * pixels[2] * pitch, pixels[2] * pitch, pitch, 1)
-        rows = buffer.as_strided((*pixels, channels), strides)
+        strides = [math.prod(pixels[axis:]) * pitch for axis in range(1, len(pixels) + 1)]
+        rows = buffer.as_strided((*pixels, channels), (*strides, 1))
         return rows.copy_(self.randn(*pixels, channels) if values is None else values)
 
 
