@@ -5,6 +5,7 @@ In what an operator should write everything is NaN before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ ALL = (True, True, True, True)
 class BlockCase:
     """A block of layers and what is wanted of it; norm 2 l + n is norm n + 1 of layer l."""
 
-    pixels: tuple[int, int, int] = (2, 3, 4)
+    pixels: tuple[int, ...] = (2, 3, 4)
     channels: int = 5
     growths: tuple[int, ...] = (3, 2, 4)
     widths: tuple[int, ...] = (8, 4, 6)
@@ -59,14 +60,15 @@ class BlockCase:
     def _parameters(self, make: Case) -> list[Tensor]:
         found: list[Tensor] = []
         for layer, (growth, width) in enumerate(zip(self.growths, self.widths, strict=True)):
-            shapes = (width, self.starts[layer], 1, 1), (growth, width, 3, 3)
+            dims = len(self.pixels) - 1
+            shapes = (width, self.starts[layer], *[1] * dims), (growth, width, *[3] * dims)
             for norm, shape in enumerate(shapes, 2 * layer):
                 size = 0 if norm in self.plain else shape[1]
                 weight = make.weight(*shape)
                 if self.wide:
                     weight = weight.float() * 1.003
                 if self.channels_last:
-                    weight = weight.contiguous(memory_format=torch.channels_last)
+                    weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
                 found += [make.vector(size).abs() + 0.5, make.vector(size), weight]
         return found
 
@@ -134,7 +136,7 @@ class BlockCase:
     def backward(self) -> dict[str, Any]:
         """Arguments of `dense_block_backward_`; the first bottlenecks are not there."""
         make, total = Case(self.dtype, self.seed), self.starts[-1]
-        rows = self.pixels[0] * self.pixels[1] * self.pixels[2]
+        rows = math.prod(self.pixels)
         described = self._described(make)
         made = self.layers - self.held
         return {
@@ -178,7 +180,7 @@ def exchanging(run: Callable[..., None]) -> Callable[..., None]:
     """A backward whose norm2's sums come from elsewhere, as where ranks have exchanged them."""
 
     def exchanged(operator: Callable[..., None], given: dict[str, Any]) -> None:
-        sums, width = given["sums"], max(t.shape[3] for t in given["bottlenecks"])
+        sums, width = given["sums"], max(t.shape[-1] for t in given["bottlenecks"])
         others = torch.linspace(-2, 2, 2 * width).to(sums)
         longer = torch.cat((sums, others))
         run(operator, {**given, "sums": longer})
@@ -255,4 +257,7 @@ CASES: dict[str, BlockCase] = {
         lowest=1, needs=(ALL, (False, True, False, False), (True, False, True, False))
     ),
     "input": BlockCase(needs=((False,) * 4,) * 3),
+    "sequences": BlockCase(pixels=(3, 5), held=1),
+    "volumes": BlockCase(pixels=(2, 3, 2, 4), held=1),
+    "flat volumes": BlockCase(pixels=(2, 1, 3, 4), channels_last=True, dropout=0.4),
 }

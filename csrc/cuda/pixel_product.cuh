@@ -207,7 +207,8 @@ __host__ __device__ constexpr size_t tap_shared_bytes(const TileGrid& grid, int 
 }
 
 // partial[split, tap, o, c] = sum over the split's tiles of grad[pixel, o] * act(Z)[pixel + tap,
-// c]. Sequences (kLines) have three taps: warps have them three times, each for a third of the pixels.
+// c]. Sequences (kLines) have three taps: warps have them three times, each for every third step of
+// pixels.
 template <class P, bool kLines>
 __global__ void __launch_bounds__(kTapThreads)
     tap_product(PlainSource<P> grad, ActivatedSource<P> bottleneck,
@@ -227,9 +228,8 @@ __global__ void __launch_bounds__(kTapThreads)
   int begin = blockIdx.z * tiles_per_split, end = begin + tiles_per_split;
   begin = larger(begin, slice < grid.reach ? grid.depth_parts : 0);
   end = smaller(end, slice > grid.reach ? tiles - grid.depth_parts : tiles);
-  const int tap = kLines ? warp % 3 : warp, third = warp / 3, steps = pixels / kPixelStep;
-  const int first_pixel = kLines ? third * steps / 3 * kPixelStep : 0;
-  const int last_pixel = kLines ? (third + 1) * steps / 3 * kPixelStep : pixels;
+  constexpr int kSharing = kLines ? 3 : 1;
+  const int tap = kLines ? warp % 3 : warp, share = kLines ? warp / 3 : 0;
 
   const auto start = [&](unsigned char* stage, int tile) {
     if (tile < end) {
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kTapThreads)
     __syncthreads();
     if (stages == 2) start(other, tile + 1);
     const int offset = place.tap_offset(tap);
-    for (int p0 = first_pixel; p0 < last_pixel; p0 += kPixelStep) {
+    for (int p0 = share * kPixelStep; p0 < pixels; p0 += kSharing * kPixelStep) {
       multiply_pixels<P, T::NT>(
           acc, stage, [&](int p) { return (p0 + p) * T::I::kPitch; }, stage + plane_j,
           [&](int p) { return (place.halo_of_row(p0 + p) + offset) * T::J::kPitch; }, lane);

@@ -49,6 +49,7 @@ class FarRows(Maker):
 
 
 PIXELS = (2, 5, 4)
+VOLUMES = (2, 3, 2, 4)
 CALLS: dict[str, Calls] = {
     "conv1x1_forward": forward("conv1x1_forward", PIXELS, 9, 16),
     "conv1x1_backward": conv1x1_backward(PIXELS, 9, 16),
@@ -63,6 +64,12 @@ CALLS: dict[str, Calls] = {
     "avgpool_backward": avgpool_backward(PIXELS, 9),
     "maxpool_forward": maxpool_forward(PIXELS, 9),
     "maxpool_backward": maxpool_backward(PIXELS, 9),
+    "conv3x3_forward, volumes": forward("conv3x3_forward", VOLUMES, 16, 4),
+    "conv3x3_backward, volumes": conv3x3_backward(VOLUMES, 16, 4),
+    "transition_forward, volumes": forward("transition_forward", VOLUMES, 9, 4),
+    "transition_backward, volumes": transition_backward(VOLUMES, 9, 4),
+    "maxpool_forward, volumes": maxpool_forward(VOLUMES, 9),
+    "maxpool_backward, volumes": maxpool_backward(VOLUMES, 9),
 }
 
 
