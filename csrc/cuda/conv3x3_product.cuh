@@ -11,7 +11,7 @@ namespace densenet_fast::cuda {
 
 // Images in tiles of 128 pixels, each of which is some parts: a block's.
 struct TileGrid {
-  TileShape shape;  // of a part
+  TileShape shape;         // of a part
   int slices, slice_taps;  // of the kernel
   int reach;               // its slices before and behind a pixel's
   int pixels, halo_pixels;
@@ -171,15 +171,15 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
     if (source.whole((channel_step + 1) * kStep<E>)) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        at_piece(halo, i, [&](auto& raw) {
-          source.template start<true>(raw, places[i], channel, shift);
-        });
+        at_piece(halo, i,
+                 [&](auto& raw) { source.template start<true>(raw, places[i], channel, shift); });
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kPieces; ++i) {
-        at_piece(halo, i,
-                 [&](auto& raw) { source.template start<false>(raw, place_of(i), channel, shift); });
+        at_piece(halo, i, [&](auto& raw) {
+          source.template start<false>(raw, place_of(i), channel, shift);
+        });
       }
     }
     if (++channel_step == weight.steps) {
@@ -190,8 +190,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   // Weights come in groups of taps, which lie one behind the other for all steps.
   unsigned char* const ring = shared + 2 * half;
   const E* weights =
-      weight.data +
-      (int64_t{first} * grid.slice_taps * weight.columns + block_column) * kStep<E>;
+      weight.data + (int64_t{first} * grid.slice_taps * weight.columns + block_column) * kStep<E>;
   int left = (last - first) * groups, filled = 0;
   const auto next = [](int group) {
     return group == (kTapRing - 1) * kWeightBytes ? 0 : group + kWeightBytes;

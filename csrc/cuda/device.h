@@ -82,8 +82,8 @@ class Device {
     }
     STD_TORCH_CHECK(r.c <= kMaxChannels, name, " must have at most ", kMaxChannels,
                     " channels for the CUDA kernels, got ", r.c);
-    STD_TORCH_CHECK(pixels * r.c <= kMaxElements, name, " must have at most ",
-                    kMaxElements, " elements for the CUDA kernels: use smaller batches");
+    STD_TORCH_CHECK(pixels * r.c <= kMaxElements, name, " must have at most ", kMaxElements,
+                    " elements for the CUDA kernels: use smaller batches");
   }
   static void check_weight(int64_t out, int64_t in) {
     STD_TORCH_CHECK(out <= kMaxChannels && out * in <= kMaxElements,

@@ -272,8 +272,8 @@ __global__ void __launch_bounds__(kTapThreads)
   ptx::cp_async_wait<0>();
 
   const int outs = grad.channels(), channels = bottleneck.channels();
-  auto* to = partial + ((int64_t{blockIdx.z} * grid.slices + slice) * kWarpTaps + warp) *
-                           outs * channels;
+  auto* to =
+      partial + ((int64_t{blockIdx.z} * grid.slices + slice) * kWarpTaps + warp) * outs * channels;
   for_each_pair(acc, lane, [&](int row, int column, auto first, auto second) {
     const int o = operand_i.block_channel + row;
     if (o >= outs) return;

@@ -50,15 +50,15 @@ __global__ void __launch_bounds__(kThreads)
   partial.centred[i] = centred;
 }
 
-// A place in a window of 3x3x3 as a number. The only pixel of a dimension that images have not is in
-// the middle of its window: `middle` of these dimensions is taken from all codes.
+// A place in a window of 3x3x3 as a number. The only pixel of a dimension that images have not is
+// in the middle of its window: `middle` of these dimensions is taken from all codes.
 __device__ __forceinline__ int window_code(int kd, int kh, int kw) {
   return (kd * 3 + kh) * 3 + kw;
 }
 constexpr int middle(int dims) { return dims == 3 ? 0 : dims == 2 ? 9 : 9 + 3; }
 
-// Windows of three pixels in each dimension, stride 2, padding 1; the first of equal maxima, the last
-// NaN, as PyTorch's.
+// Windows of three pixels in each dimension, stride 2, padding 1; the first of equal maxima, the
+// last NaN, as PyTorch's.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
     maxpool_kernel(Image<const E> x, Activation<Accumulator<E>> act, Image<E> out,
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kUnpoolRows = 256;  // pixels of one tile of sums
 
-// d of one pixel: every window that holds it (two in a dimension at most) is asked whether it was its
-// maximum.
+// d of one pixel: every window that holds it (two in a dimension at most) is asked whether it was
+// its maximum.
 template <class E>
 __global__ void __launch_bounds__(kTileColumns* kTileRuns)
     unpool_kernel(Image<const E> grad_out, const uint8_t* argmax, Image<const E> x,

@@ -29,8 +29,8 @@ struct Coefficients {
 // The place of a row that does not exist: negative, and no reason for an address to be unaligned.
 constexpr int64_t kNowhere = -16;
 
-// Starts the copy of the piece at `channel` of the row `shift` elements behind the one that begins at
-// element `place`, or of zeros. kWhole: pieces are there or they are not, and aligned.
+// Starts the copy of the piece at `channel` of the row `shift` elements behind the one that begins
+// at element `place`, or of zeros. kWhole: pieces are there or they are not, and aligned.
 template <bool kWhole, class E>
 __device__ __forceinline__ void start_piece(unsigned char* to, const Image<const E>& x,
                                             int64_t place, int channel, int64_t shift = 0) {
@@ -81,8 +81,8 @@ struct ActivatedSource {
   }
 };
 
-// The mean of the activation over four pixels: row r is a pooled pixel. Of sequences it is that over
-// two, each taken twice.
+// The mean of the activation over four pixels: row r is a pooled pixel. Of sequences it is that
+// over two, each taken twice.
 template <class P>
 struct PooledSource {
   using E = typename P::Element;

@@ -135,7 +135,8 @@ struct TileShape {
 
 inline constexpr TileShape kTileShapes[] = {
     {1, 8, 16}, {1, 16, 8}, {1, 4, 32}, {2, 8, 8}, {1, 32, 4}};
-inline constexpr TileShape kLineShapes[] = {  // of sequences
+inline constexpr TileShape kLineShapes[] = {
+    // of sequences
     {1, 1, 128, 0}, {2, 1, 64, 0}, {4, 1, 32, 0}, {8, 1, 16, 0}, {16, 1, 8, 0}, {32, 1, 4, 0}};
 
 // The most pixels of a tile of so many rows with its border.

@@ -5,7 +5,8 @@
 namespace densenet_fast::cuda {
 namespace {
 
-// The mean of the activation over each window. `unit` becomes as many ones, and twice as many zeros.
+// The mean of the activation over each window. `unit` becomes as many ones, and twice as many
+// zeros.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
     pool_kernel(Image<const E> x, Activation<Accumulator<E>> act, PooledPixels pooled, Image<E> out,
@@ -21,8 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   if (at.valid <= 0) return;
   A sum[V] = {};
   pooled.for_each_corner(at.row, [&](int64_t pixel) {
-    const auto piece =
-        load_piece<E>(x.data + pixel * x.pitch + at.channel, at.valid, x.alignment);
+    const auto piece = load_piece<E>(x.data + pixel * x.pitch + at.channel, at.valid, x.alignment);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int c = v < at.valid ? at.channel + v : at.channel;

@@ -197,8 +197,8 @@ struct Image {
   __host__ __device__ int64_t rows() const { return int64_t{1} * n * d * h * w; }
 };
 
-// Which slice (of all images), row and column a pixel of [N, d, h, w] has, and which image and depth
-// a slice.
+// Which slice (of all images), row and column a pixel of [N, d, h, w] has, and which image and
+// depth a slice.
 struct PixelPlaces {
   struct Place {
     int slice, y, x;

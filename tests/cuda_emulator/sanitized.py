@@ -56,7 +56,13 @@ SHAPES: tuple[tuple[Pixels, int, int, int], ...] = (
     ((3, 2, 5, 3), 40, 33, 12),
     ((1, 3, 9, 15), 12, 20, 40),
 )
-OTHERS: tuple[tuple[Pixels, int], ...] = (((1, 1, 1), 1), ((2, 5, 3), 33), ((1, 17, 16), 7), ((2, 9), 33), ((2, 3, 2, 5), 9))
+OTHERS: tuple[tuple[Pixels, int], ...] = (
+    ((1, 1, 1), 1),
+    ((2, 5, 3), 33),
+    ((1, 17, 16), 7),
+    ((2, 9), 33),
+    ((2, 3, 2, 5), 9),
+)
 
 
 def products(pixels: Pixels, channels: int, width: int, growth: int) -> Iterator[Calls]:

@@ -253,13 +253,17 @@ FAULTS: dict[str, Fault] = {
         "conv3x3_product.cuh", "return z > 0 ? 0 : grid.reach;", "return 0;"
     ),
     "conv3x3: the last slice of images is not the last": fault(
-        "conv3x3_product.cuh", "return z + 1 < grid.d ? grid.slices", "return z < grid.d ? grid.slices"
+        "conv3x3_product.cuh",
+        "return z + 1 < grid.d ? grid.slices",
+        "return z < grid.d ? grid.slices",
     ),
     "conv3x3: the kernel's slices all meet the same pixels": fault(
         "conv3x3_product.cuh", "      shift += slice_elements;\n", ""
     ),
     "conv3x3: splits begin at the first channels": fault(
-        "conv3x3_product.cuh", "channel_step -= weight.steps) ++slice;", "channel_step = 0) ++slice;"
+        "conv3x3_product.cuh",
+        "channel_step -= weight.steps) ++slice;",
+        "channel_step = 0) ++slice;",
     ),
     "conv3x3: pixels of sequences are not waited for": fault(
         "conv3x3_product.cuh",
