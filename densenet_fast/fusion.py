@@ -68,8 +68,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     backend: str = get_backend()
     note: str | None = "forced"
     if backend != "reference":
-        stored, dims = autocast.computed_type(dtype, device.type), _dimensions(model)
-        chosen = backend_for(device, stored, dims)
+        chosen = backend_for(device, autocast.computed_type(dtype, device.type))
         backend, note = chosen.backend if backend == "auto" else backend, chosen.reason
     visitor = _Visitor(dtype, device, backend)
     visitor.visit("", model)

@@ -5,6 +5,7 @@ In what an operator should write everything is NaN before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +29,7 @@ class BlockCase:
     A layer of width 0 has no bottleneck, norm1 and conv1.
     """
 
-    pixels: tuple[int, int, int] = (2, 3, 4)
+    pixels: tuple[int, ...] = (2, 3, 4)
     channels: int = 5
     growths: tuple[int, ...] = (3, 2, 4)
     widths: tuple[int, ...] = (8, 4, 6)
@@ -68,8 +69,8 @@ class BlockCase:
     def _parameters(self, make: Case) -> list[Tensor]:
         found: list[Tensor] = []
         for layer, (growth, width) in enumerate(zip(self.growths, self.widths, strict=True)):
-            read = self.reads(2 * layer + 1)
-            shapes = (width, self.starts[layer], 1, 1), (growth, read, 3, 3)
+            dims, read = len(self.pixels) - 1, self.reads(2 * layer + 1)
+            shapes = (width, self.starts[layer], *[1] * dims), (growth, read, *[3] * dims)
             for norm, shape in enumerate(shapes, 2 * layer):
                 if not shape[0]:
                     found += [make.vector(0)] * 3
@@ -79,7 +80,7 @@ class BlockCase:
                 if self.wide:
                     weight = weight.float() * 1.003
                 if self.channels_last:
-                    weight = weight.contiguous(memory_format=torch.channels_last)
+                    weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
                 found += [make.vector(size).abs() + 0.5, make.vector(size), weight]
         return found
 
@@ -147,7 +148,7 @@ class BlockCase:
     def backward(self) -> dict[str, Any]:
         """Arguments of `dense_block_backward_`; the first bottlenecks are not there."""
         make, total = Case(self.dtype, self.seed), self.starts[-1]
-        rows = self.pixels[0] * self.pixels[1] * self.pixels[2]
+        rows = math.prod(self.pixels)
         described = self._described(make)
         made = self.layers - self.held
         return {
@@ -191,7 +192,7 @@ def exchanging(run: Callable[..., None]) -> Callable[..., None]:
     """A backward whose norm2's sums come from elsewhere, as where ranks have exchanged them."""
 
     def exchanged(operator: Callable[..., None], given: dict[str, Any]) -> None:
-        sums, width = given["sums"], max(t.shape[3] for t in given["bottlenecks"])
+        sums, width = given["sums"], max(t.shape[-1] for t in given["bottlenecks"])
         others = torch.linspace(-2, 2, 2 * width).to(sums)
         longer = torch.cat((sums, others))
         run(operator, {**given, "sums": longer})
@@ -273,4 +274,7 @@ CASES: dict[str, BlockCase] = {
     "a bottleneck less": BlockCase(
         widths=(4, 0, 4), lowest=1, needs=(ALL, (False, False, True, True), ALL), wide=True
     ),
+    "sequences": BlockCase(pixels=(3, 5), held=1),
+    "volumes": BlockCase(pixels=(2, 3, 2, 4), held=1),
+    "flat volumes": BlockCase(pixels=(2, 1, 3, 4), channels_last=True, dropout=0.4),
 }

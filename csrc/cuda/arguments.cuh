@@ -46,6 +46,7 @@ Image<E> image(const ImageArgument& a) {
   return {data,
           a.pitch,
           static_cast<int>(a.n),
+          static_cast<int>(a.d),
           static_cast<int>(a.h),
           static_cast<int>(a.w),
           static_cast<int>(a.c),

@@ -12,7 +12,7 @@ void conv1x1_backward(const Context& context, const ImageArgument& grad_norm,
     using P = decltype(policy);
     using E = typename P::Element;
     using A = Accumulator<E>;
-    const int64_t rows = features.n * features.h * features.w;
+    const int64_t rows = features.rows();
     const NormGradientSource<P> source{image<const E>(grad_norm), image<const E>(bottleneck),
                                        static_cast<const A*>(coefficients)};
     if (grad_affine.beta) {

@@ -9,7 +9,7 @@ void conv1x1_forward(const Context& context, const ImageArgument& features, cons
     using P = decltype(policy);
     using E = typename P::Element;
     using A = Accumulator<E>;
-    const int64_t rows = features.n * features.h * features.w;
+    const int64_t rows = features.rows();
     const auto packed = packed_weight<P>(context, weight, 1, false);
     const Cut cut = cut_forward(tiles_of<P, kRowsTiles>(), rows, weight.out, packed.steps,
                                 current_device_limits().multiprocessors);

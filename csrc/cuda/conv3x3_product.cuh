@@ -1,6 +1,8 @@
-// 3x3 convolutions with padding 1, forward and data gradient, as implicit products. The pixels that
-// a block's tile needs, with a border of one, are brought to shared memory once per step of
-// channels, activated there, and used by all nine taps.
+// Convolutions with three taps in each dimension and padding 1, forward and data gradient, as
+// implicit products. The pixels that a block's tile needs, with a border of one, are brought to
+// shared memory once per step, activated there, and used by all taps of a slice of the kernel. A
+// step is one of channels; of volumes those of the kernel's first slice come first, which meets the
+// images' slices before the tile's own. Sequences are one slice of one row.
 #pragma once
 
 #include "rows_product.cuh"
@@ -9,32 +11,44 @@ namespace densenet_fast::cuda {
 
 // Images in tiles of 128 pixels, each of which is some parts: a block's.
 struct TileGrid {
-  TileShape shape;  // of a part
+  TileShape shape;         // of a part
+  int slices, slice_taps;  // of the kernel
+  int reach;               // its slices before and behind a pixel's
   int pixels, halo_pixels;
-  int n, h, w;
-  int tile_images, tile_rows;
-  int log_columns, log_image;  // of a part's pixels, which are powers of two
-  Divisor parts, row_parts, across, down;
+  int n, d, h, w;
+  int tile_images, tile_rows, tile_columns;
+  int part_rows, part_columns;  // from part to part of an image
+  int depth_parts;              // parts of one depth
+  int log_columns, log_image;   // of a part's pixels, which are powers of two
+  Divisor parts, image_parts, across, down, images;
   Divisor halo_columns, halo_image;
 
-  TileGrid() = default;
-  TileGrid(const TileCount& count, int of, int n_, int h_, int w_)
+  TileGrid(const TileCount& count, int of, const ImageArgument& x)
       : shape(count.shape.part(of)),
+        slices(Taps(x.dims).slices),
+        slice_taps(Taps(x.dims).of_slice()),
+        reach(slices / 2),
         pixels(shape.pixels()),
         halo_pixels(shape.halo_pixels()),
-        n(n_),
-        h(h_),
-        w(w_),
+        n(static_cast<int>(x.n)),
+        d(static_cast<int>(x.d)),
+        h(static_cast<int>(x.h)),
+        w(static_cast<int>(x.w)),
         tile_images(count.shape.images),
         tile_rows(count.shape.rows),
+        tile_columns(count.shape.columns),
+        part_rows(tile_rows > 1 ? shape.rows : 0),
+        part_columns(tile_rows > 1 ? 0 : shape.columns),
+        depth_parts(static_cast<int>(count.of_depth() * of)),
         log_columns(0),
         log_image(0),
         parts(of),
-        row_parts(tile_rows / shape.rows),
+        image_parts(of * shape.images / tile_images),
         across(count.across),
         down(count.down),
+        images(count.images),
         halo_columns(shape.columns + 2),
-        halo_image((shape.rows + 2) * (shape.columns + 2)) {
+        halo_image((shape.rows + 2 * shape.border) * (shape.columns + 2)) {
     while (1 << log_columns < shape.columns) ++log_columns;
     while (1 << log_image < shape.rows * shape.columns) ++log_image;
   }
@@ -43,42 +57,50 @@ struct TileGrid {
 // One part's place, and the pixels around it.
 struct TilePlace {
   const TileGrid& grid;
-  int image, y, x;
+  int image, z, y, x;
 
   __device__ TilePlace(const TileGrid& g, int block) : grid(g) {
     const int tile = g.parts.quotient(block), part = g.parts.remainder(block, tile);
     const int row = g.across.quotient(tile), deep = g.down.quotient(row);
-    const int of_images = g.row_parts.quotient(part);
-    image = deep * g.tile_images + of_images * g.shape.images;
-    y = g.down.remainder(row, deep) * g.tile_rows +
-        g.row_parts.remainder(part, of_images) * g.shape.rows;
-    x = g.across.remainder(tile, row) * g.shape.columns;
+    const int of_images = g.image_parts.quotient(part);
+    const int of_image = g.image_parts.remainder(part, of_images);
+    z = g.images.quotient(deep);
+    image = g.images.remainder(deep, z) * g.tile_images + of_images * g.shape.images;
+    y = g.down.remainder(row, deep) * g.tile_rows + of_image * g.part_rows;
+    x = g.across.remainder(tile, row) * g.tile_columns + of_image * g.part_columns;
   }
-  __device__ int64_t pixel(int i, int py, int px) const {
+  __device__ int64_t pixel(int i, int pz, int py, int px) const {
     if (i >= grid.n || py < 0 || py >= grid.h || px < 0 || px >= grid.w) return -1;
-    return (int64_t{i} * grid.h + py) * grid.w + px;
+    return ((i * grid.d + pz) * grid.h + py) * grid.w + px;
+  }
+  // The kernel's slices that meet the image: the others meet the zeros before and behind it.
+  __device__ int first_slice() const { return z > 0 ? 0 : grid.reach; }
+  __device__ int last_slice() const {
+    return z + 1 < grid.d ? grid.slices : grid.slices - grid.reach;
   }
   __device__ int column_of(int r) const { return r & (grid.shape.columns - 1); }
   __device__ int row_of(int r) const { return (r >> grid.log_columns) & (grid.shape.rows - 1); }
   // The pixel of row r of the part, or -1.
   __device__ int64_t output_pixel(int r) const {
-    return pixel(image + (r >> grid.log_image), y + row_of(r), x + column_of(r));
+    return pixel(image + (r >> grid.log_image), z, y + row_of(r), x + column_of(r));
   }
-  // The pixel of its place p in shared memory, border and all, or -1.
-  __device__ int64_t halo_pixel(int p) const {
+  // The pixel of its place p in shared memory, border and all, or -1; so many slices behind it.
+  __device__ int64_t halo_pixel(int p, int slices = 0) const {
     const int i = grid.halo_image.quotient(p), rest = grid.halo_image.remainder(p, i);
     const int row = grid.halo_columns.quotient(rest);
-    return pixel(image + i, y + row - 1, x + grid.halo_columns.remainder(rest, row) - 1);
+    return pixel(image + i, z + slices, y + row - grid.shape.border,
+                 x + grid.halo_columns.remainder(rest, row) - 1);
   }
   // Where row r's pixel stands in the halo, for the tap at its top left.
   __device__ int halo_of_row(int r) const {
-    return ((r >> grid.log_image) * (grid.shape.rows + 2) + row_of(r)) * (grid.shape.columns + 2) +
-           column_of(r);
+    return (r >> grid.log_image) * static_cast<int>(grid.halo_image.by) +
+           row_of(r) * (grid.shape.columns + 2) + column_of(r);
   }
   __device__ int tap_offset(int tap) const { return tap / 3 * (grid.shape.columns + 2) + tap % 3; }
 };
 
-// Taps whose weights travel together: narrow tiles take a row of the kernel at a time.
+// Taps whose weights travel together: narrow tiles take a row of the kernel at a time, of which
+// sequences (kLines) have one.
 template <class T>
 constexpr int kTapsPerStage = T::kColumns <= 32 ? 3 : 1;
 
@@ -97,16 +119,16 @@ __host__ __device__ constexpr size_t conv3x3_shared_bytes(int halo_pixels) {
   return ring > epilogue ? ring : epilogue;
 }
 
-template <class P, class Source, class Sink, int kRows, int kColumns>
+template <class P, class Source, class Sink, int kRows, int kColumns, bool kLines>
 __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
                                   (kBlocks<P, Source, Sink, Tile<kRows, kColumns>>))
     conv3x3_product(Source source, PackedWeight<typename P::Element> weight, Sink sink,
-                    TileGrid grid, int split_steps) {
+                    TileGrid grid, int64_t slice_elements, int split_steps) {
   using E = typename P::Element;
   using T = Tile<kRows, kColumns>;
   using Pieces = ThreadPieces<T::kThreads>;
   static_assert(Source::kRaw == 1, "one raw piece per halo piece");
-  constexpr int kTaps = kTapsPerStage<T>, kGroups = 9 / kTaps;
+  constexpr int kTaps = kTapsPerStage<T>, kGroups = (kLines ? 3 : 9) / kTaps;
   constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
   constexpr int kUnrolled = kGroups == 3 && arithmetic<P>() != Arithmetic::kPlain ? 3 : 1;
   constexpr int kPieces = (kMostHaloPixels<kRows> + Pieces::kRows - 1) / Pieces::kRows;
@@ -118,8 +140,13 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   const int halo_pixels = grid.halo_pixels;
   const int half = static_cast<int>(halo_bytes<P, T, Source>(halo_pixels));  // of two halos
   const int vectors_at = halo_pixels * kRowBytes + warp.warp * kVectorBytes<E, Source>;
-  const int first = blockIdx.z * split_steps;
-  const int last = first + split_steps < weight.steps ? first + split_steps : weight.steps;
+  const int groups = kTaps == 1 ? grid.slice_taps : kGroups;
+  // The steps of this split, without those of slices outside the image.
+  int first = blockIdx.z * split_steps, last = first + split_steps;
+  first = larger(first, place.first_slice() * weight.steps);
+  last = smaller(last, place.last_slice() * weight.steps);
+  ptx::keep(first);
+  ptx::keep(last);
 
   const auto place_of = [&](int i) {
     const int p = own.row + i * Pieces::kRows;
@@ -134,27 +161,37 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
     unsigned char* raw[1] = {halo + p * kRowBytes + own.column * kPieceBytes};
     if (p < halo_pixels) body(raw);
   };
+  int channel_step = first, slice = -grid.reach;  // of the halo that comes next
+  for (; channel_step >= weight.steps; channel_step -= weight.steps) ++slice;
+  int64_t shift = slice * slice_elements;  // to its pixels
   const auto start_halo = [&](int step) {
     unsigned char* halo = shared + (step - first) % 2 * half;
-    const int channel = step * kStep<E> + own.column * kPieceElements<E>;
-    start_coefficients<E>(halo + vectors_at, source, step * kStep<E>, warp.lane);
-    if (source.whole((step + 1) * kStep<E>)) {
+    const int channel = channel_step * kStep<E> + own.column * kPieceElements<E>;
+    start_coefficients<E>(halo + vectors_at, source, channel_step * kStep<E>, warp.lane);
+    if (source.whole((channel_step + 1) * kStep<E>)) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        at_piece(halo, i, [&](auto& raw) { source.template start<true>(raw, places[i], channel); });
+        at_piece(halo, i,
+                 [&](auto& raw) { source.template start<true>(raw, places[i], channel, shift); });
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kPieces; ++i) {
-        at_piece(halo, i,
-                 [&](auto& raw) { source.template start<false>(raw, place_of(i), channel); });
+        at_piece(halo, i, [&](auto& raw) {
+          source.template start<false>(raw, place_of(i), channel, shift);
+        });
       }
+    }
+    if (++channel_step == weight.steps) {
+      channel_step = 0;
+      shift += slice_elements;
     }
   };
   // Weights come in groups of taps, which lie one behind the other for all steps.
   unsigned char* const ring = shared + 2 * half;
-  const E* weights = weight.data + (int64_t{first} * 9 * weight.columns + block_column) * kStep<E>;
-  int left = (last - first) * kGroups, filled = 0;
+  const E* weights =
+      weight.data + (int64_t{first} * grid.slice_taps * weight.columns + block_column) * kStep<E>;
+  int left = (last - first) * groups, filled = 0;
   const auto next = [](int group) {
     return group == (kTapRing - 1) * kWeightBytes ? 0 : group + kWeightBytes;
   };
@@ -176,19 +213,20 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
 #pragma unroll
   for (int h = 0; h < kRowHandles; ++h) {
     a_row[h] = place.halo_of_row(warp.row + row_of_handle<P>(h, warp.lane)) * kRowBytes;
+    ptx::keep(a_row[h]);
   }
   WarpTile<P, T::NT> acc;
   clear<P, T::NT>(acc);
 
-  start_halo(first);
+  if (first < last) start_halo(first);
   start_group();
   start_group();
   int group = 0;
   for (int step = first; step < last; ++step) {
     unsigned char* halo = shared + (step - first) % 2 * half;
 #pragma unroll kUnrolled
-    for (int g = 0; g < kGroups; ++g) {
-      ptx::cp_async_wait<1>();
+    for (int g = 0; g < groups; ++g) {
+      ptx::cp_async_wait<kGroups == 1 ? 0 : 1>();  // pixels come with the step's first group
       if (g == 0) {
         Coefficients<P, Source::kVectors> coefficients;
         if constexpr (Source::kVectors > 0) {
@@ -224,15 +262,20 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
 template <const auto& kTiles, class P, class Source, class Sink>
 void run_conv3x3_product(const char* name, const Source& source,
                          const PackedWeight<typename P::Element>& weight, const Sink& sink,
-                         const TileCount& count, const Image<const typename P::Element>& x,
-                         const Cut& cut, Stream stream) {
+                         const TileCount& count, const ImageArgument& x, const Cut& cut,
+                         Stream stream) {
   with_tile<tiles_of<P, kTiles>()>(cut, [&](auto tile) {
     using T = decltype(tile);
-    const TileGrid grid(count, cut.parts, x.n, x.h, x.w);
-    launch(&conv3x3_product<P, Source, Sink, T::kRows, T::kColumns>,
+    const TileGrid grid(count, cut.parts, x);
+    auto* product = &conv3x3_product<P, Source, Sink, T::kRows, T::kColumns, false>;
+    if constexpr (kTapsPerStage<T> > 1) {
+      if (x.dims == 1) product = &conv3x3_product<P, Source, Sink, T::kRows, T::kColumns, true>;
+    }
+    launch(product,
            LaunchConfig{name, product_grid<T>(cut, weight.columns), dim3(T::kThreads),
                         conv3x3_shared_bytes<P, T, Source>(grid.halo_pixels), stream},
-           source, weight, sink, grid, static_cast<int>(ceil_div(weight.steps, cut.splits)));
+           source, weight, sink, grid, x.h * x.w * source.x.pitch,
+           static_cast<int>(ceil_div(weight.steps * grid.slices, cut.splits)));
   });
 }
 

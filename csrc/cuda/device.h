@@ -73,17 +73,17 @@ class Device {
   const Context& context() const { return context_; }
 
   static void check_image(const Rows& r, const char* name) {
-    STD_TORCH_CHECK(r.dims == 2, "`", name,
-                    "` should have four dimensions [N, H, W, C] for the CUDA kernels, got ",
-                    r.dims + 2);
-    STD_TORCH_CHECK(r.n <= kMaxPixels && r.h <= kMaxPixels && r.w <= kMaxPixels &&
-                        r.n * r.h <= kMaxPixels && r.n * r.h * r.w <= kMaxPixels,
-                    name, " must have at most 2^31 - 1 pixels for the CUDA kernels, got ", r.n,
-                    " x ", r.h, " x ", r.w, ": use smaller batches");
+    int64_t pixels = 1;
+    for (const int64_t size : {r.n, r.d, r.h, r.w}) {
+      STD_TORCH_CHECK(size <= kMaxPixels / pixels, name,
+                      " must have at most 2^31 - 1 pixels for the CUDA kernels, got ", sizes(r),
+                      ": use smaller batches");
+      pixels *= size;
+    }
     STD_TORCH_CHECK(r.c <= kMaxChannels, name, " must have at most ", kMaxChannels,
                     " channels for the CUDA kernels, got ", r.c);
-    STD_TORCH_CHECK(r.n * r.h * r.w * r.c <= kMaxElements, name, " must have at most ",
-                    kMaxElements, " elements for the CUDA kernels: use smaller batches");
+    STD_TORCH_CHECK(pixels * r.c <= kMaxElements, name, " must have at most ", kMaxElements,
+                    " elements for the CUDA kernels: use smaller batches");
   }
   static void check_weight(int64_t out, int64_t in) {
     STD_TORCH_CHECK(out <= kMaxChannels && out * in <= kMaxElements,
@@ -145,6 +145,12 @@ class Device {
   }
 
  private:
+  static std::string sizes(const Rows& r) {
+    std::string text = std::to_string(r.n);
+    const int64_t every[] = {r.d, r.h, r.w};
+    for (int i = 3 - r.dims; i < 3; ++i) text += " x " + std::to_string(every[i]);
+    return text;
+  }
   static cudaStream_t current_stream([[maybe_unused]] int32_t index) {
 #ifdef DENSENET_FAST_EMULATOR
     return nullptr;

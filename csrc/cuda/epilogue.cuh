@@ -226,8 +226,9 @@ struct StoreStatistics {
 };
 
 // Where the backward of norm and ReLU behind a data gradient D goes. Into the gradient buffer:
-// scale * D is added. As the norm's gradient: D itself. Unpooled: rows are pooled pixels, a quarter
-// of D goes to each of a row's four, times scale.
+// scale * D is added. As the norm's gradient: D itself, or the same as into the buffer. Unpooled:
+// rows are pooled pixels, an equal share of D goes to each of a row's two, four or eight, times
+// scale.
 enum class Into { kGradientBuffer, kNormGradient, kUnpooled };
 
 // Masks D by the activation of x, stores it, and reduces its two sums.
@@ -236,12 +237,17 @@ struct MaskedGradient {
   using E = typename P::Element;
   using A = Accumulator<E>;
   static constexpr bool kGradient = true;
-  static constexpr int kCorners = kInto == Into::kUnpooled ? 4 : 1;
+  static constexpr bool kUnpools = kInto == Into::kUnpooled;
   Image<const E> x;
   Norm<A> norm;
   Image<E> gradient;  // data null: only the sums
   TileSums<A> partial;
-  PooledPixels pooled{};  // of kUnpooled
+  PooledPixels pooled{};    // of kUnpooled
+  bool accumulate = false;  // of kNormGradient
+
+  __device__ bool adds() const {
+    return kInto == Into::kGradientBuffer || (kInto == Into::kNormGradient && accumulate);
+  }
 
   template <class T, class PixelOf>
   __device__ void run(const WarpTile<P, T::NT>& acc, unsigned char* shared, int tile,
@@ -273,32 +279,34 @@ struct MaskedGradient {
       for (int i = 0; i < Slice<E>::kPieces; ++i) {
         const int64_t row = pixel_of(place.row + Slice<E>::row(place.lane, i));
         if (row < 0 || valid <= 0) continue;
-        const int64_t pixel = kCorners == 4 ? pooled.first_of_four(row) : row;
-#pragma unroll
-        for (int corner = 0; corner < kCorners; ++corner) {
-          const int64_t at = pixel + corner / 2 * x.w + corner % 2;
+        const auto mask = [&](int64_t at) {
           const Piece<E> value = load_piece<E>(x.data + at * x.pitch + column, valid, x.alignment);
           E* to = gradient.data ? gradient.data + at * gradient.pitch + column : nullptr;
           Piece<E> out;
-          if (kInto == Into::kGradientBuffer && to) {
+          if (adds() && to) {
             out = load_piece<E>(to, valid, gradient.alignment);
           }
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const A xv = widen(value.element[v]);
-            const A share = kCorners == 4 ? A(0.25) * slice.value[i][v] : slice.value[i][v];
+            const A share = kUnpools ? A(pooled.share) * slice.value[i][v] : slice.value[i][v];
             const A d = where_positive(multiply_add(scale.value[v], xv, shift.value[v]), share);
             sum[v] += d;
             centred[v] = multiply_add(d, xv - mean.value[v], centred[v]);
-            if constexpr (kInto == Into::kGradientBuffer) {
+            if (adds()) {
               if (to)
                 out.element[v] =
                     narrow<E>(multiply_add(scale.value[v], d, A(widen(out.element[v]))));
             } else {
-              out.element[v] = narrow<E>(kCorners == 4 ? scale.value[v] * d : d);
+              out.element[v] = narrow<E>(kUnpools ? scale.value[v] * d : d);
             }
           }
           if (to) store_piece<E>(to, out, valid, gradient.alignment);
+        };
+        if constexpr (kUnpools) {
+          pooled.for_each_corner(row, mask);
+        } else {
+          mask(row);
         }
       }
 #pragma unroll

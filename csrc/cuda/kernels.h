@@ -46,7 +46,7 @@ struct Stream {
 };
 
 // Partial results of a weight gradient: sum over splits of partial[split, i] goes to place(i).
-// `taps` 9: i = (tap, o, c) goes to (o, c, tap).
+// With several taps i = (tap, o, c) goes to (o, c, tap).
 struct SplitSums {
   const void* partial;
   int splits;
@@ -90,7 +90,7 @@ void conv3x3_forward(const Context&, const ImageArgument& bottleneck, const Norm
 void conv3x3_backward(const Context&, const ImageArgument& grad_growth,
                       const ImageArgument& bottleneck, const NormArgument&,
                       const WeightArgument& weight, const ImageArgument& grad_norm,
-                      const NormGradientResult&, const WeightGradient&);
+                      const NormGradientResult&, const WeightGradient&, bool accumulate);
 void transition_forward(const Context&, const ImageArgument& features, const NormArgument& act,
                         const WeightArgument& weight, const ImageArgument& out,
                         const StatisticsResult&);

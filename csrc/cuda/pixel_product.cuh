@@ -178,10 +178,11 @@ __global__ void __launch_bounds__(kThreads, kArchitecture < 800 ? 1 : 2)
   });
 }
 
-// ---- 3x3: one warp a tap
+// ---- 3x3: one warp a tap of a slice of the kernel
 // ---------------------------------------------------------------------------
 
-constexpr int kTapThreads = 9 * 32;
+constexpr int kWarpTaps = 9;
+constexpr int kTapThreads = kWarpTaps * 32;
 
 template <class P>
 struct TapTile {
@@ -206,29 +207,36 @@ __host__ __device__ constexpr size_t tap_shared_bytes(const TileGrid& grid, int 
 }
 
 // partial[split, tap, o, c] = sum over the split's tiles of grad[pixel, o] * act(Z)[pixel + tap,
-// c].
-template <class P>
+// c]. Sequences (kLines) have three taps: warps have them three times, each for every third step of
+// pixels.
+template <class P, bool kLines>
 __global__ void __launch_bounds__(kTapThreads)
     tap_product(PlainSource<P> grad, ActivatedSource<P> bottleneck,
                 Accumulator<typename P::Element>* partial, TileGrid grid, int tiles,
                 int tiles_per_split, int stages) {
   using T = TapTile<P>;
   DF_DYNAMIC_SHARED(shared);
-  const int lane = threadIdx.x % 32, tap = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int pixels = grid.pixels, halo_pixels = grid.halo_pixels;
   const int plane_j = pixels * T::I::kPitch;
   const int stage_bytes = static_cast<int>(tap_stage_bytes<P>(grid));
   const typename T::I operand_i{grad, static_cast<int>(blockIdx.x) * T::BI, nullptr};
-  const typename T::J operand_j{bottleneck, static_cast<int>(blockIdx.y) * T::BJ,
-                                shared + stages * stage_bytes};
-  const int begin = blockIdx.z * tiles_per_split;
-  const int end = begin + tiles_per_split < tiles ? begin + tiles_per_split : tiles;
+  const bool volumes = grid.slices == 3;
+  const int slice = volumes ? blockIdx.y % 3 : 0, column = volumes ? blockIdx.y / 3 : blockIdx.y;
+  const typename T::J operand_j{bottleneck, column * T::BJ, shared + stages * stage_bytes};
+  // Without tiles whose pixels of this slice are outside the image.
+  int begin = blockIdx.z * tiles_per_split, end = begin + tiles_per_split;
+  begin = larger(begin, slice < grid.reach ? grid.depth_parts : 0);
+  end = smaller(end, slice > grid.reach ? tiles - grid.depth_parts : tiles);
+  constexpr int kSharing = kLines ? 3 : 1;
+  const int tap = kLines ? warp % 3 : warp, share = kLines ? warp / 3 : 0;
 
   const auto start = [&](unsigned char* stage, int tile) {
     if (tile < end) {
       const TilePlace place(grid, tile);
       operand_i.start(stage, pixels, [&](int r) { return place.output_pixel(r); });
-      operand_j.start(stage + plane_j, halo_pixels, [&](int p) { return place.halo_pixel(p); });
+      operand_j.start(stage + plane_j, halo_pixels,
+                      [&](int p) { return place.halo_pixel(p, slice - grid.reach); });
     }
     ptx::cp_async_commit();
   };
@@ -248,7 +256,7 @@ __global__ void __launch_bounds__(kTapThreads)
     __syncthreads();
     if (stages == 2) start(other, tile + 1);
     const int offset = place.tap_offset(tap);
-    for (int p0 = 0; p0 < pixels; p0 += kPixelStep) {
+    for (int p0 = share * kPixelStep; p0 < pixels; p0 += kSharing * kPixelStep) {
       multiply_pixels<P, T::NT>(
           acc, stage, [&](int p) { return (p0 + p) * T::I::kPitch; }, stage + plane_j,
           [&](int p) { return (place.halo_of_row(p0 + p) + offset) * T::J::kPitch; }, lane);
@@ -264,7 +272,8 @@ __global__ void __launch_bounds__(kTapThreads)
   ptx::cp_async_wait<0>();
 
   const int outs = grad.channels(), channels = bottleneck.channels();
-  auto* to = partial + (int64_t{blockIdx.z} * 9 + tap) * outs * channels;
+  auto* to =
+      partial + ((int64_t{blockIdx.z} * grid.slices + slice) * kWarpTaps + warp) * outs * channels;
   for_each_pair(acc, lane, [&](int row, int column, auto first, auto second) {
     const int o = operand_i.block_channel + row;
     if (o >= outs) return;

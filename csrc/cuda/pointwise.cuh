@@ -86,20 +86,22 @@ __device__ A sum_of_runs(A value, unsigned char* shared) {
 // Pixels that pooling cuts off (odd sizes) get no gradient.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    clear_cut_pixels(Image<E> gradient, PixelPlaces places) {
+    clear_cut_pixels(Image<E> gradient, PixelPlaces places, int d, int h, int w) {
   const PieceIndex<E> at(gradient.rows(), gradient.c);
   if (at.valid <= 0) return;
-  const auto place = places.of(at.row);
-  if (place.x >= gradient.w / 2 * 2 || place.y >= gradient.h / 2 * 2) {
+  const auto [slice, y, x] = places.of(at.row);
+  if (x >= w || y >= h || places.slices.remainder(slice, places.slices.quotient(slice)) >= d) {
     store_piece<E>(gradient.data + at.in(gradient), Piece<E>{}, at.valid, gradient.alignment);
   }
 }
 
 template <class E>
-void run_clear_cut_pixels(const Context& context, const Image<E>& gradient) {
-  if (gradient.h % 2 == 0 && gradient.w % 2 == 0) return;
+void run_clear_cut_pixels(const Context& context, const Image<E>& gradient, int dims) {
+  const int d = dims > 2 ? gradient.d / 2 * 2 : 1, h = dims > 1 ? gradient.h / 2 * 2 : 1;
+  const int w = gradient.w / 2 * 2;
+  if (d == gradient.d && h == gradient.h && w == gradient.w) return;
   launch(&clear_cut_pixels<E>, pieces<E>(context, "clear_cut_pixels", gradient.rows(), gradient.c),
-         gradient, PixelPlaces(gradient.h, gradient.w));
+         gradient, PixelPlaces(gradient.d, gradient.h, gradient.w), d, h, w);
 }
 
 }  // namespace densenet_fast::cuda

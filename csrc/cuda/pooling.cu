@@ -13,16 +13,17 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= int64_t{x.n} * x.c) return;
   const int c = static_cast<int>(i % x.c);
   const A scale = act.scale[c], shift = act.shift[c];
-  const E* p = x.data + i / x.c * x.h * x.w * x.pitch + c;
+  const int rows = x.d * x.h;
+  const E* p = x.data + i / x.c * rows * x.w * x.pitch + c;
   A total = 0;
-  for (int row = 0; row < x.h; ++row) {
+  for (int row = 0; row < rows; ++row) {
     A line = 0;
     for (int column = 0; column < x.w; ++column, p += x.pitch) {
       line += relu(multiply_add(scale, A(widen(*p)), shift));
     }
     total += line;
   }
-  out[i] = narrow<E>(total / static_cast<A>(x.h * x.w));
+  out[i] = narrow<E>(total / static_cast<A>(rows * x.w));
 }
 
 // gradient = scale * d; one tile of sums an image.
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = flat_index();
   if (i >= int64_t{x.n} * x.c) return;
   const int c = static_cast<int>(i % x.c);
-  const int64_t pixels = int64_t{x.h} * x.w, first = i / x.c * pixels;
+  const int64_t pixels = x.rows() / x.n, first = i / x.c * pixels;
   const A scale = norm.scale[c], shift = norm.shift[c], mean = norm.mean[c];
   const A g = widen(grad_out[i]) / static_cast<A>(pixels);
   A sum = 0, centred = 0;
@@ -49,16 +50,25 @@ __global__ void __launch_bounds__(kThreads)
   partial.centred[i] = centred;
 }
 
-// 3x3, stride 2, padding 1; the first of equal maxima, the last NaN, as PyTorch's.
+// A place in a window of 3x3x3 as a number. The only pixel of a dimension that images have not is
+// in the middle of its window: `middle` of these dimensions is taken from all codes.
+__device__ __forceinline__ int window_code(int kd, int kh, int kw) {
+  return (kd * 3 + kh) * 3 + kw;
+}
+constexpr int middle(int dims) { return dims == 3 ? 0 : dims == 2 ? 9 : 9 + 3; }
+
+// Windows of three pixels in each dimension, stride 2, padding 1; the first of equal maxima, the
+// last NaN, as PyTorch's.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
     maxpool_kernel(Image<const E> x, Activation<Accumulator<E>> act, Image<E> out,
-                   PixelPlaces places, uint8_t* argmax) {
+                   PixelPlaces places, int middle, uint8_t* argmax) {
   using A = Accumulator<E>;
   constexpr int V = kPieceElements<E>;
   const PieceIndex<E> at(out.rows(), out.c);
   if (at.valid <= 0) return;
-  const auto [n, oy, ox] = places.of(at.row);
+  const auto [slice, oy, ox] = places.of(at.row);
+  const int n = places.slices.quotient(slice), oz = places.slices.remainder(slice, n);
   A scale[V], shift[V];
   Piece<E> best;
   uint8_t code[V] = {};
@@ -69,23 +79,27 @@ __global__ void __launch_bounds__(kThreads)
     shift[v] = act.shift[c];
     best.element[v] = narrow<E>(-INFINITY);
   }
-  for (int kh = 0; kh < 3; ++kh) {
-    const int y = 2 * oy + kh - 1;
-    if (y < 0 || y >= x.h) continue;
-    for (int kw = 0; kw < 3; ++kw) {
-      const int column = 2 * ox + kw - 1;
-      if (column < 0 || column >= x.w) continue;
-      const int64_t pixel = (int64_t{n} * x.h + y) * x.w + column;
-      const auto piece =
-          load_piece<E>(x.data + pixel * x.pitch + at.channel, at.valid, x.alignment);
+  for (int kd = 0; kd < 3; ++kd) {
+    const int z = 2 * oz + kd - 1;
+    if (z < 0 || z >= x.d) continue;
+    for (int kh = 0; kh < 3; ++kh) {
+      const int y = 2 * oy + kh - 1;
+      if (y < 0 || y >= x.h) continue;
+      for (int kw = 0; kw < 3; ++kw) {
+        const int column = 2 * ox + kw - 1;
+        if (column < 0 || column >= x.w) continue;
+        const int64_t pixel = ((int64_t{n} * x.d + z) * x.h + y) * x.w + column;
+        const auto piece =
+            load_piece<E>(x.data + pixel * x.pitch + at.channel, at.valid, x.alignment);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        // Rounded, so that the maximum is that of the values PyTorch would compare.
-        const E value =
-            narrow<E>(relu(multiply_add(scale[v], A(widen(piece.element[v])), shift[v])));
-        if (widen(value) > widen(best.element[v]) || widen(value) != widen(value)) {
-          best.element[v] = value;
-          code[v] = static_cast<uint8_t>(kh * 3 + kw);
+        for (int v = 0; v < V; ++v) {
+          // Rounded, so that the maximum is that of the values PyTorch would compare.
+          const E value =
+              narrow<E>(relu(multiply_add(scale[v], A(widen(piece.element[v])), shift[v])));
+          if (widen(value) > widen(best.element[v]) || widen(value) != widen(value)) {
+            best.element[v] = value;
+            code[v] = static_cast<uint8_t>(window_code(kd, kh, kw) - middle);
+          }
         }
       }
     }
@@ -98,11 +112,12 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kUnpoolRows = 256;  // pixels of one tile of sums
 
-// d of one pixel: every window that holds it (at most four) is asked whether it was its maximum.
+// d of one pixel: every window that holds it (two in a dimension at most) is asked whether it was
+// its maximum.
 template <class E>
 __global__ void __launch_bounds__(kTileColumns* kTileRuns)
     unpool_kernel(Image<const E> grad_out, const uint8_t* argmax, Image<const E> x,
-                  PixelPlaces places, Norm<Accumulator<E>> norm, Image<E> gradient,
+                  PixelPlaces places, int middle, Norm<Accumulator<E>> norm, Image<E> gradient,
                   TileSums<Accumulator<E>> partial) {
   using A = Accumulator<E>;
   DF_DYNAMIC_SHARED(shared);
@@ -113,14 +128,18 @@ __global__ void __launch_bounds__(kTileColumns* kTileRuns)
   if (c < x.c) {
     const A scale = norm.scale[c], shift = norm.shift[c], mean = norm.mean[c];
     for (int64_t pixel = begin + run; pixel < end; pixel += kTileRuns) {
-      const auto [n, py, px] = places.of(pixel);
+      const auto [slice, py, px] = places.of(pixel);
+      const int n = places.slices.quotient(slice), pz = places.slices.remainder(slice, n);
       A g = 0;
-      for (int oy = py / 2; oy <= (py + 1) / 2 && oy < grad_out.h; ++oy) {
-        for (int ox = px / 2; ox <= (px + 1) / 2 && ox < grad_out.w; ++ox) {
-          const int code = (py + 1 - 2 * oy) * 3 + (px + 1 - 2 * ox);
-          const int64_t window = (int64_t{n} * grad_out.h + oy) * grad_out.w + ox;
-          if (argmax[window * x.c + c] == code) {
-            g += widen(grad_out.data[window * grad_out.pitch + c]);
+      for (int oz = pz / 2; oz <= (pz + 1) / 2 && oz < grad_out.d; ++oz) {
+        for (int oy = py / 2; oy <= (py + 1) / 2 && oy < grad_out.h; ++oy) {
+          for (int ox = px / 2; ox <= (px + 1) / 2 && ox < grad_out.w; ++ox) {
+            const int code = window_code(pz + 1 - 2 * oz, py + 1 - 2 * oy, px + 1 - 2 * ox);
+            const int64_t window =
+                ((int64_t{n} * grad_out.d + oz) * grad_out.h + oy) * grad_out.w + ox;
+            if (argmax[window * x.c + c] == code - middle) {
+              g += widen(grad_out.data[window * grad_out.pitch + c]);
+            }
           }
         }
       }
@@ -194,7 +213,8 @@ void norm_relu_maxpool_forward(const Context& context, const ImageArgument& inpu
     using A = Accumulator<E>;
     const auto to = image<E>(out);
     launch(&maxpool_kernel<E>, pieces<E>(context, "norm_relu_maxpool_forward", to.rows(), to.c),
-           image<const E>(input), activation<A>(act), to, PixelPlaces(to.h, to.w), argmax);
+           image<const E>(input), activation<A>(act), to, PixelPlaces(to.d, to.h, to.w),
+           middle(input.dims), argmax);
   });
 }
 
@@ -216,8 +236,8 @@ void norm_relu_maxpool_backward(const Context& context, const ImageArgument& gra
             "norm_relu_maxpool_backward",
             dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(x.c, kTileColumns))),
             dim3(kTileColumns, kTileRuns), sizeof(A) * kTileColumns * kTileRuns, context.stream},
-        image<const E>(grad_out), argmax, x, PixelPlaces(x.h, x.w), norm<A>(norm_argument),
-        gradient, partial);
+        image<const E>(grad_out), argmax, x, PixelPlaces(x.d, x.h, x.w), middle(input.dims),
+        norm<A>(norm_argument), gradient, partial);
     run_finish_sums<A>(context, partial, tiles, 1, x.c, norm_argument, grad_affine);
     const double inverse = batch_statistics ? 1.0 / static_cast<double>(x.rows()) : 0.0;
     launch(&norm_gradient_kernel<E>, pieces<E>(context, "norm_gradient", x.rows(), x.c), x,

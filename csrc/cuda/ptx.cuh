@@ -22,6 +22,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
+// The compiler keeps x in a register instead of computing it again in every turn of a loop.
+__device__ __forceinline__ void keep([[maybe_unused]] int& x) {
+#ifndef DENSENET_FAST_EMULATOR
+  asm volatile("" : "+r"(x));
+#endif
+}
+
 // ---- Tensor cores: d += a * b, fragments as in the PTX ISA ("Matrix fragments for mma")
 // ----------
 

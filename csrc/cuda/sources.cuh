@@ -29,13 +29,13 @@ struct Coefficients {
 // The place of a row that does not exist: negative, and no reason for an address to be unaligned.
 constexpr int64_t kNowhere = -16;
 
-// Starts the copy of the piece at `channel` of the row that begins at element `place`, or of zeros.
-// kWhole: pieces are there or they are not, and aligned.
+// Starts the copy of the piece at `channel` of the row `shift` elements behind the one that begins
+// at element `place`, or of zeros. kWhole: pieces are there or they are not, and aligned.
 template <bool kWhole, class E>
 __device__ __forceinline__ void start_piece(unsigned char* to, const Image<const E>& x,
-                                            int64_t place, int channel) {
+                                            int64_t place, int channel, int64_t shift = 0) {
   const bool exists = place >= 0 && channel < x.c;
-  const E* from = exists || kWhole ? x.data + place + channel : x.data;
+  const E* from = exists || kWhole ? x.data + place + (channel + shift) : x.data;
   if constexpr (kWhole) {
     ptx::cp_async<16>(to, from, exists ? 16 : 0);
   } else {
@@ -65,8 +65,9 @@ struct ActivatedSource {
   __device__ Place place(int64_t row) const { return row < 0 ? kNowhere : row * x.pitch; }
   __device__ static bool exists(Place place) { return place >= 0; }
   template <bool kWhole>
-  __device__ void start(unsigned char* (&to)[1], Place place, int channel) const {
-    start_piece<kWhole>(to[0], x, place, channel);
+  __device__ void start(unsigned char* (&to)[1], Place place, int channel,
+                        int64_t shift = 0) const {
+    start_piece<kWhole>(to[0], x, place, channel, shift);
   }
   __device__ void finish(unsigned char* (&raw)[1], const Coefficients<P, 2>& c) const {
     auto* piece = reinterpret_cast<Piece<E>*>(raw[0]);
@@ -80,7 +81,8 @@ struct ActivatedSource {
   }
 };
 
-// The mean of the activation over four pixels: row r is a pooled pixel.
+// The mean of the activation over four pixels: row r is a pooled pixel. Of sequences it is that
+// over two, each taken twice.
 template <class P>
 struct PooledSource {
   using E = typename P::Element;
@@ -90,19 +92,20 @@ struct PooledSource {
   Image<const E> x;
   Activation<A> act;
   PooledPixels pooled;
+  int line;  // to the second two
 
   __device__ int channels() const { return x.c; }
   __device__ bool whole(int end) const { return whole_pieces(x, end); }
   __device__ const A* vector(int i) const { return i ? act.shift : act.scale; }
   __device__ Place place(int64_t row) const {
-    return row < 0 ? kNowhere : pooled.first_of_four(row) * x.pitch;
+    return row < 0 ? kNowhere : pooled.first_corner(row) * x.pitch;
   }
   __device__ static bool exists(Place place) { return place >= 0; }
   template <bool kWhole>
   __device__ void start(unsigned char* (&to)[4], Place place, int channel) const {
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      const int64_t from = place + (corner / 2 * x.w + corner % 2) * x.pitch;
+      const int64_t from = place + (corner / 2 * line + corner % 2) * x.pitch;
       start_piece<kWhole>(to[corner], x, place < 0 ? kNowhere : from, channel);
     }
   }
@@ -183,8 +186,9 @@ struct PlainSource {
   __device__ Place place(int64_t row) const { return row < 0 ? kNowhere : row * x.pitch; }
   __device__ static bool exists(Place place) { return place >= 0; }
   template <bool kWhole>
-  __device__ void start(unsigned char* (&to)[1], Place place, int channel) const {
-    start_piece<kWhole>(to[0], x, place, channel);
+  __device__ void start(unsigned char* (&to)[1], Place place, int channel,
+                        int64_t shift = 0) const {
+    start_piece<kWhole>(to[0], x, place, channel, shift);
   }
   __device__ void finish(unsigned char* (&raw)[1], const Coefficients<P, 0>&) const {
     if constexpr (P::kTf32) {

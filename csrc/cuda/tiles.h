@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "operators.h"
+
 namespace densenet_fast::cuda {
 
 constexpr int kUnitRows = 128;  // of the tallest tile
@@ -106,46 +108,68 @@ constexpr bool takes_wide(const PixelCut& wide, int64_t out, int multiprocessors
   return out > 64 && fills(wide.blocks(), multiprocessors);
 }
 
-// Pixels of a 3x3 convolution's tile: images x rows x columns, powers of two.
+// The taps of a convolution with three in each dimension of the images.
+struct Taps {
+  int slices, rows;
+
+  explicit constexpr Taps(int dims) : slices(dims > 2 ? 3 : 1), rows(dims > 1 ? 3 : 1) {}
+  constexpr int of_slice() const { return 3 * rows; }
+  constexpr int all() const { return slices * of_slice(); }
+};
+
+// Pixels of such a convolution's tile: images x rows x columns, powers of two, of one depth; rows
+// above and below that its taps reach.
 struct TileShape {
-  int images, rows, columns;
+  int images, rows, columns, border = 1;
 
   constexpr int pixels() const { return images * rows * columns; }
-  constexpr int halo_pixels() const { return images * (rows + 2) * (columns + 2); }
+  constexpr int halo_pixels() const { return images * (rows + 2 * border) * (columns + 2); }
   // One of `parts` equal ones in order.
   constexpr TileShape part(int parts) const {
     const int of_images = images < parts ? images : parts;
-    return {images / of_images, rows / (parts / of_images), columns};
+    parts /= of_images;
+    const int of_rows = rows < parts ? rows : parts;
+    return {images / of_images, rows / of_rows, columns / (parts / of_rows), border};
   }
 };
 
 inline constexpr TileShape kTileShapes[] = {
     {1, 8, 16}, {1, 16, 8}, {1, 4, 32}, {2, 8, 8}, {1, 32, 4}};
+inline constexpr TileShape kLineShapes[] = {
+    // of sequences
+    {1, 1, 128, 0}, {2, 1, 64, 0}, {4, 1, 32, 0}, {8, 1, 16, 0}, {16, 1, 8, 0}, {32, 1, 4, 0}};
 
 // The most pixels of a tile of so many rows with its border.
 constexpr int most_halo_pixels(int rows) {
   int most = 0;
-  for (const TileShape& t : kTileShapes) {
-    const int pixels = t.part(t.pixels() / rows).halo_pixels();
-    most = most < pixels ? pixels : most;
-  }
+  const auto look = [&](const auto& shapes) {
+    for (const TileShape& t : shapes) {
+      const int pixels = t.part(t.pixels() / rows).halo_pixels();
+      most = most < pixels ? pixels : most;
+    }
+  };
+  look(kTileShapes);
+  look(kLineShapes);
   return most;
 }
 
 template <int kRows>
 inline constexpr int kMostHaloPixels = most_halo_pixels(kRows);
 
-// Images of h x w in tiles of 128 pixels, and those in parts.
+// Images of d x h x w in tiles of 128 pixels, and those in parts. Tiles of one depth follow each
+// other: a slice of the kernel reaches a run of them.
 struct TileCount {
   TileShape shape;
-  int64_t across, down, deep;
+  int64_t across, down, images, depths;
 
-  constexpr TileCount(const TileShape& s, int64_t n, int64_t h, int64_t w)
+  constexpr TileCount(const TileShape& s, const ImageArgument& x)
       : shape(s),
-        across(ceil_div(w, s.columns)),
-        down(ceil_div(h, s.rows)),
-        deep(ceil_div(n, s.images)) {}
-  constexpr int64_t tiles() const { return across * down * deep; }
+        across(ceil_div(x.w, s.columns)),
+        down(ceil_div(x.h, s.rows)),
+        images(ceil_div(x.n, s.images)),
+        depths(x.d) {}
+  constexpr int64_t of_depth() const { return across * down * images; }
+  constexpr int64_t tiles() const { return of_depth() * depths; }
 
   template <size_t N>
   constexpr Cut cut(const TileSize (&sizes)[N], int64_t columns, int splits,
@@ -169,14 +193,17 @@ struct TileCount {
 };
 
 // Tiles of the shape that covers the images with the fewest; ties go to the smaller border.
-constexpr TileCount best_shape(int64_t n, int64_t h, int64_t w) {
-  const auto cost = [](const TileCount& c) { return c.tiles() * 1024 + c.shape.halo_pixels(); };
-  TileCount best(kTileShapes[0], n, h, w);
-  for (const TileShape& shape : kTileShapes) {
-    const TileCount count(shape, n, h, w);
-    if (cost(count) < cost(best)) best = count;
-  }
-  return best;
+constexpr TileCount best_shape(const ImageArgument& x) {
+  const auto cost = [](const TileCount& c) { return c.of_depth() * 1024 + c.shape.halo_pixels(); };
+  const auto best_of = [&](const auto& shapes) {
+    TileCount best(shapes[0], x);
+    for (const TileShape& shape : shapes) {
+      const TileCount count(shape, x);
+      if (cost(count) < cost(best)) best = count;
+    }
+    return best;
+  };
+  return x.dims > 1 ? best_of(kTileShapes) : best_of(kLineShapes);
 }
 
 }  // namespace densenet_fast::cuda

@@ -164,6 +164,9 @@ __device__ __forceinline__ void store_piece(E* to, const Piece<E>& piece, int va
       [&](int e) { to[e] = piece.element[e]; });
 }
 
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 // Division of numbers below 2^31 by one that is known before: a multiplication and a shift.
 struct Divisor {
   uint32_t by = 1, factor = 0, shift = 0;  // factor 0: by 1
@@ -183,42 +186,68 @@ struct Divisor {
   }
 };
 
-// An NHWC image batch or a channel slice of one.
+// A batch of images of one to three dimensions, channels last, or a channel slice of one: sizes of
+// dimensions that it has not are 1.
 template <class E>
 struct Image {
   E* data = nullptr;
   int64_t pitch = 0;
-  int n = 0, h = 0, w = 0, c = 0;
+  int n = 0, d = 0, h = 0, w = 0, c = 0;
   int alignment = 1;
-  __host__ __device__ int64_t rows() const { return int64_t{1} * n * h * w; }
+  __host__ __device__ int64_t rows() const { return int64_t{1} * n * d * h * w; }
 };
 
-// Which image, row and column a pixel of [N, h, w] has.
+// Which slice (of all images), row and column a pixel of [N, d, h, w] has, and which image and
+// depth a slice.
 struct PixelPlaces {
   struct Place {
-    int image, y, x;
+    int slice, y, x;
   };
-  Divisor rows, columns;
+  Divisor slices, rows, columns;
 
   PixelPlaces() = default;
-  PixelPlaces(int h, int w) : rows(h), columns(w) {}
+  PixelPlaces(int d, int h, int w) : slices(d), rows(h), columns(w) {}
   __device__ Place of(int64_t pixel) const {
-    const int p = static_cast<int>(pixel), row = columns.quotient(p), image = rows.quotient(row);
-    return {image, rows.remainder(row, image), columns.remainder(p, row)};
+    const int p = static_cast<int>(pixel), row = columns.quotient(p), slice = rows.quotient(row);
+    return {slice, rows.remainder(row, slice), columns.remainder(p, row)};
   }
 };
 
-// Where 2x2 pooling takes its pixels: [N, h / 2, w / 2] of [N, h, w].
+// Where pooling of two pixels in each dimension takes them.
 struct PooledPixels {
   PixelPlaces pooled;
   int h = 0, w = 0;
+  int slices = 1, corners = 1;  // of a window, and of one of these
+  float share = 1;              // of a corner
+  int cut = 0;                  // slices of an image that are in no window
 
   PooledPixels() = default;
-  PooledPixels(int h_, int w_) : pooled(h_ / 2, w_ / 2), h(h_), w(w_) {}
-  // The top left one of the four that `pixel` averages.
-  __device__ int64_t first_of_four(int64_t pixel) const {
-    const auto [image, y, x] = pooled.of(pixel);
-    return (int64_t{image} * h + 2 * y) * w + 2 * x;
+  PooledPixels(int dims, int d, int h_, int w_)
+      : pooled(dims > 2 ? d / 2 : 1, dims > 1 ? h_ / 2 : 1, w_ / 2),
+        h(h_),
+        w(w_),
+        slices(dims > 2 ? 2 : 1),
+        corners(dims > 1 ? 4 : 2),
+        share(1.0f / static_cast<float>(slices * corners)),
+        cut(dims > 2 ? d % 2 : 0) {}
+  // The first corner of the window that `pixel` is made of.
+  __device__ int64_t first_corner(int64_t pixel) const {
+    const auto [slice, y, x] = pooled.of(pixel);
+    const int first = slices * slice + cut * pooled.slices.quotient(slice);
+    return (int64_t{first} * h + 2 * y) * w + 2 * x;
+  }
+  // body(pixel) for all pixels of a window.
+  template <class Body>
+  __device__ __forceinline__ void for_each_corner(int64_t window, const Body& body) const {
+    const int64_t first = first_corner(window);
+#pragma unroll 1
+    for (int slice = 0; slice < slices; ++slice) {
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        if (corner == corners) break;
+        body(first + (int64_t{slice} * h + corner / 2) * w + corner % 2);
+      }
+    }
   }
 };
 

@@ -1,4 +1,6 @@
 // Weights packed for products, and weight gradients added up from splits: several in one launch.
+#include <algorithm>
+
 #include "pack.cuh"
 #include "pointwise.cuh"
 
@@ -11,7 +13,7 @@ constexpr int kPackColumns = 16;  // of a block
 struct Packing {
   const void* weight;
   void* packed;
-  int64_t stride_column, stride_channel, stride_h, stride_w;
+  int64_t stride_column, stride_channel, stride_d, stride_h, stride_w;
   int columns, channels, steps, taps;
   Divisor of_taps, of_inner, of_groups;  // elements of a tap and of a row read, column groups
   bool is_float32, flipped;              // taps reversed: the data gradient
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) pack_weight(PackingTable table) {
     Accumulator<E> value = 0;
     if (column < p.columns && channel < p.channels) {
       const int64_t at = column * p.stride_column + channel * p.stride_channel +
-                         tap / 3 * p.stride_h + tap % 3 * p.stride_w;
+                         tap / 9 * p.stride_d + tap / 3 % 3 * p.stride_h + tap % 3 * p.stride_w;
       if constexpr (sizeof(E) == 4) {
         value = static_cast<const E*>(p.weight)[at];
       } else {
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) pack_weight(PackingTable table) {
     const int tap = i / (kPackColumns * kStepPieces),
               column = first + i / kStepPieces % kPackColumns;
     if (column >= p.columns) continue;
-    const int64_t row = (int64_t{step} * p.taps + tap) * p.columns + column;
+    const int64_t slice_step = tap / 9 * p.steps + step;  // all steps of one slice in a row
+    const int64_t row = (slice_step * smaller(p.taps, 9) + tap % 9) * p.columns + column;
     reinterpret_cast<Piece<E>*>(p.packed)[row * kStepPieces + i % kStepPieces] =
         reinterpret_cast<const Piece<E>*>(tile)[i];
   }
@@ -68,17 +71,17 @@ struct SplitTable {
   SplitSums one[kTableSize];
 };
 
-constexpr int kAddThreads = 9 * 32;  // nine taps of 32 weights, or 288 weights
+constexpr int kAddThreads = 9 * 32;  // nine taps of 32 weights, or as many of fewer taps
 
 // Block y adds up the y-th gradient: added tap by tap, stored in the weight's order.
 template <class E>
-__global__ void __launch_bounds__(kAddThreads) add_splits_kernel(SplitTable table) {
+__global__ void __launch_bounds__(3 * kAddThreads) add_splits_kernel(SplitTable table) {
   using A = Accumulator<E>;
   const SplitSums& g = table.one[blockIdx.y];
   DF_DYNAMIC_SHARED(shared);
   A* sums = reinterpret_cast<A*>(shared);
-  const int i = threadIdx.x, weights = g.taps == 1 ? kAddThreads : 32;
-  const int tap = g.taps == 1 ? 0 : i / 32, weight = g.taps == 1 ? i : i % 32;
+  const int i = threadIdx.x, weights = blockDim.x / g.taps;
+  const int tap = i / weights, weight = i - tap * weights;
   const int64_t plane = g.size / g.taps, first = int64_t{blockIdx.x} * weights;
   if (first >= plane) return;
   if (first + weight < plane) {
@@ -109,12 +112,13 @@ void pack_weights(const Context& context, const std::vector<PackRequest>& reques
           WeightArgument& w = *r.weight;
           const auto shape = packed_shape<E>(w, r.gradient);
           const auto of = [&](auto out, auto in) { return r.gradient ? in : out; };
-          const int taps = r.kernel * r.kernel;
+          const int taps = r.kernel == 1 ? 1 : Taps(w.dims).all();
           p = {
               w.data,
               context.workspace->allocate(int64_t{kStepBytes} * shape.steps * taps * shape.columns),
               of(w.stride_out, w.stride_in),
               of(w.stride_in, w.stride_out),
+              w.stride_d,
               w.stride_h,
               w.stride_w,
               shape.columns,
@@ -131,7 +135,7 @@ void pack_weights(const Context& context, const std::vector<PackRequest>& reques
         },
         [&](const PackingTable& table, unsigned count, int64_t most) {
           int taps = 1;
-          for (unsigned i = 0; i < count; ++i) taps = taps < table.one[i].taps ? 9 : taps;
+          for (unsigned i = 0; i < count; ++i) taps = std::max(taps, table.one[i].taps);
           launch(
               &pack_weight<P>,
               LaunchConfig{"pack_weight", dim3(static_cast<unsigned>(most), count), dim3(kThreads),
@@ -148,14 +152,15 @@ void add_splits(const Context& context, const std::vector<SplitSums>& sums) {
         sums,
         [&](const SplitSums& s, SplitSums& one) {
           one = s;
-          return ceil_div(s.size, kAddThreads) + (s.taps > 1);
+          return ceil_div(s.size / s.taps, std::max(kAddThreads / s.taps, 32));
         },
         [&](const SplitTable& table, unsigned count, int64_t most) {
-          launch(
-              &add_splits_kernel<E>,
-              LaunchConfig{"add_splits", dim3(static_cast<unsigned>(most), count),
-                           dim3(kAddThreads), sizeof(Accumulator<E>) * kAddThreads, context.stream},
-              table);
+          int threads = kAddThreads;
+          for (unsigned i = 0; i < count; ++i) threads = std::max(threads, 32 * table.one[i].taps);
+          launch(&add_splits_kernel<E>,
+                 LaunchConfig{"add_splits", dim3(static_cast<unsigned>(most), count), dim3(threads),
+                              sizeof(Accumulator<E>) * threads, context.stream},
+                 table);
         });
   });
 }

@@ -8,7 +8,6 @@ check every argument before they write anything; nodes have checked what users h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any, Generic, ParamSpec
 
 import torch
@@ -36,9 +35,6 @@ class Operator(Generic[Arguments]):
         """Find the compiled operator, if there is one."""
         self._twin = twin
         self._multiplies = False
-        names = list(signature(twin).parameters)
-        # A pooled gradient does not say of how many dimensions the images are.
-        self._rows = 1 if names[:2] == ["grad_out", "features"] else 0
         if extension.LOADED:
             name = twin.__name__
             self._kernel = getattr(torch.ops.densenet_fast, name).default
@@ -48,7 +44,7 @@ class Operator(Generic[Arguments]):
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         """Run it."""
         first: Any = args[0]
-        backend = select(args[self._rows])  # type: ignore[arg-type]
+        backend = select(first)
         if backend == "reference":
             self._twin(*args, **kwargs)
         elif backend == "cuda":

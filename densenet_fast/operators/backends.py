@@ -34,19 +34,16 @@ class Choice(NamedTuple):
 
 _setting: Setting = "auto"
 # Answers of `select` under this setting.
-_choices: dict[tuple[torch.device, torch.dtype, int], Backend] = {}
+_choices: dict[tuple[torch.device, torch.dtype], Backend] = {}
 _warned: set[str] = set()
 
 
-def backend_for(device: torch.device | str, dtype: torch.dtype, dims: int = 2) -> Choice:
-    """The best backend that exists for tensors of this device and type, whatever is forced.
-
-    `dims` is the number of the images' dimensions.
-    """
+def backend_for(device: torch.device | str, dtype: torch.dtype) -> Choice:
+    """The best backend that exists for tensors of this device and type, whatever is forced."""
     device = torch.device(device)
     kind = device.type
     if kind == "cuda":
-        return _cuda_backend(device, dtype, dims)
+        return _cuda_backend(device, dtype)
     if kind == "cpu" and not extension.LOADED:
         return Choice("reference", extension.LOAD_ERROR)
     if kind == "cpu" and dtype not in _CPU_TYPES:
@@ -63,10 +60,8 @@ def backend_for(device: torch.device | str, dtype: torch.dtype, dims: int = 2) -
     )
 
 
-def _cuda_backend(device: torch.device, dtype: torch.dtype, dims: int) -> Choice:
+def _cuda_backend(device: torch.device, dtype: torch.dtype) -> Choice:
     reason = cuda_device.obstacle(device.index)
-    if reason is None and dims != 2:
-        reason = f"the CUDA kernels compute images of two dimensions, not of {dims}"
     if reason is None and dtype not in _CUDA_TYPES:
         reason = (
             "the CUDA kernels compute in float16, bfloat16, float32 and float64, not in "
@@ -80,8 +75,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def select(tensor: Tensor) -> Backend:
-    """The backend that runs operators on this tensor: images or their rows, or any vector."""
-    key = (tensor.device, tensor.dtype, tensor.dim())
+    """The backend that runs operators on this tensor."""
+    key = (tensor.device, tensor.dtype)
     if torch.compiler.is_compiling():
         return _choose(*key)  # else the graph would depend on what has been chosen before it
     chosen = _choices.get(key)
@@ -90,10 +85,10 @@ def select(tensor: Tensor) -> Backend:
     return chosen
 
 
-def _choose(device: torch.device, dtype: torch.dtype, dim: int) -> Backend:
+def _choose(device: torch.device, dtype: torch.dtype) -> Backend:
     if _setting == "reference":
         return "reference"
-    backend, reason = backend_for(device, dtype, dim - 2 if dim > 2 else 2)
+    backend, reason = backend_for(device, dtype)
     if _setting not in ("auto", backend):
         raise RuntimeError(
             f"the backend {_setting!r} was forced, but {_name(dtype)} tensors on {device} cannot "

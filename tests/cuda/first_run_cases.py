@@ -63,14 +63,17 @@ HOST_OPERATIONS = 15
 
 def operators(device: torch.device, *, tiny: bool) -> Iterator[Case]:
     """Every operator and type against its reference twin, in all layouts, with tails."""
-    ops, few = Operators(), slice(0, 2 if tiny else None)
+    ops = Operators()
+    every = (SHAPES_1X1, SHAPES_3X3, SHAPES_TRANSITION)
+    # The first and the last ones: single pixels, and volumes.
+    pointwise, wide, pooled = ((s[0], s[-1]) for s in every) if tiny else every
     by_shape: dict[str, list[Calls]] = {
-        "conv1x1_forward": [forward("conv1x1_forward", *s) for s in SHAPES_1X1[few]],
-        "conv1x1_backward": [conv1x1_backward(*s) for s in SHAPES_1X1[few]],
-        "conv3x3_forward": [forward("conv3x3_forward", *s) for s in SHAPES_3X3[few]],
-        "conv3x3_backward": [conv3x3_backward(*s) for s in SHAPES_3X3[few]],
-        "transition_forward": [forward("transition_forward", *s) for s in SHAPES_TRANSITION[few]],
-        "transition_backward": [transition_backward(*s) for s in SHAPES_TRANSITION[few]],
+        "conv1x1_forward": [forward("conv1x1_forward", *s) for s in pointwise],
+        "conv1x1_backward": [conv1x1_backward(*s) for s in pointwise],
+        "conv3x3_forward": [forward("conv3x3_forward", *s) for s in wide],
+        "conv3x3_backward": [conv3x3_backward(*s) for s in wide],
+        "transition_forward": [forward("transition_forward", *s) for s in pooled],
+        "transition_backward": [transition_backward(*s) for s in pooled],
     }
     for kind in KINDS:
         for name, calls in by_shape.items():
@@ -114,6 +117,9 @@ def small_networks(device: torch.device, *, tiny: bool) -> Iterator[Case]:
     for mode in CHECKPOINT_MODES:
         repeat = partial(network_tests.test_networks_repeat_their_bits, mode)
         yield f"a step repeats its bits, {mode}", repeat
+    for dims, mode in product((1, 3), CHECKPOINT_MODES):
+        of_modules = partial(network_tests.test_sequences_and_volumes, dims, mode)
+        yield f"float64 as PyTorch's modules in {dims}-D, {mode}", of_modules
     for dtype in (half, wide, single):
         same = partial(network_tests.test_modes_have_the_same_bits, dtype, "transition")
         yield f"modes have the same bits, {dtype}", same

@@ -165,8 +165,9 @@ def test_nan_and_infinity(gpu: Any, kind: Kind, value: float) -> None:
 
 
 @pytest.mark.parametrize("kind", STORED, ids=str)
-def test_maxima(gpu: Any, kind: Kind) -> None:
-    check_maxima(gpu, kind)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_maxima(gpu: Any, kind: Kind, dims: int) -> None:
+    check_maxima(gpu, kind, dims)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

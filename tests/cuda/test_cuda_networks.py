@@ -12,6 +12,9 @@ import torch
 from block_cases import TAILS, gradients, make_block
 from comparison import SMALL, networks, step
 from devices import device, on, tf32
+from test_kernels_networks import network as tiny_network
+from test_kernels_networks import step as tiny_step
+from test_kernels_networks import unfused
 from torch import Tensor, nn
 
 from densenet_fast.blocks.dense_block import CHECKPOINT_MODES, dense_block
@@ -151,3 +154,18 @@ def test_networks_repeat_their_bits(checkpoint: Checkpoint) -> None:
         found.append(results(ours, images))
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
+def test_sequences_and_volumes(dims: int, checkpoint: Checkpoint) -> None:
+    """In float64 a step is that of PyTorch's own modules, and it repeats its bits."""
+    size = (3, 3, *(35, 40, 33)[:dims])
+
+    def made() -> nn.Module:
+        return tiny_network(checkpoint, torch.float64, spatial_dims=dims)
+
+    first, second = (tiny_step(made(), torch.float64, size) for _ in range(2))
+    for name, value in tiny_step(unfused(made()), torch.float64, size).items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-11, msg=name)

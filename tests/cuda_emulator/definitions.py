@@ -38,7 +38,7 @@ class Definitions:
     @staticmethod
     def statistics_and_norm(features: Tensor, mean: Tensor, var: Tensor, *others: Any) -> None:
         """Statistics of a norm's last channels, then the norm."""
-        new = features.shape[3]
+        new = features.shape[-1]
         reference.channel_statistics(features, mean[-new:], var[-new:])
         reference.norm_coefficients(mean, var, *others)
 

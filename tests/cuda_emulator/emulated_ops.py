@@ -171,7 +171,7 @@ class EmulatedOps:
         self, features: Tensor, mean: Tensor, var: Tensor, *others: Any
     ) -> None:
         norm = _coefficients(mean, var, *others)
-        found = _pair(*(t[-features.shape[3] :] for t in (mean, var)))
+        found = _pair(*(t[-features.shape[-1] :] for t in (mean, var)))
         found.next = addressof(norm)
         self._call("channel_statistics", features, _image(features), found)
 
@@ -278,6 +278,7 @@ class EmulatedOps:
         grad_gamma: Tensor | None,
         grad_beta: Tensor | None,
         grad_weight: Tensor | None,
+        *more: Any,
     ) -> None:
         self._call(
             op,
@@ -289,10 +290,12 @@ class EmulatedOps:
             _image(grad_features),
             _pair(grad_gamma, grad_beta),
             _weight_gradient(grad_weight),
+            *more,
         )
 
-    def conv3x3_backward(self, *arguments: Tensor) -> None:
-        self._backward("conv3x3_backward", *arguments)
+    def conv3x3_backward(self, *arguments: Any) -> None:
+        *tensors, accumulate = arguments if len(arguments) > 11 else (*arguments, False)
+        self._backward("conv3x3_backward", *tensors, c_int(accumulate))
 
     def transition_backward(self, *arguments: Tensor) -> None:
         self._backward("transition_backward", *arguments)

@@ -6,6 +6,7 @@ what the rounding of the stored type and of a sum of that length leaves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -20,7 +21,7 @@ from torch import Tensor
 from densenet_fast.operators import reference
 from densenet_fast.operators.rows import statistics_dtype
 
-Pixels = tuple[int, int, int]
+Pixels = tuple[int, ...]  # images, then their one to three sizes
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,21 @@ class Call:
 Calls = Callable[[Maker], Call]
 
 
+def taps(pixels: Pixels) -> tuple[int, ...]:
+    """The kernel of a convolution with three taps in each dimension."""
+    return (3,) * len(pixels[1:])
+
+
+def averaged(pixels: Pixels) -> Pixels:
+    """Pixels behind a transition."""
+    return (pixels[0], *(size // 2 for size in pixels[1:]))
+
+
+def maxima(pixels: Pixels) -> Pixels:
+    """Pixels behind the stem's pooling."""
+    return (pixels[0], *((size + 1) // 2 for size in pixels[1:]))
+
+
 # ---- Convolutions
 
 
@@ -160,10 +176,8 @@ def forward(
     wide_weight: bool = False,
 ) -> Calls:
     """`op` is conv1x1_forward, conv3x3_forward or transition_forward."""
-    kernel = (3, 3) if op == "conv3x3_forward" else ()
-    out_pixels = pixels
-    if op == "transition_forward":
-        out_pixels = (pixels[0], pixels[1] // 2, pixels[2] // 2)
+    kernel = taps(pixels) if op == "conv3x3_forward" else ()
+    out_pixels = averaged(pixels) if op == "transition_forward" else pixels
     source, out = {
         "conv1x1_forward": ("features", "bottleneck"),
         "conv3x3_forward": ("bottleneck", "growth"),
@@ -179,8 +193,8 @@ def forward(
             out: maker.result(out_pixels, outputs),
             **(maker.results(outputs, "mean", "var") if statistics else _none("mean", "var")),
         }
-        rows = out_pixels[0] * out_pixels[1] * out_pixels[2]
-        lengths = {out: channels * (9 if kernel else 1), "mean": rows, "var": rows}
+        rows = math.prod(out_pixels)
+        lengths = {out: channels * math.prod(kernel), "mean": rows, "var": rows}
         return Call(op, maker, arguments, lengths, {"mean": out, "var": out})
 
     return make
@@ -235,7 +249,7 @@ def conv1x1_backward(
             **_gradients(maker, wanted, channels, "grad_features", maker.rows(pixels, channels)),
             **_weight_gradient(maker, wanted, weight),
         }
-        rows = pixels[0] * pixels[1] * pixels[2]
+        rows = math.prod(pixels)
         sums = {"grad_gamma": rows * outputs, "grad_beta": rows * outputs}
         lengths = {"grad_features": outputs, **sums, "grad_weight": rows}
         return Call("conv1x1_backward", maker, arguments, lengths)
@@ -250,21 +264,25 @@ def conv3x3_backward(
     *,
     wanted: str = "data weight",
     wide_weight: bool = False,
+    accumulate: bool = False,
 ) -> Calls:
     def make(maker: Maker) -> Call:
         norm = maker.norm(channels)
-        weight = _weight(maker, wide_weight, outputs, channels, 3, 3)
+        weight = _weight(maker, wide_weight, outputs, channels, *taps(pixels))
+        room = maker.rows if accumulate else maker.result
         arguments = {
             "grad_growth": maker.rows(pixels, outputs),
             "bottleneck": maker.input(pixels, norm),
             **named(norm),
             "weight": weight,
-            **_gradients(maker, wanted, channels, "grad_norm", maker.result(pixels, channels)),
+            **_gradients(maker, wanted, channels, "grad_norm", room(pixels, channels)),
             **_weight_gradient(maker, wanted, weight),
+            "accumulate": accumulate,
         }
-        rows = pixels[0] * pixels[1] * pixels[2]
-        sums = {"grad_gamma": 9 * rows * outputs, "grad_beta": 9 * rows * outputs}
-        lengths = {"grad_norm": 9 * outputs, **sums, "grad_weight": rows}
+        rows = math.prod(pixels)
+        reduced = outputs * math.prod(taps(pixels))
+        sums = {"grad_gamma": rows * reduced, "grad_beta": rows * reduced}
+        lengths = {"grad_norm": reduced, **sums, "grad_weight": rows}
         return Call("conv3x3_backward", maker, arguments, lengths)
 
     return make
@@ -278,7 +296,7 @@ def transition_backward(
     wanted: str = "data weight",
     wide_weight: bool = False,
 ) -> Calls:
-    pooled = (pixels[0], pixels[1] // 2, pixels[2] // 2)
+    pooled = averaged(pixels)
 
     def make(maker: Maker) -> Call:
         norm = maker.norm(channels)
@@ -292,7 +310,7 @@ def transition_backward(
             **maker.results(channels, "grad_gamma", "grad_beta"),
             **_weight_gradient(maker, wanted, weight),
         }
-        rows = pixels[0] * pixels[1] * pixels[2]
+        rows = math.prod(pixels)
         sums = {"grad_gamma": rows * outputs, "grad_beta": rows * outputs}
         lengths = {"grad_features": outputs, **sums, "grad_weight": rows}
         return Call("transition_backward", maker, arguments, lengths)
@@ -305,7 +323,7 @@ def transition_backward(
 
 def channel_statistics(pixels: Pixels, channels: int) -> Calls:
     def make(maker: Maker) -> Call:
-        rows = pixels[0] * pixels[1] * pixels[2]
+        rows = math.prod(pixels)
         # A mean far from zero: a sum of squares would lose the variance.
         values = maker.randn(*pixels, channels) + 30
         arguments = {
@@ -319,7 +337,7 @@ def channel_statistics(pixels: Pixels, channels: int) -> Calls:
 
 def finish_gradient(pixels: Pixels, channels: int) -> Calls:
     def make(maker: Maker) -> Call:
-        rows = pixels[0] * pixels[1] * pixels[2]
+        rows = math.prod(pixels)
         sums = maker.vectors(channels, "mean", "sum_grad", "sum_grad_x")
         arguments = {
             "features": maker.rows(pixels, channels),
@@ -350,7 +368,7 @@ def avgpool_forward(pixels: Pixels, channels: int) -> Calls:
             **act(norm),
             "out": maker.gradient(pixels[0], channels),
         }
-        return Call("norm_relu_avgpool_forward", maker, arguments, {"out": pixels[1] * pixels[2]})
+        return Call("norm_relu_avgpool_forward", maker, arguments, {"out": math.prod(pixels[1:])})
 
     return make
 
@@ -365,7 +383,7 @@ def avgpool_backward(pixels: Pixels, channels: int) -> Calls:
             "grad_features": maker.result(pixels, channels),
             **maker.results(channels, "grad_gamma", "grad_beta"),
         }
-        rows = pixels[0] * pixels[1] * pixels[2]
+        rows = math.prod(pixels)
         lengths = {"grad_features": 2, "grad_gamma": rows, "grad_beta": rows}
         return Call("norm_relu_avgpool_backward", maker, arguments, lengths)
 
@@ -373,7 +391,7 @@ def avgpool_backward(pixels: Pixels, channels: int) -> Calls:
 
 
 def maxpool_forward(pixels: Pixels, channels: int) -> Calls:
-    pooled = (pixels[0], (pixels[1] + 1) // 2, (pixels[2] + 1) // 2)
+    pooled = maxima(pixels)
 
     def make(maker: Maker) -> Call:
         norm = maker.norm(channels)
@@ -389,7 +407,7 @@ def maxpool_forward(pixels: Pixels, channels: int) -> Calls:
 
 
 def maxpool_backward(pixels: Pixels, channels: int, *, batch_statistics: bool = True) -> Calls:
-    pooled = (pixels[0], (pixels[1] + 1) // 2, (pixels[2] + 1) // 2)
+    pooled = maxima(pixels)
 
     def make(maker: Maker) -> Call:
         norm = maker.norm(channels)
@@ -406,8 +424,8 @@ def maxpool_backward(pixels: Pixels, channels: int, *, batch_statistics: bool = 
             "grad_input": maker.result(pixels, channels),
             **maker.results(channels, "grad_gamma", "grad_beta"),
         }
-        rows = pixels[0] * pixels[1] * pixels[2]
-        lengths = {"grad_input": 16, "grad_gamma": rows, "grad_beta": rows}
+        rows = math.prod(pixels)
+        lengths = {"grad_input": 4 ** len(pixels[1:]), "grad_gamma": rows, "grad_beta": rows}
         return Call("norm_relu_maxpool_backward", maker, arguments, lengths)
 
     return make
@@ -478,7 +496,7 @@ def _largest(usual: Tensor, floor: float, exact: Tensor) -> float:
 
 def _of_stored_values(kind: Kind, name: str, actual: Tensor, rows: Tensor) -> Iterator[str]:
     """Statistics are those of the values as stored, which the backward reads again."""
-    values = rows.double().flatten(0, 2)
+    values = rows.double().flatten(0, -2)
     size = float(values.abs().max())
     exact = values.mean(0)
     if name == "var":

@@ -90,9 +90,11 @@ const char* df_conv1x1_backward(int dtype, int tf32, I g, I z, const void* coeff
 const char* df_conv3x3_forward(int dtype, int tf32, I z, N act, W w, I y, S s) {
   return guarded(dtype, tf32, [&](const auto& c) { cuda::conv3x3_forward(c, z, act, w, y, s); });
 }
-const char* df_conv3x3_backward(int dtype, int tf32, I g, I z, N norm, W w, I gz, G sums, GW gw) {
-  return guarded(dtype, tf32,
-                 [&](const auto& c) { cuda::conv3x3_backward(c, g, z, norm, w, gz, sums, gw); });
+const char* df_conv3x3_backward(int dtype, int tf32, I g, I z, N norm, W w, I gz, G sums, GW gw,
+                                int accumulate) {
+  return guarded(dtype, tf32, [&](const auto& c) {
+    cuda::conv3x3_backward(c, g, z, norm, w, gz, sums, gw, accumulate != 0);
+  });
 }
 const char* df_transition_forward(int dtype, int tf32, I x, N act, W w, I out, S s) {
   return guarded(dtype, tf32,

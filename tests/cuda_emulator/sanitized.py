@@ -50,8 +50,19 @@ SHAPES: tuple[tuple[Pixels, int, int, int], ...] = (
     ((2, 5, 3), 40, 33, 12),
     ((1, 9, 15), 67, 66, 33),
     ((1, 2, 3), 5, 12, 66),
+    ((2, 13), 17, 48, 20),
+    ((1, 150), 9, 12, 66),
+    ((1, 1, 1, 1), 1, 4, 1),
+    ((3, 2, 5, 3), 40, 33, 12),
+    ((1, 3, 9, 15), 12, 20, 40),
 )
-OTHERS: tuple[tuple[Pixels, int], ...] = (((1, 1, 1), 1), ((2, 5, 3), 33), ((1, 17, 16), 7))
+OTHERS: tuple[tuple[Pixels, int], ...] = (
+    ((1, 1, 1), 1),
+    ((2, 5, 3), 33),
+    ((1, 17, 16), 7),
+    ((2, 9), 33),
+    ((2, 3, 2, 5), 9),
+)
 
 
 def products(pixels: Pixels, channels: int, width: int, growth: int) -> Iterator[Calls]:
@@ -60,7 +71,7 @@ def products(pixels: Pixels, channels: int, width: int, growth: int) -> Iterator
     yield conv1x1_backward(pixels, channels, width)
     yield forward("conv3x3_forward", pixels, width, growth)
     yield conv3x3_backward(pixels, width, growth)
-    even = (pixels[0], max(pixels[1], 2), max(pixels[2], 2))
+    even = (pixels[0], *(max(size, 2) for size in pixels[1:]))
     yield forward("transition_forward", even, channels, growth)
     yield transition_backward(even, channels, growth)
 
@@ -109,8 +120,9 @@ def run(emulator: Emulator) -> set[str]:
             for make in products(*shape):
                 one(kind, make, number, shape)
         with emulator.on(DEVICES["64 KB"]):  # one stage where there are two otherwise
-            for make in products(*SHAPES[2]):
-                one(kind, make, 1, "64 KB")
+            for shape in (SHAPES[2], SHAPES[8]):
+                for make in products(*shape):
+                    one(kind, make, 1, "64 KB")
     for kind in HALVES:
         for make in (
             forward("conv1x1_forward", (1, 3, 5), 13, 20, wide_weight=True, statistics=False),

@@ -17,7 +17,7 @@ from kernel_cases import KINDS, STORED, Calls, Kind, check, conv3x3_backward, fo
 from test_kernels_conv import check_where_not_finite
 from test_kernels_large import CALLS as LARGE
 from test_kernels_large import check_far_rows
-from test_kernels_orders import PRODUCTS, STEPS
+from test_kernels_orders import OTHERS, PRODUCTS, STEPS
 from vector_cases import update_running_statistics
 
 ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
@@ -36,7 +36,9 @@ def run(emulator: Emulator, kind: Kind) -> Iterator[str]:
     yield from _products(emulator, kind, PRODUCTS)
     if kind in STORED:
         running = update_running_statistics(300, 17, 300, counters=3)
-        yield from _products(emulator, kind, {**STEPS, "update_running_statistics_": running})
+        volumes = {name: make for name, make in OTHERS.items() if "volumes" in name}
+        others = {**STEPS, **volumes, "update_running_statistics_": running}
+        yield from _products(emulator, kind, others)
     small = DEVICES["64 KB"]
     for name, device in (
         ("conv3x3_backward", small),

@@ -12,9 +12,8 @@ import host_build
 emulator = host_build.Library({library!r})
 
 def launches(direction, depth, **options):
-    case = BlockCase(
-        growths=(3,) * depth, widths=(8,) * depth, needs=(ALL,) * depth, pixels=(1, 2, 2), **options
-    )
+    of_layers = dict(growths=(3,) * depth, widths=(8,) * depth, needs=(ALL,) * depth)
+    case = BlockCase(**{{"pixels": (1, 2, 2), **of_layers, **options}})
     given = case.arguments(direction)
     emulator.reset_counts()
     compiled(direction)(*given.values())
@@ -36,11 +35,17 @@ def counted(library: Path, direction: str, options: str = "") -> list[int]:
         ("forward", "", 4),
         ("forward", "recompute=True", 2),
         ("forward", "dropout=0.5", 6),
+        ("forward", "pixels=(1, 3)", 4),
+        ("forward", "pixels=(1, 33, 1, 1)", 4),
+        # Of few pixels the reduction is split over the kernel's slices; the splits are added.
+        ("forward", "pixels=(1, 2, 2, 2)", 5),
         # The bottleneck again, the growth's correction; data gradient, sums and weight gradient of
         # both convolutions; the splits of both.
         ("backward", "", 9),
         ("backward", "held=depth", 8),
         ("backward", "dropout=0.5", 10),
+        ("backward", "pixels=(1, 3)", 9),
+        ("backward", "pixels=(1, 2, 2, 2)", 9),
     ],
 )
 def test_kernels_of_a_layer(library: Path, direction: str, options: str, layer: int) -> None:

@@ -121,12 +121,13 @@ attempt("transition_forward", out=torch.empty(2, 3, 3, 8))
 attempt("norm_relu_maxpool_forward", argmax=torch.empty(2, 3, 3, 9))
 attempt("channel_statistics", features=torch.empty(1, 1, 1, 9, dtype=torch.int32))
 attempt("dropout_", growth=torch.empty(1, 65536, 32768, 1, dtype=torch.float16))
+attempt("dropout_", growth=torch.empty(1, 2048, 2048, 512, 1, dtype=torch.float16))
 attempt("dropout_", growth=torch.empty(1, 1, 1, 1 << 20))
 attempt("conv1x1_forward", weight=torch.empty(1).expand(1 << 20, 9))
 """
     expected = [
         "one pitch apart",
-        "four dimensions [N, H, W, C] for the CUDA kernels, got 3",
+        "`bottleneck` should have shape [6, 5, 8], got [2, 6, 5, 8]",
         "`scale` should have 9 elements, got 8",
         "`scale` should have type Float, got Double",
         "`weight` should have type Float, or float32, got Double",
@@ -142,6 +143,7 @@ attempt("conv1x1_forward", weight=torch.empty(1).expand(1 << 20, 9))
         "`argmax` should have type Byte, got Float",
         "float16, bfloat16, float32 and float64",
         "at most 2^31 - 1 pixels for the CUDA kernels, got 1 x 65536 x 32768",
+        "got 1 x 2048 x 2048 x 512: use smaller batches",
         "at most 1048560 channels",
         "weights of at most 1048560 channels",
     ]

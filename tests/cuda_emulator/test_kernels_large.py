@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import pytest
@@ -33,7 +34,7 @@ class FarRows(Maker):
     """Every image spans more than 2**31 elements."""
 
     def rows(self, pixels: tuple[int, ...], channels: int, values: Tensor | None = None) -> Tensor:
-        count = pixels[0] * pixels[1] * pixels[2]
+        count = math.prod(pixels)
         size = torch.empty((), dtype=self.dtype).element_size()
         pitch = ((5 << 29) // max(count - 1, 1) + 8) // 8 * 8
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -42,12 +43,13 @@ class FarRows(Maker):
         except OSError:
             pytest.skip("needs address space for large sparse buffers")
         buffer = torch.frombuffer(memory, dtype=self.dtype)
-        strides = (pixels[1] * pixels[2] * pitch, pixels[2] * pitch, pitch, 1)
-        rows = buffer.as_strided((*pixels, channels), strides)
+        strides = [math.prod(pixels[axis:]) * pitch for axis in range(1, len(pixels) + 1)]
+        rows = buffer.as_strided((*pixels, channels), (*strides, 1))
         return rows.copy_(self.randn(*pixels, channels) if values is None else values)
 
 
 PIXELS = (2, 5, 4)
+VOLUMES = (2, 3, 2, 4)
 CALLS: dict[str, Calls] = {
     "conv1x1_forward": forward("conv1x1_forward", PIXELS, 9, 16),
     "conv1x1_backward": conv1x1_backward(PIXELS, 9, 16),
@@ -62,6 +64,12 @@ CALLS: dict[str, Calls] = {
     "avgpool_backward": avgpool_backward(PIXELS, 9),
     "maxpool_forward": maxpool_forward(PIXELS, 9),
     "maxpool_backward": maxpool_backward(PIXELS, 9),
+    "conv3x3_forward, volumes": forward("conv3x3_forward", VOLUMES, 16, 4),
+    "conv3x3_backward, volumes": conv3x3_backward(VOLUMES, 16, 4),
+    "transition_forward, volumes": forward("transition_forward", VOLUMES, 9, 4),
+    "transition_backward, volumes": transition_backward(VOLUMES, 9, 4),
+    "maxpool_forward, volumes": maxpool_forward(VOLUMES, 9),
+    "maxpool_backward, volumes": maxpool_backward(VOLUMES, 9),
 }
 
 

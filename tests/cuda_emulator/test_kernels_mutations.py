@@ -240,8 +240,79 @@ FAULTS: dict[str, Fault] = {
     ),
     "pooled pixels of odd images": fault(
         "types.cuh",
-        "return (int64_t{image} * h + 2 *",
-        "return (int64_t{image} * (h / 2 * 2) + 2 *",
+        "return (int64_t{first} * h + 2 * y",
+        "return (int64_t{first} * (h / 2 * 2) + 2 * y",
+    ),
+    "pooled pixels of odd volumes": fault("types.cuh", "cut(dims > 2 ? d % 2 : 0)", "cut(0)"),
+    "half a window of volumes is pooled": fault(
+        "types.cuh",
+        "for (int slice = 0; slice < slices; ++slice)",
+        "for (int slice = 0; slice < 1; ++slice)",
+    ),
+    "conv3x3: the first slice of images is not the first": fault(
+        "conv3x3_product.cuh", "return z > 0 ? 0 : grid.reach;", "return 0;"
+    ),
+    "conv3x3: the last slice of images is not the last": fault(
+        "conv3x3_product.cuh",
+        "return z + 1 < grid.d ? grid.slices",
+        "return z < grid.d ? grid.slices",
+    ),
+    "conv3x3: the kernel's slices all meet the same pixels": fault(
+        "conv3x3_product.cuh", "      shift += slice_elements;\n", ""
+    ),
+    "conv3x3: splits begin at the first channels": fault(
+        "conv3x3_product.cuh",
+        "channel_step -= weight.steps) ++slice;",
+        "channel_step = 0) ++slice;",
+    ),
+    "conv3x3: pixels of sequences are not waited for": fault(
+        "conv3x3_product.cuh",
+        "ptx::cp_async_wait<kGroups == 1 ? 0 : 1>();",
+        "ptx::cp_async_wait<1>();",
+    ),
+    "conv3x3: parts of lines are all the first": fault(
+        "conv3x3_product.cuh", " + of_image * g.part_columns;", ";"
+    ),
+    "conv3x3: tiles of several images of one depth": fault(
+        "conv3x3_product.cuh",
+        "image = g.images.remainder(deep, z) * g.tile_images",
+        "image = g.images.remainder(deep, z)",
+    ),
+    "tap_product: tiles of the first slice meet what is before the image": fault(
+        "pixel_product.cuh", "slice < grid.reach ? grid.depth_parts : 0", "0"
+    ),
+    "tap_product: tiles of the last slice meet what is behind the image": fault(
+        "pixel_product.cuh", "slice > grid.reach ? tiles - grid.depth_parts : tiles", "tiles"
+    ),
+    "tap_product: all slices are the own": fault(
+        "pixel_product.cuh", "place.halo_pixel(p, slice - grid.reach)", "place.halo_pixel(p)"
+    ),
+    "tap_product: warps of a sequence share all pixels": fault(
+        "pixel_product.cuh",
+        "p0 = share * kPixelStep; p0 < pixels; p0 += kSharing * kPixelStep",
+        "p0 = 0; p0 < pixels; p0 += kPixelStep",
+    ),
+    "slices of packed weights are those of every step": fault(
+        "weights.cu", "tap / 9 * p.steps + step;", "tap / 9 + step * (p.taps == 27 ? 3 : 1);"
+    ),
+    "weights of volumes without their slices": fault(
+        "weights.cu", "tap / 9 * p.stride_d + tap / 3 % 3", "tap / 3 % 3"
+    ),
+    "cut slices keep their gradient": fault(
+        "pointwise.cuh",
+        " || places.slices.remainder(slice, places.slices.quotient(slice)) >= d) {",
+        ") {",
+    ),
+    "the ones are not as many as the gradient's channels": fault(
+        "transition.cu",
+        "result.gradient_map = unit + ones - out.c;",
+        "result.gradient_map = unit + ones - features.c;",
+    ),
+    "maxima of volumes are those of one slice": fault(
+        "pooling.cu", "const int z = 2 * oz + kd - 1;", "const int z = 2 * oz + kd;"
+    ),
+    "gradients of maxima in other windows' slices": fault(
+        "pooling.cu", "oz <= (pz + 1) / 2 && oz", "oz <= pz / 2 && oz"
     ),
 }
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from densenet_fast import EfficientDenseNet, operators
 from densenet_fast.operators import reference
 from densenet_fast.operators.backends import use_backend
+from densenet_fast.operators.rows import channels_last_format
+from densenet_fast.operators.torch_internals import BatchNorm
 
 OPS = [name for name, op in vars(operators).items() if isinstance(op, operators.Operator)]
 OPS = [name for name in OPS if hasattr(reference, name)]  # blocks have a loop of their own
@@ -64,7 +66,7 @@ def network(mode: str, dtype: torch.dtype, **kwargs: Any) -> EfficientDenseNet:
     net = EfficientDenseNet(**{**TINY, **kwargs}, checkpoint=mode).double()
     generator = torch.Generator().manual_seed(5)
     for part in net.modules():
-        if isinstance(part, nn.BatchNorm2d):
+        if isinstance(part, BatchNorm):
             for tensor, low, high in ((part.weight, 0.5, 1.5), (part.bias, -0.5, 0.5)):
                 values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
                 tensor.data.copy_(low + (high - low) * values)
@@ -83,7 +85,7 @@ def step(net: nn.Module, dtype: torch.dtype, size: tuple[int, ...]) -> dict[str,
     """Output, gradients and running statistics of a training step."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(size, generator=generator, dtype=torch.float64).to(device(), dtype)
-    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    images = images.contiguous(memory_format=channels_last_format(len(size))).requires_grad_()
     torch.manual_seed(11)  # dropout
     output = net(images)
     weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
@@ -116,27 +118,37 @@ class Step(NamedTuple):
     mode: str
     dtype: torch.dtype
     small_inputs: bool
+    dims: int = 2
 
     def __str__(self) -> str:
         inputs = "cifar" if self.small_inputs else "imagenet"
-        return f"{inputs}-{self.dtype}-{self.mode}"
+        return f"{inputs}-{self.dtype}-{self.mode}-{self.dims}d"
 
     @property
     def options(self) -> dict[str, Any]:
         dropout = 0.1 if self.mode == "block" else 0.0
-        return {"small_inputs": self.small_inputs, "drop_rate": dropout}
+        sizes = {"small_inputs": self.small_inputs, "spatial_dims": self.dims}
+        return {**sizes, "drop_rate": dropout}
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        if self.small_inputs:
+            return (2, 3, *(9, 10, 5)[: self.dims])
+        return (2, 3, *((17, 20, 19) if self.dims == 3 else (35, 40)[: self.dims]))
 
     def run(self) -> dict[str, Tensor]:
-        size = (2, 3, 9, 10) if self.small_inputs else (2, 3, 35, 40)
-        return step(network(self.mode, self.dtype, **self.options), self.dtype, size)
+        return step(network(self.mode, self.dtype, **self.options), self.dtype, self.size)
 
 
+TYPES = (torch.float32, torch.bfloat16, torch.float64)
 STEPS = [
     Step(mode, dtype, small_inputs)
     for small_inputs in (False, True)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    for dtype in TYPES
     for mode in MODES
 ]
+STEPS += [Step("bottleneck", dtype, False, dims) for dims in (1, 3) for dtype in TYPES]
+STEPS += [Step("block", torch.float32, True, dims) for dims in (1, 3)]
 
 
 def inference(dtype: torch.dtype) -> Tensor:
@@ -162,14 +174,14 @@ torch.save(results, {str(file)!r})
 
 @pytest.mark.parametrize("training", STEPS, ids=str)
 def test_a_training_step(emulated: dict[str, Any], training: Step) -> None:
-    mode, dtype, small_inputs = training
+    mode, dtype, *_ = training
     actual = emulated[str(training)]
     with use_backend("reference"):
-        exact = Step(mode, torch.float64, small_inputs).run()
+        exact = training._replace(dtype=torch.float64).run()
         plain = [training.run()]
         if mode != "block":  # dropout draws otherwise
-            size = (2, 3, 9, 10) if small_inputs else (2, 3, 35, 40)
-            modules = step(unfused(network(mode, dtype, **training.options)), dtype, size)
+            plainly = unfused(network(mode, dtype, **training.options))
+            modules = step(plainly, dtype, training.size)
             # In float64 the definition against itself would have no rounding. Else both are asked:
             # what cancels is all rounding, and one result says little of its size.
             plain = [modules] if dtype == torch.float64 else [*plain, modules]

@@ -44,6 +44,15 @@ PRODUCTS: dict[str, Calls] = {
     "conv3x3_backward": conv3x3_backward((2, 9, 17), 40, 72),
     "transition_forward": forward("transition_forward", (3, 16, 14), 72, 70),
     "transition_backward": transition_backward((3, 16, 14), 72, 36),
+    # Volumes have tiles of two images, of which the last is one; sequences tiles of all columns.
+    "conv3x3_forward, volumes": forward("conv3x3_forward", (3, 4, 7, 8), 40, 33),
+    "conv3x3_backward, volumes": conv3x3_backward((3, 4, 7, 8), 24, 40),
+    "conv3x3_forward, sequences": forward("conv3x3_forward", (3, 150), 72, 12),
+    "conv3x3_forward, wide sequences": forward("conv3x3_forward", (3, 150), 40, 72),
+    "conv3x3_backward, sequences": conv3x3_backward((3, 150), 24, 40),
+    "transition_forward, volumes": forward("transition_forward", (2, 5, 6, 7), 40, 36),
+    "transition_backward, volumes": transition_backward((2, 5, 6, 7), 72, 36),
+    "transition_backward, sequences": transition_backward((3, 75), 72, 36),
 }
 OTHERS: dict[str, Calls] = {
     "channel_statistics": channel_statistics((2, 17, 16), 40),
@@ -53,6 +62,8 @@ OTHERS: dict[str, Calls] = {
     "avgpool_backward": avgpool_backward((3, 9, 5), 90),
     "maxpool_forward": maxpool_forward((2, 9, 6), 17),
     "maxpool_backward": maxpool_backward((2, 17, 9), 40),
+    "maxpool_forward, volumes": maxpool_forward((2, 3, 5, 6), 17),
+    "maxpool_backward, volumes": maxpool_backward((2, 5, 6, 7), 40),
     "norm_coefficients": norm_coefficients(300),
     "update_running_statistics_": update_running_statistics(300, 17, 300),
 }
@@ -130,6 +141,16 @@ def test_launches_of_every_operator(emulator: Emulator) -> None:
         avgpool_backward(pixels, channels): 2,
         maxpool_forward(pixels, channels): 1,
         maxpool_backward(pixels, channels): 3,
+        # Sequences and volumes the same, but for volumes that are pooled first.
+        forward("conv3x3_forward", (2, 33), width, growth): 3,
+        forward("conv3x3_forward", (2, 3, 4, 5), width, growth): 3,
+        conv3x3_backward((2, 33), width, growth): 5,
+        conv3x3_backward((2, 3, 4, 5), width, growth): 5,
+        forward("transition_forward", (2, 34), channels, width): 3,
+        forward("transition_forward", (2, 4, 4, 6), channels, width): 4,
+        transition_backward((2, 34), channels, width): 5,
+        transition_backward((2, 4, 4, 6), channels, width): 6,
+        maxpool_forward((2, 3, 4, 5), channels): 1,
     }
     for make, launches in expected.items():
         call = make(maker)

@@ -39,6 +39,10 @@ SHAPES: tuple[tuple[Pixels, int], ...] = (
     ((1, 4, 5), 64),
     ((2, 13, 33), 31),
     ((3, 11, 8), 70),
+    ((1, 1), 3),
+    ((3, 70), 33),
+    ((2, 1, 5, 7), 12),
+    ((1, 5, 12, 3), 31),
 )
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 Shape = tuple[Pixels, int]
@@ -117,16 +121,18 @@ def test_dropout_drops_what_the_reference_drops(emulator: Emulator, kind: Kind, 
 
 
 @kinds
-def test_maxima_that_are_equal_or_nan(emulator: Emulator, kind: Kind) -> None:
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_maxima_that_are_equal_or_nan(emulator: Emulator, kind: Kind, dims: int) -> None:
     """The place of a maximum is PyTorch's: the first of equal ones, the last NaN."""
-    maker = Maker(kind)
-    rows = maker.rows((2, 7, 9), 5, torch.randint(-2, 3, (2, 7, 9, 5)).to(device(), kind.dtype))
-    rows[0, 2:4, 3:5, 1] = torch.nan
+    maker, size, pooled = Maker(kind), (2, *(7, 9, 5)[:dims]), (2, *(4, 5, 3)[:dims])
+    values = torch.randint(-2, 3, (*size, 5)).to(device(), kind.dtype)
+    rows = maker.rows(size, 5, values)
+    rows[(0, *[slice(2, 4)] * dims, 1)] = torch.nan
     scale, shift = (torch.full_like(maker.vector(5), value) for value in (1.0, 0.0))
     results = []
     for ops in (emulator.ops, reference):
-        out = maker.result((2, 4, 5), 5)
-        argmax = torch.zeros(2, 4, 5, 5, dtype=torch.uint8, device=device())
+        out = maker.result(pooled, 5)
+        argmax = torch.zeros(*pooled, 5, dtype=torch.uint8, device=device())
         ops.norm_relu_maxpool_forward(rows, scale, shift, out, argmax)
         results.append((out, argmax))
     assert torch.equal(results[0][1], results[1][1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from devices import device
 from kernel_cases import Call, Calls, Maker, Pixels, avgpool_backward
@@ -80,7 +82,7 @@ def statistics_and_norm(pixels: Pixels, before: int, channels: int) -> Calls:
             "eps": 1e-3,
             **made,
         }
-        rows = pixels[0] * pixels[1] * pixels[2]
+        rows = math.prod(pixels)
         return Call("statistics_and_norm", maker, arguments, dict.fromkeys((*given, *made), rows))
 
     return make
@@ -89,7 +91,7 @@ def statistics_and_norm(pixels: Pixels, before: int, channels: int) -> Calls:
 def sums_and_backward(pixels: Pixels, channels: int, *, frozen: bool = False) -> Calls:
     def make(maker: Maker) -> Call:
         call = avgpool_backward(pixels, channels)(maker)
-        rows = pixels[0] * pixels[1] * pixels[2]
+        rows = math.prod(pixels)
         call.arguments |= {
             "count": 0 if frozen else rows,
             "coefficients": maker.gradient(3, channels, dtype=maker.statistics),

@@ -53,7 +53,7 @@ int main() {
   int multiprocessors;
   while (std::cin >> kind >> n >> h >> w >> out >> in >> multiprocessors) {
     const int64_t rows = n * h * w;
-    const TileCount count = best_shape(n, h, w);
+    const TileCount count = best_shape({nullptr, n, 1, h, w, 1, 1, 2});
     const int steps = static_cast<int>(ceil_div(in, kStep<HalfPolicy::Element>));
     const auto rows_tiles = [&](TileSize t) { return ceil_div(rows, t.rows); };
     const auto image_tiles = [&](TileSize t) { return count.tiles() * (kUnitRows / t.rows); };

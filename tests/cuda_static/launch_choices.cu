@@ -25,8 +25,8 @@ void print(const std::string& name, const Device& device, int threads, size_t by
 }
 
 template <class T>
-std::string end() {
-  return ", " + std::to_string(T::kRows) + ", " + std::to_string(T::kColumns) + ">";
+std::string end(const std::string& more = ">") {
+  return ", " + std::to_string(T::kRows) + ", " + std::to_string(T::kColumns) + more;
 }
 
 // body(Tile) for all of a product's.
@@ -53,7 +53,10 @@ void conv3x3(const std::string& name, const Device& d) {
   for_each_tile<tiles_of<P, kTiles>()>([&](auto tile) {
     using T = decltype(tile);
     const size_t bytes = conv3x3_shared_bytes<P, T, Source>(kMostHaloPixels<T::kRows>);
-    print("conv3x3_product<" + name + end<T>(), d, T::kThreads, bytes, 2);
+    print("conv3x3_product<" + name + end<T>(", false>"), d, T::kThreads, bytes, 2);
+    if (kTapsPerStage<T> > 1) {
+      print("conv3x3_product<" + name + end<T>(", true>"), d, T::kThreads, bytes, 2);
+    }
   });
 }
 
@@ -88,11 +91,15 @@ void all(const std::string& p, const Device& d) {
     pixels<P, NormGradientSource<P>, ActivatedSource<P>, false>(wgrad, d);
     pixels<P, PlainSource<P>, PooledSource<P>, false>(transition, d);
   }
-  // The largest halo, which has the most shared memory.
-  const TileGrid grid(TileCount({1, 4, 32}, 1, 4, 32), 1, 1, 4, 32);
-  const size_t two = tap_shared_bytes<P>(grid, 2);
-  const int stages = two <= static_cast<size_t>(d.limits.shared_bytes_per_block) ? 2 : 1;
-  print("tap_product<" + p + ">", d, kTapThreads, tap_shared_bytes<P>(grid, stages), stages);
+  // The largest halos, which have the most shared memory.
+  const auto taps = [&](const char* lines, const TileShape& shape, const ImageArgument& x) {
+    const TileGrid grid(TileCount(shape, x), 1, x);
+    const size_t two = tap_shared_bytes<P>(grid, 2);
+    const int stages = two <= static_cast<size_t>(d.limits.shared_bytes_per_block) ? 2 : 1;
+    print("tap_product<" + p + lines, d, kTapThreads, tap_shared_bytes<P>(grid, stages), stages);
+  };
+  taps(", false>", {1, 4, 32}, {nullptr, 1, 1, 4, 32, 1, 1, 2});
+  taps(", true>", {32, 1, 4, 0}, {nullptr, 32, 1, 1, 4, 1, 1, 1});
 }
 
 int main() {

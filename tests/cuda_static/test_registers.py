@@ -46,7 +46,7 @@ def test_registers() -> None:
     for kernel in product_kernels():
         plain = "DoublePolicy" in kernel.name or "FloatPolicy" in kernel.name
         plain |= kernel.architecture < 80 or "PooledSource" in kernel.name
-        plain |= "MaskedGradient" in kernel.name and kernel.name.endswith("128, 128>")
+        plain |= "MaskedGradient" in kernel.name and "128, 128" in kernel.name
         assert kernel.registers <= (255 if plain else LIMITS[kernel.template]), kernel
 
 
@@ -69,7 +69,7 @@ def test_two_blocks_of_large_tiles_share_a_multiprocessor(table: list[Occupancy]
             continue  # less shared memory; nine warps, which have it to themselves
         if "PooledSource" in entry.choice.kernel:
             continue  # four raw pieces a piece
-        if "MaskedGradient" in entry.choice.kernel and entry.choice.kernel.endswith("128, 128>"):
+        if "MaskedGradient" in entry.choice.kernel and "128, 128" in entry.choice.kernel:
             continue  # spills in the registers that two blocks would leave
         assert entry.blocks >= 2 or entry.warps >= 16, entry.row()
 

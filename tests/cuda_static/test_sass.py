@@ -12,7 +12,7 @@ HMMA = {"HalfPolicy": "HMMA.16816.F32", "BfloatPolicy": "HMMA.16816.F32.BF16"}
 HMMA["Tf32Policy"] = "HMMA.1688.F32.TF32"
 # Instructions of a step for each HMMA, bfloat16 on sm_90, where pieces are whole and aligned.
 MOST_INSTRUCTIONS = {
-    ("conv3x3_forward", "StoreStatistics<BfloatPolicy>, 128, 32>"): 8,
+    ("conv3x3_forward", "StoreStatistics<BfloatPolicy>, 128, 32, false>"): 8,
     ("conv1x1_forward", "StoreStatistics<BfloatPolicy>, 128, 128>"): 10,
     ("conv1x1_backward", "MaskedGradient<BfloatPolicy, (Into)0>, 128, 128>"): 14,
 }

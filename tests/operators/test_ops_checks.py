@@ -184,13 +184,3 @@ def test_types_and_devices_without_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert backend_for("mps", torch.float32).backend == "reference"
     with use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was forced, but float16"):
         select(torch.empty(1, dtype=torch.float16))
-
-
-def test_cuda_kernels_are_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.cuda_device, "obstacle", lambda index=None: None)
-    assert backend_for("cuda", torch.float32) == ("cuda", None)
-    for dims in (1, 3):
-        choice = backend_for("cuda", torch.float32, dims)
-        assert choice.backend == "reference"
-        assert str(choice.reason).endswith(f"two dimensions, not of {dims}")
-        assert backend_for("cpu", torch.float32, dims) == backend_for("cpu", torch.float32)
