@@ -61,8 +61,8 @@ class Converted(nn.Module):
 
     converted_from: type[nn.Module]
 
-    def __init_subclass__(cls) -> None:
-        """Register an adapter, dressed as what it is converted from."""
+    def __init_subclass__(cls, *, registered: bool = True) -> None:
+        """Dress an adapter as what it is converted from; and register it."""
         super().__init_subclass__()
         library: Any = cls.__bases__[-1]
         if issubclass(library, (Converted, FusedModule)):
@@ -70,6 +70,8 @@ class Converted(nn.Module):
         cls.converted_from = library
         cls.__name__ = library.__name__
         cls.forward = _fused_forward(library.forward)
+        if not registered:
+            return
         ADAPTERS[library] = cls
         if issubclass(cls, ConvertedPart):
             eligibility.KINDS[cls] = "block" if issubclass(cls, FusedBlock) else "transition"
@@ -198,13 +200,20 @@ class ConvertedNetwork(Converted):
         raise NotImplementedError
 
 
-# Attributes of a converted module that its library's class does not have.
-OWN_ATTRIBUTES = ("_checkpoint",)
+# Attributes of a converted module that its own class does not have.
+OWN_ATTRIBUTES = ("_checkpoint", "_found")
 
 
 def is_converted(module: nn.Module) -> bool:
     """Whether the module's exact class is one of the adapters."""
     return "converted_from" in type(module).__dict__
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, whether it is converted or not."""
+    kind = type(module)
+    own: type[nn.Module] = kind.__dict__.get("converted_from", kind)
+    return own
 
 
 def averages(features: nn.Module, pool: Any, flatten: nn.Module | None) -> bool:

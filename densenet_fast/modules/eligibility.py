@@ -93,7 +93,7 @@ def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 # What modules of exactly these types run fused as; their subclasses may do anything.
-KINDS: dict[type[nn.Module], Literal["layer", "block", "transition"]] = {}
+KINDS: dict[type[nn.Module], Literal["layer", "block", "transition", "chain"]] = {}
 
 
 def of_kind(module: nn.Module, kind: str, expected: type[nn.Module]) -> str | None:

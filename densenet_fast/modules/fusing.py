@@ -15,7 +15,7 @@ from densenet_fast.modules.dimensions import MODULES, Conv
 from densenet_fast.modules.eligibility import Expected, named
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layer_parts import TailParts
-from densenet_fast.modules.layers import DenseBlock, FusedBlock, Transition
+from densenet_fast.modules.layers import DenseBlock, FusedBlock, FusedChain, Transition
 from densenet_fast.modules.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 
 # What a network does behind its last norm: ReLU and the average over all pixels, that average alone
@@ -66,13 +66,17 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
         obstacle = "the layer before it runs plain"
     if isinstance(tail, str) or tail.tail is None:
         return obstacle or str(tail)
-    norm, conv = tail.tail
+    norm, conv, _ = tail.tail
+    order = block.order if isinstance(block, DenseStep) else None
+    if order is not None and obstacle is None:
+        if conv is None or len(order) <= len(block.segments[-1]):
+            obstacle = "the block before it returns its features in an order of its own"
     if isinstance(block, DenseStep) and obstacle is None:
         layers = block.segments[-1]
         assert isinstance(layers, list)
         group = synchronized.OneGroup(*(layer.norm1 for layer in layers))
         if group.admits(norm):
-            block.tail = tail.tail
+            block.tail, block.order = tail.tail._replace(order=order), None
             return None
         obstacle = "takes statistics over other ranks than the block before"
     if type(norm) is nn.SyncBatchNorm and conv is None:
@@ -80,6 +84,20 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
         planned.append(tail)
         return None
     return obstacle
+
+
+def _add_chain(
+    planned: list[Step], module: FusedChain, expected: Expected, memory_format: torch.memory_format
+) -> str | None:
+    """Put a chain's steps behind those planned, its first transition into a block's; or why not."""
+    found = eligibility.of_kind(module, "chain", FusedChain) or module.chain(expected)
+    if isinstance(found, str):
+        return found
+    for step in found:
+        if step.segments or _fuse_behind(planned, step) is not None:
+            _channels_innermost(planned)
+            planned.append(step)
+    return None
 
 
 class Chain(NamedTuple):
@@ -131,6 +149,8 @@ def steps(
                 if step.segments and isinstance(step.segments[0], list):
                     _channels_innermost(planned)
                 planned.append(step)
+        elif isinstance(module, FusedChain):
+            obstacle = _add_chain(planned, module, expected, memory_format)
         elif isinstance(module, Transition) or at + 1 == len(modules):
             obstacle = _fuse_behind(planned, _tail(module, head, expected))
             memory_format = averaged_format(memory_format, expected.dims)
@@ -169,7 +189,8 @@ def _channels_innermost(planned: list[Step]) -> None:
 
 def _recomputes(behind: Sequence[nn.Module]) -> bool:
     """Whether the block behind the stem recomputes."""
-    return any(isinstance(block, FusedBlock) and block.checkpoint != "none" for block in behind)
+    blocks = [block for block in behind if isinstance(block, (FusedBlock, FusedChain))]
+    return any(block.checkpoint != "none" for block in blocks)
 
 
 def _recomputable_conv(planned: list[Step]) -> Conv | None:

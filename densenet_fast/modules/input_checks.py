@@ -37,6 +37,8 @@ def dimensions(owner: nn.Module) -> int | None:
 
     None where others' modules alone, which may be of any kind, would say so.
     """
+    if KINDS.get(type(owner)) == "chain":  # of convolutions and norms of one kind
+        return next((OF_TYPE[type(m)] for m in owner.modules() if type(m) in OF_TYPE), None)
     for module in owner._modules.values():
         kind: Any = type(module)
         found = OF_TYPE.get(kind)

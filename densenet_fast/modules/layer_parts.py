@@ -17,7 +17,8 @@ class LayerParts(NamedTuple):
 
     `activations` are modules that must be a ReLU each, by name; a norm may have its own inside.
     `dropout` is the probability of zeroing an element of the layer's output now, or with
-    `whole_channels` a whole channel of an image.
+    `whole_channels` a whole channel of an image. `order` are the pieces of the features (0 is the
+    block's input, i what layer i adds) as norm1 and conv1 read them; None: as they are added.
     """
 
     norm1: Norm
@@ -27,6 +28,7 @@ class LayerParts(NamedTuple):
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float
     whole_channels: bool = False
+    order: Sequence[int] | None = None
 
     def obstacle(self, channels: int | None, expected: Expected) -> str | None:
         """Why they cannot be fused on an input of so many channels (None: of norm1's), or None."""
@@ -47,10 +49,26 @@ class LayerParts(NamedTuple):
 
 
 class TailParts(NamedTuple):
-    """What computes behind a block: a transition's norm and convolution, or a final norm."""
+    """What computes behind a block: a transition's norm and convolution, or a final norm.
+
+    `order` is that of a layer.
+    """
 
     norm: Norm
     conv: Conv | None = None
+    order: Sequence[int] | None = None
+
+
+def transition_obstacle(
+    norm: Any, conv: Any, channels: int | None, expected: Expected
+) -> str | None:
+    """Why a transition's norm and convolution cannot be fused on so many channels, or None."""
+    if (found := eligibility.conv(conv, 1, expected)) is not None:
+        return f"conv {found}"
+    read = eligibility.weight_shape(conv)[1]
+    if channels is not None and read != channels:
+        return f"conv reads {read} channels, not {channels}"
+    return named("norm", eligibility.norm(norm, read, expected))
 
 
 # By a layer's exact type: what gives its parts, or what is in the way of finding them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,6 +70,64 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
     )
 
 
+class Reordering:
+    """Parameters for features in the order in which a block adds them.
+
+    A layer may read them in another one, the newest first for example: of what it does with each
+    channel, copies in the block's order compute the same, and autograd leads back from them.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        """Channels of the block's input and of what every layer adds."""
+        self._widths = widths
+        self._running: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.unused = True
+
+    def layer(self, spec: LayerSpec, order: Sequence[int] | None) -> LayerSpec:
+        """The layer, whose norm1 and conv1 read the features in `order`."""
+        if order is None:
+            return spec
+        norm, weight = self._reordered(spec.norm1, spec.conv1_weight, order)
+        return spec._replace(norm1=norm, conv1_weight=weight)
+
+    def transition(self, spec: TransitionTail, order: Sequence[int] | None) -> TransitionTail:
+        """The transition, likewise."""
+        return spec if order is None else TransitionTail(*self._reordered(*spec, order))
+
+    def _reordered(
+        self, norm: NormSpec, weight: Tensor, order: Sequence[int]
+    ) -> tuple[NormSpec, Tensor]:
+        self.unused = False
+        places = _places(tuple(self._widths), tuple(order))
+        index = torch.tensor(places, device=weight.device)
+        vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        copies = [one if one is None else one.index_select(0, index) for one in vectors]
+        if norm.momentum is not None:
+            for own, copied in zip(vectors[2:], copies[2:], strict=True):
+                assert own is not None
+                assert copied is not None
+                self._running.append((own, copied, index))
+        names = ("weight", "bias", "running_mean", "running_var")
+        made = norm._replace(**dict(zip(names, copies, strict=True)))
+        return made, weight.index_select(1, index)
+
+    def give_back(self) -> None:
+        """Running statistics, which a step has updated in the copies, to the norms."""
+        with torch.no_grad():
+            for own, copied, index in self._running:
+                own.index_copy_(0, index, copied)
+
+
+@lru_cache(1024)
+def _places(widths: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
+    """For each channel of the features, its place in the order in which the pieces are read."""
+    starts, start = {}, 0
+    for piece in order:
+        starts[piece] = start
+        start += widths[piece]
+    return [starts[piece] + i for piece in sorted(order) for i in range(widths[piece])]
+
+
 @dataclass
 class ModuleStep:
     """A module, called as such: its hooks run, its type decides.
@@ -124,6 +183,9 @@ class StemStep:
 class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
+    `order` are the pieces of the features that are returned (0 is the input, i what layer i adds),
+    where these are not all as they were added: of a single run without a tail.
+
     A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
     of a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
     layers whose bottlenecks are held for the backward (see `densenet_fast.blocks.memory_plan`). A
@@ -138,6 +200,7 @@ class DenseStep:
     hold: int = 0
     lists: bool = False
     memory_format: torch.memory_format = torch.preserve_format
+    order: Sequence[int] | None = None
     _specs: dict[int, FlatBlock] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -189,18 +252,27 @@ class DenseStep:
         if self.checkpoint == "block" and not ours and input is features[0]:
             if torch.is_grad_enabled():
                 input = input.clone()  # which the backward reads
-        return fused(input, self._flat(run, tail), self.checkpoint, self.hold + hold)
+        widths = [input.shape[1], *(weight_shape(layer.conv2)[0] for layer in run)]
+        reorder = Reordering(widths)
+        flat = self._flat(run, tail, reorder)
+        output = fused(input, flat, self.checkpoint, self.hold + hold)
+        reorder.give_back()
+        if self.order is None:
+            return output
+        pieces = output.split(widths, 1)
+        return torch.cat([pieces[place] for place in self.order], 1)
 
-    def _flat(self, run: FusedRun, tail: TailParts | None) -> FlatBlock:
+    def _flat(self, run: FusedRun, tail: TailParts | None, reorder: Reordering) -> FlatBlock:
         """The specs of a run; made once, as the step is only kept while its modules stay the same.
 
-        But for averages over all steps: the weight of a step in these changes.
+        But for averages over all steps, as the weight of a step in these changes, and for layers
+        that read the features in an order of their own, from copies of their parameters.
         """
         found = self._specs.get(id(run))
         if found is not None:
             return found
         counted: list[Tensor] = []
-        layers = [_layer_spec(layer, counted) for layer in run]
+        layers = [reorder.layer(_layer_spec(layer, counted), layer.order) for layer in run]
         norms = [norm for layer in run for norm in (layer.norm1, layer.norm2)]
         behind: Tail | None = None
         if tail is not None:
@@ -210,8 +282,9 @@ class DenseStep:
                 behind = AvgPoolTail(norm)
             else:
                 behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
+                behind = reorder.transition(behind, tail.order)
         flat = FlatBlock(layers, behind)
-        if all(norm.momentum is not None for norm in norms):
+        if reorder.unused and all(norm.momentum is not None for norm in norms):
             self._specs[id(run)] = flat
         return flat
 
