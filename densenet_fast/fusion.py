@@ -124,7 +124,7 @@ class _Visitor:
                     self.add(f"{prefix}{part}", found)
         elif isinstance(module, ConvertedChain):
             for part, obstacle in module.rows(self.expected(module)):
-                self.add(prefix + part, obstacle)
+                self.add((prefix + part).rstrip("."), obstacle)
         elif isinstance(module, ConvertedFeatures):
             self.chain(prefix, module, head)
         elif isinstance(module, EfficientDenseNet):

@@ -193,7 +193,7 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
 
 def _reordered(layers: Sequence[LayerParts], tail: TailParts) -> bool:
     """Whether something reads the features in another order than they are stored in."""
-    return any(parts.order is not None for parts in (*layers, tail))
+    return tail.order is not None or any(layer.order is not None for layer in layers)
 
 
 def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:

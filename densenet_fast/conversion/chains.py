@@ -175,7 +175,8 @@ def _chain(traced: Trace) -> Chain:
         stages.append(Stage(tuple(layers), None))
     if not stages:
         raise NoChainError("it computes nothing")
-    return Chain(tuple(stages), _order(traced.output, pieces, all_of_them=False), traced.entered)
+    order = _order(traced.output, pieces, all_of_them=False)
+    return Chain(tuple(stages), order, tuple(traced.entered))
 
 
 def _is_dense(traced: Trace) -> bool:
@@ -211,12 +212,18 @@ def _order(value: tuple[int, ...], pieces: list[int], *, all_of_them: bool = Tru
 
 def _layer(parts: Sequence[Operation], match: re.Match[str], order: Order) -> ChainLayer:
     between, behind = match.span(1), match.span(2)
-    dropouts = [_dropouts(parts[first:last]) for first, last in (between, behind)]
     norm1, relu1, conv1 = parts[:3]
     norm2, relu2, conv2 = parts[between[1] : behind[0]]
-    relus = tuple(relu.path for relu in (relu1, relu2) if relu.path is not None)
-    paths = [_path(part) for part in (norm1, conv1, norm2, conv2)]
-    return ChainLayer(*paths, relus, *dropouts, order)
+    return ChainLayer(
+        _path(norm1),
+        _path(conv1),
+        _path(norm2),
+        _path(conv2),
+        relus=tuple(relu.path for relu in (relu1, relu2) if relu.path is not None),
+        between=_dropouts(parts[slice(*between)]),
+        dropouts=_dropouts(parts[slice(*behind)]),
+        order=order,
+    )
 
 
 def _tail(parts: Sequence[Operation], order: Order) -> ChainTail:

@@ -10,7 +10,7 @@ from torch import nn
 
 from densenet_fast import arguments
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
-from densenet_fast.conversion import structure
+from densenet_fast.conversion.finding import find
 from densenet_fast.conversion.parts import (
     ADAPTERS,
     OWN_ATTRIBUTES,
@@ -20,7 +20,7 @@ from densenet_fast.conversion.parts import (
     is_converted,
     original,
 )
-from densenet_fast.conversion.structure import ConvertedChain
+from densenet_fast.conversion.structure import ConvertedChain, chain_class
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.layers import FusedModule
 from densenet_fast.reports import NamedRow, Report, table
@@ -111,9 +111,9 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
         if isinstance(module, (FusedModule, EfficientDenseNet))
         or issubclass(planned.get(module, object), FusedModule)
     }
-    for name, module, reason, _ in structure.find(model, known):
+    for name, module, reason, _ in find(model, known):
         if reason is None:
-            planned[module] = structure.chain_class(original(module))
+            planned[module] = chain_class(original(module))
         if reason is None or module not in rows:
             rows[module] = ConversionRow(name, _type_text(module), reason)
     if not rows:

@@ -23,7 +23,7 @@ from densenet_fast.modules.dimensions import CONVS, MODULES
 from densenet_fast.modules.eligibility import routed
 from densenet_fast.modules.layers import FusedBlock, FusedModule
 from densenet_fast.modules.layers import Transition as FusedTransition
-from densenet_fast.modules.steps import Step
+from densenet_fast.modules.steps import DenseStep, Step
 from densenet_fast.operators.rows import channels_last_format, is_channels_last
 
 
@@ -93,7 +93,7 @@ def _layout(input: Tensor, channels_last: bool) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _given(input: Tensor, conv: Any) -> torch.memory_format:
+def given_format(input: Tensor, conv: Any) -> torch.memory_format:
     """The layout of what a convolution, and the modules behind it, make of `input`."""
     weight: Any = conv._parameters.get("weight") if isinstance(conv, CONVS) else None
     known = type(weight) in eligibility.PLAIN_TENSORS
@@ -121,7 +121,7 @@ class ConvertedTransition(ConvertedPart, FusedTransition):
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`."""
         conv = self._modules.get("conv")
-        return fusing.averaged_format(_given(input, conv), input.dim() - 2)
+        return fusing.averaged_format(given_format(input, conv), input.dim() - 2)
 
 
 class ConvertedFeatures(Converted, nn.Sequential):
@@ -134,14 +134,17 @@ class ConvertedFeatures(Converted, nn.Sequential):
         if planned is None:
             return self.plain(input)
         memory_format = self.released_format(images)
-        if any(isinstance(module, FusedTransition) for module in self._modules.values()):
+        if any(
+            isinstance(part, FusedTransition) or (isinstance(part, DenseStep) and part.tail)
+            for part in (*self._modules.values(), *planned[0])
+        ):
             memory_format = fusing.averaged_format(memory_format, images.dim() - 2)
         output = released(fusing.run(planned[0], images), memory_format)
         return tensor_subclasses.restored(output, input)
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`, up to the first transition."""
-        return _given(input, next(iter(self._modules.values()), None))
+        return given_format(input, next(iter(self._modules.values()), None))
 
     def planned(self, input: Tensor, head: fusing.Head) -> tuple[Sequence[Step], bool] | None:
         """What `fusing.steps` says, or None where the modules must be called one by one."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from densenet_fast.blocks import synchronized
@@ -21,16 +20,15 @@ from densenet_fast.conversion.chains import (
     Stage,
     chain,
 )
-from densenet_fast.conversion.parts import OWN_ATTRIBUTES, Converted, is_converted
-from densenet_fast.conversion.traces import UntraceableError, at, bare_copy
+from densenet_fast.conversion.parts import Converted, given_format
+from densenet_fast.conversion.traces import at, facts
 from densenet_fast.modules import eligibility, fusing, input_checks
-from densenet_fast.modules.dimensions import AVERAGES, CONVS, DROPOUTS, MAXIMA, MODULES, OF_TYPE
+from densenet_fast.modules.dimensions import DROPOUTS, MODULES
 from densenet_fast.modules.eligibility import Expected, named
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layer_parts import LayerParts, TailParts, transition_obstacle
 from densenet_fast.modules.layers import FusedChain
 from densenet_fast.modules.steps import DenseStep
-from densenet_fast.operators.torch_internals import BatchNorm
 
 
 class Found(NamedTuple):
@@ -55,8 +53,9 @@ class ConvertedChain(Converted, FusedChain):
         dims = images.dim() - 2
         input_checks.chain(type(self).__name__, _readers(steps, dims), images)
         memory_format = self.released_format(images)
-        if any(step.tail is not None for step in steps):
-            memory_format = fusing.averaged_format(memory_format, dims)
+        tails = [step.tail for step in steps if step.tail is not None]
+        if tails:
+            memory_format = fusing.averaged_format(given_format(images, tails[-1].conv), dims)
         output = released(fusing.run(steps, images, hold=False), memory_format)
         return tensor_subclasses.restored(output, input)
 
@@ -66,9 +65,9 @@ class ConvertedChain(Converted, FusedChain):
     def chain(self, expected: Expected) -> list[DenseStep] | str:
         """Its steps, one for each transition and the layers before it, or why there are none."""
         found = self.__dict__.get("_found")
-        facts = _facts(self)
-        if found is None or found.facts != facts:
-            found = self._found = _look(self, facts)
+        now = facts(self)
+        if found is None or found.facts != now:
+            found = self._found = _look(self, now)
         if isinstance(found.chain, str):
             return f"is no chain of dense layers any more: {found.chain}"
         return steps(self, found.chain, expected, self._checkpoint)
@@ -78,15 +77,16 @@ class ConvertedChain(Converted, FusedChain):
         planned = self.chain(expected)
         found = self._found.chain
         if isinstance(found, str):
-            yield "", f"its forward is no chain of dense layers any more: {found}"
+            yield "", str(planned)
             return
-        for part in (part for stage in found.stages for part in (*stage.layers, stage.tail)):
-            if part is not None:
-                obstacle = planned if isinstance(planned, str) else None
-                if obstacle is not None:
-                    own = obstacle.removeprefix(f"{_name(part)}: ")
-                    obstacle = own if own != obstacle else f"runs as the modules around it: {own}"
-                yield _name(part), obstacle
+        own = "forward" in self.__dict__
+        obstacle = "has its own forward" if own else planned if isinstance(planned, str) else None
+        for stage in found.stages:
+            for part in stage.layers if stage.tail is None else (*stage.layers, stage.tail):
+                within = obstacle and obstacle.removeprefix(f"{_name(part)}: ")
+                if obstacle is not None and within == obstacle:
+                    within = f"what it belongs to runs plain: {obstacle}"
+                yield _name(part), within
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As its own class pickles, which is made for what it is converted from."""
@@ -114,54 +114,11 @@ def chain_class(kind: type[nn.Module]) -> type[ConvertedChain]:
     return _CLASSES[kind]
 
 
-# Names that a chain's class must not have, as it would lose them.
-_OWN = {name for kind in ConvertedChain.__mro__[:-2] for name in kind.__dict__}
-_OWN = {name for name in _OWN if not name.startswith("__")} - set(dir(nn.Module))
-_OWN |= {*OWN_ATTRIBUTES}
-
-
-def _facts(root: nn.Module) -> list[Any]:
-    """What forwards below `root` may depend on: classes, names, and all plain attributes.
-
-    Of norms, convolutions and the like their classes alone: the rest is asked at every forward.
-    """
-    facts: list[Any] = []
-    for module in root.modules():
-        kind, state = type(module), module.__dict__
-        facts += (kind, *state["_modules"])
-        if kind not in _LEAVES:
-            facts.append(id(kind.forward))
-            facts += [(key, _fact(state[key])) for key in state if key not in _NO_FACTS]
-    return facts
-
-
-_NO_FACTS = {*nn.Module().__dict__, *OWN_ATTRIBUTES}
-_LEAVES = {
-    *(kind for kinds in (CONVS, AVERAGES, MAXIMA, DROPOUTS) for kind in kinds),
-    *(OF_TYPE.keys()),
-    nn.SyncBatchNorm,
-    nn.ReLU,
-    nn.Dropout,
-    nn.Identity,
-}
-
-
-def _fact(value: Any) -> Any:
-    """A value that stays what it is while `value` may change, and is equal to that of an equal."""
-    if isinstance(value, (list, tuple)):
-        return type(value), [_fact(part) for part in value]
-    if isinstance(value, dict):
-        return [(key, _fact(part)) for key, part in value.items()]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return id(value)
-
-
-def _look(module: nn.Module, facts: list[Any]) -> Found:
+def _look(module: nn.Module, now: list[Any]) -> Found:
     try:
-        return Found(facts, chain(module))
+        return Found(now, chain(module))
     except NoChainError as error:
-        return Found(facts, str(error))
+        return Found(now, str(error))
 
 
 # A chain as steps
@@ -233,9 +190,10 @@ def _layer_parts(root: nn.Module, layer: ChainLayer, expected: Expected) -> Laye
     dropping = _dropping(root, layer.dropouts, expected.dims)
     if isinstance(dropping, str):
         return dropping
-    parts: Any = [at(root, path) for path in layer[:4]]
+    parts: list[Any] = [at(root, path) for path in layer[:4]]
+    norm1, conv1, norm2, conv2 = parts
     relus = [(".".join(path), at(root, path)) for path in layer.relus]
-    return LayerParts(*parts, relus, *dropping, layer.order)
+    return LayerParts(norm1, conv1, norm2, conv2, relus, *dropping, layer.order)
 
 
 def _tail_parts(
@@ -290,128 +248,3 @@ def _readers(steps: Sequence[DenseStep], dims: int) -> list[nn.Module]:
         if step.tail is not None:
             readers += (step.tail.norm, MODULES[dims].average(2))
     return readers
-
-
-# Finding chains
-
-
-class Match(NamedTuple):
-    """A module that is a chain, or one like it that is not fused, for which `reason` says why."""
-
-    name: str
-    module: nn.Module
-    reason: str | None
-    dense: bool  # whether there are dense layers in it, not a transition alone
-
-
-def find(model: nn.Module, known: Collection[nn.Module]) -> list[Match]:
-    """The largest chains in `model`, each as the smallest module that it is all of.
-
-    Nothing is looked for in modules that are `known`. Transitions are only found with dense layers.
-    """
-    found = _find("", model, known)
-    return found if any(match.dense for match in found) or known else []
-
-
-def _find(name: str, module: nn.Module, known: Collection[nn.Module]) -> list[Match]:
-    if module in known:
-        return []
-    children = [
-        (f"{name}.{part}" if name else part, child)
-        for part, child in module._modules.items()
-        if child is not None
-    ]
-    match = _match(name, module) if _promising(module, known) else None
-    if match is not None and match.reason is None:
-        whole = [child for child in children if _convs(child[1]) == _convs(module)]
-        inner = _find(*whole[0], known) if whole else []
-        same = len(inner) == 1 and inner[0].reason is None and inner[0].dense == match.dense
-        return inner if same else [match]
-    within = [found for child in children for found in _find(*child, known)]
-    if match is None or any(found.reason is None and found.dense for found in within):
-        return within
-    blocks = [found for found in within if found.dense and _several(found.module)]
-    return within if blocks else [match]
-
-
-def _several(module: nn.Module) -> bool:
-    """Whether there is more than a single layer in `module`."""
-    return sum(isinstance(part, CONVS) for part in module.modules()) > 2
-
-
-def _match(name: str, module: nn.Module) -> Match | None:
-    """What the module is itself; None: nothing of interest."""
-    try:
-        found = chain(module)
-    except NoChainError as error:
-        return Match(name, module, str(error), error.dense) if error.like else None
-    dense = any(stage.layers for stage in found.stages)
-    return Match(name, module, _refusal(module, found), dense)
-
-
-def _promising(module: nn.Module, known: Collection[nn.Module]) -> bool:
-    """Whether `module` holds norms, convolutions and nothing that dense layers have not."""
-    parts = list(module.modules())
-    if isinstance(module, torch.jit.ScriptModule) or any(part in known for part in parts):
-        return False
-    leaves = [part for part in parts if not part._modules]
-    return (
-        all(isinstance(part, _KNOWN) for part in leaves)
-        and any(isinstance(part, BatchNorm) for part in parts)
-        and _convs(module) > 0
-    )
-
-
-_KNOWN = (*CONVS, *AVERAGES, *MAXIMA, *DROPOUTS, BatchNorm, nn.ReLU, nn.Dropout, nn.Identity)
-
-
-def _convs(module: nn.Module) -> int:
-    return sum(isinstance(part, CONVS) for part in module.modules())
-
-
-def _refusal(module: nn.Module, found: Chain) -> str | None:
-    """Why a chain is not converted: what fused steps do not have, or other results than its own."""
-    taken = sorted(name for name in _OWN if hasattr(module, name) and not is_converted(module))
-    if taken:
-        return f"it has an attribute {taken[0]!r}, which converted modules have for themselves"
-    first = found.stages[0]
-    path = first.layers[0].norm1 if first.layers else first.tail.norm  # type: ignore[union-attr]
-    norm: Any = at(module, path)
-    try:
-        copied = bare_copy(module, tensors=True).eval()
-    except UntraceableError as error:
-        return str(error)
-    meta = any(tensor.is_meta for tensor in copied.parameters())
-    copied.to("meta" if meta else "cpu", torch.float64)
-    expected = Expected(
-        torch.float64, torch.device("meta" if meta else "cpu"), _dims(copied, found)
-    )
-    planned = steps(copied, found, expected, "bottleneck")
-    if isinstance(planned, str) or meta:
-        return planned if isinstance(planned, str) else None
-    generator = torch.Generator().manual_seed(0)
-    size = 2 ** sum(stage.tail is not None for stage in found.stages) * 3
-    images = torch.empty(2, norm.num_features, *[size] * expected.dims, dtype=torch.float64)
-    with torch.no_grad():
-        # Fresh norms are the identity, which hides mistakes.
-        for name, tensor in (("", images), *copied.named_parameters(), *copied.named_buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(generator=generator)
-            if name.endswith("running_var"):
-                tensor.abs_().add_(0.5)
-            elif tensor.dim() > 1 and name:
-                tensor.div_(tensor[0].numel() ** 0.5)
-        try:
-            wanted = type(copied).forward(copied, images)
-        except Exception as error:
-            return f"its forward raises {type(error).__name__} for images of {size} pixels"
-        actual = fusing.run(planned, images, hold=False)
-    if wanted.shape != actual.shape or not torch.allclose(wanted, actual, rtol=1e-9, atol=1e-9):
-        return "fused it gives another output than its own forward"
-    return None
-
-
-def _dims(root: nn.Module, found: Chain) -> int:
-    stage = found.stages[-1]
-    last = stage.layers[-1].conv2 if stage.tail is None else stage.tail.conv
-    return OF_TYPE.get(type(at(root, last)), 2)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from densenet_fast.conversion.parts import original
+from densenet_fast.conversion.parts import OWN_ATTRIBUTES, original
 from densenet_fast.modules import eligibility
-from densenet_fast.modules.dimensions import AVERAGES, CONVS, DROPOUTS, MAXIMA
+from densenet_fast.modules.dimensions import AVERAGES, CONVS, DROPOUTS, MAXIMA, NORMS
 from densenet_fast.modules.kept_plans import HOOKS
 from densenet_fast.operators.torch_internals import BatchNorm
 
@@ -79,10 +79,12 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "": (nn.Identity,),
 }
 _LEAVES = tuple(kind for kinds in _MODULES.values() for kind in kinds)
+_EXACT_LEAVES = {*_LEAVES, *NORMS}
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
+_AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "r"),
-    **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), "a"),
+    **dict.fromkeys(_AVERAGES, "a"),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), "m"),
     **dict.fromkeys(_DROPOUTS, "d"),
 }
@@ -161,6 +163,36 @@ def bare_copy(module: nn.Module, *, tensors: bool) -> nn.Module:
     return copied
 
 
+def facts(root: nn.Module) -> list[Any]:
+    """What forwards below `root` may depend on: classes, names, and all plain attributes.
+
+    Of norms, convolutions and the like their classes alone: the rest is asked at every forward.
+    """
+    found: list[Any] = []
+    for module in root.modules():
+        kind, state = type(module), module.__dict__
+        found += (kind, *state["_modules"])
+        if kind not in _EXACT_LEAVES:
+            found.append(id(kind.forward))
+            found += [(key, _fact(state[key])) for key in state if key not in _NO_FACTS]
+    return found
+
+
+# What every module has, is asked for at every forward, or tells replicas apart.
+_NO_FACTS = {*nn.Module().__dict__, *OWN_ATTRIBUTES, "_is_replica", "_former_parameters"}
+
+
+def _fact(value: Any) -> Any:
+    """A value that stays what it is while `value` may change, and is equal to that of an equal."""
+    if isinstance(value, (list, tuple)):
+        return type(value), [_fact(part) for part in value]
+    if isinstance(value, dict):
+        return [(key, _fact(part)) for key, part in value.items()]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return id(value)
+
+
 def trace(module: nn.Module, *, training: bool) -> Trace:
     """What the forward of `module` does in this mode; neither computed nor anything changed.
 
@@ -171,11 +203,14 @@ def trace(module: nn.Module, *, training: bool) -> Trace:
     for part in copied.modules():
         part.training = training
     tracer = _Tracer()
+    before = facts(copied)
     try:
         graph = tracer.trace(copied)
     except Exception as error:
         # Whatever a forward raises that is called with something that is no tensor.
         raise UntraceableError(f"torch.fx cannot trace it: {_first_line(error)}") from error
+    if facts(copied) != before:
+        raise UntraceableError("its forward changes attributes of modules")
     return _canonical(copied, graph, tracer)
 
 
@@ -202,7 +237,7 @@ def _canonical(root: nn.Module, graph: fx.Graph, tracer: _Tracer) -> Trace:
 
     for node in graph.nodes:
         if node.op == "placeholder":
-            if INPUT not in values.values() and not values:
+            if not values:
                 values[node] = (INPUT,)
             elif not node.args and not str(node.target).startswith("*"):
                 raise UntraceableError("its forward takes more than one input")
@@ -238,7 +273,7 @@ def _is_cat(node: fx.Node) -> bool:
         return False
     tensors = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    return dim == 1 and isinstance(tensors, (list, tuple))
+    return bool(dim == 1) and isinstance(tensors, (list, tuple))
 
 
 def _kind(root: nn.Module, node: fx.Node) -> tuple[str, Path | None]:
@@ -249,7 +284,7 @@ def _kind(root: nn.Module, node: fx.Node) -> tuple[str, Path | None]:
         if found == [""] and type(module) is not nn.Identity:
             found = []
         return (found[0] if found else "?"), path
-    table = _FUNCTIONS if node.op == "call_function" else _METHODS
+    table: dict[Any, str] = _FUNCTIONS if node.op == "call_function" else _METHODS
     kind = table.get(node.target, "?")
     if kind == "a" and not _is_transitions_average(node):
         kind = "?"
@@ -257,13 +292,11 @@ def _kind(root: nn.Module, node: fx.Node) -> tuple[str, Path | None]:
 
 
 def _is_transitions_average(node: fx.Node) -> bool:
-    dims = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d).index(node.target) + 1
-    given = dict(zip(_POOLING, node.args, strict=False)) | node.kwargs
-    kernel = given.get("kernel_size")
-    stride = given.get("stride")
-    return (
-        _each(kernel, dims) == (2,) * dims
-        and (not stride or _each(stride, dims) == (2,) * dims)
+    dims = _AVERAGES.index(node.target) + 1
+    given: dict[str, Any] = {**dict(zip(_POOLING, node.args, strict=False)), **node.kwargs}
+    return bool(
+        _each(given.get("kernel_size"), dims) == (2,) * dims
+        and _each(given.get("stride") or 2, dims) == (2,) * dims
         and _each(given.get("padding", 0), dims) == (0,) * dims
         and not given.get("ceil_mode", False)
         and given.get("divisor_override") is None
@@ -279,8 +312,10 @@ def _dropping(root: nn.Module, node: fx.Node, path: Path | None) -> Dropping:
         module: Any = at(root, path)
         dims = 0 if isinstance(module, nn.Dropout) else 1 + _place(module, DROPOUTS)
         return Dropping(module.p, dims, module.training)
-    given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
-    return Dropping(given.get("p", 0.5), _DROPOUTS[node.target], given.get("training", True))
+    names = ("input", "p", "training")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    function: Any = node.target
+    return Dropping(given.get("p", 0.5), _DROPOUTS[function], given.get("training", True))
 
 
 def _place(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> int:

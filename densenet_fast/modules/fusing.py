@@ -67,13 +67,11 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
     if isinstance(tail, str) or tail.tail is None:
         return obstacle or str(tail)
     norm, conv, _ = tail.tail
-    order = block.order if isinstance(block, DenseStep) else None
-    if order is not None and obstacle is None:
-        if conv is None or len(order) <= len(block.segments[-1]):
-            obstacle = "the block before it returns its features in an order of its own"
     if isinstance(block, DenseStep) and obstacle is None:
-        layers = block.segments[-1]
+        layers, order = block.segments[-1], block.order
         assert isinstance(layers, list)
+        if order is not None and (conv is None or len(order) <= len(layers)):
+            return "the block before it returns its features in an order of its own"
         group = synchronized.OneGroup(*(layer.norm1 for layer in layers))
         if group.admits(norm):
             block.tail, block.order = tail.tail._replace(order=order), None
@@ -84,20 +82,6 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
         planned.append(tail)
         return None
     return obstacle
-
-
-def _add_chain(
-    planned: list[Step], module: FusedChain, expected: Expected, memory_format: torch.memory_format
-) -> str | None:
-    """Put a chain's steps behind those planned, its first transition into a block's; or why not."""
-    found = eligibility.of_kind(module, "chain", FusedChain) or module.chain(expected)
-    if isinstance(found, str):
-        return found
-    for step in found:
-        if step.segments or _fuse_behind(planned, step) is not None:
-            _channels_innermost(planned)
-            planned.append(step)
-    return None
 
 
 class Chain(NamedTuple):
@@ -150,7 +134,14 @@ def steps(
                     _channels_innermost(planned)
                 planned.append(step)
         elif isinstance(module, FusedChain):
-            obstacle = _add_chain(planned, module, expected, memory_format)
+            found = eligibility.of_kind(module, "chain", FusedChain) or module.chain(expected)
+            obstacle = found if isinstance(found, str) else None
+            for step in found if isinstance(found, list) else ():
+                if step.segments or _fuse_behind(planned, step) is not None:
+                    _channels_innermost(planned)
+                    planned.append(step)
+                if step.tail is not None:
+                    memory_format = averaged_format(memory_format, expected.dims)
         elif isinstance(module, Transition) or at + 1 == len(modules):
             obstacle = _fuse_behind(planned, _tail(module, head, expected))
             memory_format = averaged_format(memory_format, expected.dims)

@@ -79,7 +79,7 @@ class Reordering:
 
     def __init__(self, widths: Sequence[int]) -> None:
         """Channels of the block's input and of what every layer adds."""
-        self._widths = widths
+        self._widths = tuple(widths)
         self._running: list[tuple[Tensor, Tensor, Tensor]] = []
         self.unused = True
 
@@ -98,8 +98,8 @@ class Reordering:
         self, norm: NormSpec, weight: Tensor, order: Sequence[int]
     ) -> tuple[NormSpec, Tensor]:
         self.unused = False
-        places = _places(tuple(self._widths), tuple(order))
-        index = torch.tensor(places, device=weight.device)
+        places = _kept_places if not torch.compiler.is_compiling() else _places
+        index = torch.tensor(places(self._widths, tuple(order)), device=weight.device)
         vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         copies = [one if one is None else one.index_select(0, index) for one in vectors]
         if norm.momentum is not None:
@@ -107,8 +107,8 @@ class Reordering:
                 assert own is not None
                 assert copied is not None
                 self._running.append((own, copied, index))
-        names = ("weight", "bias", "running_mean", "running_var")
-        made = norm._replace(**dict(zip(names, copies, strict=True)))
+        scale, shift, mean, var = copies
+        made = norm._replace(weight=scale, bias=shift, running_mean=mean, running_var=var)
         return made, weight.index_select(1, index)
 
     def give_back(self) -> None:
@@ -118,7 +118,6 @@ class Reordering:
                 own.index_copy_(0, index, copied)
 
 
-@lru_cache(1024)
 def _places(widths: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
     """For each channel of the features, its place in the order in which the pieces are read."""
     starts, start = {}, 0
@@ -126,6 +125,9 @@ def _places(widths: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
         starts[piece] = start
         start += widths[piece]
     return [starts[piece] + i for piece in sorted(order) for i in range(widths[piece])]
+
+
+_kept_places = lru_cache(1024)(_places)  # Dynamo traces through caches, and says so.
 
 
 @dataclass
