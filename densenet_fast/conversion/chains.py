@@ -65,6 +65,10 @@ class Stage(NamedTuple):
     layers: tuple[ChainLayer, ...]
     tail: ChainTail | None
 
+    def parts(self) -> Sequence[ChainLayer | ChainTail]:
+        """The layers, and the transition if there is one."""
+        return self.layers if self.tail is None else (*self.layers, self.tail)
+
 
 class Chain(NamedTuple):
     """All that a forward does. `order` are the pieces of the last stage that it returns."""

@@ -20,7 +20,7 @@ from densenet_fast.conversion.parts import (
     is_converted,
     original,
 )
-from densenet_fast.conversion.structure import ConvertedChain, chain_class
+from densenet_fast.conversion.structure import ConvertedChain, become_chain
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.layers import FusedModule
 from densenet_fast.reports import NamedRow, Report, table
@@ -111,9 +111,8 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
         if isinstance(module, (FusedModule, EfficientDenseNet))
         or issubclass(planned.get(module, object), FusedModule)
     }
-    for name, module, reason, _ in find(model, known):
-        if reason is None:
-            planned[module] = chain_class(original(module))
+    found = find(model, known)
+    for name, module, _, reason, _ in found:
         if reason is None or module not in rows:
             rows[module] = ConversionRow(name, _type_text(module), reason)
     if not rows:
@@ -123,6 +122,9 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
         )
     for module, adapter in planned.items():
         module.__class__ = adapter
+    for match in found:
+        if match.chain is not None and match.reason is None:
+            become_chain(match.module, match.chain)
     for module in list(model.modules()):
         if isinstance(module, (ConvertedBlock, ConvertedChain)):
             module.checkpoint = checkpoint

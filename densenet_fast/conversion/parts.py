@@ -21,9 +21,9 @@ from densenet_fast.conversion import tensor_subclasses
 from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.dimensions import CONVS, MODULES
 from densenet_fast.modules.eligibility import routed
-from densenet_fast.modules.layers import FusedBlock, FusedModule
+from densenet_fast.modules.layers import FusedBlock, FusedChain, FusedModule
 from densenet_fast.modules.layers import Transition as FusedTransition
-from densenet_fast.modules.steps import DenseStep, Step
+from densenet_fast.modules.steps import Step
 from densenet_fast.operators.rows import channels_last_format, is_channels_last
 
 
@@ -135,8 +135,9 @@ class ConvertedFeatures(Converted, nn.Sequential):
             return self.plain(input)
         memory_format = self.released_format(images)
         if any(
-            isinstance(part, FusedTransition) or (isinstance(part, DenseStep) and part.tail)
-            for part in (*self._modules.values(), *planned[0])
+            isinstance(module, FusedTransition)
+            or (isinstance(module, FusedChain) and module.averages())
+            for module in self._modules.values()
         ):
             memory_format = fusing.averaged_format(memory_format, images.dim() - 2)
         output = released(fusing.run(planned[0], images), memory_format)

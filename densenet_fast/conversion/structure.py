@@ -6,6 +6,7 @@ import copyreg
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from densenet_fast.blocks import synchronized
@@ -20,7 +21,7 @@ from densenet_fast.conversion.chains import (
     Stage,
     chain,
 )
-from densenet_fast.conversion.parts import Converted, given_format
+from densenet_fast.conversion.parts import Converted, given_format, original
 from densenet_fast.conversion.traces import at, facts
 from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.dimensions import DROPOUTS, MODULES
@@ -43,11 +44,13 @@ class ConvertedChain(Converted, FusedChain):
 
     def run(self, input: Any) -> Any:
         """The forward outside any graph, fused where nothing is in the way."""
-        if not isinstance(input, Tensor) or not input.numel():
+        if isinstance(input, Tensor) and not input.numel():
             return self.plain(input)
         images = tensor_subclasses.plain(input)
+        input_checks.images(self, images)
         steps = eligibility.input(images) or self._kept(eligibility.expected(images))
         if isinstance(steps, str):
+            input_checks.parameters(self, self, images)
             return self.plain(input)
         synchronized.check_modules(self, images.device)
         dims = images.dim() - 2
@@ -67,10 +70,17 @@ class ConvertedChain(Converted, FusedChain):
         found = self.__dict__.get("_found")
         now = facts(self)
         if found is None or found.facts != now:
+            if torch.compiler.is_compiling():
+                return "has changed since it was converted or called outside torch.compile"
             found = self._found = _look(self, now)
         if isinstance(found.chain, str):
             return f"is no chain of dense layers any more: {found.chain}"
         return steps(self, found.chain, expected, self._checkpoint)
+
+    def averages(self) -> bool:
+        """Whether there is a transition in it."""
+        found = self.__dict__["_found"].chain
+        return isinstance(found, Chain) and any(stage.tail for stage in found.stages)
 
     def rows(self, expected: Expected) -> Iterator[tuple[str, str | None]]:
         """The name of every layer and transition, and why it does not run fused."""
@@ -82,7 +92,7 @@ class ConvertedChain(Converted, FusedChain):
         own = "forward" in self.__dict__
         obstacle = "has its own forward" if own else planned if isinstance(planned, str) else None
         for stage in found.stages:
-            for part in stage.layers if stage.tail is None else (*stage.layers, stage.tail):
+            for part in stage.parts():
                 within = obstacle and obstacle.removeprefix(f"{_name(part)}: ")
                 if obstacle is not None and within == obstacle:
                     within = f"what it belongs to runs plain: {obstacle}"
@@ -90,7 +100,8 @@ class ConvertedChain(Converted, FusedChain):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As its own class pickles, which is made for what it is converted from."""
-        function, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return function, args, *rest
         return _new, (self.converted_from, *args[1:]), *rest
@@ -119,6 +130,12 @@ def _look(module: nn.Module, now: list[Any]) -> Found:
         return Found(now, chain(module))
     except NoChainError as error:
         return Found(now, str(error))
+
+
+def become_chain(module: nn.Module, found: Chain) -> None:
+    """Give `module`, which has been found to be this chain, the class that runs it fused."""
+    module.__class__ = chain_class(original(module))
+    module.__dict__["_found"] = Found(facts(module), found)
 
 
 # A chain as steps

@@ -170,7 +170,7 @@ def facts(root: nn.Module) -> list[Any]:
     """
     found: list[Any] = []
     for module in root.modules():
-        kind, state = type(module), module.__dict__
+        kind, state = original(module), module.__dict__
         found += (kind, *state["_modules"])
         if kind not in _EXACT_LEAVES:
             found.append(id(kind.forward))
@@ -199,6 +199,9 @@ def trace(module: nn.Module, *, training: bool) -> Trace:
     Raises:
         UntraceableError: it does more than that, or nobody can tell.
     """
+    for name, part in module.named_modules():
+        if "forward" in part.__dict__:
+            raise UntraceableError(f"{name or 'it'} has its own forward")
     copied = bare_copy(module, tensors=False)
     for part in copied.modules():
         part.training = training

@@ -140,8 +140,8 @@ def steps(
                 if step.segments or _fuse_behind(planned, step) is not None:
                     _channels_innermost(planned)
                     planned.append(step)
-                if step.tail is not None:
-                    memory_format = averaged_format(memory_format, expected.dims)
+            if module.averages():
+                memory_format = averaged_format(memory_format, expected.dims)
         elif isinstance(module, Transition) or at + 1 == len(modules):
             obstacle = _fuse_behind(planned, _tail(module, head, expected))
             memory_format = averaged_format(memory_format, expected.dims)

@@ -137,13 +137,18 @@ def parameters(owner: nn.Module, module: nn.Module, input: Tensor) -> None:
                 )
 
 
-def _checked(module: nn.Module) -> list[nn.Module]:
-    """The modules below whose tensors are known to meet the input as they are."""
-    if type(module) in _CHECKED:
+def _checked(module: nn.Module, *, known: bool = False) -> list[nn.Module]:
+    """The modules below whose tensors are known to meet the input as they are.
+
+    That of a chain is `known` of all modules below it.
+    """
+    kind = type(module)
+    if kind in _CHECKED:
         return [] if touched(module) else [module]
-    if type(module).__module__.startswith("densenet_fast.") or type(module) in _CONTAINERS:
+    known = known or KINDS.get(kind) == "chain"
+    if known or kind.__module__.startswith("densenet_fast.") or kind in _CONTAINERS:
         children = [child for child in module.children() if not touched(child)]
-        return [part for child in children for part in _checked(child)]
+        return [part for child in children for part in _checked(child, known=known)]
     return []
 
 

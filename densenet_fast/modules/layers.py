@@ -242,6 +242,10 @@ class FusedChain(Checkpointed):
         """Its steps, one for each transition and the layers before it, or why there are none."""
         raise NotImplementedError
 
+    def averages(self) -> bool:
+        """Whether there is a transition in it."""
+        raise NotImplementedError
+
 
 class DenseBlock(FusedBlock, nn.ModuleDict):
     """Layers that each read the concatenation of all features so far.

@@ -1,0 +1,432 @@
+"""`convert` finds DenseNets by what they compute, in all the forms that people write them in."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import forms
+import pytest
+import torch
+import torch.nn.functional as F
+from forms import FORMS
+from library_networks import TOLERANCE, assert_same_step, assert_same_training, images
+from torch import Tensor, nn
+
+from densenet_fast import convert, fusion_report, optimize_for_inference, revert
+from densenet_fast.blocks.specs import CHECKPOINT_MODES
+from densenet_fast.operators.torch_internals import BatchNorm
+
+NO_BOTTLENECK = "its layers have no bottleneck, which fused blocks do not compute yet"
+NO_RELU = "it has no ReLU between its norm and its convolution"
+MAXIMUM = "its pooling is a maximum, not the average of a transition"
+# What is found in each form: names of what is converted, and of what is left alone and why.
+FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "functional": (("dense1", "trans1", "dense2"), {}),
+    "newest first": (("dense1", "trans1", "dense2"), {}),
+    "without bottleneck": (("trans1",), {"dense1": NO_BOTTLENECK, "dense2": NO_BOTTLENECK}),
+    "bottles": (("features.layers_0", "features.layers_1"), {"features.down_0": NO_RELU}),
+    "wrapped": (("dense1.layer", "trans1", "dense2.layer"), {}),
+    "wrapped, dropout": (("dense1.layer", "trans1", "dense2.layer"), {}),
+    "sequentials": (("features.block0", "features.down0", "features.block1"), {}),
+    "sequentials in 1-D": (("features.block0", "features.down0", "features.block1"), {}),
+    "sequentials in 3-D": (("features.block0", "features.down0", "features.block1"), {}),
+    "stages with transitions": (("stage1", "stage2"), {}),
+    "stages without bottleneck": ((), {"stage1": NO_BOTTLENECK, "stage2": NO_BOTTLENECK}),
+    "units": (("0.stage1", "0.stage2"), {}),
+    "lists": (("stages.0", "stages.1", "transitions.0"), {}),
+    "lists, frugal": (("stages.0", "stages.1", "transitions.0"), {}),
+    "maximum": (("dense1", "dense2"), {"trans1": MAXIMUM}),
+    "biased transition": (("dense1", "dense2"), {"trans1": "2: conv has a bias"}),
+    "segmentation": (
+        (),
+        {
+            "down": NO_BOTTLENECK,
+            "transition": MAXIMUM,
+            "middle": NO_BOTTLENECK,
+            "behind": NO_BOTTLENECK,
+        },
+    ),
+}
+EXACT = [form for form in FORMS if form not in ("wrapped, dropout", "segmentation")]
+CONVERTED = [form for form in EXACT if FOUND[form][0]]
+
+
+class First(nn.Module):
+    """A network with one output: of several the last one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.network(x)
+        return output[-1] if isinstance(output, tuple) else output
+
+
+def make(form: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return FORMS[form]().double()
+
+
+def input_of(network: nn.Module, seed: int = 0) -> Tensor:
+    dims = getattr(network, "dims", 2)
+    return images(seed, (2, 3, *[8] * dims))
+
+
+def without_checkpoints(network: nn.Module) -> nn.Module:
+    """A copy that counts each batch once."""
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        if hasattr(module, "frugal"):
+            module.frugal = False
+    return copied
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_found(form: str) -> None:
+    network = make(form)
+    random, state = torch.get_rng_state(), copy.deepcopy(network.state_dict())
+    modes = [module.training for module in network.modules()]
+    report = convert(network)
+    converted, left = FOUND[form]
+    assert [row.name for row in report if row.converted] == list(converted)
+    assert {row.name: row.reason for row in report if not row.converted} == left
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
+    assert modes == [module.training for module in network.modules()]
+
+
+# Every form in one mode, one of them in all.
+MODES = [(form, CHECKPOINT_MODES[at % 3]) for at, form in enumerate(CONVERTED)]
+MODES += [("newest first", mode) for mode in CHECKPOINT_MODES]
+
+
+@pytest.mark.parametrize(("form", "checkpoint"), dict.fromkeys(MODES))
+def test_a_step_is_the_same(form: str, checkpoint: Any) -> None:
+    network = make(form)
+    reference = without_checkpoints(network)
+    convert(network, checkpoint=checkpoint)
+    assert_same_step(First(network), First(reference), input_of(network))
+    plain = [row for row in fusion_report(network) if not row.fused]
+    assert all("norm" in row.name or row.name.endswith("bn") for row in plain), plain
+
+
+@pytest.mark.parametrize("form", ["newest first", "units", "sequentials in 1-D"])
+def test_training_and_frozen_norms(form: str) -> None:
+    network = make(form)
+    reference = copy.deepcopy(network)
+    convert(network)
+    x = input_of(network)
+    assert_same_training(network, reference, x)  # and are in evaluation then
+    for part in (network, reference):
+        part.zero_grad()
+    assert_same_step(network, reference, x)
+    for part in (network, reference):
+        part.zero_grad()
+        for at, module in enumerate(part.train().modules()):
+            if isinstance(module, BatchNorm) and at % 2:
+                module.eval()
+    assert_same_step(network, reference, x)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("form", ["newest first", "sequentials in 3-D", "units", "lists"])
+def test_gradients_of_images_and_layouts_are_the_same(form: str, channels_last: bool) -> None:
+    network = make(form).float()
+    reference = copy.deepcopy(network)
+    convert(network)
+    x = input_of(network).float()
+    if channels_last:
+        last = {2: torch.channels_last, 3: torch.channels_last_3d}[x.dim() - 2]
+        x = x.to(memory_format=last)
+    seen: list[list[tuple[int, ...]]] = [[], []]
+    gradients = []
+    for one, strides in zip((network, reference), seen, strict=True):
+        for name in FOUND[form][0]:
+            one.get_submodule(name).register_forward_hook(
+                lambda module, args, output, kept=strides: kept.append(output.stride())
+            )
+        image = x.clone().requires_grad_()
+        First(one)(image).square().sum().backward()
+        gradients.append(image.grad)
+    assert seen[0] == seen[1]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["newest first", "sequentials", "lists", "units"])
+def test_everything_of_the_network_stays_the_same_object(form: str) -> None:
+    network = make(form)
+
+    def identities() -> list[Any]:
+        parts = [*network.named_parameters(), *network.named_buffers(), *network.named_modules()]
+        return [(key, id(part)) for key, part in parts]
+
+    before, types = identities(), [type(module) for module in network.modules()]
+    attributes = [set(module.__dict__) for module in network.modules()]
+    convert(network)
+    network(input_of(network))
+    assert identities() == before
+    assert all(isinstance(m, kind) for m, kind in zip(network.modules(), types, strict=True))
+    assert [type(m).__name__ for m in network.modules() if "converted_from" in type(m).__dict__]
+    revert(network)
+    assert types == [type(module) for module in network.modules()]
+    assert attributes == [set(module.__dict__) for module in network.modules()]
+
+
+@pytest.mark.parametrize("form", ["newest first", "sequentials", "lists", "units"])
+def test_copies_and_files(form: str) -> None:
+    network = make(form).eval()
+    x = input_of(network)
+    expected = First(network)(x)
+    convert(network, checkpoint="block")
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    for other in (copy.deepcopy(network), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(First(other)(x), expected, rtol=TOLERANCE, atol=TOLERANCE)
+        rows = fusion_report(other)
+        assert [row.fused for row in rows] == [row.fused for row in fusion_report(network)]
+        modes = [part.checkpoint for part in other.modules() if hasattr(part, "checkpoint")]
+        assert set(modes) == {"block"}
+        revert(other)
+        assert not any("converted_from" in type(part).__dict__ for part in other.modules())
+
+
+@pytest.mark.parametrize("form", ["newest first", "units", "lists"])
+def test_compiled_exported_and_traced(form: str) -> None:
+    network = make(form)
+    reference = copy.deepcopy(network)
+    convert(network)
+    x = input_of(network)
+    graph = torch.compile(First(network), backend="aot_eager", fullgraph=True)
+    assert_same_step(graph, First(reference), x)
+    network.eval()
+    expected = First(network)(x)
+    exported = torch.export.export(First(network), (x,))
+    assert not any("densenet_fast" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(optimize_for_inference(network)(x), network(x))
+
+
+def test_bfloat16_stays_as_close_as_it_was() -> None:
+    network = make("newest first")
+    expected = network(input_of(network))
+    network.float()
+    reference = copy.deepcopy(network)
+    convert(network)
+    x = input_of(network).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [(one(x).double() - expected).norm() for one in (network, reference)]
+    assert errors[0] <= 1.5 * errors[1]
+
+
+# Changes behind a conversion
+
+
+def hooked(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def patched(layer: Any) -> None:
+    layer.forward = lambda x, plain=layer.forward: 1.5 * plain(x)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "hooked layer": (lambda block: hooked(block[1]), "1 has a forward hook"),
+    "hooked norm": (lambda block: hooked(block[1].bn2), "norm2 has a forward hook"),
+    "patched layer": (lambda block: patched(block[1]), "1 has its own forward"),
+    "parametrised": (
+        lambda block: nn.utils.parametrizations.weight_norm(block[1].conv1),
+        "conv1 is parametrised",
+    ),
+    "another order": (
+        lambda block: setattr(block[1], "newest_first", True),
+        "",  # found again
+    ),
+    "another activation": (
+        lambda block: setattr(block, "1", nn.Sequential(block[1], nn.Tanh())),
+        "is no chain of dense layers any more: it calls 1.1 (Tanh)",
+    ),
+    "another layer": (lambda block: setattr(block, "1", forms.Bottle(10).double()), ""),
+    "a bias": (
+        lambda block: setattr(block[1], "conv1", nn.Conv2d(10, 8, 1).double()),
+        "conv1 has a bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_blocks_run_as_they_are(change: str) -> None:
+    network = make("functional")
+    reference = copy.deepcopy(network)
+    convert(network)
+    network(input_of(network))
+    reference(input_of(network))
+    make_change, reason = CHANGES[change]
+    for one in (network, reference):
+        torch.manual_seed(2)
+        make_change(one.dense1)
+    assert_same_step(network, reference, input_of(network))
+    rows = [row for row in fusion_report(network) if row.name.startswith("dense1")]
+    assert rows
+    if reason:
+        assert all(not row.fused for row in rows)
+        assert reason in str(rows[-1].reason)
+    else:
+        assert all(row.fused for row in rows)
+    assert all(row.fused for row in fusion_report(network) if row.name.startswith("dense2"))
+
+
+def test_dropout_follows_its_layer() -> None:
+    network = FORMS["sequentials"]()
+    convert(network)
+    x = input_of(network).float()
+    assert torch.equal(network(x), network(x))
+    for module in network.modules():
+        if isinstance(module, forms.SequentialLayer):
+            module.drop_rate = 0.9
+    assert not torch.equal(network(x), network(x))
+    assert all(row.fused for row in fusion_report(network) if "norm" not in row.name)
+    network.eval()
+    assert torch.equal(network(x), network(x))
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.9])
+@pytest.mark.parametrize("form", ["module", "function"])
+def test_dropout_drops_its_share(form: str, rate: float) -> None:
+    torch.manual_seed(0)
+    layer = forms.Unit(6, rate) if form == "module" else forms.SequentialLayer(6, 2, rate)
+    block = nn.Sequential(layer)
+    convert(block)
+    new = block(torch.randn(8, 6, 16, 16))[:, 6:]
+    assert abs((new == 0).float().mean() - rate) < 0.02
+    assert all(row.fused for row in fusion_report(block))
+
+
+def test_dropout_between_the_convolutions_runs_fused_in_evaluation() -> None:
+    network = make("wrapped, dropout")
+    reference = copy.deepcopy(network)
+    convert(network)
+    assert {row.reason for row in fusion_report(network) if not row.fused} == {
+        "it drops out between its convolutions",
+        "what it belongs to runs plain: 0: it drops out between its convolutions",
+    }
+    x = input_of(network)
+    for one in (network, reference):
+        torch.manual_seed(1)
+        one(x).sum().backward()
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=TOLERANCE, atol=TOLERANCE)
+    network.eval()
+    reference.eval()
+    assert fusion_report(network).all_fused
+    assert_same_step(network, reference, x)
+
+
+def test_only_new_features_are_returned() -> None:
+    block = forms.OnlyNew(3, 6).double()
+    reference = copy.deepcopy(block)
+    assert convert(block).complete
+    x = images(0, (2, 6, 5, 7)).requires_grad_()
+    output, expected = block(x), reference(x)
+    assert output.shape == (2, 12, 5, 7)
+    torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    output.mul_(2).sum().backward()  # what a block returns may be written to
+    ours = [p.grad for p in block.parameters()]
+    expected.mul_(2).sum().backward()
+    torch.testing.assert_close(ours, [p.grad for p in reference.parameters()])
+
+
+def test_a_library_s_network_under_other_names() -> None:
+    """A renamed copy of torchvision's classes, or a network whose forward was exchanged."""
+    densenet = pytest.importorskip("torchvision.models.densenet")
+
+    class OurLayer(densenet._DenseLayer):
+        pass
+
+    class OurBlock(densenet._DenseBlock):
+        pass
+
+    network = densenet.DenseNet(8, (2, 3), 16, num_classes=5).double()
+    for module in network.modules():
+        if type(module) is densenet._DenseLayer:
+            module.__class__ = OurLayer
+        if type(module) is densenet._DenseBlock:
+            module.__class__ = OurBlock
+    network.last_linear = network.classifier
+    del network.classifier
+
+    def forward(x: Tensor) -> Tensor:
+        x = F.relu(network.features(x), inplace=True)
+        return network.last_linear(F.avg_pool2d(x, kernel_size=2, stride=1).flatten(1))
+
+    reference = copy.deepcopy(network)
+    network.forward = forward
+    network.last_linear = nn.Linear(16 * 4, 5).double()
+    report = convert(network)
+    assert [row.name for row in report if row.converted and row.name] == [
+        "features.denseblock1",
+        "features.transition1",
+        "features.denseblock2",
+    ]
+    x = images(0, (2, 3, 64, 64))
+    actual = network.features(x)
+    torch.testing.assert_close(actual, reference.features(x), rtol=TOLERANCE, atol=TOLERANCE)
+    assert sum(row.fused for row in fusion_report(network)) >= 6
+
+
+def test_a_bad_input_is_refused_before_anything_changes() -> None:
+    network = nn.Sequential(*forms.layers_of(forms.NewestFirst, 2, 6))
+    network.append(forms.FunctionalTransition(14, 7))
+    convert(network)
+    before = copy.deepcopy(network.state_dict())
+    for shape, message in (
+        ((2, 5, 8, 8), "expects 6 input channels, got 5"),
+        ((2, 6, 1, 8), "too small for its pooling"),
+        ((1, 6, 1, 1), "too small for its pooling"),
+        ((2, 6, 8), "expects a 4-D input"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            network(torch.randn(shape))
+    for image in (torch.randn(2, 6, 8, 8).double(), torch.ones(2, 6, 8, 8, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"input is torch\.float64|got torch\.int64"):
+            network(image)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_class_with_names_of_ours_is_left_alone() -> None:
+    class Runner(forms.ListBlock):
+        checkpoint = True
+
+    block = Runner(2, 6)
+    [row] = convert(block)
+    assert row.reason == (
+        "it has an attribute 'checkpoint', which converted modules have for themselves"
+    )
+    assert type(block) is Runner
+
+
+def test_memory_kept_is_that_of_the_features() -> None:
+    kept = []
+    for converted in (False, True):
+        torch.manual_seed(0)
+        block = nn.Sequential(*forms.layers_of(forms.NewestFirst, 6, 6))
+        if converted:
+            convert(block)
+        sizes: dict[int, int] = {}
+        own = {parameter.data_ptr() for parameter in block.parameters()}
+
+        def pack(t: Tensor, s: dict[int, int] = sizes, own: set[int] = own) -> Tensor:
+            if t.data_ptr() not in own:
+                s[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = block(torch.randn(4, 6, 32, 32))
+        kept.append(sum(sizes.values()))
+    # The features once, and parameters in the order of the features.
+    assert output.nbytes < kept[1] < 1.3 * output.nbytes
+    assert kept[1] < kept[0] / 8
