@@ -13,7 +13,7 @@ from densenet_fast.conversion.parts import OWN_ATTRIBUTES
 from densenet_fast.conversion.structure import ConvertedChain, steps
 from densenet_fast.conversion.traces import UntraceableError, at, bare_copy
 from densenet_fast.modules import fusing
-from densenet_fast.modules.dimensions import AVERAGES, CONVS, DROPOUTS, MAXIMA, OF_TYPE
+from densenet_fast.modules.dimensions import CONVS, INSTANCE_NORMS, OF_TYPE
 from densenet_fast.modules.eligibility import Expected
 from densenet_fast.operators.torch_internals import BatchNorm
 
@@ -73,27 +73,25 @@ def _match(name: str, module: nn.Module) -> Match | None:
     try:
         found = chain(module)
     except NoChainError as error:
-        return Match(name, module, None, str(error), error.dense) if error.like else None
+        called = type(module).__name__.lower()
+        dense = error.dense or "dense" in called
+        like = dense or error.like or "transition" in called
+        return Match(name, module, None, str(error), dense) if like else None
     dense = any(stage.layers for stage in found.stages)
     return Match(name, module, found, _refusal(module, found), dense)
 
 
 def _promising(module: nn.Module, known: Collection[nn.Module]) -> bool:
-    """Whether `module` holds norms, convolutions and nothing that dense layers have not."""
+    """Whether the parameters in `module` are those of norms and convolutions alone."""
     parts = list(module.modules())
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    if any(part in known for part in parts):
+    if any(part in known for part in parts) or not _convs(module):
         return False
-    leaves = [part for part in parts if not part._modules]
-    return (
-        all(isinstance(part, _KNOWN) for part in leaves)
-        and any(isinstance(part, BatchNorm) for part in parts)
-        and _convs(module) > 0
-    )
+    return all(isinstance(part, _KNOWN) for part in parts if part._parameters)
 
 
-_KNOWN = (*CONVS, *AVERAGES, *MAXIMA, *DROPOUTS, BatchNorm, nn.ReLU, nn.Dropout, nn.Identity)
+_KNOWN = (*CONVS, BatchNorm, *INSTANCE_NORMS, nn.GroupNorm, nn.PReLU)
 
 
 def _convs(module: nn.Module) -> int:
