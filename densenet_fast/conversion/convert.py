@@ -1,4 +1,4 @@
-"""`convert` and `revert`: other libraries' DenseNets made efficient in place."""
+"""`convert` and `revert`: others' DenseNets made efficient in place."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
     """Make the DenseNets in `model` efficient, in place.
 
     Knows those of torchvision, timm, MONAI (in one, two and three dimensions) and torchxrayvision,
-    alone or inside another model (a detector's or segmentation network's backbone, a wrapper).
+    alone or inside another model (a detector's or segmentation network's backbone, a wrapper), and
+    modules of any class whose forward, traced by torch.fx, is dense layers and transitions.
     Parameters, buffers, names, state-dict keys, hooks and modes stay the very same objects: modules
     get another class, which inherits from their own. Converting again sets another `checkpoint`.
 
