@@ -186,11 +186,13 @@ def _chain(traced: Trace) -> Chain:
 def _is_dense(traced: Trace) -> bool:
     """Whether what a convolution gives is concatenated to what it, norms and ReLUs have read."""
     for value in (*(op.input for op in traced.operations), traced.output):
-        for piece in value:
+        for piece in value if len(value) > 1 else ():
+            if piece == INPUT or traced.operations[piece].kind not in "cd":
+                continue
             source: tuple[int, ...] = (piece,)
             while len(source) == 1 and source[0] != INPUT:
                 source = traced.operations[source[0]].input
-                if len(value) > 1 and piece != INPUT and set(source) < set(value):
+                if set(source) < set(value):
                     return True
     return False
 

@@ -18,7 +18,7 @@ from densenet_fast.operators import extension
 
 T = TypeVar("T")
 
-_MOST = 16  # networks whose plans are kept; more take turns
+_MOST = 64  # networks and blocks whose plans are kept; more take turns
 _MISSES = 4  # in a row, after which a network is known to change between its calls
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
