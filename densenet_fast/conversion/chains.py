@@ -180,6 +180,8 @@ def _chain(traced: Trace) -> Chain:
     if not stages:
         raise NoChainError("it computes nothing")
     order = _order(traced.output, pieces, all_of_them=False)
+    if pieces[-1] not in traced.output:
+        raise NoChainError("what its last layer adds is not used")
     return Chain(tuple(stages), order, tuple(traced.entered))
 
 

@@ -25,10 +25,12 @@ from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.layers import FusedModule
 from densenet_fast.reports import NamedRow, Report, table
 
-# The library's module that defines the classes → the adapter's name.
+# The library's module that defines its classes, frozen norms among them → the adapter's name.
 _LIBRARIES = {
     "torchvision.models.densenet": "torchvision",
+    "torchvision.ops.misc": "torchvision",
     "timm.models.densenet": "timm",
+    "timm.layers.norm_act": "timm",
     "monai.networks.nets.densenet": "monai",
     "torchxrayvision.models": "torchxrayvision",
 }

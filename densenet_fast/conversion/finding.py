@@ -14,7 +14,7 @@ from densenet_fast.conversion.structure import ConvertedChain, steps
 from densenet_fast.conversion.traces import UntraceableError, at, bare_copy
 from densenet_fast.modules import fusing
 from densenet_fast.modules.dimensions import CONVS, INSTANCE_NORMS, OF_TYPE
-from densenet_fast.modules.eligibility import Expected
+from densenet_fast.modules.eligibility import Expected, channels_of, is_norm, other_type
 from densenet_fast.operators.torch_internals import BatchNorm
 
 # Names that a chain's class must not have, as it would lose them.
@@ -106,21 +106,23 @@ def _refusal(module: nn.Module, found: Chain) -> str | None:
     first = found.stages[0]
     path = first.layers[0].norm1 if first.layers else first.tail.norm  # type: ignore[union-attr]
     norm: Any = at(module, path)
+    if not is_norm(norm):
+        return f"{'.'.join(path)} {other_type(norm, nn.BatchNorm2d)}"
     try:
         copied = bare_copy(module, tensors=True).eval()
     except UntraceableError as error:
         return str(error)
     meta = any(tensor.is_meta for tensor in copied.parameters())
-    copied.to("meta" if meta else "cpu", torch.float64)
-    expected = Expected(
-        torch.float64, torch.device("meta" if meta else "cpu"), _dims(copied, found)
-    )
+    device = torch.device("meta" if meta else "cpu")
+    copied.to(device, torch.float64)
+    expected = Expected(torch.float64, device, _dims(copied, found))
     planned = steps(copied, found, expected, "bottleneck")
     if isinstance(planned, str) or meta:
         return planned if isinstance(planned, str) else None
     generator = torch.Generator().manual_seed(0)
     size = 2 ** sum(stage.tail is not None for stage in found.stages) * 3
-    images = torch.empty(2, norm.num_features, *[size] * expected.dims, dtype=torch.float64)
+    shape = 2, channels_of(norm), *[size] * expected.dims
+    images = torch.empty(shape, dtype=torch.float64, device=device)
     with torch.no_grad():
         # Fresh norms are the identity, which hides mistakes.
         for name, tensor in (("", images), *copied.named_parameters(), *copied.named_buffers()):

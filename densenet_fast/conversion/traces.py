@@ -7,6 +7,7 @@ tuple of the pieces that it consists of, each what an operation gives.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,8 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        known = isinstance(m, _LEAVES) or eligibility.is_norm(m)
+        return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         name = self.path_of_module(m)
@@ -207,13 +209,20 @@ def trace(module: nn.Module, *, training: bool) -> Trace:
         part.training = training
     tracer = _Tracer()
     before = facts(copied)
+    python, generated = random.getstate(), torch.get_rng_state()
     try:
         graph = tracer.trace(copied)
     except Exception as error:
         # Whatever a forward raises that is called with something that is no tensor.
         raise UntraceableError(f"torch.fx cannot trace it: {_first_line(error)}") from error
+    finally:
+        drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), generated)
+        random.setstate(python)
+        torch.set_rng_state(generated)
     if facts(copied) != before:
         raise UntraceableError("its forward changes attributes of modules")
+    if drawn:
+        raise UntraceableError("its forward draws random numbers")
     return _canonical(copied, graph, tracer)
 
 
@@ -284,6 +293,8 @@ def _kind(root: nn.Module, node: fx.Node) -> tuple[str, Path | None]:
         path = _path(str(node.target))
         module = at(root, path)
         found = [kind for kind, types in _MODULES.items() if isinstance(module, types)]
+        if eligibility.is_norm(module):
+            found = ["n"]
         if found == [""] and type(module) is not nn.Identity:
             found = []
         return (found[0] if found else "?"), path

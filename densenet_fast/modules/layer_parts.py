@@ -38,7 +38,8 @@ class LayerParts(NamedTuple):
         if found is not None:
             return found
         bottleneck, read, *_ = eligibility.weight_shape(conv1)
-        channels = getattr(norm1, "num_features", 0) if channels is None else channels
+        if channels is None:
+            channels = eligibility.channels_of(norm1) if eligibility.is_norm(norm1) else 0
         if read != channels or eligibility.weight_shape(conv2)[1] != bottleneck:
             return "the shapes of the convolutions do not fit together"
         found = named("norm1", eligibility.norm(norm1, channels, expected))

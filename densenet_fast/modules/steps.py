@@ -28,7 +28,13 @@ from densenet_fast.blocks.specs import (
     TransitionTail,
 )
 from densenet_fast.modules.dimensions import Conv, Norm
-from densenet_fast.modules.eligibility import leaves_input, parameter, setting, weight_shape
+from densenet_fast.modules.eligibility import (
+    FROZEN_NORMS,
+    leaves_input,
+    parameter,
+    setting,
+    weight_shape,
+)
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
 
 FusedRun = list[LayerParts]
@@ -47,7 +53,8 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
     buffers = state["_buffers"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     momentum = counter = None
-    if state["training"] and setting(state, "track_running_stats"):
+    frozen = type(norm) in FROZEN_NORMS
+    if not frozen and state["training"] and setting(state, "track_running_stats"):
         momentum = state["momentum"]
         counter = buffers["num_batches_tracked"]
         if counter is not None:
@@ -63,7 +70,7 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
         running_mean=mean,
         running_var=var,
         eps=state["eps"],
-        batch_statistics=state["training"] or mean is None,
+        batch_statistics=not frozen and (state["training"] or mean is None),
         momentum=momentum,
         group=synchronized.group_of(norm) if type(norm) is nn.SyncBatchNorm else "",
         counter=counter,
@@ -286,7 +293,8 @@ class DenseStep:
                 behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
                 behind = reorder.transition(behind, tail.order)
         flat = FlatBlock(layers, behind)
-        if reorder.unused and all(norm.momentum is not None for norm in norms):
+        averaging = any(getattr(norm, "momentum", 0.0) is None for norm in norms)
+        if reorder.unused and not averaging:
             self._specs[id(run)] = flat
         return flat
 
