@@ -11,12 +11,14 @@ import forms
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import replica
 from forms import FORMS
 from library_networks import TOLERANCE, assert_same_step, assert_same_training, images
 from torch import Tensor, nn
 
 from densenet_fast import convert, fusion_report, optimize_for_inference, revert
 from densenet_fast.blocks.specs import CHECKPOINT_MODES
+from densenet_fast.modules import eligibility
 from densenet_fast.operators.torch_internals import BatchNorm
 
 NO_BOTTLENECK = "its layers have no bottleneck, which fused blocks do not compute yet"
@@ -221,6 +223,20 @@ def test_bfloat16_stays_as_close_as_it_was() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         errors = [(one(x).double() - expected).norm() for one in (network, reference)]
     assert errors[0] <= 1.5 * errors[1]
+
+
+def test_replicas_of_data_parallel() -> None:
+    network = make("newest first")
+    reference = copy.deepcopy(network)
+    convert(network)
+    copied = replica(network)
+    x = input_of(network)
+    for name in FOUND["newest first"][0]:
+        assert not isinstance(copied.get_submodule(name).chain(eligibility.expected(x)), str)
+    for one in (copied, reference):
+        one(x).square().sum().backward()
+    for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # Changes behind a conversion
