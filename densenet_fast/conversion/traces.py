@@ -7,8 +7,10 @@ tuple of the pieces that it consists of, each what an operation gives.
 from __future__ import annotations
 
 import copy
+import pickle
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -209,16 +211,26 @@ def trace(module: nn.Module, *, training: bool) -> Trace:
         part.training = training
     tracer = _Tracer()
     before = facts(copied)
-    python, generated = random.getstate(), torch.get_rng_state()
+    generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (random.getstate, random.setstate),
+        (
+            lambda: torch.get_rng_state().tolist(),
+            lambda state: torch.set_rng_state(torch.tensor(state, dtype=torch.uint8)),
+        ),
+    ]
+    if "numpy" in sys.modules:
+        numpy: Any = sys.modules["numpy"].random
+        generators.append((numpy.get_state, numpy.set_state))
+    states = [get() for get, _ in generators]
     try:
         graph = tracer.trace(copied)
     except Exception as error:
         # Whatever a forward raises that is called with something that is no tensor.
         raise UntraceableError(f"torch.fx cannot trace it: {_first_line(error)}") from error
     finally:
-        drawn = random.getstate() != python or not torch.equal(torch.get_rng_state(), generated)
-        random.setstate(python)
-        torch.set_rng_state(generated)
+        drawn = pickle.dumps([get() for get, _ in generators]) != pickle.dumps(states)
+        for (_, restore), state in zip(generators, states, strict=True):
+            restore(state)
     if facts(copied) != before:
         raise UntraceableError("its forward changes attributes of modules")
     if drawn:

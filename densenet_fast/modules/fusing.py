@@ -84,6 +84,41 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
     return obstacle
 
 
+def _continue(planned: Sequence[Step], step: DenseStep) -> str | None:
+    """Let the last step, if it is a block's, go on with the layers of this one; or why not."""
+    block = planned[-1] if planned else None
+    if not isinstance(block, DenseStep) or block.tail is not None or not block.ends_fused:
+        return "is not behind a DenseBlock"
+    before, layers = block.segments[-1], step.segments[-1]
+    assert isinstance(before, list)
+    assert isinstance(layers, list)
+    known = len(before) + 1
+    given = range(known) if block.order is None else block.order
+    if len(given) < known or block.checkpoint != step.checkpoint:
+        return "does not go on with all features of the block before"
+    group = synchronized.OneGroup(*(layer.norm1 for layer in before))
+    if not all(group.admits(layer.norm1) for layer in layers):
+        return "takes statistics over other ranks than the block before"
+
+    def pieces(order: Sequence[int] | None, count: int) -> Sequence[int] | None:
+        """An order of the step's first `count` pieces as one of the block's with the step's."""
+        order = range(count) if order is None else order
+        found = [p for piece in order for p in (given if piece == 0 else (known - 1 + piece,))]
+        return None if found == list(range(known - 1 + count)) else found
+
+    joined = [
+        *before,
+        *(parts._replace(order=pieces(parts.order, at + 1)) for at, parts in enumerate(layers)),
+    ]
+    block.segments = [*block.segments[:-1], joined]
+    if step.tail is not None:
+        block.tail = step.tail._replace(order=pieces(step.tail.order, len(layers) + 1))
+        block.order = None
+    else:
+        block.order = pieces(step.order, len(layers) + 1)
+    return None
+
+
 class Chain(NamedTuple):
     """The steps of a chain of modules, and whether ReLU and pooling are in the last one.
 
@@ -137,7 +172,8 @@ def steps(
             found = eligibility.of_kind(module, "chain", FusedChain) or module.chain(expected)
             obstacle = found if isinstance(found, str) else None
             for step in found if isinstance(found, list) else ():
-                if step.segments or _fuse_behind(planned, step) is not None:
+                added = _continue(planned, step) if step.segments else _fuse_behind(planned, step)
+                if added is not None:
                     _channels_innermost(planned)
                     planned.append(step)
             if module.averages():

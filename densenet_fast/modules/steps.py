@@ -193,7 +193,7 @@ class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
     `order` are the pieces of the features that are returned (0 is the input, i what layer i adds),
-    where these are not all as they were added: of a single run without a tail.
+    where these are not all as they were added; of the last run, and without a tail.
 
     A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
     of a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
@@ -236,7 +236,7 @@ class DenseStep:
         features, views = [input], False
         for segment in segments:
             if isinstance(segment, list):
-                whole = self._fused(features, segment, None, ours, hold)
+                whole = self._fused(features, segment, None, None, ours, hold)
                 widths = [part.shape[1] for part in features]
                 widths += [weight_shape(layer.conv2)[0] for layer in segment]
                 features = list(whole.split(widths, 1)) if self.lists else [whole]
@@ -251,11 +251,17 @@ class DenseStep:
             features = [*features, added] if self.lists else [added]
             ours = False
         if last or self.tail is not None:
-            return self._fused(features, last, self.tail, ours, hold)
+            return self._fused(features, last, self.tail, self.order, ours, hold)
         return _joined(features)
 
     def _fused(
-        self, features: list[Tensor], run: FusedRun, tail: TailParts | None, ours: bool, hold: int
+        self,
+        features: list[Tensor],
+        run: FusedRun,
+        tail: TailParts | None,
+        order: Sequence[int] | None,
+        ours: bool,
+        hold: int,
     ) -> Tensor:
         input = _joined(features)
         if self.checkpoint == "block" and not ours and input is features[0]:
@@ -266,10 +272,10 @@ class DenseStep:
         flat = self._flat(run, tail, reorder)
         output = fused(input, flat, self.checkpoint, self.hold + hold)
         reorder.give_back()
-        if self.order is None:
+        if order is None:
             return output
         pieces = output.split(widths, 1)
-        return torch.cat([pieces[place] for place in self.order], 1)
+        return torch.cat([pieces[place] for place in order], 1)
 
     def _flat(self, run: FusedRun, tail: TailParts | None, reorder: Reordering) -> FlatBlock:
         """The specs of a run; made once, as the step is only kept while its modules stay the same.

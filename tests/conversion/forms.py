@@ -237,14 +237,18 @@ class OfSequentials(nn.Module):
 class StageWithTransition(nn.Module):
     """Stages that end with their transition, in one Sequential."""
 
-    def __init__(self, layer: type[nn.Module]) -> None:
+    def __init__(
+        self,
+        layer: type[nn.Module],
+        transition: Callable[..., nn.Module] = FunctionalTransition,
+    ) -> None:
         super().__init__()
         channels = START + GROWTH * LAYERS[0]
         self.conv = nn.Conv2d(3, START, 3, padding=1, bias=False)
         self.stage1 = nn.Sequential()
         for at, part in enumerate(layers_of(layer, LAYERS[0], START)):
             self.stage1.add_module(f"block{at + 1}", part)
-        self.stage1.add_module("transition", FunctionalTransition(channels, channels // 2))
+        self.stage1.add_module("transition", transition(channels, channels // 2))
         self.stage2 = nn.Sequential(*layers_of(layer, LAYERS[1], channels // 2))
         channels = channels // 2 + GROWTH * LAYERS[1]
         self.bn = nn.BatchNorm2d(channels)
@@ -442,6 +446,8 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "sequentials in 3-D": lambda: OfSequentials(3),
     "stages with transitions": lambda: StageWithTransition(SharedReLU),
     "stages without bottleneck": lambda: StageWithTransition(WithoutBottleneck),
+    "stages with maxima": lambda: StageWithTransition(SharedReLU, maximum_transition),
+    "newest first, maxima": lambda: StageWithTransition(NewestFirst, maximum_transition),
     "units": units,
     "lists": Backbone,
     "lists, frugal": lambda: Backbone(frugal=True),

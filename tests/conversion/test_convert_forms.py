@@ -11,7 +11,7 @@ import forms
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import replica
+from comparison import Recorder, replica
 from forms import FORMS
 from library_networks import TOLERANCE, assert_same_step, assert_same_training, images
 from torch import Tensor, nn
@@ -37,6 +37,14 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "sequentials in 3-D": (("features.block0", "features.down0", "features.block1"), {}),
     "stages with transitions": (("stage1", "stage2"), {}),
     "stages without bottleneck": ((), {"stage1": NO_BOTTLENECK, "stage2": NO_BOTTLENECK}),
+    "stages with maxima": (
+        ("stage1.block1", "stage1.block2", "stage2"),
+        {"stage1.transition": MAXIMUM},
+    ),
+    "newest first, maxima": (
+        ("stage1.block1", "stage1.block2", "stage2"),
+        {"stage1.transition": MAXIMUM},
+    ),
     "units": (("0.stage1", "0.stage2"), {}),
     "lists": (("stages.0", "stages.1", "transitions.0"), {}),
     "lists, frugal": (("stages.0", "stages.1", "transitions.0"), {}),
@@ -340,6 +348,28 @@ def test_dropout_between_the_convolutions_runs_fused_in_evaluation() -> None:
     reference.eval()
     assert fusion_report(network).all_fused
     assert_same_step(network, reference, x)
+
+
+@pytest.mark.parametrize("layer", [forms.SharedReLU, forms.NewestFirst])
+def test_layers_of_a_sequential_share_a_buffer(
+    layer: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the Sequential is no chain, and behind a block with a hooked layer."""
+    densenet = pytest.importorskip("torchvision.models.densenet")
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        densenet._DenseBlock(3, 6, 2, 4, 0.0),
+        *forms.layers_of(layer, 2, 18),
+        forms.FunctionalTransition(26, 8),
+        *forms.layers_of(layer, 2, 8),
+        nn.Tanh(),
+    ).double()
+    network[0].denselayer2.register_forward_hook(lambda module, args, output: None)
+    reference = copy.deepcopy(network)
+    assert convert(network).complete
+    runs = Recorder(monkeypatch).runs
+    assert_same_step(network, reference, images(0, (2, 6, 6, 6)))
+    assert runs == [1, 3, 2]
 
 
 def test_only_new_features_are_returned() -> None:
