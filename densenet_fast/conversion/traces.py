@@ -232,7 +232,7 @@ def trace(module: nn.Module, *, training: bool) -> Trace:
         for (_, restore), state in zip(generators, states, strict=True):
             restore(state)
     if facts(copied) != before:
-        raise UntraceableError("its forward changes attributes of modules")
+        raise UntraceableError("its forward changes attributes of modules: use a hook for that")
     if drawn:
         raise UntraceableError("its forward draws random numbers")
     return _canonical(copied, graph, tracer)

@@ -66,28 +66,6 @@ class FunctionalTransition(nn.Module):
         return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
 
 
-class Small(nn.Module):
-    """Stages and transitions called one after another, as networks for small images do."""
-
-    def __init__(self, layer: type[nn.Module], transition: Callable[..., nn.Module]) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, START, 3, padding=1, bias=False)
-        self.dense1 = nn.Sequential(*layers_of(layer, LAYERS[0], START))
-        channels = START + GROWTH * LAYERS[0]
-        self.trans1 = transition(channels, channels // 2)
-        channels //= 2
-        self.dense2 = nn.Sequential(*layers_of(layer, LAYERS[1], channels))
-        channels += GROWTH * LAYERS[1]
-        self.bn = nn.BatchNorm2d(channels)
-        self.linear = nn.Linear(channels, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.trans1(self.dense1(self.conv1(x)))
-        out = F.relu(self.bn(self.dense2(out)))
-        out = F.avg_pool2d(out, 4)
-        return self.linear(out.view(out.size(0), -1))
-
-
 class Bottle(nn.Module):
     """A layer whose operations are a Sequential."""
 
@@ -103,22 +81,6 @@ class Bottle(nn.Module):
 def linear_transition(channels: int, out: int) -> nn.Module:
     parts = [nn.BatchNorm2d(channels), nn.Conv2d(channels, out, 1, bias=False), nn.AvgPool2d(2, 2)]
     return nn.Sequential(*parts)
-
-
-def bottles() -> nn.Module:
-    """All features in one Sequential, transitions without a ReLU."""
-    channels = START + GROWTH * LAYERS[0]
-    features = nn.Sequential()
-    features.add_module("layers_0", nn.Sequential(*layers_of(Bottle, LAYERS[0], START)))
-    features.add_module("down_0", linear_transition(channels, channels // 2))
-    channels //= 2
-    features.add_module("layers_1", nn.Sequential(*layers_of(Bottle, LAYERS[1], channels)))
-    channels += GROWTH * LAYERS[1]
-    features.add_module("bn", nn.BatchNorm2d(channels))
-    features.add_module("relu", nn.ReLU(inplace=True))
-    stem = nn.Conv2d(3, START, 3, padding=1, bias=False)
-    head = [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(channels, 5)]
-    return nn.Sequential(OrderedDict(conv1=stem, features=features, head=nn.Sequential(*head)))
 
 
 class SharedReLU(nn.Module):
@@ -141,24 +103,6 @@ class SharedReLU(nn.Module):
         if self.rate > 0:
             out = F.dropout(out, p=self.rate, inplace=False, training=self.training)
         return torch.cat([x, out], 1)
-
-
-class Wrapped(nn.Module):
-    """A block around a Sequential."""
-
-    def __init__(self, count: int, channels: int, rate: float) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(*layers_of(lambda c: SharedReLU(c, rate), count, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def wrapped(rate: float = 0.0) -> nn.Module:
-    network = Small(SharedReLU, FunctionalTransition)
-    network.dense1 = Wrapped(LAYERS[0], START, rate)
-    network.dense2 = Wrapped(LAYERS[1], (START + GROWTH * LAYERS[0]) // 2, rate)
-    return network
 
 
 def kinds(dims: int) -> tuple[Any, Any, Any]:
@@ -210,56 +154,6 @@ class SequentialTransition(nn.Sequential):
         )
 
 
-class OfSequentials(nn.Module):
-    """Everything below `features`, as torchvision's network was at first."""
-
-    def __init__(self, dims: int = 2, rate: float = 0.0) -> None:
-        super().__init__()
-        conv, norm, _ = kinds(dims)
-        self.dims = dims
-        parts: dict[str, nn.Module] = OrderedDict(conv0=conv(3, START, 3, padding=1, bias=False))
-        channels = START
-        for at, count in enumerate(LAYERS):
-            parts[f"block{at}"] = SequentialBlock(count, channels, dims, rate)
-            channels += count * GROWTH
-            if at < len(LAYERS) - 1:
-                parts[f"down{at}"] = SequentialTransition(channels, channels // 2, dims)
-                channels //= 2
-        parts["norm_final"] = norm(channels)
-        self.features = nn.Sequential(parts)
-        self.classifier = nn.Linear(channels, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = F.relu(self.features(x), inplace=True)
-        return self.classifier(features.flatten(2).mean(2))
-
-
-class StageWithTransition(nn.Module):
-    """Stages that end with their transition, in one Sequential."""
-
-    def __init__(
-        self,
-        layer: type[nn.Module],
-        transition: Callable[..., nn.Module] = FunctionalTransition,
-    ) -> None:
-        super().__init__()
-        channels = START + GROWTH * LAYERS[0]
-        self.conv = nn.Conv2d(3, START, 3, padding=1, bias=False)
-        self.stage1 = nn.Sequential()
-        for at, part in enumerate(layers_of(layer, LAYERS[0], START)):
-            self.stage1.add_module(f"block{at + 1}", part)
-        self.stage1.add_module("transition", transition(channels, channels // 2))
-        self.stage2 = nn.Sequential(*layers_of(layer, LAYERS[1], channels // 2))
-        channels = channels // 2 + GROWTH * LAYERS[1]
-        self.bn = nn.BatchNorm2d(channels)
-        self.fc = nn.Linear(channels, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stage2(self.stage1(self.conv(x)))
-        x = F.adaptive_avg_pool2d(F.relu(self.bn(x), inplace=True), output_size=1)
-        return self.fc(x.view(x.size(0), -1))
-
-
 class PreConv(nn.Module):
     def __init__(self, channels: int, out: int, taps: int) -> None:
         super().__init__()
@@ -296,21 +190,6 @@ class UnitTransition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.conv(x))
-
-
-def units(rate: float = 0.0) -> nn.Module:
-    """Stages that start with the transition of the stage before."""
-    channels = START + GROWTH * LAYERS[0]
-    first = nn.Sequential(*layers_of(lambda c: Unit(c, rate), LAYERS[0], START))
-    second = nn.Sequential(UnitTransition(channels, channels // 2))
-    for part in layers_of(lambda c: Unit(c, rate), LAYERS[1], channels // 2):
-        second.append(part)
-    channels = channels // 2 + GROWTH * LAYERS[1]
-    post = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-    init = nn.Sequential(nn.Conv2d(3, START, 3, padding=1), *norm_relu_conv(START, START, 1)[:2])
-    features = OrderedDict(init=init, stage1=first, stage2=second, post=post)
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5)]
-    return nn.Sequential(nn.Sequential(features), *head)
 
 
 class OfLists(nn.Module):
@@ -359,31 +238,6 @@ class OnlyNew(ListBlock):
     only_new = True
 
 
-class Backbone(nn.Module):
-    """Stages and transitions in lists, the outputs of all of them returned."""
-
-    def __init__(self, frugal: bool = False) -> None:
-        super().__init__()
-        channels = START + GROWTH * LAYERS[0]
-        self.act = nn.ReLU()
-        stem = nn.Conv2d(3, START, 3, padding=1, bias=False)
-        pool = nn.MaxPool2d(3, 2, 1)
-        self.stem = nn.Sequential(stem, nn.BatchNorm2d(START), self.act, pool)
-        self.stages = nn.ModuleList([ListBlock(LAYERS[0], START, frugal)])
-        self.stages.append(ListBlock(LAYERS[1], channels // 2, frugal))
-        behind = nn.BatchNorm2d(channels // 2 + GROWTH * LAYERS[1])
-        self.transitions = nn.ModuleList([SequentialTransition(channels, channels // 2, 2)])
-        self.transitions.append(nn.Sequential(behind, self.act))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self.stem(x)
-        found = []
-        for stage, transition in zip(self.stages, self.transitions, strict=True):
-            x = transition(stage(x))
-            found.append(x)
-        return tuple(found)
-
-
 class SegmentationBlock(nn.Module):
     """A block without bottlenecks, of convolutions with a bias and dropout of channels."""
 
@@ -404,27 +258,6 @@ class SegmentationBlock(nn.Module):
         return torch.cat(new, 1) if self.only_new else x
 
 
-class Segmentation(nn.Module):
-    """A path down, one up, and the features in between handed over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = START + 2 * GROWTH
-        self.first = nn.Conv2d(3, START, 3, padding=1)
-        self.down = SegmentationBlock(2, START, only_new=False)
-        parts = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1)]
-        self.transition = nn.Sequential(*parts, nn.Dropout2d(0.2), nn.MaxPool2d(2))
-        self.middle = SegmentationBlock(2, channels, only_new=True)
-        self.up = nn.ConvTranspose2d(2 * GROWTH, 2 * GROWTH, 2, 2)
-        self.behind = SegmentationBlock(2, channels + 2 * GROWTH, only_new=False)
-        self.last = nn.Conv2d(channels + 4 * GROWTH, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skip = self.down(self.first(x))
-        x = self.up(self.middle(self.transition(skip)))
-        return self.last(self.behind(torch.cat([x, skip], 1)))
-
-
 def maximum_transition(channels: int, out: int) -> nn.Module:
     return nn.Sequential(*norm_relu_conv(channels, out, 1), nn.MaxPool2d(2))
 
@@ -432,26 +265,3 @@ def maximum_transition(channels: int, out: int) -> nn.Module:
 def biased_transition(channels: int, out: int) -> nn.Module:
     parts = [nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, out, 1), nn.AvgPool2d(2)]
     return nn.Sequential(*parts)
-
-
-FORMS: dict[str, Callable[[], nn.Module]] = {
-    "functional": lambda: Small(Functional, FunctionalTransition),
-    "newest first": lambda: Small(NewestFirst, FunctionalTransition),
-    "without bottleneck": lambda: Small(WithoutBottleneck, FunctionalTransition),
-    "bottles": bottles,
-    "wrapped": wrapped,
-    "wrapped, dropout": lambda: wrapped(0.2),
-    "sequentials": OfSequentials,
-    "sequentials in 1-D": lambda: OfSequentials(1),
-    "sequentials in 3-D": lambda: OfSequentials(3),
-    "stages with transitions": lambda: StageWithTransition(SharedReLU),
-    "stages without bottleneck": lambda: StageWithTransition(WithoutBottleneck),
-    "stages with maxima": lambda: StageWithTransition(SharedReLU, maximum_transition),
-    "newest first, maxima": lambda: StageWithTransition(NewestFirst, maximum_transition),
-    "units": units,
-    "lists": Backbone,
-    "lists, frugal": lambda: Backbone(frugal=True),
-    "maximum": lambda: Small(Functional, maximum_transition),
-    "biased transition": lambda: Small(NewestFirst, biased_transition),
-    "segmentation": Segmentation,
-}

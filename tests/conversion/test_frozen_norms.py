@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from forms import FORMS
+from form_networks import FORMS
 from library_networks import TOLERANCE, assert_same_step, images, make
 from torch import nn
 
