@@ -102,9 +102,7 @@ def _refusal(module: nn.Module, found: Chain) -> str | None:
     """Why a chain is not converted: what fused steps do not have, or other results than its own."""
     taken = sorted(name for name in _OWN if hasattr(module, name))
     if taken:
-        return (
-            f"it has an attribute {taken[0]!r}, which converted modules have for themselves: rename it"
-        )
+        return f"it has an attribute {taken[0]!r}, which converted modules have: rename it"
     first = found.stages[0]
     path = first.layers[0].norm1 if first.layers else first.tail.norm  # type: ignore[union-attr]
     norm: Any = at(module, path)

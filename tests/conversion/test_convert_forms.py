@@ -314,7 +314,7 @@ def test_a_class_with_names_of_ours_is_left_alone() -> None:
     block = Runner(2, 6)
     [row] = convert(block)
     assert row.reason == (
-        "it has an attribute 'checkpoint', which converted modules have for themselves: rename it"
+        "it has an attribute 'checkpoint', which converted modules have: rename it"
     )
     assert type(block) is Runner
 
