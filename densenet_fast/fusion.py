@@ -11,6 +11,7 @@ from torch import nn
 from densenet_fast import reports
 from densenet_fast.blocks import autocast
 from densenet_fast.conversion.parts import ConvertedFeatures, ConvertedNetwork
+from densenet_fast.conversion.structure import ConvertedChain
 from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.dimensions import NORMS
@@ -120,6 +121,9 @@ class _Visitor:
                     self.visit(f"{prefix}{part}", layer)
                 else:
                     self.add(f"{prefix}{part}", found)
+        elif isinstance(module, ConvertedChain):
+            for part, obstacle in module.rows(self.expected(module)):
+                self.add((prefix + part).rstrip("."), obstacle)
         elif isinstance(module, ConvertedFeatures):
             self.chain(prefix, module, head)
         elif isinstance(module, EfficientDenseNet):

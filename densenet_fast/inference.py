@@ -182,9 +182,18 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
         return None
     if isinstance(step, DenseStep) and len(step.segments) == 1 and before:
         segment = step.segments[0]
-        if isinstance(segment, list) and step.tail is not None:
+        if (
+            isinstance(segment, list)
+            and step.tail is not None
+            and not _reordered(segment, step.tail)
+        ):
             return [*before, Block(segment, step.tail, images)]
     return None
+
+
+def _reordered(layers: Sequence[LayerParts], tail: TailParts) -> bool:
+    """Whether something reads the features in another order than they are stored in."""
+    return tail.order is not None or any(layer.order is not None for layer in layers)
 
 
 def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +249,7 @@ class Block:
         self.coefficients = torch.cat(pairs)
         self.widest = max(self.sizes[1::2])
         self.packed: dict[tuple[int, ...], Tensor] = {}  # by the images' size
-        norm, conv = tail
+        norm, conv, _ = tail
         self.tail_norm = _coefficients(norm_spec(norm, []), like)
         self.conv = None if conv is None else conv.weight.flatten(1)  # None: the average
         if self.conv is not None:

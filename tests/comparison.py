@@ -173,6 +173,20 @@ def without_inplace(network: nn.Module) -> None:
             part.inplace = False
 
 
+def replica(module: nn.Module) -> nn.Module:
+    """What DataParallel makes for another GPU, on the CPU."""
+    copied = module._replicate_for_data_parallel()
+    copied._former_parameters = {}
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            copied._parameters[name] = None
+        else:
+            setattr(copied, name, 1.0 * parameter)
+    for name, child in module._modules.items():
+        setattr(copied, name, replica(child))
+    return copied
+
+
 class Recorder:
     """Counts the fused nodes of a forward."""
 

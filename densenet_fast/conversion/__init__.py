@@ -1,4 +1,4 @@
-"""Other libraries' DenseNets made efficient in place."""
+"""Others' DenseNets made efficient in place."""
 
 from densenet_fast.conversion.convert import ConversionReport, ConversionRow, convert, revert
 

@@ -1,4 +1,4 @@
-"""`convert` and `revert`: other libraries' DenseNets made efficient in place."""
+"""`convert` and `revert`: others' DenseNets made efficient in place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from densenet_fast import arguments
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
+from densenet_fast.conversion.finding import find
 from densenet_fast.conversion.parts import (
     ADAPTERS,
     OWN_ATTRIBUTES,
@@ -17,14 +18,19 @@ from densenet_fast.conversion.parts import (
     ConvertedFeatures,
     ConvertedNetwork,
     is_converted,
+    original,
 )
+from densenet_fast.conversion.structure import ConvertedChain, become_chain
 from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.modules.layers import FusedModule
 from densenet_fast.reports import NamedRow, Report, table
 
-# The library's module that defines the classes → the adapter's name.
+# The library's module that defines its classes, frozen norms among them → the adapter's name.
 _LIBRARIES = {
     "torchvision.models.densenet": "torchvision",
+    "torchvision.ops.misc": "torchvision",
     "timm.models.densenet": "timm",
+    "timm.layers.norm_act": "timm",
     "monai.networks.nets.densenet": "monai",
     "torchxrayvision.models": "torchxrayvision",
 }
@@ -74,7 +80,8 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
     """Make the DenseNets in `model` efficient, in place.
 
     Knows those of torchvision, timm, MONAI (in one, two and three dimensions) and torchxrayvision,
-    alone or inside another model (a detector's or segmentation network's backbone, a wrapper).
+    alone or inside another model (a detector's or segmentation network's backbone, a wrapper), and
+    modules of any class whose forward, traced by torch.fx, is dense layers and transitions.
     Parameters, buffers, names, state-dict keys, hooks and modes stay the very same objects: modules
     get another class, which inherits from their own. Converting again sets another `checkpoint`.
 
@@ -93,30 +100,45 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
         raise TypeError(f"convert expects a module, got {type(model).__name__}")
     checkpoint = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
     _import_adapters(model)
-    rows: list[ConversionRow] = []
-    planned: list[tuple[nn.Module, type[nn.Module]]] = []
+    rows: dict[nn.Module, ConversionRow] = {}
+    planned: dict[nn.Module, type[nn.Module]] = {}
     for name, module in model.named_modules():
         adapter, reason = _plan(module)
         if adapter is not None and reason is None:
-            planned.append((module, adapter))
+            planned[module] = adapter
         if reason is not None or adapter is not None:
-            rows.append(ConversionRow(name, _type_text(module), reason))
+            rows[module] = ConversionRow(name, _type_text(module), reason)
+    known = {
+        module
+        for module in model.modules()
+        if isinstance(module, (FusedModule, EfficientDenseNet))
+        or issubclass(planned.get(module, object), FusedModule)
+    }
+    found = find(model, known)
+    for name, module, _, reason, _ in found:
+        if reason is None or module not in rows:
+            rows[module] = ConversionRow(name, _type_text(module), reason)
     if not rows:
         raise ValueError(
-            f"convert found no DenseNet of torchvision, timm, MONAI or torchxrayvision in "
-            f"{type(model).__name__}"
+            f"convert found no dense block in {type(model).__name__}, neither by the classes of "
+            "torchvision, timm, MONAI and torchxrayvision nor by what its modules compute"
         )
-    for module, adapter in planned:
+    for module, adapter in planned.items():
         module.__class__ = adapter
+    for match in found:
+        if match.chain is not None and match.reason is None:
+            become_chain(match.module, match.chain)
     for module in list(model.modules()):
-        if isinstance(module, ConvertedBlock):
+        if isinstance(module, (ConvertedBlock, ConvertedChain)):
             module.checkpoint = checkpoint
         # Plain Sequentials with a converted block among their modules.
         if type(module) is nn.Sequential and any(
-            isinstance(child, ConvertedBlock) for child in module._modules.values()
+            isinstance(child, (ConvertedBlock, ConvertedChain))
+            for child in module._modules.values()
         ):
             module.__class__ = ConvertedFeatures
-    return ConversionReport(tuple(rows))
+    order = {module: place for place, module in enumerate(model.modules())}
+    return ConversionReport(tuple(rows[module] for module in sorted(rows, key=order.__getitem__)))
 
 
 def revert(model: nn.Module) -> None:
@@ -132,7 +154,7 @@ def revert(model: nn.Module) -> None:
     if not converted:
         raise ValueError(f"revert found nothing converted in {type(model).__name__}")
     for module in converted:
-        module.__class__ = type(module).__dict__["converted_from"]
+        module.__class__ = original(module)
         for name in OWN_ATTRIBUTES:
             module.__dict__.pop(name, None)
 
@@ -174,6 +196,5 @@ def _plan(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
 
 
 def _type_text(module: nn.Module) -> str:
-    kind = type(module)
-    origin = kind.__dict__.get("converted_from", kind)
+    origin = original(module)
     return f"{origin.__module__.partition('.')[0]} {origin.__name__}"

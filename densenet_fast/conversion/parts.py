@@ -21,7 +21,7 @@ from densenet_fast.conversion import tensor_subclasses
 from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.dimensions import CONVS, MODULES
 from densenet_fast.modules.eligibility import routed
-from densenet_fast.modules.layers import FusedBlock, FusedModule
+from densenet_fast.modules.layers import FusedBlock, FusedChain, FusedModule
 from densenet_fast.modules.layers import Transition as FusedTransition
 from densenet_fast.modules.steps import Step
 from densenet_fast.operators.rows import channels_last_format, is_channels_last
@@ -61,8 +61,8 @@ class Converted(nn.Module):
 
     converted_from: type[nn.Module]
 
-    def __init_subclass__(cls) -> None:
-        """Register an adapter, dressed as what it is converted from."""
+    def __init_subclass__(cls, *, registered: bool = True) -> None:
+        """Dress an adapter as what it is converted from; and register it."""
         super().__init_subclass__()
         library: Any = cls.__bases__[-1]
         if issubclass(library, (Converted, FusedModule)):
@@ -70,6 +70,8 @@ class Converted(nn.Module):
         cls.converted_from = library
         cls.__name__ = library.__name__
         cls.forward = _fused_forward(library.forward)
+        if not registered:
+            return
         ADAPTERS[library] = cls
         if issubclass(cls, ConvertedPart):
             eligibility.KINDS[cls] = "block" if issubclass(cls, FusedBlock) else "transition"
@@ -91,7 +93,7 @@ def _layout(input: Tensor, channels_last: bool) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _given(input: Tensor, conv: Any) -> torch.memory_format:
+def given_format(input: Tensor, conv: Any) -> torch.memory_format:
     """The layout of what a convolution, and the modules behind it, make of `input`."""
     weight: Any = conv._parameters.get("weight") if isinstance(conv, CONVS) else None
     known = type(weight) in eligibility.PLAIN_TENSORS
@@ -119,7 +121,7 @@ class ConvertedTransition(ConvertedPart, FusedTransition):
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`."""
         conv = self._modules.get("conv")
-        return fusing.averaged_format(_given(input, conv), input.dim() - 2)
+        return fusing.averaged_format(given_format(input, conv), input.dim() - 2)
 
 
 class ConvertedFeatures(Converted, nn.Sequential):
@@ -132,14 +134,18 @@ class ConvertedFeatures(Converted, nn.Sequential):
         if planned is None:
             return self.plain(input)
         memory_format = self.released_format(images)
-        if any(isinstance(module, FusedTransition) for module in self._modules.values()):
+        if any(
+            isinstance(module, FusedTransition)
+            or (isinstance(module, FusedChain) and module.averages())
+            for module in self._modules.values()
+        ):
             memory_format = fusing.averaged_format(memory_format, images.dim() - 2)
         output = released(fusing.run(planned[0], images), memory_format)
         return tensor_subclasses.restored(output, input)
 
     def released_format(self, input: Tensor) -> torch.memory_format:
         """The layout of what the library gives for `input`, up to the first transition."""
-        return _given(input, next(iter(self._modules.values()), None))
+        return given_format(input, next(iter(self._modules.values()), None))
 
     def planned(self, input: Tensor, head: fusing.Head) -> tuple[Sequence[Step], bool] | None:
         """What `fusing.steps` says, or None where the modules must be called one by one."""
@@ -198,13 +204,20 @@ class ConvertedNetwork(Converted):
         raise NotImplementedError
 
 
-# Attributes of a converted module that its library's class does not have.
-OWN_ATTRIBUTES = ("_checkpoint",)
+# Attributes of a converted module that its own class does not have.
+OWN_ATTRIBUTES = ("_checkpoint", "_found")
 
 
 def is_converted(module: nn.Module) -> bool:
     """Whether the module's exact class is one of the adapters."""
     return "converted_from" in type(module).__dict__
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, whether it is converted or not."""
+    kind = type(module)
+    own: type[nn.Module] = kind.__dict__.get("converted_from", kind)
+    return own
 
 
 def averages(features: nn.Module, pool: Any, flatten: nn.Module | None) -> bool:

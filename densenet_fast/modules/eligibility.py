@@ -93,7 +93,7 @@ def exactly(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 # What modules of exactly these types run fused as; their subclasses may do anything.
-KINDS: dict[type[nn.Module], Literal["layer", "block", "transition"]] = {}
+KINDS: dict[type[nn.Module], Literal["layer", "block", "transition", "chain"]] = {}
 
 
 def of_kind(module: nn.Module, kind: str, expected: type[nn.Module]) -> str | None:
@@ -111,6 +111,24 @@ NORMS_WITH_RELU: dict[type[nn.Module], Callable[[Any], str | None]] = {}
 def norm_with_relu(module: nn.Module | None) -> bool:
     """Whether the module is of a type with a ReLU of its own."""
     return type(module) in NORMS_WITH_RELU
+
+
+# Norms in two dimensions, of other classes than batch norms, that always normalise with their
+# running statistics. All that they hold are buffers.
+FROZEN_NORMS: set[type[nn.Module]] = set()
+
+
+def takes_statistics(norm: Norm) -> bool:
+    """Whether the norm would take the batch's statistics if it was called now."""
+    kept = type(norm) in FROZEN_NORMS
+    return not kept and (norm.training or norm.__dict__["_buffers"].get("running_mean") is None)
+
+
+def channels_of(norm: Norm) -> int:
+    """How many channels a norm is for."""
+    state = norm.__dict__
+    known: int | None = state.get("num_features")
+    return len(state["_buffers"]["running_mean"]) if known is None else known
 
 
 # The forwards that neither write to their input nor return it or a view of it.
@@ -145,9 +163,10 @@ def _tensor(tensor: Tensor, expected: Expected) -> str | None:
 
 def parameter(state: dict[str, Any], name: str) -> Any:
     """A parameter from a module's `__dict__`; KeyError if it is not an ordinary one."""
-    parameters = state["_parameters"]
-    # The replicas of DataParallel hold their parameters as ordinary attributes.
-    return parameters[name] if name in parameters else state[name]
+    for held in (state["_parameters"], state["_buffers"]):  # of frozen norms buffers
+        if name in held:
+            return held[name]
+    return state[name]  # the replicas of DataParallel hold their parameters as ordinary attributes
 
 
 # What modules did before they had these settings: those unpickled from old files have not.
@@ -169,30 +188,32 @@ def setting(state: dict[str, Any], name: str) -> Any:
 
 def is_norm(module: nn.Module | None) -> TypeGuard[Norm]:
     """Whether fused blocks know this type of norm."""
-    return type(module) in NORMS or norm_with_relu(module)
+    return type(module) in NORMS or type(module) in FROZEN_NORMS or norm_with_relu(module)
 
 
 def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | None:
     """Obstacle to computing a norm of this many channels (a ReLU behind it is harmless)."""
     kind = MODULES[expected.dims].norm
-    if not is_norm(module) or not isinstance(module, (kind, nn.SyncBatchNorm)):
+    frozen = expected.dims == 2 and type(module) in FROZEN_NORMS
+    if not is_norm(module) or not (frozen or isinstance(module, (kind, nn.SyncBatchNorm))):
         return other_type(module, kind)
     with_relu = NORMS_WITH_RELU.get(type(module))
     obstacle = touched(module) or (None if with_relu is None else with_relu(module))
     if obstacle is not None:
         return obstacle
     state = module.__dict__
-    if channels is not None and state["num_features"] != channels:
-        return f"normalises {state['num_features']} channels, not {channels}"
+    if channels is not None and channels_of(module) != channels:
+        return f"normalises {channels_of(module)} channels, not {channels}"
     if not state["eps"] > 0:
         return f"has eps={state['eps']}"
-    if state["momentum"] is None and torch.compiler.is_compiling():
+    if not frozen and state["momentum"] is None and torch.compiler.is_compiling():
         return "averages over all steps, whose number is not known to torch.compile"
     buffers = state["_buffers"]
     try:
         weight, bias = parameter(state, "weight"), parameter(state, "bias")
         mean, var = buffers["running_mean"], buffers["running_var"]
-        buffers["num_batches_tracked"]
+        if not frozen:
+            buffers["num_batches_tracked"]
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
     if (mean is None) is not (var is None):

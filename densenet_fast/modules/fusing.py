@@ -15,7 +15,7 @@ from densenet_fast.modules.dimensions import MODULES, Conv
 from densenet_fast.modules.eligibility import Expected, named
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layer_parts import TailParts
-from densenet_fast.modules.layers import DenseBlock, FusedBlock, Transition
+from densenet_fast.modules.layers import DenseBlock, FusedBlock, FusedChain, Transition
 from densenet_fast.modules.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
 
 # What a network does behind its last norm: ReLU and the average over all pixels, that average alone
@@ -66,13 +66,15 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
         obstacle = "the layer before it runs plain"
     if isinstance(tail, str) or tail.tail is None:
         return obstacle or str(tail)
-    norm, conv = tail.tail
+    norm, conv, _ = tail.tail
     if isinstance(block, DenseStep) and obstacle is None:
-        layers = block.segments[-1]
+        layers, order = block.segments[-1], block.order
         assert isinstance(layers, list)
+        if order is not None and (conv is None or len(order) <= len(layers)):
+            return "the block before it returns its features in an order of its own"
         group = synchronized.OneGroup(*(layer.of_features for layer in layers))
         if group.admits(norm):
-            block.tail = tail.tail
+            block.tail, block.order = tail.tail._replace(order=order), None
             return None
         obstacle = "takes statistics over other ranks than the block before"
     if type(norm) is nn.SyncBatchNorm and conv is None:
@@ -80,6 +82,41 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
         planned.append(tail)
         return None
     return obstacle
+
+
+def _continue(planned: Sequence[Step], step: DenseStep) -> str | None:
+    """Let the last step, if it is a block's, go on with the layers of this one; or why not."""
+    block = planned[-1] if planned else None
+    if not isinstance(block, DenseStep) or block.tail is not None or not block.ends_fused:
+        return "is not behind a DenseBlock"
+    before, layers = block.segments[-1], step.segments[-1]
+    assert isinstance(before, list)
+    assert isinstance(layers, list)
+    known = len(before) + 1
+    given = range(known) if block.order is None else block.order
+    if len(given) < known or block.checkpoint != step.checkpoint:
+        return "does not go on with all features of the block before"
+    group = synchronized.OneGroup(*(layer.of_features for layer in before))
+    if not all(group.admits(layer.of_features) for layer in layers):
+        return "takes statistics over other ranks than the block before"
+
+    def pieces(order: Sequence[int] | None, count: int) -> Sequence[int] | None:
+        """An order of the step's first `count` pieces as one of the block's with the step's."""
+        order = range(count) if order is None else order
+        found = [p for piece in order for p in (given if piece == 0 else (known - 1 + piece,))]
+        return None if found == list(range(known - 1 + count)) else found
+
+    joined = [
+        *before,
+        *(parts._replace(order=pieces(parts.order, at + 1)) for at, parts in enumerate(layers)),
+    ]
+    block.segments = [*block.segments[:-1], joined]
+    if step.tail is not None:
+        block.tail = step.tail._replace(order=pieces(step.tail.order, len(layers) + 1))
+        block.order = None
+    else:
+        block.order = pieces(step.order, len(layers) + 1)
+    return None
 
 
 class Chain(NamedTuple):
@@ -131,6 +168,16 @@ def steps(
                 if step.segments and isinstance(step.segments[0], list):
                     _channels_innermost(planned)
                 planned.append(step)
+        elif isinstance(module, FusedChain):
+            found = eligibility.of_kind(module, "chain", FusedChain) or module.chain(expected)
+            obstacle = found if isinstance(found, str) else None
+            for step in found if isinstance(found, list) else ():
+                added = _continue(planned, step) if step.segments else _fuse_behind(planned, step)
+                if added is not None:
+                    _channels_innermost(planned)
+                    planned.append(step)
+            if module.averages():
+                memory_format = averaged_format(memory_format, expected.dims)
         elif isinstance(module, Transition) or at + 1 == len(modules):
             obstacle = _fuse_behind(planned, _tail(module, head, expected))
             memory_format = averaged_format(memory_format, expected.dims)
@@ -169,7 +216,8 @@ def _channels_innermost(planned: list[Step]) -> None:
 
 def _recomputes(behind: Sequence[nn.Module]) -> bool:
     """Whether the block behind the stem recomputes."""
-    return any(isinstance(block, FusedBlock) and block.checkpoint != "none" for block in behind)
+    blocks = [block for block in behind if isinstance(block, (FusedBlock, FusedChain))]
+    return any(block.checkpoint != "none" for block in blocks)
 
 
 def _recomputable_conv(planned: list[Step]) -> Conv | None:

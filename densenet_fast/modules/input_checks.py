@@ -24,9 +24,10 @@ from densenet_fast.modules.dimensions import (
 )
 from densenet_fast.modules.eligibility import (
     KINDS,
+    channels_of,
     is_norm,
-    norm_with_relu,
     setting,
+    takes_statistics,
     touched,
 )
 from densenet_fast.modules.layer_parts import READERS
@@ -37,6 +38,8 @@ def dimensions(owner: nn.Module) -> int | None:
 
     None where others' modules alone, which may be of any kind, would say so.
     """
+    if KINDS.get(type(owner)) == "chain":  # of convolutions and norms of one kind
+        return next((OF_TYPE[type(m)] for m in owner.modules() if type(m) in OF_TYPE), None)
     for module in owner._modules.values():
         kind: Any = type(module)
         found = OF_TYPE.get(kind)
@@ -74,7 +77,7 @@ def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
     if first is None or touched(first):
         return
     if is_norm(first):
-        expected = first.num_features
+        expected = channels_of(first)
     elif isinstance(first, CONVS) and type(first) in CONVS:
         expected = first.in_channels
     else:
@@ -135,13 +138,18 @@ def parameters(owner: nn.Module, module: nn.Module, input: Tensor) -> None:
                 )
 
 
-def _checked(module: nn.Module) -> list[nn.Module]:
-    """The modules below whose tensors are known to meet the input as they are."""
-    if type(module) in _CHECKED:
+def _checked(module: nn.Module, *, known: bool = False) -> list[nn.Module]:
+    """The modules below whose tensors are known to meet the input as they are.
+
+    That of a chain is `known` of all modules below it.
+    """
+    kind = type(module)
+    if kind in _CHECKED:
         return [] if touched(module) else [module]
-    if type(module).__module__.startswith("densenet_fast.") or type(module) in _CONTAINERS:
+    known = known or KINDS.get(kind) == "chain"
+    if known or kind.__module__.startswith("densenet_fast.") or kind in _CONTAINERS:
         children = [child for child in module.children() if not touched(child)]
-        return [part for child in children for part in _checked(child)]
+        return [part for child in children for part in _checked(child, known=known)]
     return []
 
 
@@ -155,7 +163,7 @@ def output_size(module: nn.Module, size: Size) -> Size | None:
     if touched(module):
         return None
     kind, own = type(module), KINDS.get(type(module))
-    if own in ("block", "layer") or kind in _KEEP_SIZE or norm_with_relu(module):
+    if own in ("block", "layer") or kind in _KEEP_SIZE or is_norm(module):
         return size
     if own == "transition":
         through: Size | None = size
@@ -222,8 +230,8 @@ def _text(size: Sequence[object]) -> str:
 def _values_per_channel(module: nn.Module, through: Size) -> None:
     """BatchNorm's own error, if a norm below `module` would take statistics of a single value."""
     for norm in module.modules():
-        if is_norm(norm) and (norm.training or norm.running_mean is None) and not group_of(norm):
-            size = torch.Size([1, norm.num_features, *through])
+        if is_norm(norm) and takes_statistics(norm) and not group_of(norm):
+            size = torch.Size([1, channels_of(norm), *through])
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {size}"
             )

@@ -18,9 +18,9 @@ from densenet_fast.operators import extension
 
 T = TypeVar("T")
 
-_MOST = 16  # networks whose plans are kept; more take turns
+_MOST = 64  # networks and blocks whose plans are kept; more take turns
 _MISSES = 4  # in a row, after which a network is known to change between its calls
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Facts:
@@ -35,7 +35,7 @@ class _Facts:
         states: list[Any] = [root.__dict__, *(module.__dict__ for module in modules)]
         held = [state[name] for state in states for name in ("_parameters", "_buffers")]
         dicts = [*states, *(state["_modules"] for state in states), *held]
-        hooks = [state[name] for state in states for name in _HOOKS]
+        hooks = [state[name] for state in states for name in HOOKS]
         self._root = type(root)
         assert extension.C is not None
         self._noted = extension.C.Facts(modules, dicts, hooks)

@@ -18,7 +18,9 @@ class LayerParts(NamedTuple):
     Without a bottleneck norm1 and conv1 are None: norm2, ReLU and conv2 read the features.
     `activations` are modules that must be a ReLU each, by name; a norm may have its own inside.
     `dropout` is the probability of zeroing an element of the layer's output now, or with
-    `whole_channels` a whole channel of an image.
+    `whole_channels` a whole channel of an image. `order` are the pieces of the features (0 is the
+    block's input, i what layer i adds) as the first norm and convolution read them; None: as they
+    are added.
     """
 
     norm1: Norm | None
@@ -28,6 +30,7 @@ class LayerParts(NamedTuple):
     activations: Sequence[tuple[str, nn.Module]]
     dropout: float
     whole_channels: bool = False
+    order: Sequence[int] | None = None
 
     @property
     def norms(self) -> list[Norm]:
@@ -62,7 +65,8 @@ class LayerParts(NamedTuple):
         if found is not None:
             return found
         if channels is None:
-            channels = getattr(self.of_features, "num_features", 0)
+            norm = self.of_features
+            channels = eligibility.channels_of(norm) if eligibility.is_norm(norm) else 0
         bottleneck = eligibility.weight_shape(conv2)[1]
         if eligibility.weight_shape(self.first)[1] != channels or (
             conv1 is not None and eligibility.weight_shape(conv1)[0] != bottleneck
@@ -77,10 +81,26 @@ class LayerParts(NamedTuple):
 
 
 class TailParts(NamedTuple):
-    """What computes behind a block: a transition's norm and convolution, or a final norm."""
+    """What computes behind a block: a transition's norm and convolution, or a final norm.
+
+    `order` is that of a layer.
+    """
 
     norm: Norm
     conv: Conv | None = None
+    order: Sequence[int] | None = None
+
+
+def transition_obstacle(
+    norm: Any, conv: Any, channels: int | None, expected: Expected
+) -> str | None:
+    """Why a transition's norm and convolution cannot be fused on so many channels, or None."""
+    if (found := eligibility.conv(conv, 1, expected)) is not None:
+        return f"conv {found}"
+    read = eligibility.weight_shape(conv)[1]
+    if channels is not None and read != channels:
+        return f"conv reads {read} channels, not {channels}"
+    return named("norm", eligibility.norm(norm, read, expected))
 
 
 # By a layer's exact type: what gives its parts, or what is in the way of finding them.

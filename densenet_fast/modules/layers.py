@@ -247,6 +247,18 @@ class FusedBlock(Checkpointed):
         return DenseStep(segments, self._checkpoint, lists=self.lists)
 
 
+class FusedChain(Checkpointed):
+    """A module that is nothing but dense layers and transitions, whatever it is written with."""
+
+    def chain(self, expected: Expected) -> list[DenseStep] | str:
+        """Its steps, one for each transition and the layers before it, or why there are none."""
+        raise NotImplementedError
+
+    def averages(self) -> bool:
+        """Whether there is a transition in it."""
+        raise NotImplementedError
+
+
 class DenseBlock(FusedBlock, nn.ModuleDict):
     """Layers that each read the concatenation of all features so far.
 
@@ -330,12 +342,7 @@ class Transition(FusedModule, nn.Sequential):
         if names != (["norm", "relu", "conv", "pool"] if relu else ["norm", "conv", "pool"]):
             return f"its submodules are {', '.join(names)}"
         norm, conv, pool = parts["norm"], parts["conv"], parts["pool"]
-        if (found := eligibility.conv(conv, 1, expected)) is not None:
-            return f"conv {found}"
-        read = eligibility.weight_shape(conv)[1]
-        if channels is not None and read != channels:
-            return f"conv reads {read} channels, not {channels}"
-        found = named("norm", eligibility.norm(norm, read, expected))
+        found = layer_parts.transition_obstacle(norm, conv, channels, expected)
         if relu:
             found = found or named("relu", eligibility.exactly(parts["relu"], nn.ReLU))
         found = found or named("pool", eligibility.average_pool(pool, expected.dims))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ from densenet_fast.blocks.specs import (
     TransitionTail,
 )
 from densenet_fast.modules.dimensions import Conv, Norm
-from densenet_fast.modules.eligibility import leaves_input, parameter, setting, weight_shape
+from densenet_fast.modules.eligibility import (
+    FROZEN_NORMS,
+    leaves_input,
+    parameter,
+    setting,
+    weight_shape,
+)
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
 
 FusedRun = list[LayerParts]
@@ -47,7 +54,8 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
     buffers = state["_buffers"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     momentum = counter = None
-    if state["training"] and setting(state, "track_running_stats"):
+    frozen = type(norm) in FROZEN_NORMS
+    if not frozen and state["training"] and setting(state, "track_running_stats"):
         momentum = state["momentum"]
         counter = buffers["num_batches_tracked"]
         if counter is not None:
@@ -63,11 +71,74 @@ def norm_spec(norm: Norm, counted: list[Tensor]) -> NormSpec:
         running_mean=mean,
         running_var=var,
         eps=state["eps"],
-        batch_statistics=state["training"] or mean is None,
+        batch_statistics=not frozen and (state["training"] or mean is None),
         momentum=momentum,
         group=synchronized.group_of(norm) if type(norm) is nn.SyncBatchNorm else "",
         counter=counter,
     )
+
+
+class Reordering:
+    """Parameters for features in the order in which a block adds them.
+
+    A layer may read them in another one, the newest first for example: of what it does with each
+    channel, copies in the block's order compute the same, and autograd leads back from them.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        """Channels of the block's input and of what every layer adds."""
+        self._widths = tuple(widths)
+        self._running: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.unused = True
+
+    def layer(self, spec: LayerSpec, order: Sequence[int] | None) -> LayerSpec:
+        """The layer, whose first norm and convolution read the features in `order`."""
+        if order is None:
+            return spec
+        if spec.conv1_weight is None:
+            norm, weight = self._reordered(spec.norm2, spec.conv2_weight, order)
+            return spec._replace(norm2=norm, conv2_weight=weight)
+        norm, weight = self._reordered(spec.norm1, spec.conv1_weight, order)
+        return spec._replace(norm1=norm, conv1_weight=weight)
+
+    def transition(self, spec: TransitionTail, order: Sequence[int] | None) -> TransitionTail:
+        """The transition, likewise."""
+        return spec if order is None else TransitionTail(*self._reordered(*spec, order))
+
+    def _reordered(
+        self, norm: NormSpec, weight: Tensor, order: Sequence[int]
+    ) -> tuple[NormSpec, Tensor]:
+        self.unused = False
+        places = _kept_places if not torch.compiler.is_compiling() else _places
+        index = torch.tensor(places(self._widths, tuple(order)), device=weight.device)
+        vectors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        copies = [one if one is None else one.index_select(0, index) for one in vectors]
+        if norm.momentum is not None:
+            for own, copied in zip(vectors[2:], copies[2:], strict=True):
+                assert own is not None
+                assert copied is not None
+                self._running.append((own, copied, index))
+        scale, shift, mean, var = copies
+        made = norm._replace(weight=scale, bias=shift, running_mean=mean, running_var=var)
+        return made, weight.index_select(1, index)
+
+    def give_back(self) -> None:
+        """Running statistics, which a step has updated in the copies, to the norms."""
+        with torch.no_grad():
+            for own, copied, index in self._running:
+                own.index_copy_(0, index, copied)
+
+
+def _places(widths: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
+    """For each channel of the features, its place in the order in which the pieces are read."""
+    starts, start = {}, 0
+    for piece in order:
+        starts[piece] = start
+        start += widths[piece]
+    return [starts[piece] + i for piece in sorted(order) for i in range(widths[piece])]
+
+
+_kept_places = lru_cache(1024)(_places)  # Dynamo traces through caches, and says so.
 
 
 @dataclass
@@ -125,6 +196,9 @@ class StemStep:
 class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
+    `order` are the pieces of the features that are returned (0 is the input, i what layer i adds),
+    where these are not all as they were added; of the last run, and without a tail.
+
     A segment is a run of layers for one fused node, or a layer to be called as a module. `tail` is
     of a transition, or the norm of norm, ReLU and average over all pixels. `hold` counts the last
     layers whose bottlenecks are held for the backward (see `densenet_fast.blocks.memory_plan`). A
@@ -139,6 +213,7 @@ class DenseStep:
     hold: int = 0
     lists: bool = False
     memory_format: torch.memory_format = torch.preserve_format
+    order: Sequence[int] | None = None
     _specs: dict[int, FlatBlock] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -165,7 +240,7 @@ class DenseStep:
         features, views = [input], False
         for segment in segments:
             if isinstance(segment, list):
-                whole = self._fused(features, segment, None, ours, hold)
+                whole = self._fused(features, segment, None, None, ours, hold)
                 widths = [part.shape[1] for part in features]
                 widths += [weight_shape(layer.conv2)[0] for layer in segment]
                 features = list(whole.split(widths, 1)) if self.lists else [whole]
@@ -180,28 +255,43 @@ class DenseStep:
             features = [*features, added] if self.lists else [added]
             ours = False
         if last or self.tail is not None:
-            return self._fused(features, last, self.tail, ours, hold)
+            return self._fused(features, last, self.tail, self.order, ours, hold)
         return _joined(features)
 
     def _fused(
-        self, features: list[Tensor], run: FusedRun, tail: TailParts | None, ours: bool, hold: int
+        self,
+        features: list[Tensor],
+        run: FusedRun,
+        tail: TailParts | None,
+        order: Sequence[int] | None,
+        ours: bool,
+        hold: int,
     ) -> Tensor:
         input = _joined(features)
         if self.checkpoint == "block" and not ours and input is features[0]:
             if torch.is_grad_enabled():
                 input = input.clone()  # which the backward reads
-        return fused(input, self._flat(run, tail), self.checkpoint, self.hold + hold)
+        widths = [input.shape[1], *(weight_shape(layer.conv2)[0] for layer in run)]
+        reorder = Reordering(widths)
+        flat = self._flat(run, tail, reorder)
+        output = fused(input, flat, self.checkpoint, self.hold + hold)
+        reorder.give_back()
+        if order is None:
+            return output
+        pieces = output.split(widths, 1)
+        return torch.cat([pieces[place] for place in order], 1)
 
-    def _flat(self, run: FusedRun, tail: TailParts | None) -> FlatBlock:
+    def _flat(self, run: FusedRun, tail: TailParts | None, reorder: Reordering) -> FlatBlock:
         """The specs of a run; made once, as the step is only kept while its modules stay the same.
 
-        But for averages over all steps: the weight of a step in these changes.
+        But for averages over all steps, as the weight of a step in these changes, and for layers
+        that read the features in an order of their own, from copies of their parameters.
         """
         found = self._specs.get(id(run))
         if found is not None:
             return found
         counted: list[Tensor] = []
-        layers = [_layer_spec(layer, counted) for layer in run]
+        layers = [reorder.layer(_layer_spec(layer, counted), layer.order) for layer in run]
         norms = [norm for layer in run for norm in layer.norms]
         behind: Tail | None = None
         if tail is not None:
@@ -211,8 +301,10 @@ class DenseStep:
                 behind = AvgPoolTail(norm)
             else:
                 behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
+                behind = reorder.transition(behind, tail.order)
         flat = FlatBlock(layers, behind)
-        if all(norm.momentum is not None for norm in norms):
+        averaging = any(getattr(norm, "momentum", 0.0) is None for norm in norms)
+        if reorder.unused and not averaging:
             self._specs[id(run)] = flat
         return flat
 

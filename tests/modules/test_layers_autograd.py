@@ -15,6 +15,7 @@ from comparison import (
     blocks,
     gradient_of,
     networks,
+    replica,
 )
 from torch import Tensor, nn
 
@@ -122,20 +123,6 @@ def test_parameters_changed_before_the_backward_are_noticed() -> None:
         block.denselayer2.conv1.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
-
-
-def replica(module: nn.Module) -> nn.Module:
-    """What DataParallel makes for another GPU, on the CPU."""
-    copied = module._replicate_for_data_parallel()
-    copied._former_parameters = {}
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            copied._parameters[name] = None
-        else:
-            setattr(copied, name, 1.0 * parameter)
-    for name, child in module._modules.items():
-        setattr(copied, name, replica(child))
-    return copied
 
 
 def test_replicas_of_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:

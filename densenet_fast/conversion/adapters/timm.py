@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
-from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from timm.models import densenet
 from torch import Tensor, nn
 
@@ -66,5 +66,10 @@ class Network(ConvertedNetwork, densenet.DenseNet):
 
 
 layer_parts.READERS[densenet.DenseLayer] = parts
-eligibility.NORMS_WITH_RELU[BatchNormAct2d] = norm_obstacle
-eligibility.OUT_OF_PLACE.update((densenet.DenseLayer.forward, BatchNormAct2d.forward))
+eligibility.NORMS_WITH_RELU.update(
+    {BatchNormAct2d: norm_obstacle, FrozenBatchNormAct2d: norm_obstacle}
+)
+eligibility.FROZEN_NORMS.add(FrozenBatchNormAct2d)
+eligibility.OUT_OF_PLACE.update(
+    kind.forward for kind in (densenet.DenseLayer, BatchNormAct2d, FrozenBatchNormAct2d)
+)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from torchvision.models import densenet
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 from densenet_fast.modules import eligibility, layer_parts
@@ -32,4 +33,5 @@ class Network(ConvertedNetwork, densenet.DenseNet):
 
 
 layer_parts.READERS[densenet._DenseLayer] = layer_parts.usual_parts
-eligibility.OUT_OF_PLACE.add(densenet._DenseLayer.forward)
+eligibility.FROZEN_NORMS.add(FrozenBatchNorm2d)
+eligibility.OUT_OF_PLACE.update((densenet._DenseLayer.forward, FrozenBatchNorm2d.forward))
