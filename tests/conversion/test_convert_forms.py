@@ -20,14 +20,14 @@ from densenet_fast.blocks.specs import CHECKPOINT_MODES
 from densenet_fast.modules import eligibility
 from densenet_fast.operators.torch_internals import BatchNorm
 
-NO_BOTTLENECK = "its layers have no bottleneck, which fused blocks do not compute yet"
+BIASED = "layers.0: conv2 has a bias"
 NO_RELU = "it has no ReLU between its norm and its convolution"
 MAXIMUM = "its pooling is a maximum, not the average of a transition"
 # What is found in each form: names of what is converted, and of what is left alone and why.
 FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "functional": (("dense1", "trans1", "dense2"), {}),
     "newest first": (("dense1", "trans1", "dense2"), {}),
-    "without bottleneck": (("trans1",), {"dense1": NO_BOTTLENECK, "dense2": NO_BOTTLENECK}),
+    "without bottleneck": (("dense1", "trans1", "dense2"), {}),
     "bottles": (("features.layers_0", "features.layers_1"), {"features.down_0": NO_RELU}),
     "wrapped": (("dense1.layer", "trans1", "dense2.layer"), {}),
     "wrapped, dropout": (("dense1.layer", "trans1", "dense2.layer"), {}),
@@ -35,7 +35,7 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "sequentials in 1-D": (("features.block0", "features.down0", "features.block1"), {}),
     "sequentials in 3-D": (("features.block0", "features.down0", "features.block1"), {}),
     "stages with transitions": (("stage1", "stage2"), {}),
-    "stages without bottleneck": ((), {"stage1": NO_BOTTLENECK, "stage2": NO_BOTTLENECK}),
+    "stages without bottleneck": (("stage1", "stage2"), {}),
     "stages with maxima": (
         ("stage1.block1", "stage1.block2", "stage2"),
         {"stage1.transition": MAXIMUM},
@@ -52,10 +52,10 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "segmentation": (
         (),
         {
-            "down": NO_BOTTLENECK,
+            "down": BIASED,
             "transition": MAXIMUM,
-            "middle": NO_BOTTLENECK,
-            "behind": NO_BOTTLENECK,
+            "middle": BIASED,
+            "behind": BIASED,
         },
     ),
 }
