@@ -272,7 +272,7 @@ CASES: dict[str, BlockCase] = {
     "no bottlenecks": BlockCase(widths=(0, 0, 0), held=2),
     "some bottlenecks": BlockCase(widths=(0, 6, 0), frozen=(1, 2), dropout=0.4, tail=False),
     "a bottleneck less": BlockCase(
-        widths=(4, 0, 4), lowest=1, needs=(ALL, (False, False, True, True), ALL), wide=True
+        widths=(4, 0, 4), lowest=1, needs=(ALL, (False, False, True, True), ALL)
     ),
     "sequences": BlockCase(pixels=(3, 5), held=1),
     "volumes": BlockCase(pixels=(2, 3, 2, 4), held=1),

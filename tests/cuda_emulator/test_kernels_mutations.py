@@ -343,6 +343,18 @@ BLOCK_FAULTS: dict[str, Patch] = {
         "block.h", " || block.norm(half).frozen)\n      known", ")\n      known"
     ),
     "a bottleneck that is there is made again": Patch("block.h", "- block.held;", ";"),
+    "gradients of features without a bottleneck replace others": Patch(
+        "block.h", "layer.grad_conv2, true);", "layer.grad_conv2, false);"
+    ),
+    "gradients of features without a bottleneck are not added": Patch(
+        "cuda/epilogue.cuh", "(kInto == Into::kNormGradient && accumulate)", "false"
+    ),
+    "norms without a bottleneck leave the deferred sums": Patch(
+        "block.h", "!layer.norm2.frozen) sums.next = &backward;", "false) sums.next = &backward;"
+    ),
+    "norms without a bottleneck are a layer's next but one": Patch(
+        "block.h", "empty(next) ? next + 1 : next;", "empty(next) ? next + 2 : next;"
+    ),
 }
 
 
