@@ -78,7 +78,8 @@ def estimate(
 
     Nothing runs, so the model may be on the meta device. Gradients count as the model is now: those
     of parameters without a gradient are new and stay, others are added to what is there. On CUDA
-    devices the kernels' workspace of a few MiB does not count.
+    devices the kernels' workspace of a few MiB does not count, nor, of volumes, the pooled input of
+    a transition, an eighth of it.
 
     Args:
         model: a network all of whose parts run fused (see `fusion_report`).

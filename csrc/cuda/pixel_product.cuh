@@ -221,13 +221,14 @@ __global__ void __launch_bounds__(kTapThreads)
   const int plane_j = pixels * T::I::kPitch;
   const int stage_bytes = static_cast<int>(tap_stage_bytes<P>(grid));
   const typename T::I operand_i{grad, static_cast<int>(blockIdx.x) * T::BI, nullptr};
-  const bool volumes = grid.slices == 3;
+  const bool volumes = !kLines && grid.slices == 3;
+  const int reach = kLines ? 0 : grid.reach;
   const int slice = volumes ? blockIdx.y % 3 : 0, column = volumes ? blockIdx.y / 3 : blockIdx.y;
   const typename T::J operand_j{bottleneck, column * T::BJ, shared + stages * stage_bytes};
   // Without tiles whose pixels of this slice are outside the image.
   int begin = blockIdx.z * tiles_per_split, end = begin + tiles_per_split;
-  begin = larger(begin, slice < grid.reach ? grid.depth_parts : 0);
-  end = smaller(end, slice > grid.reach ? tiles - grid.depth_parts : tiles);
+  begin = larger(begin, slice < reach ? grid.depth_parts : 0);
+  end = smaller(end, slice > reach ? tiles - grid.depth_parts : tiles);
   constexpr int kSharing = kLines ? 3 : 1;
   const int tap = kLines ? warp % 3 : warp, share = kLines ? warp / 3 : 0;
 
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kTapThreads)
       const TilePlace place(grid, tile);
       operand_i.start(stage, pixels, [&](int r) { return place.output_pixel(r); });
       operand_j.start(stage + plane_j, halo_pixels,
-                      [&](int p) { return place.halo_pixel(p, slice - grid.reach); });
+                      [&](int p) { return place.halo_pixel(p, slice - reach); });
     }
     ptx::cp_async_commit();
   };

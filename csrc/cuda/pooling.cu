@@ -115,7 +115,7 @@ constexpr int kUnpoolRows = 256;  // pixels of one tile of sums
 // d of one pixel: every window that holds it (two in a dimension at most) is asked whether it was
 // its maximum.
 template <class E>
-__global__ void __launch_bounds__(kTileColumns* kTileRuns)
+__global__ void __launch_bounds__(kTileColumns* kTileRuns, 4)
     unpool_kernel(Image<const E> grad_out, const uint8_t* argmax, Image<const E> x,
                   PixelPlaces places, int middle, Norm<Accumulator<E>> norm, Image<E> gradient,
                   TileSums<Accumulator<E>> partial) {

@@ -279,13 +279,13 @@ FAULTS: dict[str, Fault] = {
         "image = g.images.remainder(deep, z)",
     ),
     "tap_product: tiles of the first slice meet what is before the image": fault(
-        "pixel_product.cuh", "slice < grid.reach ? grid.depth_parts : 0", "0"
+        "pixel_product.cuh", "slice < reach ? grid.depth_parts : 0", "0"
     ),
     "tap_product: tiles of the last slice meet what is behind the image": fault(
-        "pixel_product.cuh", "slice > grid.reach ? tiles - grid.depth_parts : tiles", "tiles"
+        "pixel_product.cuh", "slice > reach ? tiles - grid.depth_parts : tiles", "tiles"
     ),
     "tap_product: all slices are the own": fault(
-        "pixel_product.cuh", "place.halo_pixel(p, slice - grid.reach)", "place.halo_pixel(p)"
+        "pixel_product.cuh", "place.halo_pixel(p, slice - reach)", "place.halo_pixel(p)"
     ),
     "tap_product: warps of a sequence share all pixels": fault(
         "pixel_product.cuh",

@@ -45,8 +45,8 @@ PRODUCTS: dict[str, Calls] = {
     "transition_forward": forward("transition_forward", (3, 16, 14), 72, 70),
     "transition_backward": transition_backward((3, 16, 14), 72, 36),
     # Volumes have tiles of two images, of which the last is one; sequences tiles of all columns.
-    "conv3x3_forward, volumes": forward("conv3x3_forward", (3, 4, 7, 8), 40, 33),
-    "conv3x3_backward, volumes": conv3x3_backward((3, 4, 7, 8), 24, 40),
+    "conv3x3_forward, volumes": forward("conv3x3_forward", (3, 3, 5, 6), 40, 12),
+    "conv3x3_backward, volumes": conv3x3_backward((3, 3, 5, 6), 24, 40),
     "conv3x3_forward, sequences": forward("conv3x3_forward", (3, 150), 72, 12),
     "conv3x3_forward, wide sequences": forward("conv3x3_forward", (3, 150), 40, 72),
     "conv3x3_backward, sequences": conv3x3_backward((3, 150), 24, 40),
@@ -143,7 +143,7 @@ def test_launches_of_every_operator(emulator: Emulator) -> None:
         maxpool_backward(pixels, channels): 3,
         # Sequences and volumes the same, but for volumes that are pooled first.
         forward("conv3x3_forward", (2, 33), width, growth): 3,
-        forward("conv3x3_forward", (2, 3, 4, 5), width, growth): 3,
+        forward("conv3x3_forward", (2, 3, 4, 5), width, growth): 4,  # and splits
         conv3x3_backward((2, 33), width, growth): 5,
         conv3x3_backward((2, 3, 4, 5), width, growth): 5,
         forward("transition_forward", (2, 34), channels, width): 3,

@@ -30,7 +30,7 @@ FAULTS = {
         "heap-buffer-overflow",
     ),
     "an image, one row too many": (
-        Patch("cuda/pooling.cu", "row < x.h; ++row", "row <= x.h; ++row"),
+        Patch("cuda/pooling.cu", "row < rows; ++row", "row <= rows; ++row"),
         "heap-buffer-overflow",
     ),
     "an overflow of int": (
