@@ -70,13 +70,14 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
     if isinstance(block, DenseStep) and obstacle is None:
         layers, order = block.segments[-1], block.order
         assert isinstance(layers, list)
-        if order is not None and (conv is None or len(order) <= len(layers)):
-            return "the block before it returns its features in an order of its own"
         group = synchronized.OneGroup(*(layer.of_features for layer in layers))
-        if group.admits(norm):
+        if order is not None and (conv is None or len(order) <= len(layers)):
+            obstacle = "the block before it returns its features in an order of its own"
+        elif group.admits(norm):
             block.tail, block.order = tail.tail._replace(order=order), None
             return None
-        obstacle = "takes statistics over other ranks than the block before"
+        else:
+            obstacle = "takes statistics over other ranks than the block before"
     if type(norm) is nn.SyncBatchNorm and conv is None:
         # PyTorch's own does not synchronise on CPUs: fused by itself beats calling it.
         planned.append(tail)

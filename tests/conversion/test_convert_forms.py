@@ -236,6 +236,25 @@ def test_layers_of_a_sequential_share_a_buffer(
     assert runs == [1, 3, 2]
 
 
+@pytest.mark.parametrize("layer", [forms.SharedReLU, forms.NewestFirst])
+def test_a_block_of_ones_own_in_a_library_s_network(layer: type[nn.Module]) -> None:
+    densenet = pytest.importorskip("torchvision.models.densenet")
+    torch.manual_seed(0)
+    network = densenet.DenseNet(4, (2, 2), 12, num_classes=5)
+    network.features.denseblock2 = nn.Sequential(*forms.layers_of(layer, 2, 10))
+    network.double()
+    reference = copy.deepcopy(network)
+    assert convert(network).complete
+    assert_same_step(network, reference, images(0, (2, 3, 32, 32)))
+    plain = {row.name: row.reason for row in fusion_report(network) if not row.fused}
+    reason = "the block before it returns its features in an order of its own"
+    assert plain == ({"features.norm5": reason} if layer is forms.NewestFirst else {})
+    images_of_one = images(1, (1, 3, 32, 32))
+    network.eval()
+    expected = network(images_of_one)
+    torch.testing.assert_close(optimize_for_inference(network)(images_of_one), expected)
+
+
 def test_only_new_features_are_returned() -> None:
     block = forms.OnlyNew(3, 6).double()
     reference = copy.deepcopy(block)

@@ -124,8 +124,8 @@ class OddDenseBlock(nn.Module):
         for layer in whats:
             self.layers.append(Odd(channels, layer))
             channels = [GROWTH, *channels] if what == "newest first" else [*channels, GROWTH]
-        if what == "shared layers" and len(whats) > 1:
-            first, second = self.layers[:2]
+        first, second = self.layers[0], self.layers[-1]
+        if what == "shared layers" and first.conv1.out_channels == second.conv1.out_channels:
             second.norm2, second.conv2 = first.norm2, first.conv2
         self.kept: Tensor | None = None
 
