@@ -215,7 +215,7 @@ def trace(module: nn.Module, *, training: bool) -> Trace:
         (random.getstate, random.setstate),
         (
             lambda: torch.get_rng_state().tolist(),
-            lambda state: torch.set_rng_state(torch.tensor(state, dtype=torch.uint8)),
+            lambda state: torch.set_rng_state(torch.tensor(state, dtype=torch.uint8, device="cpu")),
         ),
     ]
     if "numpy" in sys.modules:

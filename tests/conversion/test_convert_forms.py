@@ -326,6 +326,17 @@ def test_a_bad_input_is_refused_before_anything_changes() -> None:
     torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
 
 
+def test_what_is_default_around_does_not_matter() -> None:
+    """Another device or type for new tensors, no gradients, and networks without any values."""
+    for around in (torch.device("meta"), torch.inference_mode(), torch.autocast("cpu")):
+        network = FORMS["units"]().double()
+        reference = copy.deepcopy(network)
+        with around:
+            assert convert(network).complete
+        assert_same_step(network, reference, input_of(network))
+    assert convert(FORMS["units"]().to("meta")).complete
+
+
 def test_a_class_with_names_of_ours_is_left_alone() -> None:
     class Runner(forms.ListBlock):
         checkpoint = True
