@@ -38,7 +38,7 @@ def counted(library: Path, direction: str, options: str = "") -> list[int]:
         ("forward", "pixels=(1, 3)", 4),
         ("forward", "pixels=(1, 33, 1, 1)", 4),
         # Product and statistics of one convolution.
-        ("forward", "widths=(0,) * depth", 2),
+        ("forward", "channels=1, growths=(1,) * depth, widths=(0,) * depth", 2),
         # Of few pixels the reduction is split over the kernel's slices; the splits are added.
         ("forward", "pixels=(1, 2, 2, 2)", 5),
         # The bottleneck again, the growth's correction; data gradient, sums and weight gradient of
@@ -50,7 +50,7 @@ def counted(library: Path, direction: str, options: str = "") -> list[int]:
         ("backward", "pixels=(1, 2, 2, 2)", 9),
         # The growth's correction; data gradient, sums and weight gradient of one convolution; its
         # splits.
-        ("backward", "widths=(0,) * depth", 5),
+        ("backward", "channels=1, growths=(1,) * depth, widths=(0,) * depth", 5),
     ],
 )
 def test_kernels_of_a_layer(library: Path, direction: str, options: str, layer: int) -> None:
