@@ -71,9 +71,6 @@ def _norm_sums(
     grad_gamma.copy_((_wide(features) - mean).mul_(grad_norm).sum(pixels) * rstd)
 
 
-# Normalisation vectors
-
-
 def channel_statistics(features: Tensor, mean: Tensor, var: Tensor) -> None:
     """Mean and biased variance of each channel, in two passes."""
     values, pixels = _wide(features), _pixels(features)
@@ -115,8 +112,8 @@ def conv1x1_forward(
     var: Tensor | None,
 ) -> None:
     """`bottleneck` = act(features) @ weight.T, and its statistics."""
-    activation = _activation(features, scale, shift).to(features.dtype)
-    torch.mm(_rows(activation), weight.to(features.dtype).t(), out=_rows(bottleneck))
+    activation = _rows(_activation(features, scale, shift).to(features.dtype))
+    torch.mm(activation, weight.to(features.dtype).t(), out=_rows(bottleneck))
     _optional_statistics(bottleneck, mean, var)
 
 
@@ -204,9 +201,8 @@ def conv3x3_backward(
     grad_weight = correlation of act(bottleneck), padded with zeros, and grad_growth
     grad_norm = transposed conv3(grad_growth, weight) where act(bottleneck) > 0
 
-    `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is. With `accumulate`, of a
-    layer without a bottleneck, features take the bottleneck's place, and theirs grad_norm's:
-    grad_features += scale * what grad_norm would be.
+    `grad_gamma` and `grad_beta` may be absent together, if `grad_norm` is. With `accumulate` these
+    are features, of a layer without a bottleneck: grad_features += scale * grad_norm.
     """
     images = images_of(grad_growth)
     if grad_weight is not None:
@@ -226,9 +222,6 @@ def conv3x3_backward(
     _norm_sums(grad, bottleneck, mean, rstd, grad_gamma, grad_beta)
     if grad_norm is not None and accumulate:
         grad_norm.add_(grad.mul_(scale))
-
-
-# Dropout
 
 
 def dropout_(growth: Tensor, seed: int, p: float, channels: bool = False) -> None:
