@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from densenet_fast._version import __version__
 from densenet_fast.blocks.specs import NETWORK_MODES
 from densenet_fast.train.architecture import BC, MODELS, MOST_GROWTH, MOST_LAYERS
 from densenet_fast.train.entries import MOST, MOST_PIXELS
@@ -79,11 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="densenet-fast",
-        description="Train, evaluate and use DenseNets.",
+        description="Train, evaluate, use and export DenseNets.",
         epilog="exit status: 0 done, 1 failed, 2 wrong input, 130 and 143 stopped by SIGINT and "
         "SIGTERM with everything saved for --resume",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser
     train = add("train", help="train or fine-tune; also under torchrun", allow_abbrev=False)
@@ -115,6 +117,13 @@ def make_parser() -> argparse.ArgumentParser:
     _on_corrupt(predict)
     _device(predict)
     predict.add_argument("--json", action="store_true", help="print one line of JSON per image")
+    export = add("export", help="an ONNX file or a torch.export program", allow_abbrev=False)
+    _trained(export)
+    _sizes(export)
+    export.add_argument(
+        "-o", "--output", type=path, required=True, metavar="FILE", help="NAME.onnx or NAME.pt2"
+    )
+    export.add_argument("--overwrite", action="store_true", help="also a file that is there")
     return parser
 
 

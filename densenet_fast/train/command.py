@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "evaluate": ("evaluate", requirements.EVALUATE, "a smaller --batch-size or fewer --workers"),
     "predict": ("predict", requirements.PREDICT, "a smaller --batch-size"),
+    "export": ("export", requirements.PREDICT, "a machine with more"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The libraries of the extra `train`, asked for before anything that needs them is imported."""
+"""The extras' libraries, asked for before anything that needs them is imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from densenet_fast.train.errors import UsageError
 # Module to import → distribution that has it.
 DISTRIBUTIONS = {
     "numpy": "numpy",
+    "onnx": "onnx",
+    "onnxscript": "onnxscript",
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
@@ -20,9 +22,10 @@ DISTRIBUTIONS = {
 EVALUATE = ("numpy", "PIL", "torchmetrics", "torchvision", "tqdm")
 TRAIN = (*EVALUATE, "tensorboard")
 PREDICT = ("numpy", "PIL", "torchvision")
+ONNX = ("onnx", "onnxscript")
 
 
-def require(modules: Iterable[str], purpose: str) -> None:
+def require(modules: Iterable[str], purpose: str, extra: str = "train") -> None:
     """Refuse with the extra's name what cannot work without its libraries.
 
     Raises:
@@ -31,6 +34,6 @@ def require(modules: Iterable[str], purpose: str) -> None:
     missing = [DISTRIBUTIONS[name] for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{purpose} needs {', '.join(missing)}, not installed here: the extra `train` has "
-            'what it needs, `pip install "densenet_fast[train]"`'
+            f"{purpose} needs {', '.join(missing)}, not installed here: the extra `{extra}` has "
+            f'what it needs, `pip install "densenet_fast[{extra}]"`'
         )

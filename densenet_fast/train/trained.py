@@ -11,6 +11,7 @@ from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train import checkpoints
 from densenet_fast.train.architecture import IMAGENET_CLASSES, Architecture
 from densenet_fast.train.errors import UsageError
+from densenet_fast.train.loading import built
 from densenet_fast.train.networks import pretrained
 from densenet_fast.train.sources import IMAGENET_MEAN, IMAGENET_STD
 from densenet_fast.train.transforms import Preprocessing, preprocessing
@@ -56,10 +57,9 @@ def _from_checkpoint(arguments: Namespace) -> Trained:
     content = checkpoints.read(arguments.checkpoint)
     if arguments.no_ema and content["ema"] is None:
         raise UsageError(f"--no-ema: {arguments.checkpoint} was trained without --model-ema")
-    model = Architecture(**content["architecture"]).build()
-    model.load_state_dict(checkpoints.weights_of(content, ema=not arguments.no_ema))
-    plain = Preprocessing(**content["preprocessing"])
-    return Trained(model, tuple(content["classes"]), plain, of_data=True)
+    found = built(content, ema=not arguments.no_ema)
+    plain = Preprocessing(**found.preprocessing)
+    return Trained(found.model, found.classes, plain, of_data=True)
 
 
 def _resized(plain: Preprocessing, arguments: Namespace) -> Preprocessing:
