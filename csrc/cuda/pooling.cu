@@ -59,8 +59,9 @@ constexpr int middle(int dims) { return dims == 3 ? 0 : dims == 2 ? 9 : 9 + 3; }
 
 // Windows of three pixels in each dimension, stride 2, padding 1; the first of equal maxima, the
 // last NaN, as PyTorch's.
+// sm_75 spills unless it is told how many blocks are enough; 0 leaves it to the compiler.
 template <class E>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kArchitecture < 800 ? 3 : 0)
     maxpool_kernel(Image<const E> x, Activation<Accumulator<E>> act, Image<E> out,
                    PixelPlaces places, int middle, uint8_t* argmax) {
   using A = Accumulator<E>;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int kw = 0; kw < 3; ++kw) {
         const int column = 2 * ox + kw - 1;
         if (column < 0 || column >= x.w) continue;
-        const int64_t pixel = ((int64_t{n} * x.d + z) * x.h + y) * x.w + column;
+        const int64_t pixel = ((n * x.d + z) * x.h + y) * x.w + column;
         const auto piece =
             load_piece<E>(x.data + pixel * x.pitch + at.channel, at.valid, x.alignment);
 #pragma unroll

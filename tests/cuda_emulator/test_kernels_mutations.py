@@ -84,8 +84,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "conv3x3_product: the wait leaves a group too many under way": fault(
         "conv3x3_product.cuh",
-        "      ptx::cp_async_wait<1>();\n      if (g == 0)",
-        "      ptx::cp_async_wait<2>();\n      if (g == 0)",
+        "ptx::cp_async_wait<kGroups == 1 ? 0 : 1>();",
+        "ptx::cp_async_wait<kGroups == 1 ? 0 : 2>();",
     ),
     "conv3x3_product: the next pixels before everyone is done with these": fault(
         "conv3x3_product.cuh",
@@ -227,8 +227,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "offsets of rows have 32 bits": fault(
         "sources.cuh",
-        "x.data + place + channel : x.data;",
-        "x.data + static_cast<int>(place) + channel : x.data;",
+        "x.data + place + (channel + shift) : x.data;",
+        "x.data + static_cast<int>(place) + (channel + shift) : x.data;",
     ),
     "the taps of the data gradient are not reversed": fault(
         "weights.cu", "p.flipped ? p.taps - 1 - tap : tap", "tap"

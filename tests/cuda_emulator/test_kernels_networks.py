@@ -179,7 +179,7 @@ def test_a_training_step(emulated: dict[str, Any], training: Step) -> None:
     with use_backend("reference"):
         exact = training._replace(dtype=torch.float64).run()
         plain = [training.run()]
-        # Dropout draws otherwise, and PyTorch has no average of volumes in bfloat16.
+        # Dropout draws otherwise, and the CPU averages no volumes of bfloat16.
         if mode != "block" and (dtype, training.dims) != (torch.bfloat16, 3):
             plainly = unfused(network(mode, dtype, **training.options))
             modules = step(plainly, dtype, training.size)
