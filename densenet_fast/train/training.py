@@ -93,6 +93,13 @@ class _Training:
                 self.model.load_state_dict(resumed["model"])
             else:
                 self.state.restore(resumed, resumed["by_process"][processes.rank])
+        if processes.main and not arguments.test_only:
+            print(
+                f"{self.architecture}; {source.name}: {len(source.train)} training images of "
+                f"{crop}×{crop} pixels, {len(source.val)} validation images of "
+                f"{plain.crop}×{plain.crop}",
+                flush=True,
+            )
         self.step = Step(
             self._wrapped(),
             self.state.optimizer,

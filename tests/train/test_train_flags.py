@@ -317,7 +317,11 @@ def test_deterministic_algorithms(folder: Path, tmp_path: Path) -> None:
 def test_test_only(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(folder, tmp_path / "out", "--epochs", "1") == 0
     row = content(tmp_path / "out")["history"][0]
-    capsys.readouterr()
+    start = capsys.readouterr().out.splitlines()[0]
+    assert start == (
+        f"densenet-bc (depth 10, k = 2), 10 classes, 1 channels; {folder}: 22 training images of "
+        "28×28 pixels, 10 validation images of 28×28"
+    )
     last = ("--resume", str(tmp_path / "out" / "last.pt"))
     assert train(folder, tmp_path / "none", "--test-only", *last, batch_size=10) == 0
     said = capsys.readouterr().out
