@@ -75,7 +75,7 @@ def test_without_other_implementations_nothing_is_claimed() -> None:
 
 def test_a_compiler_takes_main_networks_unless_named() -> None:
     whole = networks.plan(Options(full=True))["settings"]
-    assert len(whole["networks"]) == 11
+    assert len(whole["networks"]) == 12
     assert whole["compiled_networks"] == ["DenseNet-121", "DenseNet-BC-100"]
     named = networks.plan(Options(networks=("densenet201",), peers=("naive", "compiled-naive")))
     assert named["settings"]["compiled_networks"] == ["DenseNet-201"]

@@ -114,7 +114,7 @@ def _recorder(calls: dict[str, str], name: str) -> Any:
 
     def record(*arguments: Any) -> None:
         assert name not in calls, "work below the lowest layer that needs any"
-        *_, data, gamma, beta, weight = arguments
+        *_, data, gamma, beta, weight = (a for a in arguments if not isinstance(a, bool))
         kind = kinds[data is not None, gamma is not None, beta is not None]
         assert (weight is not None) == (kind == "weight")
         calls[name] = kind

@@ -70,7 +70,7 @@ def network(name: str, batch: int) -> NetworkSpec:
 def products(spec: NetworkSpec) -> Iterator[Product]:
     """All products of a training step, layer by layer."""
     for block in blocks(spec):
-        n, h, w = block.images, block.height, block.width
+        n, h, w = block.images, block.size, block.size
         for layer in range(block.layers):
             for part in ("forward", "dgrad", "wgrad"):
                 yield Product(f"conv1x1_{part}", n, h, w, block.bottleneck, block.start(layer))

@@ -254,13 +254,12 @@ class Tester {
       }
       const NormGradient<T> to_affine3 = wanted.affine ? affine(c) : NormGradient<T>{};
       const Weight<S> w3 = weight(out, c, 3);
-      for (const bool accumulate : {false, true}) {
-        Image<S> to{};
-        if (wanted.data) to = accumulate ? image(s_.n, size, c, true) : output(size, c);
-        kernels_.conv3x3_backward(gradient, features, norm(c), w3, to, to_affine3,
-                                  to_weight(out * c * w3.taps()), accumulate);
-        keep(to);
-      }
+      const bool accumulate = s_.channels % 2 == 0;  // every other case
+      Image<S> to{};
+      if (wanted.data) to = accumulate ? image(s_.n, size, c, true) : output(size, c);
+      kernels_.conv3x3_backward(gradient, features, norm(c), w3, to, to_affine3,
+                                to_weight(out * c * w3.taps()), accumulate);
+      keep(to);
     }
     {
       const Image<S> to = output(size, c);
