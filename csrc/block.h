@@ -161,22 +161,25 @@ ImageArgument growth_gradient(const typename Device::Context& context, const Blo
   return gradient;
 }
 
-// The second half-layer of a layer without a bottleneck.
-template <class Device>
-void plain_layer_backward(const typename Device::Context& context, const Block& block,
-                          const BlockLayer& layer, bool features_needed) {
-  const NormArgument norm = block.coefficients[2 * (&layer - block.layers.data()) + 1].norm();
-  NormBackward backward{layer.start, norm};
-  backward.sum_grad = block.sum_grad;
-  backward.sum_grad_x = block.sum_grad_x;
-  NormGradientResult sums = layer.grad_norm2;
-  if (features_needed && !layer.norm2.frozen) sums.next = &backward;
-  Device::conv3x3_backward(
-      context, growth_gradient<Device>(context, block, layer), block.input(layer), norm,
-      layer.conv2,
-      features_needed ? block.slice(block.grad_features, 0, layer.start) : ImageArgument{}, sums,
-      layer.grad_conv2, true);
-}
+// What the backward of a layer's norm over the features does with their gradients: adds to them,
+// and to the deferred sums, where they are needed.
+struct FeaturesBackward {
+  ImageArgument gradient;
+  NormGradientResult sums;
+  NormBackward deferred;
+
+  FeaturesBackward(const Block& block, const BlockLayer& layer, bool needed, bool frozen,
+                   const NormArgument& norm, const NormGradientResult& found)
+      : sums(found), deferred{layer.start, norm} {
+    if (!needed) return;
+    gradient = block.slice(block.grad_features, 0, layer.start);
+    deferred.sum_grad = block.sum_grad;
+    deferred.sum_grad_x = block.sum_grad_x;
+    if (!frozen) sums.next = &deferred;
+  }
+  FeaturesBackward(const FeaturesBackward&) = delete;  // `sums` points into it
+  FeaturesBackward& operator=(const FeaturesBackward&) = delete;
+};
 
 // Half-layers [first, last), downwards. Below `Block::lowest` there is nothing to do.
 template <class Device>
@@ -204,8 +207,15 @@ void block_backward(const typename Device::Context& context, Block& block, int64
     const BlockLayer& layer = block.layers[index];
     const bool upper = first <= 2 * index + 1 && 2 * index + 1 < last, lower = first <= 2 * index;
     const bool features_needed = block.lowest < index;
+    const NormArgument norm2 = block.coefficients[2 * index + 1].norm();
     if (!layer.has_bottleneck()) {
-      if (upper) plain_layer_backward<Device>(context, block, layer, features_needed);
+      if (upper) {
+        const FeaturesBackward features(block, layer, features_needed, layer.norm2.frozen, norm2,
+                                        layer.grad_norm2);
+        Device::conv3x3_backward(context, growth_gradient<Device>(context, block, layer),
+                                 block.input(layer), norm2, layer.conv2, features.gradient,
+                                 features.sums, layer.grad_conv2, true);
+      }
       Device::add_weight_gradients(context);
       continue;
     }
@@ -213,7 +223,6 @@ void block_backward(const typename Device::Context& context, Block& block, int64
     const ImageArgument prefix = block.slice(block.features, 0, layer.start);
     const ImageArgument grad_norm = block.image(block.grad_norm, layer.conv1.out);
     const NormArgument norm1 = block.coefficients[2 * index].norm();
-    const NormArgument norm2 = block.coefficients[2 * index + 1].norm();
     // Where ranks exchange norm2's sums, they do so between the half-layers.
     const bool at_once = upper && !block.norm2_sums;
     NormBackward backward2{layer.conv1.out, norm2, layer.norm2.frozen ? 0 : block.rows()};
@@ -236,15 +245,11 @@ void block_backward(const typename Device::Context& context, Block& block, int64
           sums = {block.norm2_sums, block.vector(block.norm2_sums, layer.conv1.out)};
         Device::norm_grad_coefficients(context, backward2, sums);
       }
-      NormBackward backward1{layer.start, norm1};
-      backward1.sum_grad = block.sum_grad;
-      backward1.sum_grad_x = block.sum_grad_x;
-      NormGradientResult sums = layer.grad_norm1;
-      if (features_needed && !layer.norm1.frozen) sums.next = &backward1;
-      Device::conv1x1_backward(
-          context, grad_norm, layer.bottleneck, block.gradient_map, prefix, norm1, layer.conv1,
-          features_needed ? block.slice(block.grad_features, 0, layer.start) : ImageArgument{},
-          sums, layer.grad_conv1);
+      const FeaturesBackward features(block, layer, features_needed, layer.norm1.frozen, norm1,
+                                      layer.grad_norm1);
+      Device::conv1x1_backward(context, grad_norm, layer.bottleneck, block.gradient_map, prefix,
+                               norm1, layer.conv1, features.gradient, features.sums,
+                               layer.grad_conv1);
     }
     Device::add_weight_gradients(context);
   }

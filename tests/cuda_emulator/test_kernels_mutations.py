@@ -350,7 +350,7 @@ BLOCK_FAULTS: dict[str, Patch] = {
         "cuda/epilogue.cuh", "(kInto == Into::kNormGradient && accumulate)", "false"
     ),
     "norms without a bottleneck leave the deferred sums": Patch(
-        "block.h", "!layer.norm2.frozen) sums.next = &backward;", "false) sums.next = &backward;"
+        "block.h", "features_needed, layer.norm2.frozen, norm2", "features_needed, true, norm2"
     ),
     "norms without a bottleneck are a layer's next but one": Patch(
         "block.h", "empty(next) ? next + 1 : next;", "empty(next) ? next + 2 : next;"
