@@ -66,11 +66,13 @@ template <class S>
 void conv3x3_backward(Image<const S> grad_growth, Image<const S> bottleneck, Norm<Compute<S>> norm,
                       Weight<S> weight, Image<S> grad_norm, NormGradient<Compute<S>> grad_affine,
                       WeightGradient<S> grad_weight, bool accumulate) {
-  const bool winograd = use_winograd(bottleneck.h, bottleneck.w, weight);
-  const auto run = winograd     ? conv3x3_backward_winograd<S>
-                   : accumulate ? conv3x3_backward_direct<S, true>
-                                : conv3x3_backward_direct<S, false>;
-  run(grad_growth, bottleneck, norm, weight, grad_norm, grad_affine, grad_weight, accumulate);
+  if (use_winograd(bottleneck.h, bottleneck.w, weight)) {
+    return conv3x3_backward_winograd<S>(grad_growth, bottleneck, norm, weight, grad_norm,
+                                        grad_affine, grad_weight, accumulate);
+  }
+  (accumulate ? conv3x3_backward_direct<S, true>
+              : conv3x3_backward_direct<S, false>)(grad_growth, bottleneck, norm, weight, grad_norm,
+                                                   grad_affine, grad_weight);
 }
 
 }  // namespace

@@ -102,8 +102,7 @@ struct TapsWeight {
 template <class S, bool kAccumulate>
 void conv3x3_backward_direct(Image<const S> grad_growth, Image<const S> bottleneck,
                              Norm<Compute<S>> norm, Weight<S> weight, Image<S> grad_norm,
-                             NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight,
-                             bool) {
+                             NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight) {
   using T = Compute<S>;
   const int64_t k = weight.out, channels = weight.in;
   // Whole taps a panel where they fit.
