@@ -68,8 +68,9 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   const int64_t most = tiles.points > 1 ? kVolumeTiles : kWinogradTiles;
   const EqualParts tasks(tiles.count(), kMostTasks, kWinogradTiles / 3);
   const int64_t run = equal_tile(tasks.size, most);
-  // Of a single part every task packs what it reads, some columns where threads would be idle.
-  const bool single = tasks.count == 1 && !weight.packed;
+  // Of a single part every task packs what it reads, some columns where threads would be idle; as
+  // scratch, which stays, so that features of any width do not.
+  const bool single = tasks.count == 1 && !weight.packed && channels <= 2 * kPanel;
   const int64_t groups = single ? smaller(vecs, thread_count()) : 1;
   const int prefer = groups > 1 ? 1 : kWinogradForwardVectors;
   const CallMemory<T> memory(weight.packed || single ? 0 : packed_winograd_size(weight));
