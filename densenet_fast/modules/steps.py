@@ -271,17 +271,18 @@ class DenseStep:
         if self.checkpoint == "block" and not ours and input is features[0]:
             if torch.is_grad_enabled():
                 input = input.clone()  # which the backward reads
-        widths = [input.shape[1], *(weight_shape(layer.conv2)[0] for layer in run)]
-        reorder = Reordering(widths)
-        flat = self._flat(run, tail, reorder)
+        flat, reorder = self._flat(input.shape[1], run, tail)
         output = fused(input, flat, self.checkpoint, self.hold + hold)
-        reorder.give_back()
+        if reorder is not None:
+            reorder.give_back()
         if order is None:
             return output
-        pieces = output.split(widths, 1)
+        pieces = output.split(_widths(input.shape[1], run), 1)
         return torch.cat([pieces[place] for place in order], 1)
 
-    def _flat(self, run: FusedRun, tail: TailParts | None, reorder: Reordering) -> FlatBlock:
+    def _flat(
+        self, channels: int, run: FusedRun, tail: TailParts | None
+    ) -> tuple[FlatBlock, Reordering | None]:
         """The specs of a run; made once, as the step is only kept while its modules stay the same.
 
         But for averages over all steps, as the weight of a step in these changes, and for layers
@@ -289,8 +290,9 @@ class DenseStep:
         """
         found = self._specs.get(id(run))
         if found is not None:
-            return found
+            return found, None
         counted: list[Tensor] = []
+        reorder = Reordering(_widths(channels, run))
         layers = [reorder.layer(_layer_spec(layer, counted), layer.order) for layer in run]
         norms = [norm for layer in run for norm in layer.norms]
         behind: Tail | None = None
@@ -306,7 +308,7 @@ class DenseStep:
         averaging = any(getattr(norm, "momentum", 0.0) is None for norm in norms)
         if reorder.unused and not averaging:
             self._specs[id(run)] = flat
-        return flat
+        return flat, reorder
 
 
 Step = ModuleStep | ConvStep | StemStep | DenseStep
@@ -314,6 +316,11 @@ Step = ModuleStep | ConvStep | StemStep | DenseStep
 
 def _joined(features: list[Tensor]) -> Tensor:
     return features[0] if len(features) == 1 else torch.cat(features, 1)
+
+
+def _widths(channels: int, run: FusedRun) -> list[int]:
+    """Channels of a run's input and of what every layer adds."""
+    return [channels, *(weight_shape(layer.conv2)[0] for layer in run)]
 
 
 def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
