@@ -63,8 +63,8 @@ class BlockSize:
     def reads(self) -> list[tuple[int, int]]:
         """Channels that the first convolution of each layer reads, and its last one."""
         growth = (self.end - self.channels) // max(1, len(self.widths))
-        starts = range(self.channels, self.end, max(1, growth))
-        return [(start, width or start) for start, width in zip(starts, self.widths, strict=False)]
+        starts = [self.channels + layer * growth for layer in range(len(self.widths))]
+        return [(start, width or start) for start, width in zip(starts, self.widths, strict=True)]
 
     def bottlenecks(self, hold: int) -> int:
         """Bytes of the last layers' bottlenecks."""

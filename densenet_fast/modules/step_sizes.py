@@ -32,7 +32,8 @@ from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 
 _LABEL = 8  # bytes
 _MOST_PARTS = 16  # of the CPU kernels' backward, each with a weight gradient of its own
-_NARROW, _WIDE = (32, 8), (128, _MOST_PARTS)  # tiles of volumes and parts, by channels
+_NARROW_VOLUME = 48  # channels
+_NARROW, _WIDE = (32, 8), (128, _MOST_PARTS)  # least tiles of volumes, most parts
 _LEAST_ROWS, _LEAST_TILES = 384, 64  # of a part: pixels, and Winograd's 2×2 tiles
 
 
@@ -242,7 +243,7 @@ def cpu_workspace(block: BlockSize) -> int:
         if block.taps == 9:
             parts = _parts(block.pixels // 4, _LEAST_TILES)
         elif block.taps == 27:
-            parts = _parts(block.pixels // 8, *(_NARROW if read <= 48 else _WIDE))
+            parts = _parts(block.pixels // 8, *(_NARROW if read <= _NARROW_VOLUME else _WIDE))
         spatial = max(spatial, parts * block.taps * read * block.growth)
     return max(pointwise, spatial) * max(4, block.itemsize)
 
