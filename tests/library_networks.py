@@ -71,12 +71,12 @@ def images(seed: int = 1, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module, flag: str = "memory_efficient") -> nn.Module:
     """A copy that recomputes nothing: recomputation updates running statistics twice."""
     copied = copy.deepcopy(model)
     for module in copied.modules():
-        if hasattr(module, "memory_efficient"):
-            module.memory_efficient = False
+        if hasattr(module, flag):
+            setattr(module, flag, False)
     return copied
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -245,12 +244,3 @@ def make(form: str, seed: int = 0) -> nn.Module:
 def input_of(network: nn.Module, seed: int = 0) -> Tensor:
     dims = getattr(network, "dims", 2)
     return images(seed, (2, 3, *[8] * dims))
-
-
-def without_checkpoints(network: nn.Module) -> nn.Module:
-    """A copy that counts each batch once."""
-    copied = copy.deepcopy(network)
-    for module in copied.modules():
-        if hasattr(module, "frugal"):
-            module.frugal = False
-    return copied

@@ -11,8 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import Recorder, replica
-from form_networks import FORMS, First, input_of, make, without_checkpoints
-from library_networks import TOLERANCE, assert_same_step, assert_same_training, images
+from form_networks import FORMS, First, input_of, make
+from library_networks import (
+    TOLERANCE,
+    assert_same_step,
+    assert_same_training,
+    images,
+    plain_copy,
+)
 from torch import Tensor, nn
 
 from densenet_fast import convert, fusion_report, optimize_for_inference, revert
@@ -63,6 +69,16 @@ EXACT = [form for form in FORMS if form not in ("wrapped, dropout", "segmentatio
 CONVERTED = [form for form in EXACT if FOUND[form][0]]
 
 
+def with_reference(
+    form: str, dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network that is converted, one as it came, and an input."""
+    network = make(form).to(dtype)
+    reference = copy.deepcopy(network)
+    convert(network)
+    return network, reference, input_of(network).to(dtype)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_found(form: str) -> None:
     network = make(form)
@@ -85,7 +101,7 @@ MODES += [("newest first", mode) for mode in CHECKPOINT_MODES]
 @pytest.mark.parametrize(("form", "checkpoint"), dict.fromkeys(MODES))
 def test_a_step_is_the_same(form: str, checkpoint: Any) -> None:
     network = make(form)
-    reference = without_checkpoints(network)
+    reference = plain_copy(network, "frugal")
     convert(network, checkpoint=checkpoint)
     assert_same_step(First(network), First(reference), input_of(network))
     plain = [row for row in fusion_report(network) if not row.fused]
@@ -94,10 +110,7 @@ def test_a_step_is_the_same(form: str, checkpoint: Any) -> None:
 
 @pytest.mark.parametrize("form", ["newest first", "units", "sequentials in 1-D"])
 def test_training_and_frozen_norms(form: str) -> None:
-    network = make(form)
-    reference = copy.deepcopy(network)
-    convert(network)
-    x = input_of(network)
+    network, reference, x = with_reference(form)
     assert_same_training(network, reference, x)  # and are in evaluation then
     for part in (network, reference):
         part.zero_grad()
@@ -113,10 +126,7 @@ def test_training_and_frozen_norms(form: str) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("form", ["newest first", "sequentials", "units", "lists"])
 def test_gradients_of_images_and_layouts_are_the_same(form: str, channels_last: bool) -> None:
-    network = make(form).float()
-    reference = copy.deepcopy(network)
-    convert(network)
-    x = input_of(network).float()
+    network, reference, x = with_reference(form, torch.float32)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     seen: list[list[tuple[int, ...]]] = [[], []]
@@ -174,10 +184,7 @@ def test_copies_and_files(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["newest first", "units", "lists"])
 def test_compiled_exported_and_traced(form: str) -> None:
-    network = make(form)
-    reference = copy.deepcopy(network)
-    convert(network)
-    x = input_of(network)
+    network, reference, x = with_reference(form)
     graph = torch.compile(First(network), backend="aot_eager", fullgraph=True)
     assert_same_step(graph, First(reference), x)
     network.eval()
