@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.blocks import Block, blocks
 from benchmarks.networks import KNOWN_NETWORKS
-from benchmarks.prediction.shapes import Block, blocks
 
 CONVOLUTIONS = (
     "conv1x1_forward",
