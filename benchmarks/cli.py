@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.everything import ALL, SUITES_OF_ALL, write_report
+from benchmarks.memory import AMP
 from benchmarks.networks import densenet_bc
 from benchmarks.report import Record, write_json
 from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Suite, errors, load, run_tasks
@@ -89,8 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--depths", type=_depths, help="depths to measure")
     some.add_argument("--dims", type=int, choices=(1, 2, 3), help="of the images (default: 2)")
     some.add_argument("--rounds", type=_positive, help="timed rounds, training steps or passes")
-    amp = ("none", "float16", "bfloat16")
-    some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
+    some.add_argument("--amp", choices=AMP, help="type of autocast (default: none)")
     some.add_argument("--budgets", type=_numbers, metavar="MIB", help="memory to fit into, MiB")
     some.add_argument("--data", help='"digits", "fashion-mnist" or a folder with its files')
     return parser

@@ -11,7 +11,7 @@ import gc
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,29 +222,4 @@ def interleave(
                     raise
                 del calls[name]  # and with it the network's memory
                 failed(name, error)
-            advance()
-
-
-def bursts(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    seconds: float,
-    device: torch.device,
-    *,
-    times: dict[str, list[float]],
-    advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Time several short calls in turn, each again and again for `seconds`: A A A B B B A A A ...
-
-    A call then finds in the caches what its own last run left there. The minimum of each burst is
-    appended to `times`.
-    """
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()
-            end = time.perf_counter() + seconds
-            best = timed(call, device)
-            while time.perf_counter() < end:
-                best = min(best, timed(call, device))
-            times.setdefault(name, []).append(best)
             advance()

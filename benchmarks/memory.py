@@ -64,17 +64,12 @@ class StepMemory:
     parameters: int
 
 
-# Type of autocast → what `--amp` calls it.
-AMP: dict[str, torch.dtype | None] = {
-    "none": None,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+AMP = ("none", "float16", "bfloat16")  # types of autocast
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Autocast of a forward in the type of that name; "none": without."""
-    dtype = AMP[amp]
+    dtype = None if amp == "none" else getattr(torch, amp)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 

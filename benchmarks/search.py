@@ -77,7 +77,7 @@ class Bracket:
             return max(guess, above)
         if guess <= self.low:
             return above
-        if len(self.measured) % 4 == 0:  # guesses alone might creep
+        if self.next.bytes is None or len(self.measured) % 4 == 0:  # guesses alone might creep
             return (self.low + self.next.size) // 2
         return min(guess, self.next.size - self.resolution(self.next.size))
 

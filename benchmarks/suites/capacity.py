@@ -70,12 +70,12 @@ class Case:
 
 def _largest(key: str) -> Callable[[Row], Any]:
     """A figure of the largest size that fits, where the search came to its end."""
-    return lambda row: (row["found"]["fits"] or {}).get(key) if row["found"]["closed"] else None
+    return lambda row: row["found"]["fits"][key] if row["found"]["closed"] else None
 
 
 def _least(row: Row) -> int | None:
     """Images or layers that fit, where the search stopped before its end."""
-    return None if row["found"]["closed"] else (row["found"]["fits"] or {}).get("value")
+    return None if row["found"]["closed"] else row["found"]["fits"]["value"]
 
 
 COLUMNS = (
@@ -167,7 +167,7 @@ def _remark(row: Row) -> str:
     found = row.get("found", {})
     if found.get("machine_too_small"):
         return "needs more memory than this machine has."
-    if found and found["next"] and not found["fits"]:
+    if "next" in found and "fits" not in found:
         return "the smallest does not fit."
     return ""
 
@@ -193,19 +193,12 @@ def _find(row: Row, options: Options, seed: int, _: Advance) -> None:
         except MeasurementError as error:
             state["error"] = str(error)
 
-    def described(measured: Measured | None) -> dict[str, Any] | None:
-        if measured is None:
-            return None
-        weights = parameters.get(measured.size)
-        return {"value": case.value(measured), "bytes": measured.bytes, "parameters": weights}
-
-    row["found"] = {
-        "fits": described(bracket.fits),
-        "next": described(bracket.next),
-        "closed": bracket.closed,
-        "measurements": len(bracket.measured),
-        **state,
-    }
+    row["found"] = {"closed": bracket.closed, "measurements": len(bracket.measured), **state}
+    for key, found in (("fits", bracket.fits), ("next", bracket.next)):
+        if found is not None:
+            weights = parameters.get(found.size)
+            figures = {"value": case.value(found), "bytes": found.bytes, "parameters": weights}
+            row["found"][key] = figures
 
 
 SUITE = Capacity()

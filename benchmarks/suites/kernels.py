@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from benchmarks.kernels import machine
 from benchmarks.kernels.cases import make
 from benchmarks.kernels.machine import Machine
 from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
-from benchmarks.measure import bursts, tuned_libraries
+from benchmarks.measure import tuned_libraries
 from benchmarks.networks import KNOWN_NETWORKS, MAIN_NETWORKS
 from benchmarks.report import Column, Record, Row, Table, billions, milliseconds, percent
 from benchmarks.suites import Advance, Options, Suite, Task
@@ -143,34 +143,31 @@ def _columns(reached: Machine) -> tuple[Column, ...]:
     )
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _measure_machine(peak: Row, options: Options, _: Advance) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(peak["threads"])
     try:
-        yield
+        peak.update(asdict(machine.measure(options.device)))
     finally:
         torch.set_num_threads(before)
 
 
-def _measure_machine(peak: Row, options: Options, _: Advance) -> None:
-    with _threads(peak["threads"]), tuned_libraries(options.device):
-        peak.update(asdict(machine.measure(options.device)))
-
-
 def _measure(row: Row, options: Options, settings: dict[str, Any], advance: Advance) -> None:
-    """Time one case; its row fills burst by burst."""
+    """Time ours and PyTorch's in turn, each again and again; a row fills burst by burst.
+
+    A call then finds in the caches what its own last run left there.
+    """
     case = make(row["kernel"], Shape(**row["shape"]), settings["seed"], options.device)
-    row.update(flops=case.flops, moved=case.moved, seconds={"ours": [], "torch": []})
-    with _threads(row["threads"]), tuned_libraries(options.device):
-        bursts(
-            {"ours": case.ours, "torch": case.torch},
-            settings["rounds"],
-            settings["burst_seconds"],
-            options.device,
-            times=row["seconds"],
-            advance=partial(advance, 1.0),
-        )
+    times: dict[str, list[float]] = {"ours": [], "torch": []}
+    row.update(flops=case.flops, moved=case.moved, seconds=times)
+    calls = {"ours": case.ours, "torch": case.torch}
+    with tuned_libraries(options.device):
+        for _ in range(settings["rounds"]):
+            for name, call in calls.items():
+                timer = Timer("call()", globals={"call": call}, num_threads=row["threads"])
+                burst = timer.blocked_autorange(min_run_time=settings["burst_seconds"])
+                times[name].append(min(burst.times))
+                advance(1)
 
 
 SUITE = Kernels()
