@@ -179,16 +179,11 @@ class Table:
 # ---- Where densenet_fast is not first
 
 
-@dataclass(frozen=True)
-class Place:
-    """One figure of ours beside the best of the others."""
+def places(tables: Iterable[Table]) -> Iterator[tuple[float, str]]:
+    """Every comparison of one of ours with others that are none of ours: its ratio, and where.
 
-    where: str
-    ratio: float  # below 1 we are not first
-
-
-def places(tables: Iterable[Table]) -> Iterator[Place]:
-    """Every comparison that tables hold of one of ours with others that are none of ours."""
+    Below 1 ours is not first.
+    """
     for table in tables:
         for case, rows in table.by_case().items():
             others = [row for row in rows if "peer" in row and not PEERS[row["peer"]].ours]
@@ -197,21 +192,22 @@ def places(tables: Iterable[Table]) -> Iterator[Place]:
                     ratio = None if row in others else column.over(row, others)
                     if ratio is not None:
                         where = (column.title, table.title, case, row.get("peer", ""))
-                        yield Place(", ".join(filter(None, where)), ratio)
+                        yield ratio, ", ".join(filter(None, where))
 
 
 def ranking(tables: Iterable[Table]) -> str:
     """All places where one of ours is not first, or that there is none; "" of no comparison."""
-    found = sorted(places(tables), key=lambda place: place.ratio)
+    found = sorted(places(tables))
     if not found:
         return ""
     against = f"{len(found)} comparisons of one of its modes with the best of all others"
-    behind = [place for place in found if place.ratio < 1]
+    lines = [f"- {where}: {ratio:.3f}×" for ratio, where in found]
+    behind = sum(ratio < 1 for ratio, _ in found)
     if not behind:
-        closest = f"Closest: {found[0].where}, {found[0].ratio:.3f}×."
-        return f"**densenet_fast is first in all {against}.** {closest}"
-    lines = "\n".join(f"- {place.where}: {place.ratio:.3f}×" for place in behind)
-    return f"**densenet_fast is not first in {len(behind)} of {against}:**\n\n{lines}"
+        closest = lines[0].removeprefix("- ")
+        return f"**densenet_fast is first in all {against}.** Closest: {closest}."
+    text = f"**densenet_fast is not first in {behind} of {against}:**"
+    return "\n\n".join([text, "\n".join(lines[:behind])])
 
 
 # ---- Pages

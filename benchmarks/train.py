@@ -16,6 +16,7 @@ from benchmarks.networks import NetworkSpec
 from benchmarks.other_peers import State
 from benchmarks.peers import PEERS, build, initial_state
 from benchmarks.report import Row
+from benchmarks.suites import Advance, Task, case_of
 
 LEARNING_RATE = 0.01
 
@@ -46,15 +47,37 @@ def trained(row: Row, part: str = "training") -> bool:
     return "test_loss" in row.get(part, ())
 
 
+def training_task(
+    rows: Sequence[Row],
+    part: str,
+    spec: NetworkSpec,
+    images: Callable[[], Images],
+    device: torch.device,
+    *,
+    steps: int,
+    seed: int,
+    weight: float,
+    **how: Any,
+) -> Task:
+    """To train the rows' peers side by side; `weight` of each step on the progress bar."""
+
+    def call(advance: Advance) -> None:
+        done: Callable[[Row], None] = lambda row: advance(weight)  # noqa: E731
+        train(rows, part, spec, images(), device, steps=steps, seed=seed, advance=done, **how)
+
+    done = all(trained(row, part) for row in rows)
+    return Task(f"{part}: {case_of(rows[0])}", weight * steps * len(rows), done, call)
+
+
 def train(
     rows: Sequence[Row],
     part: str,
     spec: NetworkSpec,
     images: Images,
+    device: torch.device,
     *,
     steps: int,
     seed: int,
-    device: torch.device,
     advance: Callable[[Row], None],
     dtype: torch.dtype = torch.float32,
     test_images: int | None = None,

@@ -89,6 +89,7 @@ COLUMNS = (
         lambda value: value if isinstance(value, str) else mebibytes(value),
     ),
 )
+REMARK = Column("remark", lambda row: _remark(row))
 MILLIONS = Column(
     "parameters, M",
     _largest("parameters"),
@@ -147,29 +148,23 @@ class Capacity(Suite):
         return [
             Table(
                 title,
-                (*COLUMNS[:2], *((MILLIONS,) if part == "depth" else ()), *COLUMNS[2:]),
+                (*COLUMNS[:2], *((MILLIONS,) if part == "depth" else ()), *COLUMNS[2:], REMARK),
                 [row for row in record["rows"] if row["title"] == title],
                 lambda row: f"{row['budget']:,} MiB",
             )
             for title, part in titles.items()
         ]
 
-    def findings(self, record: Record) -> list[str]:
-        return [
-            f"{row['title']}, {row['budget']} MiB, {row['peer']}: {why}"
-            for row in record["rows"]
-            if (why := _remark(row))
-        ]
 
-
-def _remark(row: Row) -> str:
-    """What the table has no room for."""
-    found = row.get("found", {})
-    if found.get("machine_too_small"):
-        return "needs more memory than this machine has."
-    if "next" in found and "fits" not in found:
-        return "the smallest does not fit."
-    return ""
+def _remark(row: Row) -> str | None:
+    """Why there is no figure of a size that fits."""
+    if row["found"].get("machine_too_small"):
+        return "more than this machine has"
+    return (
+        "the smallest does not fit"
+        if row["found"]["closed"] and "fits" not in row["found"]
+        else None
+    )
 
 
 def _title(part: str, spec: NetworkSpec) -> str:

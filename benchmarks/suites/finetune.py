@@ -23,8 +23,8 @@ from benchmarks.datasets import Images
 from benchmarks.networks import NETWORKS
 from benchmarks.peers import PEERS, build, initial_state
 from benchmarks.report import Column, Record, Row, Table, at, four_digits, percent, plain, typical
-from benchmarks.suites import Advance, Options, Suite, Task, measured
-from benchmarks.suites.step import PEAK, measure_memory
+from benchmarks.suites import Advance, Options, Suite, Task
+from benchmarks.suites.step import PEAK, memory_task
 from benchmarks.train import FINE_TUNING, LEARNING_RATE, train, trained
 from densenet_fast.train.errors import DataError
 from densenet_fast.train.storage import write_atomically
@@ -91,9 +91,7 @@ class Finetune(Suite):
                 call = partial(_train, own, weights, options, settings, later)
                 yield Task(text, settings["steps"] * len(own), done, call)
         for row in rows if "memory" in settings["parts"] else ():
-            call = partial(measure_memory, row, SPEC, options, settings)
-            text = f"memory, {row['peer']}"
-            yield Task(text, CHILD_WORK, measured(row, "memory"), call)
+            yield memory_task(row, SPEC, options, settings, CHILD_WORK)
 
     def tables(self, record: Record) -> list[Table]:
         # The file's network has learnt other classes: it is compared with none.
@@ -141,9 +139,9 @@ def _train(
         "training",
         SPEC,
         part_of(datasets.load(settings["data"], seed), later=later),
+        options.device,
         steps=settings["steps"],
         seed=seed,
-        device=options.device,
         advance=lambda _: advance(1),
         **start,
     )

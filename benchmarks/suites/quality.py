@@ -11,15 +11,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import isfinite
-from typing import Any
 
 from benchmarks import datasets
-from benchmarks.networks import NetworkSpec, densenet_bc
+from benchmarks.networks import densenet_bc
 from benchmarks.peers import BASIC_PEERS, PEERS
 from benchmarks.report import Column, Record, Row, Table, at, fastest, four_digits, percent, plain
-from benchmarks.suites import Advance, Options, Suite, Task, case_of, measured
-from benchmarks.suites.step import PEAK, measure_memory
-from benchmarks.train import LEARNING_RATE, train, trained
+from benchmarks.suites import Options, Suite, Task, case_of
+from benchmarks.suites.step import PEAK, memory_task
+from benchmarks.train import LEARNING_RATE, trained, training_task
 
 GROWTH_PEER = "ours-bottleneck"
 PARITY_PEERS = ("naive-channels-last", "ours-bottleneck")
@@ -33,9 +32,7 @@ LARGE_DATA_ROUNDS = 3  # of a data set with more training images than the next n
 LARGE_DATA = 10_000
 QUICK_ROUND_IMAGES = 3_200  # a pass over 60,000 is no quick one
 
-# Work of the progress bar, in training steps times growth rate.
-NAIVE_WORK = 2.0  # a step of another implementation than ours
-CHILD_WORK = 1_500.0
+CHILD_WORK = 1_500.0  # of the progress bar, in training steps times growth rate
 
 ACCURACY = Column("test accuracy", at("training", "test_accuracy"), percent)
 COLUMNS = (
@@ -103,19 +100,22 @@ class Quality(Suite):
 
     def tasks(self, options: Options, record: Record) -> Iterator[Task]:
         settings = record["settings"]
+        images = partial(datasets.load, settings["data"], settings["seed"])
         seeds = dict.fromkeys(row["seed"] for row in _of_part(record, "parity"))
         groups = [[row] for row in _of_part(record, "growth")]
         groups += [[row for row in _of_part(record, "parity") if row["seed"] == s] for s in seeds]
         for rows in groups:
             first = rows[0]
-            text = f"{first['part']}, k={first['growth_rate']}, seed {first['seed']}"
-            work = settings["steps"] * sum(map(_step_work, rows))
-            done = all(trained(row) for row in rows)
-            yield Task(text, work, done, partial(_train, rows, options, settings))
+            spec = densenet_bc(
+                settings["depth"],
+                first["growth_rate"],
+                batch_size=settings["batch_size"],
+                in_channels=1,
+            )
+            how = {"steps": settings["steps"], "seed": first["seed"], "weight": spec.growth_rate}
+            yield training_task(rows, "training", spec, images, options.device, **how)
             if first["part"] == "growth":
-                spec = _spec(first, settings)
-                call = partial(measure_memory, first, spec, options, settings)
-                yield Task(f"memory, {text}", CHILD_WORK, measured(first, "memory"), call)
+                yield memory_task(first, spec, options, settings, CHILD_WORK)
 
     def tables(self, record: Record) -> list[Table]:
         rates = Table(
@@ -157,32 +157,6 @@ class Quality(Suite):
 
 def _of_part(record: Record, part: str) -> list[Row]:
     return [row for row in record["rows"] if row["part"] == part]
-
-
-def _spec(row: Row, settings: dict[str, Any]) -> NetworkSpec:
-    return densenet_bc(
-        settings["depth"], row["growth_rate"], batch_size=settings["batch_size"], in_channels=1
-    )
-
-
-def _step_work(row: Row) -> float:
-    return float(row["growth_rate"] * (1.0 if PEERS[row["peer"]].ours else NAIVE_WORK))
-
-
-def _train(
-    rows: Sequence[Row], options: Options, settings: dict[str, Any], advance: Advance
-) -> None:
-    """Train the implementations of one network side by side."""
-    train(
-        rows,
-        "training",
-        _spec(rows[0], settings),
-        datasets.load(settings["data"], settings["seed"]),
-        steps=settings["steps"],
-        seed=rows[0]["seed"],
-        device=options.device,
-        advance=lambda row: advance(_step_work(row)),
-    )
 
 
 # ---- What chance allows

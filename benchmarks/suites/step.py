@@ -39,7 +39,7 @@ from benchmarks.report import (
     spread,
     typical,
 )
-from benchmarks.suites import Advance, Options, Suite, Task, measured
+from benchmarks.suites import Advance, Options, Suite, Task, case_of, measured
 from densenet_fast.train.errors import UsageError, lack_of_memory
 
 # Work of the progress bar for a child process or a call, in training steps.
@@ -131,9 +131,7 @@ class Step(Suite):
             rows = [row for row in record["rows"] if row["network"] == spec.title]
             for row in rows:
                 if "memory" in row["parts"]:
-                    text = f"{spec.title}: memory, {row['peer']}"
-                    call = partial(measure_memory, row, spec, options, settings)
-                    yield Task(text, WORK["memory"], measured(row, "memory"), call)
+                    yield memory_task(row, spec, options, settings, WORK["memory"])
             for part in ("time", "inference"):
                 timed = [row for row in rows if part in row["parts"]]
                 work = WORK[part] * (settings["rounds"] + 1) * len(timed)
@@ -151,32 +149,21 @@ class Step(Suite):
     columns: Sequence[Column] = COLUMNS
 
     def findings(self, record: Record) -> list[str]:
-        settings, found = record["settings"], []
-        for data in settings["networks"]:
-            title = NetworkSpec.from_json(data).title
-            there = {row["peer"] for row in record["rows"] if row["network"] == title}
-            missing = [name for name in settings["peers"] if name not in there]
-            if missing:
-                found.append(f"Not compared on {title}: {', '.join(missing)}.")
-        if settings["not_installed"]:
-            names = ", ".join(settings["not_installed"])
-            found.append(f"Not compared, as not installed: {names}.")
-        return found
+        missing = ", ".join(record["settings"]["not_installed"])
+        return [f"Not compared, as not installed: {missing}."] if missing else []
 
 
-def measure_memory(
-    row: Row, spec: NetworkSpec, options: Options, settings: dict[str, Any], _: Advance
-) -> None:
-    """The memory of a row's step."""
-    case = MemoryCase(
-        spec,
-        row["peer"],
-        torch.get_num_threads(),
-        str(options.device),
-        settings["seed"],
-        settings.get("amp", "none"),
-    )
-    row["memory"] = figures_in_child(case)
+def memory_task(
+    row: Row, spec: NetworkSpec, options: Options, settings: dict[str, Any], work: float
+) -> Task:
+    """To measure the memory of a row's step."""
+    device, amp = str(options.device), settings.get("amp", "none")
+    threads, seed = torch.get_num_threads(), settings["seed"]
+
+    def call(_: Advance) -> None:
+        row["memory"] = figures_in_child(MemoryCase(spec, row["peer"], threads, device, seed, amp))
+
+    return Task(f"memory: {case_of(row)}", work, measured(row, "memory"), call)
 
 
 def _timed(row: Row, part: str, rounds: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -23,22 +23,26 @@ class Sweep(Step):
     """One number varies, from end to end; the quick form has fewer values."""
 
     rounds = (3, 5)
-    varied: str
-    option: str
-    quick: Sequence[int]
-    full: Sequence[int]
 
-    def network(self, value: int, options: Options) -> NetworkSpec:
-        """The network of one value."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        varied: str,
+        option: str,
+        title: str,
+        values: tuple[Sequence[int], Sequence[int]],
+        network: Callable[[Options, int], NetworkSpec],
+    ) -> None:
+        self.varied, self.option, self.title = varied, option, f"{title}: memory and speed"
+        self.options = frozenset({option, "dims", "peers", "parts", "rounds"})
+        self.forms, self.network = values, network
 
     def values(self, options: Options) -> Sequence[int]:
         """Those that vary."""
         given: Sequence[int] | None = getattr(options, self.option)
-        return given or (self.full if options.full else self.quick)
+        return given or self.forms[options.full]
 
     def specs(self, options: Options) -> list[NetworkSpec]:
-        return [self.network(value, options) for value in self.values(options)]
+        return [self.network(options, value) for value in self.values(options)]
 
     def plan(self, options: Options) -> Record:
         record = super().plan(options)

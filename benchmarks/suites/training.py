@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -23,9 +23,9 @@ from benchmarks import datasets
 from benchmarks.networks import NetworkSpec, densenet_bc
 from benchmarks.peers import BASIC_PEERS, PEERS
 from benchmarks.report import Column, Record, Row, Table, at, four_digits, percent, plain, typical
-from benchmarks.suites import Advance, Options, Suite, Task, measured
-from benchmarks.suites.step import FREED, PEAK, SAVED, measure_memory
-from benchmarks.train import LEARNING_RATE, train, trained
+from benchmarks.suites import Options, Suite, Task
+from benchmarks.suites.step import FREED, PEAK, SAVED, memory_task
+from benchmarks.train import LEARNING_RATE, training_task
 
 REFERENCE = "naive"
 QUICK_PEERS = ("naive", "naive-channels-last", "ours-none", "ours-bottleneck", "ours-block")
@@ -79,19 +79,22 @@ class Training(Suite):
         }
 
     def tasks(self, options: Options, record: Record) -> Iterator[Task]:
-        settings = record["settings"]
-        for part in ("parity", "training"):
+        settings, device = record["settings"], options.device
+        images = partial(datasets.digits, seed=settings["seed"])
+        for part, steps, weight in (
+            ("parity", settings["parity_steps"], FLOAT64_WORK),
+            ("training", settings["steps"], 1),
+        ):
             for rate in settings["growth_rates"] if part in settings["parts"] else ():
-                rows = _of_rate(record, rate)
-                work = rate * _steps(settings, part) * _step_work(part) * len(rows)
-                call = partial(_train, rows, part, rate, options, settings)
-                done = all(trained(row, part) for row in rows)
-                yield Task(f"{part}, k={rate}", work, done, call)
+                rows, spec = _of_rate(record, rate), _spec(rate, settings)
+                how: dict[str, Any] = {"steps": steps, "seed": settings["seed"]}
+                if part == "parity":
+                    spec = replace(spec, batch_size=PARITY_BATCH_SIZE)
+                    how |= {"dtype": torch.float64, "test_images": PARITY_TEST_IMAGES}
+                yield training_task(rows, part, spec, images, device, weight=rate * weight, **how)
         for row in record["rows"] if "memory" in settings["parts"] else ():
-            rate = row["growth_rate"]
-            call = partial(measure_memory, row, _spec(rate, settings), options, settings)
-            text = f"memory, k={rate}, {row['peer']}"
-            yield Task(text, CHILD_WORK, measured(row, "memory"), call)
+            spec = _spec(row["growth_rate"], settings)
+            yield memory_task(row, spec, options, settings, CHILD_WORK)
 
     def tables(self, record: Record) -> list[Table]:
         rows = [{**row, "apart": differences(record, row)} for row in record["rows"]]
@@ -121,38 +124,6 @@ def _of_rate(record: Record, rate: int) -> list[Row]:
 
 def _spec(rate: int, settings: dict[str, Any]) -> NetworkSpec:
     return densenet_bc(settings["depth"], rate, batch_size=settings["batch_size"], in_channels=1)
-
-
-def _steps(settings: dict[str, Any], part: str) -> int:
-    return int(settings["parity_steps" if part == "parity" else "steps"])
-
-
-def _step_work(part: str) -> int:
-    return FLOAT64_WORK if part == "parity" else 1
-
-
-def _train(
-    rows: Sequence[Row],
-    part: str,
-    rate: int,
-    options: Options,
-    settings: dict[str, Any],
-    advance: Advance,
-) -> None:
-    """Train every peer, step by step in turn, and fill the part of its row."""
-    parity, spec = part == "parity", _spec(rate, settings)
-    train(
-        rows,
-        part,
-        replace(spec, batch_size=PARITY_BATCH_SIZE) if parity else spec,
-        datasets.digits(seed=settings["seed"]),
-        steps=_steps(settings, part),
-        seed=settings["seed"],
-        device=options.device,
-        advance=lambda _: advance(rate * _step_work(part)),
-        dtype=torch.float64 if parity else torch.float32,
-        test_images=PARITY_TEST_IMAGES if parity else None,
-    )
 
 
 def differences(record: Record, row: Row) -> dict[str, float]:

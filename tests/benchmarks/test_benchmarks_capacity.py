@@ -158,7 +158,7 @@ def test_what_does_not_fit_at_all_is_said(quick: list[memory.MemoryCase], run: A
     chosen = ("--networks", "densenet121", "--peers", "ours-block", "--parts", "batch")
     record, text = run("capacity", *chosen, "--budgets", "1,64")
     assert ["fits" in row["found"] for row in record["rows"]] == [False, True]
-    assert "1 MiB, ours-block: the smallest does not fit." in text
+    assert rows(text, "1 MiB, densenet_fast")[0][-1] == "the smallest does not fit"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_what_the_machine_has_not_is_not_attempted(
     small, large = (row["found"] for row in record["rows"])
     assert "machine_too_small" not in small
     assert "fits" not in large and large["measurements"] == 0
-    assert "1000000000 MiB, ours-none: needs more memory than this machine has." in text
+    assert "more than this machine has" in text
 
 
 def test_a_search_that_stops_leaves_the_largest_open(

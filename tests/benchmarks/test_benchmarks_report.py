@@ -62,7 +62,7 @@ def test_figures_have_three_digits(write: Callable[[float], str], value: float, 
 
 
 def ratios(table: Table) -> list[tuple[str, float]]:
-    return [(place.where, place.ratio) for place in report.places([table])]
+    return [(where, ratio) for ratio, where in report.places([table])]
 
 
 def test_each_of_ours_is_compared_with_the_best_of_all_others() -> None:
@@ -86,7 +86,7 @@ def test_every_loss_is_listed_and_equal_is_none() -> None:
     assert "not first in 1 of 2 comparisons" in text
     assert text.splitlines()[-1] == "- step, s, A, ours-none: 0.500×"
     assert "first in all 1 comparisons" in report.ranking([equal])
-    assert "Closest: step, s, B, ours-none, 1.000×." in report.ranking([equal])
+    assert "Closest: step, s, B, ours-none: 1.000×." in report.ranking([equal])
     assert report.ranking([Table("C", (TIME,), [row("naive", 2.0)])]) == ""
 
 

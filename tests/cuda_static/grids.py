@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from occupancy import program
 
-from benchmarks.blocks import blocks
+from benchmarks.kernels.shapes import blocks
 from benchmarks.networks import NETWORKS, NetworkSpec
 
 MULTIPROCESSORS = (108, 128, 132)  # A100, RTX 4090, H100
