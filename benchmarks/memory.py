@@ -64,12 +64,13 @@ class StepMemory:
     parameters: int
 
 
-AMP = ("none", "float16", "bfloat16")  # types of autocast
+# What `--amp` calls a type of autocast → the type.
+AMP = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Autocast of a forward in the type of that name; "none": without."""
-    dtype = None if amp == "none" else getattr(torch, amp)
+    dtype = AMP[amp]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
