@@ -20,7 +20,6 @@ from typing import NoReturn
 import torch
 
 from benchmarks import report
-from benchmarks.everything import ALL, SUITES_OF_ALL, write_report
 from benchmarks.memory import AMP
 from benchmarks.networks import densenet_bc
 from benchmarks.report import Record, write_json
@@ -33,6 +32,13 @@ REQUIREMENTS = {name: name for name in ("torchvision", "matplotlib", "tqdm", "nu
 REQUIREMENTS["sklearn"] = "scikit-learn"
 # Option that not all suites take → its flag.
 SUITE_FLAGS = {field.name: flag(field.name) for field in fields(Options) if field.default is None}
+ALL = "all"
+# The gate repeats in small what others measure, `growth` and `depth` contain `step`'s figures, and
+# `latency` is of small work alone.
+SUITES_OF_ALL = (
+    *("training", "growth", "depth", "networks", "capacity"),
+    *("quality", "finetune", "kernels"),
+)
 INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
 
 
@@ -273,6 +279,28 @@ def run_one(arguments: argparse.Namespace, command: str) -> int:
     for text in failed:
         print(f"FAILED: {text}", file=sys.stderr)
     return int(bool(failed)) if record["complete"] else INTERRUPTED
+
+
+def write_report(output: Path, names: Sequence[str]) -> Path:
+    """One page of the suites' pages in `output`, with a table of contents and the losses."""
+    records = [json.loads((output / f"{n}.json").read_text(encoding="utf-8")) for n in names]
+    minutes = [f"{n} {record['minutes']:.0f}" for n, record in zip(names, records, strict=True)]
+    contents = "\n".join(f"- [{load(name).title}](#{name})" for name in names)
+    tables = [
+        table
+        for name, record in zip(names, records, strict=True)
+        for table in load(name).tables(record)
+    ]
+    blocks = ["# Measurements", contents, f"Minutes: {', '.join(minutes)}."]
+    blocks.append("## Where densenet_fast is not first")
+    blocks.append(report.ranking(tables) or "Nothing was measured beside another implementation.")
+    for name in names:
+        page = (output / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        lowered = [f"#{line}" if line.startswith("#") else line for line in page]
+        blocks.append("\n".join([f'<a id="{name}"></a>\n', *lowered, ""]))
+    path = output / "report.md"
+    write_atomically(path, "\n\n".join(blocks).encode())
+    return path
 
 
 def run_all(arguments: argparse.Namespace, command: str) -> int:

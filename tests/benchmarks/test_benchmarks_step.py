@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("torchvision")
 
 import densenet_fast
-from benchmarks import children, cli, engines, host, measure, memory, peers
+from benchmarks import children, cli, host, measure, memory, peers
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, OTHER_NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.suites import Options, depth, gate, growth, latency, load, networks, step, sweep
 
@@ -313,15 +313,6 @@ def test_engines_run_the_same_network(name: str, tiny: NetworkSpec, run: Any) ->
     record, text = run("latency", *chosen)  # which compares their logits
     assert seconds(record, "inference") == [2, 2]
     assert peers.PEERS[name].label in text
-
-
-def test_engines_have_their_network_for_the_images_they_are_given(tiny: NetworkSpec) -> None:
-    pytest.importorskip("onnxruntime")
-    model = peers.build_torchvision(tiny, memory_efficient=False).eval()
-    images = torch.randn(tiny.input_shape)
-    engine = engines.onnxruntime(model, images)
-    with torch.no_grad():
-        torch.testing.assert_close(engine(2 * images), model(2 * images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_host_that_cannot_be_measured_is_reported_and_resumed(
