@@ -129,9 +129,9 @@ def measured(row: Row, part: str) -> bool:
 
 def case_of(row: Row) -> str:
     """What a row was measured on, by whom."""
-    names = {"growth_rate": "k=", "seed": "seed ", "budget": "MiB ", "threads": "threads "}
-    shown = ("title", "network", "growth_rate", "seed", "budget", "kernel", "label", "peer")
-    return ", ".join(f"{names.get(key, '')}{row[key]}" for key in shown if key in row)
+    shown = {"title": "{}", "network": "{}", "growth_rate": "k={}", "seed": "seed {}"}
+    shown |= {"budget": "{} MiB", "peer": "{}"}
+    return ", ".join(text.format(row[key]) for key, text in shown.items() if key in row)
 
 
 def errors(rows: Iterable[Row]) -> list[str]:

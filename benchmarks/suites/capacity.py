@@ -126,7 +126,7 @@ class Capacity(Suite):
                 {
                     "title": _title(part, spec),
                     "part": part,
-                    "network": spec.to_json(),
+                    "spec": spec.to_json(),
                     "budget": budget,
                     "peer": peer,
                 }
@@ -176,7 +176,7 @@ def _title(part: str, spec: NetworkSpec) -> str:
 
 def _find(row: Row, options: Options, seed: int, _: Advance) -> None:
     """Search one case."""
-    spec = NetworkSpec.from_json(row["network"])
+    spec = NetworkSpec.from_json(row["spec"])
     case = Case(row["part"], spec, row["peer"], options.device, seed)
     bracket, budget, parameters = case.bracket, row["budget"] * 2**20, dict[int, int]()
     state: dict[str, Any] = {}

@@ -130,7 +130,7 @@ def test_plans() -> None:
     assert {row["budget"] for row in full["rows"]} == {512, 1024}
     assert len(quick["rows"]) == 2 * len(capacity.COMPARED)
     named = Options(networks=("densenet121",), parts=("batch",), budgets=(7,))
-    (network,) = {r["network"]["name"] for r in capacity.SUITE.plan(named)["rows"]}
+    (network,) = {r["spec"]["name"] for r in capacity.SUITE.plan(named)["rows"]}
     assert network == "DenseNet-121"
 
 
