@@ -86,6 +86,19 @@ class TransitionTail(NamedTuple):
     conv_weight: Tensor
 
 
+class MaxTransition(NamedTuple):
+    """norm, ReLU, 1x1 convolution `[Cout, C, 1, 1]` with its bias, dropout, 2x2 maximum.
+
+    `dropout` and `whole_channels` are those of a layer.
+    """
+
+    norm: NormSpec
+    conv_weight: Tensor
+    conv_bias: Tensor | None = None
+    dropout: float = 0.0
+    whole_channels: bool = False
+
+
 class AvgPoolTail(NamedTuple):
     """norm, ReLU and the average over all pixels behind the block."""
 

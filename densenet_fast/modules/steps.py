@@ -18,12 +18,14 @@ from densenet_fast.blocks.dense_block import (
     released,
     stem_norm_relu_maxpool,
 )
+from densenet_fast.blocks.max_transition import max_transition
 from densenet_fast.blocks.specs import (
     NO_NORM,
     AvgPoolTail,
     Checkpoint,
     ConvGeometry,
     LayerSpec,
+    MaxTransition,
     NormSpec,
     Tail,
     TransitionTail,
@@ -193,6 +195,23 @@ class StemStep:
 
 
 @dataclass
+class MaxTransitionStep:
+    """norm, ReLU, 1×1 convolution, dropout and 2×2 maximum as one node."""
+
+    norm: Norm
+    conv: Conv
+    dropout: float = 0.0
+    whole_channels: bool = False
+
+    def run(self, input: Tensor) -> Tensor:
+        """The pooled features."""
+        norm, conv = norm_spec(self.norm, []), self.conv.__dict__
+        weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+        spec = MaxTransition(norm, weight, bias, self.dropout, self.whole_channels)
+        return max_transition(input, spec)
+
+
+@dataclass
 class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
@@ -311,7 +330,7 @@ class DenseStep:
         return flat, reorder
 
 
-Step = ModuleStep | ConvStep | StemStep | DenseStep
+Step = ModuleStep | ConvStep | StemStep | MaxTransitionStep | DenseStep
 
 
 def _joined(features: list[Tensor]) -> Tensor:
