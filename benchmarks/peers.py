@@ -124,7 +124,7 @@ def _optimized(model: nn.Module, _: Tensor) -> nn.Module:
 
 
 def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
-    """`EfficientDenseNet` or `FCDenseNet` in one of its checkpoint modes."""
+    """`EfficientDenseNet` in one of its checkpoint modes, or `FCDenseNet`, which has none."""
     from densenet_fast import EfficientDenseNet, FCDenseNet
 
     if spec.segmentation:
@@ -134,8 +134,8 @@ def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
             *spec.paths,
             spec.num_init_features,
             spec.drop_rate,
-            checkpoint=checkpoint,
             in_channels=spec.in_channels,
+            spatial_dims=spec.dims,
         )
     return EfficientDenseNet(
         growth_rate=spec.growth_rate,
@@ -226,6 +226,7 @@ PEERS: dict[str, Peer] = {
             'densenet_fast, checkpoint="none"',
             "#92c5de",
             lambda spec: build_ours(spec, checkpoint="none"),
+            applies=lambda spec: not spec.segmentation,
         ),
         Peer(
             "ours-bottleneck",
@@ -238,6 +239,7 @@ PEERS: dict[str, Peer] = {
             'densenet_fast, checkpoint="block"',
             "#053061",
             lambda spec: build_ours(spec, checkpoint="block"),
+            applies=lambda spec: not spec.segmentation,
         ),
         Peer(
             "ours-converted",

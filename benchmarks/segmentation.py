@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import NetworkSpec
 
 
+def of(dims: int, name: str) -> Any:
+    """PyTorch's module of this name for images of so many dimensions."""
+    return getattr(nn, f"{name}{dims}d")
+
+
 class PlainLayer(nn.Module):
     """norm, ReLU, 3×3 convolution and dropout: the layer's channels alone."""
 
-    def __init__(self, channels: int, growth_rate: int, drop_rate: float) -> None:
+    def __init__(self, channels: int, growth_rate: int, drop_rate: float, dims: int) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(channels)
+        self.norm1 = of(dims, "BatchNorm")(channels)
         self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(channels, growth_rate, 3, padding=1, bias=False)
+        self.conv1 = of(dims, "Conv")(channels, growth_rate, 3, padding=1, bias=False)
         self.drop1 = nn.Dropout(drop_rate)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -26,11 +33,13 @@ class PlainLayer(nn.Module):
 class PlainBlock(nn.ModuleDict):
     """Layers that each read all features so far."""
 
-    def __init__(self, layers: int, channels: int, growth_rate: int, drop_rate: float) -> None:
+    def __init__(
+        self, layers: int, channels: int, growth_rate: int, drop_rate: float, dims: int
+    ) -> None:
         super().__init__()
         for at in range(layers):
             read = channels + at * growth_rate
-            self[f"denselayer{at + 1}"] = PlainLayer(read, growth_rate, drop_rate)
+            self[f"denselayer{at + 1}"] = PlainLayer(read, growth_rate, drop_rate, dims)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """All features, and the new ones alone."""
@@ -44,26 +53,26 @@ class PlainBlock(nn.ModuleDict):
 class PlainTransitionDown(nn.Sequential):
     """norm, ReLU, 1×1 convolution, dropout and 2×2 maximum."""
 
-    def __init__(self, channels: int, drop_rate: float) -> None:
+    def __init__(self, channels: int, drop_rate: float, dims: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm = of(dims, "BatchNorm")(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.conv = nn.Conv2d(channels, channels, 1, bias=False)
+        self.conv = of(dims, "Conv")(channels, channels, 1, bias=False)
         self.drop = nn.Dropout(drop_rate)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = of(dims, "MaxPool")(2)
 
 
 class PlainTransitionUp(nn.Module):
     """3×3 transposed convolution of stride 2, cut to the skip connection's size, and that."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dims: int) -> None:
         super().__init__()
-        self.conv = nn.ConvTranspose2d(channels, channels, 3, stride=2)
+        self.conv = of(dims, "ConvTranspose")(channels, channels, 3, stride=2)
 
     def forward(self, new: Tensor, skip: Tensor) -> Tensor:
         """[N, C, H, W] and [N, C', H', W'] to [N, C + C', H', W']."""
-        height, width = skip.shape[2:]
-        return torch.cat((self.conv(new)[:, :, :height, :width], skip), 1)
+        cut = (slice(None), slice(None), *map(slice, skip.shape[2:]))
+        return torch.cat((self.conv(new)[cut], skip), 1)
 
 
 class PlainFCDenseNet(nn.Module):
@@ -75,25 +84,25 @@ class PlainFCDenseNet(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         growth, rate, channels = spec.growth_rate, spec.drop_rate, spec.num_init_features
-        down, middle, up = spec.paths
-        self.conv0 = nn.Conv2d(spec.in_channels, channels, 3, padding=1, bias=False)
+        (down, middle, up), dims = spec.paths, spec.dims
+        self.conv0 = of(dims, "Conv")(spec.in_channels, channels, 3, padding=1, bias=False)
         self.down_blocks, self.transitions_down = nn.ModuleList(), nn.ModuleList()
-        self.transitions_up, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = []
         for layers in down:
-            self.down_blocks.append(PlainBlock(layers, channels, growth, rate))
+            self.down_blocks.append(PlainBlock(layers, channels, growth, rate, dims))
             channels += layers * growth
             skips.append(channels)
-            self.transitions_down.append(PlainTransitionDown(channels, rate))
-        self.bottleneck = PlainBlock(middle, channels, growth, rate)
+            self.transitions_down.append(PlainTransitionDown(channels, rate, dims))
+        self.bottleneck = PlainBlock(middle, channels, growth, rate, dims)
+        self.transitions_up, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         new = middle * growth
         for layers in up:
-            self.transitions_up.append(PlainTransitionUp(new))
+            self.transitions_up.append(PlainTransitionUp(new, dims))
             channels = new + skips.pop()
-            self.up_blocks.append(PlainBlock(layers, channels, growth, rate))
+            self.up_blocks.append(PlainBlock(layers, channels, growth, rate, dims))
             new = layers * growth
             channels += new
-        self.classifier = nn.Conv2d(channels, spec.num_classes, 1)
+        self.classifier = of(dims, "Conv")(channels, spec.num_classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes, H, W] of images [N, C, H, W]."""

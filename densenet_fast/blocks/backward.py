@@ -11,10 +11,12 @@ from torch import Tensor
 from densenet_fast import operators
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.forward import Block, Statistics, matrix, recompute_features
+from densenet_fast.blocks.memory_plan import gradient_in_place
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
     empty_rows,
+    images_of,
     pitched,
     row_pitch,
     rows_of,
@@ -225,21 +227,29 @@ class BlockBackward:
 
     def _input(self) -> Tensor:
         channels = self.geometry.starts[0]
-        gradient = self._images(channels)
-        rows = rows_of(gradient)
+        given = self.grad_features[..., :channels]
+        in_place = gradient_in_place(channels, self.geometry.channels)
+        rows = given if in_place else rows_of(self._images(channels))
         if self.geometry.reduced:
             self._exchange_features(0)
             operators.finish_gradient(
                 self.features[..., :channels],
-                self.grad_features[..., :channels],
+                given,
                 self.statistics.mean[:channels],
                 self.sum_grad[:channels],
                 self.sum_grad_x[:channels],
                 rows,
             )
-        else:
-            rows.copy_(self.grad_features[..., :channels])
-        return gradient
+        elif not in_place:
+            rows.copy_(given)
+        return images_of(rows)
+
+
+def gradient_pitch(channels: int, end: int, like: Tensor) -> int:
+    """Elements between the rows of the gradient of a block's input of so many channels."""
+    if not gradient_in_place(channels, end):
+        return channels
+    return row_pitch(end, like.itemsize, cuda=like.is_cuda)
 
 
 def _like(weight: Tensor | None) -> Tensor:

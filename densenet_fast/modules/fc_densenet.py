@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from densenet_fast import arguments
 from densenet_fast.blocks import synchronized
-from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.modules import dimensions, eligibility, fusing, input_checks, layer_parts
 from densenet_fast.modules.eligibility import Expected, named, routed
 from densenet_fast.modules.kept_plans import kept
@@ -81,7 +80,9 @@ class FCDenseNet(nn.Module):
 
     A path of dense blocks and transitions down, a dense block, and a path up, on which every block
     reads the upsampled new features of the one before and the features of the block of the same
-    size on the way down. Layers are norm, ReLU, 3×3 convolution and dropout.
+    size on the way down. Layers are norm, ReLU, 3×3 convolution and dropout. There are no modes of
+    checkpointing to choose from: the blocks keep their features, which others read, and nothing
+    besides.
 
     Args:
         num_classes: classes of a pixel.
@@ -91,8 +92,6 @@ class FCDenseNet(nn.Module):
         up_blocks: layers of every block on the way up: as many blocks as on the way down.
         num_init_features: channels of the first convolution.
         drop_rate: dropout probability behind every layer and in every transition down.
-        checkpoint: what blocks keep for the backward: "none" and "bottleneck" the features,
-            "block" the block's input alone.
         in_channels: channels of the images.
         spatial_dims: the images' dimensions: 1, 2 or 3.
 
@@ -110,7 +109,6 @@ class FCDenseNet(nn.Module):
         num_init_features: int = 48,
         drop_rate: float = 0.2,
         *,
-        checkpoint: Checkpoint = "bottleneck",
         in_channels: int = 3,
         spatial_dims: int = 2,
     ) -> None:
@@ -129,7 +127,6 @@ class FCDenseNet(nn.Module):
         channels = arguments.integer("num_init_features", num_init_features)
         drop_rate = arguments.share("drop_rate", drop_rate, zero=True)
         in_channels = arguments.integer("in_channels", in_channels)
-        self._checkpoint = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
 
         def block(layers: int, channels: int) -> DenseBlock:
             return DenseBlock(
@@ -138,7 +135,6 @@ class FCDenseNet(nn.Module):
                 1,
                 growth_rate,
                 drop_rate,
-                checkpoint=self._checkpoint,
                 spatial_dims=spatial_dims,
                 bottleneck=False,
             )
@@ -168,18 +164,6 @@ class FCDenseNet(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """What the blocks keep for the backward: "none", "bottleneck" or "block"."""
-        return self._checkpoint
-
-    @checkpoint.setter
-    def checkpoint(self, mode: Checkpoint) -> None:
-        self._checkpoint = arguments.one_of("checkpoint", mode, CHECKPOINT_MODES)
-        for module in self.modules():
-            if isinstance(module, DenseBlock):
-                module.checkpoint = mode
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [N, num_classes, *size] of the pixels of images [N, in_channels, *size]."""
