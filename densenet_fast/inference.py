@@ -186,6 +186,7 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
             isinstance(segment, list)
             and step.tail is not None
             and not _reordered(segment, step.tail)
+            and all(layer.conv2.bias is None for layer in segment)
         ):
             return [*before, Block(segment, step.tail, images)]
     return None

@@ -67,7 +67,10 @@ def check_block(
             check_norm(layer.norm1, at + "norm1", channels, input, pixels)
             outputs = _check_conv(layer.conv1_weight, at + "conv1", channels, 1, input)
         check_norm(layer.norm2, at + "norm2", outputs, input, pixels)
-        channels += _check_conv(layer.conv2_weight, at + "conv2", outputs, 3, input)
+        growth = _check_conv(layer.conv2_weight, at + "conv2", outputs, 3, input)
+        if layer.conv2_bias is not None:
+            _check_vector(layer.conv2_bias, at + "conv2.bias", growth, input)
+        channels += growth
         _check_dropout(layer.dropout, at)
     if isinstance(tail, TransitionTail):
         _check_transition(tail, channels, input)

@@ -351,4 +351,5 @@ def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
         conv2_weight=parameter(layer.conv2.__dict__, "weight"),
         dropout=layer.dropout,
         whole_channels=layer.whole_channels,
+        conv2_bias=parameter(layer.conv2.__dict__, "bias"),
     )
