@@ -46,7 +46,7 @@ class TransitionDown(Transition):
         if list(parts) != ["norm", "relu", "conv", "drop", "pool"]:
             return f"its submodules are {', '.join(parts)}"
         norm, relu, conv, drop, pool = parts.values()
-        found = layer_parts.transition_obstacle(norm, conv, channels, expected, biased=True)
+        found = layer_parts.transition_obstacle(norm, conv, channels, expected)
         found = found or named("relu", eligibility.exactly(relu, nn.ReLU))
         found = found or named("drop", eligibility.exactly(drop, nn.Dropout))
         found = found or named("pool", eligibility.max_pool(pool, 2, expected.dims))

@@ -182,11 +182,14 @@ def steps(
         elif isinstance(module, FusedChain):
             found = eligibility.of_kind(module, "chain", FusedChain) or module.chain(expected)
             obstacle = found if isinstance(found, str) else None
-            for step in found if isinstance(found, list) else ():
-                added = _continue(planned, step) if step.segments else _fuse_behind(planned, step)
+            for part in found if isinstance(found, list) else ():
+                if isinstance(part, DenseStep) and part.segments:
+                    added = _continue(planned, part)
+                else:
+                    added = _fuse_behind(planned, part)
                 if added is not None:
                     _channels_innermost(planned)
-                    planned.append(step)
+                    planned.append(part)
             if module.averages():
                 memory_format = averaged_format(memory_format, expected.dims)
         elif isinstance(module, Transition) or at + 1 == len(modules):

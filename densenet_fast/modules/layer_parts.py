@@ -93,10 +93,10 @@ class TailParts(NamedTuple):
 
 
 def transition_obstacle(
-    norm: Any, conv: Any, channels: int | None, expected: Expected, *, biased: bool = False
+    norm: Any, conv: Any, channels: int | None, expected: Expected
 ) -> str | None:
     """Why a transition's norm and convolution cannot be fused on so many channels, or None."""
-    if (found := eligibility.conv(conv, 1, expected, biased=biased)) is not None:
+    if (found := eligibility.conv(conv, 1, expected, biased=True)) is not None:
         return f"conv {found}"
     read = eligibility.weight_shape(conv)[1]
     if channels is not None and read != channels:

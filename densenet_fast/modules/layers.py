@@ -252,12 +252,12 @@ class FusedBlock(Checkpointed):
 class FusedChain(Checkpointed):
     """A module that is nothing but dense layers and transitions, whatever it is written with."""
 
-    def chain(self, expected: Expected) -> list[DenseStep] | str:
-        """Its steps, one for each transition and the layers before it, or why there are none."""
+    def chain(self, expected: Expected) -> list[DenseStep | MaxTransitionStep] | str:
+        """Its steps, in order, or why there are none."""
         raise NotImplementedError
 
     def averages(self) -> bool:
-        """Whether there is a transition in it."""
+        """Whether there is a transition in it that averages."""
         raise NotImplementedError
 
 

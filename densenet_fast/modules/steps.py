@@ -294,6 +294,10 @@ class DenseStep:
         output = fused(input, flat, self.checkpoint, self.hold + hold)
         if reorder is not None:
             reorder.give_back()
+        if tail is not None and tail.conv is not None:
+            bias = parameter(tail.conv.__dict__, "bias")
+            if bias is not None:  # behind the average as in front of it
+                output = output + bias.to(output.dtype).view(-1, *[1] * (output.dim() - 2))
         if order is None:
             return output
         pieces = output.split(_widths(input.shape[1], run), 1)
