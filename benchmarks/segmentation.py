@@ -31,23 +31,31 @@ class PlainLayer(nn.Module):
 
 
 class PlainBlock(nn.ModuleDict):
-    """Layers that each read all features so far."""
+    """Layers that each read all features so far; returns these or, with `only_new`, the layers'."""
 
     def __init__(
-        self, layers: int, channels: int, growth_rate: int, drop_rate: float, dims: int
+        self,
+        layers: int,
+        channels: int,
+        growth_rate: int,
+        drop_rate: float,
+        dims: int,
+        *,
+        only_new: bool = False,
     ) -> None:
         super().__init__()
         for at in range(layers):
             read = channels + at * growth_rate
             self[f"denselayer{at + 1}"] = PlainLayer(read, growth_rate, drop_rate, dims)
+        self.only_new = only_new
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """All features, and the new ones alone."""
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C + layers * k, H, W], or to [N, layers * k, H, W]."""
         new: list[Tensor] = []
         for layer in self.values():
             new.append(layer(features))
             features = torch.cat((features, new[-1]), 1)
-        return features, torch.cat(new, 1)
+        return torch.cat(new, 1) if self.only_new else features
 
 
 class PlainTransitionDown(nn.Sequential):
@@ -93,13 +101,14 @@ class PlainFCDenseNet(nn.Module):
             channels += layers * growth
             skips.append(channels)
             self.transitions_down.append(PlainTransitionDown(channels, rate, dims))
-        self.bottleneck = PlainBlock(middle, channels, growth, rate, dims)
+        self.bottleneck = PlainBlock(middle, channels, growth, rate, dims, only_new=True)
         self.transitions_up, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         new = middle * growth
-        for layers in up:
+        for at, layers in enumerate(up, 1):
             self.transitions_up.append(PlainTransitionUp(new, dims))
             channels = new + skips.pop()
-            self.up_blocks.append(PlainBlock(layers, channels, growth, rate, dims))
+            block = PlainBlock(layers, channels, growth, rate, dims, only_new=at < len(up))
+            self.up_blocks.append(block)
             new = layers * growth
             channels += new
         self.classifier = of(dims, "Conv")(channels, spec.num_classes, 1)
@@ -109,10 +118,10 @@ class PlainFCDenseNet(nn.Module):
         x = self.conv0(images)
         skips = []
         for block, transition in zip(self.down_blocks, self.transitions_down, strict=True):
-            x, _ = block(x)
+            x = block(x)
             skips.append(x)
             x = transition(x)
-        _, new = self.bottleneck(x)
+        x = self.bottleneck(x)
         for up, block in zip(self.transitions_up, self.up_blocks, strict=True):
-            x, new = block(up(new, skips.pop()))
+            x = block(up(x, skips.pop()))
         return self.classifier(x)
