@@ -7,6 +7,7 @@ buffer in any case, and one byte per output element for the places of the maxima
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -20,12 +21,10 @@ from densenet_fast.blocks.forward import halved, matrix
 from densenet_fast.blocks.nodes import Finish
 from densenet_fast.blocks.specs import MaxTransition, NormSpec, Tensors
 from densenet_fast.operators.philox import draw_seeds
-from densenet_fast.operators.reference import MAXIMUM
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
     empty_rows,
-    images_of,
     rows_of,
     statistics_dtype,
 )
@@ -119,31 +118,36 @@ def max_transition_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     return *_maxima(full), statistics
 
 
-def _maxima(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of every two, in each dimension, [N, C, *size // 2]; and their places.
+def _windows(rows: Tensor) -> Iterator[Tensor]:
+    """The first values of all windows of two in each dimension, the second ones, and so on."""
+    size = rows.shape[1:-1]
+    for starts in product(range(2), repeat=len(size)):
+        edges = zip(starts, halved(size), strict=True)
+        reached = (slice(None), *(slice(at, 2 * count, 2) for at, count in edges))
+        yield rows[reached]
 
-    A place is a number to base 2 with one digit per dimension, the first dimension's in front.
-    """
-    images = images_of(rows)
-    found, index = MAXIMUM[images.dim()](images, 2, return_indices=True)
-    output = empty_channels_last(found.shape, rows)
-    places = torch.zeros_like(index, dtype=torch.uint8)
-    for digit, axis in enumerate(reversed(range(2, images.dim()))):
-        length = images.shape[axis]
-        places += (index % length % 2).to(torch.uint8).mul_(2**digit)
-        index = index // length
-    return output.copy_(found), rows_of(places).contiguous()
+
+def _maxima(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of every window, [N, C, *size // 2], and its place, [N, *size // 2, C]."""
+    first, *others = _windows(rows)
+    images, *size, channels = first.shape
+    output = empty_channels_last((images, channels, *size), rows)
+    found = rows_of(output).copy_(first)
+    places = torch.zeros(found.shape, dtype=torch.uint8, device=rows.device)
+    for place, values in enumerate(others, 1):
+        places.masked_fill_(values > found, place)
+        torch.maximum(found, values, out=found)
+    return output, places
 
 
 def _spread(grad_rows: Tensor, places: Tensor, like: Tensor) -> Tensor:
     """The gradient of what `_maxima` has read, of as many pixels as `like`."""
-    full = empty_rows((*like.shape[:-1], grad_rows.shape[-1]), like).zero_()
+    full = empty_rows((*like.shape[:-1], grad_rows.shape[-1]), like)
+    if any(length % 2 for length in like.shape[1:-1]):
+        full.zero_()  # pixels that no window covers
     zero = grad_rows.new_zeros(())
-    windows = grad_rows.shape[1:-1]
-    for place, starts in enumerate(product(range(2), repeat=len(windows))):
-        edges = zip(starts, windows, strict=True)
-        reached = (slice(None), *(slice(at, 2 * count, 2) for at, count in edges))
-        full[reached] = torch.where(places == place, grad_rows, zero)
+    for place, values in enumerate(_windows(full)):
+        torch.where(places == place, grad_rows, zero, out=values)
     return full
 
 

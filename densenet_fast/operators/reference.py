@@ -25,7 +25,7 @@ from densenet_fast.operators.rows import images_of, rows_of, statistics_dtype
 
 ByDimensions = dict[int, Callable[..., Any]]  # by the number of a tensor's
 _AVERAGE: ByDimensions = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
-MAXIMUM: ByDimensions = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
+_MAXIMUM: ByDimensions = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
 _OF_WEIGHT: ByDimensions = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}
 
 
@@ -352,7 +352,7 @@ def norm_relu_maxpool_forward(
     the first dimension's in front: 3 * row + column in two dimensions.
     """
     activation = images_of(_activation(input, scale, shift).to(input.dtype))
-    pooled, index = MAXIMUM[activation.dim()](activation, 3, 2, padding=1, return_indices=True)
+    pooled, index = _MAXIMUM[activation.dim()](activation, 3, 2, padding=1, return_indices=True)
     out.copy_(rows_of(pooled))
     places = torch.zeros_like(index)
     for digit, axis in enumerate(reversed(range(2, index.dim()))):
