@@ -15,6 +15,7 @@ from densenet_fast.blocks.memory_plan import gradient_in_place
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
+    empty_gradient,
     empty_rows,
     images_of,
     pitched,
@@ -283,6 +284,5 @@ def gradient_pitch(channels: int, end: int, like: Tensor) -> int:
 
 
 def _like(weight: Tensor | None) -> Tensor:
-    """Room for a weight's gradient: contiguous, whatever the weight's memory format."""
     assert weight is not None
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return empty_gradient(weight)
