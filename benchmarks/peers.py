@@ -22,6 +22,7 @@ from benchmarks import engines
 from benchmarks import other_peers as others
 from benchmarks.networks import NetworkSpec
 from benchmarks.other_peers import State
+from benchmarks.segmentation import PlainFCDenseNet
 
 Checkpoint = Literal["none", "bottleneck", "block"]
 
@@ -99,6 +100,8 @@ class PlainDenseNet(nn.Module):
 
 def build_torchvision(spec: NetworkSpec, *, memory_efficient: bool) -> nn.Module:
     """torchvision's network, or its layers assembled for what torchvision does not assemble."""
+    if spec.segmentation:
+        return PlainFCDenseNet(spec)
     if spec.dims != 2:
         return others.build_monai(spec)
     if spec.small_inputs or spec.in_channels != 3 or spec.compression != 0.5:
@@ -121,9 +124,19 @@ def _optimized(model: nn.Module, _: Tensor) -> nn.Module:
 
 
 def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
-    """`EfficientDenseNet` in one of its checkpoint modes."""
-    from densenet_fast import EfficientDenseNet
+    """`EfficientDenseNet` in one of its checkpoint modes, or `FCDenseNet`, which has none."""
+    from densenet_fast import EfficientDenseNet, FCDenseNet
 
+    if spec.segmentation:
+        return FCDenseNet(
+            spec.num_classes,
+            spec.growth_rate,
+            *spec.paths,
+            spec.num_init_features,
+            spec.drop_rate,
+            in_channels=spec.in_channels,
+            spatial_dims=spec.dims,
+        )
     return EfficientDenseNet(
         growth_rate=spec.growth_rate,
         block_config=spec.block_config,
@@ -213,6 +226,7 @@ PEERS: dict[str, Peer] = {
             'densenet_fast, checkpoint="none"',
             "#92c5de",
             lambda spec: build_ours(spec, checkpoint="none"),
+            applies=lambda spec: not spec.segmentation,
         ),
         Peer(
             "ours-bottleneck",
@@ -225,6 +239,7 @@ PEERS: dict[str, Peer] = {
             'densenet_fast, checkpoint="block"',
             "#053061",
             lambda spec: build_ours(spec, checkpoint="block"),
+            applies=lambda spec: not spec.segmentation,
         ),
         Peer(
             "ours-converted",

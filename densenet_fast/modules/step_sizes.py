@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,10 @@ def _block_sizes(
             )
         )
         channels = behind
-    return sizes
+    return [
+        *(replace(size, gradient=following.input_gradient) for size, following in pairwise(sizes)),
+        sizes[-1],
+    ]
 
 
 def _gradient_bytes(weights: Sequence[Tensor]) -> tuple[int, int]:

@@ -43,12 +43,13 @@ def test_other_libraries_compute_the_same_function(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHER_NETWORKS)
-def test_sequences_and_volumes(
+def test_other_networks(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("monai")
     # Logits that disagree would not be timed.
-    small = replace(OTHER_NETWORKS[name], block_config=(2, 1), image_size=16, batch_size=2)
+    layers = (1, 2, 1) if OTHER_NETWORKS[name].segmentation else (2, 1)
+    small = replace(OTHER_NETWORKS[name], block_config=layers, image_size=16, batch_size=2)
     monkeypatch.setitem(OTHER_NETWORKS, "small", small)
     arguments = ["--no-progress", "--device", "cpu", "--networks", "small", "--rounds", "1"]
     arguments += ["--peers", "naive,ours-bottleneck,ours-converted", "--output", str(tmp_path)]
@@ -106,7 +107,7 @@ def test_logits_that_disagree_are_not_timed(
 
 def test_full_form_has_all_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     record = networks.plan(Options(full=True))
-    assert len(record["settings"]["networks"]) == len(NETWORKS) + len(OTHER_NETWORKS) == 12
+    assert len(record["settings"]["networks"]) == len(NETWORKS) + len(OTHER_NETWORKS) == 13
     monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
     settings = networks.plan(Options())["settings"]
     assert "timm" not in settings["peers"]
