@@ -135,6 +135,7 @@ class StemSize:
     copies: int = 0  # of images and weight in another type or layout, kept if nothing is remade
     wide: int = 0  # what the convolution needs besides: a wider type's tensors, or a matrix
     recomputable: bool = False
+    in_place: bool = False  # whether the gradient of recomputed features takes their place
     weights: int = 0  # the convolution's gradient
     lasting: int = 0  # the same, if it stays
 
@@ -151,7 +152,8 @@ class StemSize:
         """Bytes that the backward needs besides: gradients, and the output once more."""
         again = self.recomputed(plans)
         # The norm's gradient first; then, the features freed, the convolution's.
-        most = max(self.features * (1 + again), self.features * again + self.wide)
+        both = 1 + (again and not self.in_place)
+        most = max(self.features * both, self.features * again + self.wide)
         return most + self.pooled + self.weights
 
 

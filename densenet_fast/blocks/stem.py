@@ -168,6 +168,14 @@ def _backward_fake(
     return found + nodes.wanted_like(parameters, needs)
 
 
+def in_place(device: torch.device, *, synchronised: bool) -> bool:
+    """Whether the gradient of features that were made again takes their place.
+
+    CUDA's kernels read them once more when it is half done, as what synchronised norms do to it.
+    """
+    return device.type != "cuda" and not synchronised
+
+
 @nodes.node(
     f"(Tensor grad_output, Tensor input, Tensor argmax, Tensor statistics, {_STEM}, "
     "bool[] needs) -> Tensor[]",
@@ -182,9 +190,13 @@ def stem_backward(
     features, norm = stem.features(input), stem.norm
     channels = features.shape[1]
     forward = norms.of_statistics(norm, statistics, channels)
-    grad_features = empty_channels_last(features.shape, features)
     grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
-    rows, grad_rows = as_rows(features), rows_of(grad_features)
+    rows = as_rows(features)
+    if stem.conv is not None and in_place(rows.device, synchronised=bool(norm.group)):
+        grad_features = images_of(rows)
+    else:
+        grad_features = empty_channels_last(features.shape, features)
+    grad_rows = rows_of(grad_features)
     operators.norm_relu_maxpool_backward(
         as_rows(grad_output),
         argmax.contiguous(),
