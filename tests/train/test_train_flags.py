@@ -25,7 +25,7 @@ from densenet_fast.train.command import main
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.rules import complete
 from densenet_fast.train.sources import SOURCES, open_source
-from densenet_fast.train.transforms import preprocessing, training_transform
+from densenet_fast.train.transforms import Augmentation, preprocessing, with_sizes
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +94,15 @@ def test_schedules_are_torchvisions(name: str, warmup: str | None) -> None:
 def test_optimizers(
     flags: tuple[str, ...], kind: type[torch.optim.Optimizer], settings: dict[str, Any]
 ) -> None:
-    frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+    model = nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
     arguments = parsed(*flags)
-    made = optimization.make_optimizer(arguments, [nn.Parameter(torch.ones(1)), frozen])
+    made = optimization.make_optimizer(arguments, model)
     assert type(made) is kind
     group = made.param_groups[0]
     assert len(group["params"]) == 1 and group["lr"] == 0.1
     assert {name: group[name] for name in settings} == settings
-    made.param_groups[0]["params"][0].grad = torch.ones(1)
+    made.param_groups[0]["params"][0].grad = torch.ones(1, 1)
     made.step()
     names = [name for state in made.state.values() for name, v in state.items() if v is not None]
     counted = ["step"] if optimization.counts_steps(arguments) else []
@@ -232,7 +233,15 @@ def test_gradients_are_freed_before_the_forward_plans_a_step() -> None:
     optimizer = torch.optim.SGD(parameters, 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     placement = loop.Placement(torch.device("cpu"), torch.contiguous_format, None)
-    step = loop.Step(network, optimizer, scaler, placement, label_smoothing=0.0, clip=None)
+    step = loop.Step(
+        network,
+        optimizer,
+        scaler,
+        placement,
+        criterion=nn.CrossEntropyLoss(),
+        batch_size=2,
+        clip=None,
+    )
     for _ in range(2):
         step(torch.randn(2, 3, 8, 8), torch.tensor([0, 2]))
     assert seen == [[None] * len(parameters)] * 2
@@ -266,7 +275,8 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(policy: str, channel
     pixels = torch.randint(0, 256, (4, channels, 20, 20), dtype=torch.uint8)
     samples: Any = [(pixels[i], i) for i in range(4)]
     plain = preprocessing(20, (0.5,) * channels, (0.2,) * channels)
-    transform = training_transform(plain, 20, crop=16, flip=True, policy=policy, erase=0.5)
+    augmentation = Augmentation(16, None, hflip=0.5, policy=policy, erase=0.5)
+    transform = augmentation.transform(plain, 20)
     images = batches.Augmented(samples, transform, seed=5)
     before = torch.get_rng_state()
     first = [images[batches.Draw(epoch, 2)][0] for epoch in range(6)]
@@ -374,7 +384,7 @@ def test_photographs_are_cut_to_imagenets_sizes() -> None:
     plain = preprocessing(None, (0.5,) * 3, (0.2,) * 3)
     assert (plain.resize, plain.crop) == (256, 224)
     assert plain.transform()(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape == (3, 224, 224)
-    larger = preprocessing(None, (0.5,) * 3, (0.2,) * 3, crop=320)
+    larger = with_sizes(plain, resize=None, crop=320, crop_pct=None)
     assert (larger.resize, larger.crop) == (320, 320)
 
 
