@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,9 @@ def open_data(
         )
         found = _open_files(arguments, found, check, train=train, expected=expected)
     if expected is None:
-        found = _with_channels(found, arguments)
+        found = _with_channels(found, arguments.in_chans, arguments.mean, arguments.std)
+    elif in_files:
+        found = _with_channels(found, expected.channels)
     # --json has standard output for itself.
     where = sys.stderr if getattr(arguments, "json", False) else sys.stdout
     found, plain, own = _sized(found, arguments)
@@ -155,19 +158,24 @@ def _open_files(
     )
 
 
-def _with_channels(source: Source, arguments: Namespace) -> Source:
-    """The data with the channels, means and deviations that flags ask for."""
-    channels = arguments.in_chans or source.channels
+def _with_channels(
+    source: Source,
+    channels: int | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Source:
+    """The data with so many channels, and such means and deviations, where they are given."""
+    channels = channels or source.channels
     found: list[tuple[float, ...]] = []
-    for name in ("mean", "std"):
-        values = getattr(arguments, name) or getattr(source, name)
-        if channels == 1 and getattr(arguments, name) is None:
-            values = [sum(values) / len(values)]
+    for name, given, own in (("--mean", mean, source.mean), ("--std", std, source.std)):
+        values = tuple(given or own)
+        if given is None and channels == 1:
+            values = (sum(own) / len(own),)
         if len(values) not in (1, channels):
             raise UsageError(
-                f"{flag(name)}: expected {channels} values, one per channel, got {len(values)}"
+                f"{name}: expected {channels} values, one per channel, got {len(values)}"
             )
-        found.append(tuple(values) * (channels // len(values)))
+        found.append(values * (channels // len(values)))
     return replace(source, mean=found[0], std=found[1])
 
 

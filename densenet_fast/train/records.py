@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from densenet_fast.train.checkpoints import near_start
+from densenet_fast.train.checkpoints import BEST, near_start
 from densenet_fast.train.entries import EMA_START, MACHINE_ROW, row_of
 from densenet_fast.train.storage import write_atomically
 from densenet_fast.train.tasks import Task
@@ -70,8 +70,7 @@ def summary(row: Row, task: Task) -> str:
         average = f"; average's {task.describe(row, 'ema_val_')}"
         if near_start(row):
             average += (
-                f" (still {100 * row[EMA_START]:.0f} % its first weights, so the others count for "
-                "the best: a lower --model-ema-steps or --model-ema-decay lets it follow)"
+                f" (still {100 * row[EMA_START]:.0f} % its first weights: the others decide {BEST})"
             )
     return (
         f"epoch {row['epoch']}: lr {row['lr']:.3g}, {task.describe(row, 'train_')}; "

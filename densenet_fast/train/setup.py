@@ -86,8 +86,8 @@ def adopt(arguments: Namespace) -> None:
     names = ["model", "depth", "growth_rate", "in_chans", "train_crop_size", "interpolation"]
     if arguments.in_chans in (None, network["in_channels"]):
         names += ["mean", "std"]
-    if (arguments.val_resize_size, arguments.val_crop_size, arguments.crop_pct) == (None,) * 3:
-        names += ["val_resize_size", "val_crop_size"]
+    if (arguments.val_resize_size, arguments.val_crop_size) == (None, None):
+        names += ["val_crop_size", *(["val_resize_size"] if arguments.crop_pct is None else [])]
     for name in names:
         taken = not resuming or before.get(name) is not None
         if getattr(arguments, name) is None and taken:

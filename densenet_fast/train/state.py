@@ -61,6 +61,14 @@ class State:
     def average_start(self) -> float:
         """The share of the average that is still its first weights."""
         updates = 0 if self.average is None else int(self.average.n_averaged)
+        return self._start_after(updates)
+
+    def average_start_at_end(self, arguments: Namespace, epoch_steps: int) -> float:
+        """`average_start` after all epochs of so many steps."""
+        updates = epoch_steps // arguments.model_ema_steps if self.average is not None else 0
+        return self._start_after(updates * (arguments.epochs - arguments.lr_warmup_epochs))
+
+    def _start_after(self, updates: int) -> float:
         return self._average_decay ** (updates - 1) if updates else 1.0
 
     def next_epoch(self, row: dict[str, Any]) -> None:

@@ -103,6 +103,7 @@ class Task(ABC):
 class _Counts(Metric):
     """Of each class: how many images are of it, how many are said to be, and how many are both."""
 
+    full_state_update = False
     counts: Tensor
 
     def __init__(self, classes: int) -> None:
@@ -182,8 +183,9 @@ def masked_bce(logits: Tensor, labels: Tensor, weights: Tensor | None = None) ->
         weights: [classes], by which the terms of positives are multiplied.
     """
     known = ~labels.isnan()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     terms = nn.functional.binary_cross_entropy_with_logits(
-        logits.float(), labels.nan_to_num(0.0), pos_weight=weights, reduction="none"
+        logits, labels.nan_to_num(0.0), pos_weight=weights, reduction="none"
     )
     return torch.where(known, terms, 0.0).sum() / known.sum().clamp_min(1)
 
@@ -205,6 +207,7 @@ def auroc(scores: Tensor, labels: Tensor) -> float:
 class _Outputs(Metric):
     """All logits and labels."""
 
+    full_state_update = False
     logits: Any  # a list of batches, or one tensor of all processes' after torchmetrics' exchange
     labels: Any
 

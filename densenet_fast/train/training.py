@@ -91,6 +91,7 @@ class _Training:
             else:
                 self.state.restore(resumed, resumed["by_process"][processes.rank])
         if processes.main and not arguments.test_only:
+            self._warn_of_average()
             print(
                 f"{self.architecture}; {source.name}: {len(source.train)} training images of "
                 f"{crop}×{crop} pixels, {len(source.val)} validation images of "
@@ -106,6 +107,18 @@ class _Training:
             batch_size=arguments.batch_size,
             clip=arguments.clip_grad_norm,
         )
+
+    def _warn_of_average(self) -> None:
+        """Say at the start if the average of the weights will hardly leave its own."""
+        if self.state.average is None:
+            return
+        start = self.state.average_start_at_end(self.arguments, len(self.draws))
+        if start > checkpoints.NEAR:
+            print(
+                f"--model-ema: with {len(self.draws)} steps an epoch, the average will still be "
+                f"{100 * start:.0f} % its first weights at the end; a lower --model-ema-steps or "
+                "--model-ema-decay lets it follow"
+            )
 
     def _wrapped(self) -> nn.Module:
         """The network as steps call it; it shares its parameters with `self.model`."""
