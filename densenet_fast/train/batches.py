@@ -166,7 +166,7 @@ def loader(dataset: Augmented | Plain, workers: int, device: torch.device, **kin
     )
 
 
-def read_batches(loader: Any) -> Iterator[Batch]:
+def read_batches(loader: Any) -> Iterator[Any]:
     """A loader's batches; an error of a worker loses the worker's traceback.
 
     Raises:
@@ -174,5 +174,12 @@ def read_batches(loader: Any) -> Iterator[Batch]:
     """
     try:
         yield from loader
-    except DataError as error:
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+    except Exception as error:
+        if loader.num_workers == 0:
+            raise
+        # PyTorch's frame in the traceback refers to the error: such a circle would keep the loader,
+        # and its workers, for which Python waits at its end.
+        error.__traceback__ = None
+        if isinstance(error, DataError):
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        raise error.with_traceback(None) from None

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from densenet_fast.train.batches import mixed_seed
+from densenet_fast.train.batches import mixed_seed, read_batches
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.errors import DataError
 from densenet_fast.train.images import decoding_error, find_images, is_hidden, read_image
@@ -126,7 +126,7 @@ def find_corrupt(
     hidden = None if visible else True  # None: without a terminal
     with tqdm(total=len(mine), desc="checking images", disable=hidden, leave=False) as bar:
         at = 0
-        for reasons in loader:
+        for reasons in read_batches(loader):
             for reason in reasons:
                 if reason:
                     found[mine[at]] = reason

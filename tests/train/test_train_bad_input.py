@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -188,6 +189,7 @@ def test_image_that_breaks_later(tmp_path: Path, capsys: Captured) -> None:
             lambda: train(images, tmp_path / workers, *flags),  # noqa: B023
             f"error: {broken} cannot be read",
         )
+        assert not multiprocessing.active_children()
     flags = ("--no-image-check", "--on-corrupt", "skip")
     refused(capsys, lambda: train(images, tmp_path / "out", *flags), "--on-corrupt skip needs")
 
