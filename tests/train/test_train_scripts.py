@@ -175,6 +175,12 @@ def test_class_map_has_the_order_of_classes(folder: Path, tmp_path: Path, capsys
     assert main(["evaluate", *given, "--json", "--class-map", str(tmp_path / "map.txt")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["top1"] == content(tmp_path / "a")["history"][-1]["val_top1"]
+    shutil.copytree(folder / "val" / "cat", tmp_path / "some" / "cat")  # without any dog
+    some = ("--data-path", str(tmp_path / "some"), "--class-map", str(tmp_path / "map.txt"))
+    assert main(["evaluate", *given[:2], *some, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["classes"]
+    assert [(row["class"], row["images"]) for row in rows] == [("dog", 0), ("cat", 5)]
+    assert rows[0]["recall"] is None
     for text, said in (("dog\n", "it has no 'cat'"), ("cat\ndog\ncat\n", "'cat' is there twice")):
         (tmp_path / "map.txt").write_text(text)
         assert train(folder, tmp_path / "b", *flags) == 2
