@@ -67,6 +67,11 @@ def open_data(
     """
     if arguments.no_image_check and arguments.on_corrupt == "skip":
         raise UsageError("--on-corrupt skip needs the check that --no-image-check leaves out")
+    if arguments.labels is not None and (arguments.data is not None or arguments.download):
+        given = "--download" if arguments.data is None else f"--data {arguments.data}"
+        raise UsageError(
+            f"{given} does not go with --labels: --data-path says where its images are"
+        )
     if arguments.download:
         _fetch(arguments, processes)
     in_files = arguments.labels is not None
@@ -135,10 +140,6 @@ def _open_files(
             folder, check, mode=mode, class_map=arguments.class_map, split=split, train=train
         )
     root = arguments.data_path
-    if arguments.data is not None:
-        raise UsageError(
-            f"--data {arguments.data}: with --labels, --data-path says where images are"
-        )
     if root is not None and not root.is_dir():
         raise UsageError(f"--data-path {root}: no such folder")
     reading = Reading(

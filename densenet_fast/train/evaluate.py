@@ -14,6 +14,7 @@ from densenet_fast.train import data, trained
 from densenet_fast.train.distributed import from_environment, together
 from densenet_fast.train.entries import MULTILABEL
 from densenet_fast.train.errors import UsageError, flag
+from densenet_fast.train.labels import MEANING
 from densenet_fast.train.loop import Placement, validate
 from densenet_fast.train.networks import check_images
 from densenet_fast.train.rules import device, one_of_checkpoint_and_weights
@@ -62,7 +63,8 @@ def _like_training(arguments: Namespace, network: trained.Trained) -> data.Expec
         given = getattr(arguments, name)
         if given is not None and not labels:
             raise UsageError(f"{flag(name)} {given} applies to --labels alone")
-        setattr(arguments, name, given or network.arguments.get(name) or "ignore")
+        before = network.arguments.get(name)
+        setattr(arguments, name, given or (before if before in MEANING else "ignore"))
     if labels and arguments.class_map is not None:
         raise UsageError("--class-map applies to folders of classes alone")
     return data.Expected(

@@ -15,6 +15,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("tensorboard")
 
+from torchvision.tv_tensors import Image
 from training_runs import TINY, assert_same, content, train, write_folder, write_idx
 
 import densenet_fast
@@ -75,38 +76,6 @@ def test_schedules_are_torchvisions(name: str, warmup: str | None) -> None:
         assert 0.4 * factor(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()
         schedule.step()
-
-
-@pytest.mark.parametrize(
-    ("flags", "kind", "settings"),
-    [
-        (("--opt", "sgd"), torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
-        (
-            ("--opt", "sgd_nesterov", "--momentum", "0.8"),
-            torch.optim.SGD,
-            {"momentum": 0.8, "nesterov": True},
-        ),
-        (("--opt", "sgd", "--momentum", "0"), torch.optim.SGD, {"momentum": 0}),
-        (("--opt", "rmsprop"), torch.optim.RMSprop, {"alpha": 0.9, "eps": 0.0316}),
-        (("--opt", "adamw", "--weight-decay", "0.02"), torch.optim.AdamW, {"weight_decay": 0.02}),
-    ],
-)
-def test_optimizers(
-    flags: tuple[str, ...], kind: type[torch.optim.Optimizer], settings: dict[str, Any]
-) -> None:
-    model = nn.Linear(1, 1)
-    model.bias.requires_grad_(False)
-    arguments = parsed(*flags)
-    made = optimization.make_optimizer(arguments, model)
-    assert type(made) is kind
-    group = made.param_groups[0]
-    assert len(group["params"]) == 1 and group["lr"] == 0.1
-    assert {name: group[name] for name in settings} == settings
-    made.param_groups[0]["params"][0].grad = torch.ones(1, 1)
-    made.step()
-    names = [name for state in made.state.values() for name, v in state.items() if v is not None]
-    counted = ["step"] if optimization.counts_steps(arguments) else []
-    assert sorted(names) == sorted([*optimization.kept(arguments), *counted])
 
 
 def test_average_of_weights() -> None:
@@ -270,10 +239,13 @@ def test_clipping_and_smoothing(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", AUGMENTATIONS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_augmentation_depends_on_seed_epoch_and_image_alone(policy: str, channels: int) -> None:
+@pytest.mark.parametrize("deep", [False, True])
+def test_augmentation_depends_on_seed_epoch_and_image_alone(
+    policy: str, channels: int, deep: bool
+) -> None:
     torch.manual_seed(1)
     pixels = torch.randint(0, 256, (4, channels, 20, 20), dtype=torch.uint8)
-    samples: Any = [(pixels[i], i) for i in range(4)]
+    samples: Any = [(Image(pixels[i] / 255 if deep else pixels[i]), i) for i in range(4)]
     plain = preprocessing(20, (0.5,) * channels, (0.2,) * channels)
     augmentation = Augmentation(16, None, hflip=0.5, policy=policy, erase=0.5)
     transform = augmentation.transform(plain, 20)

@@ -86,6 +86,38 @@ def test_steps_of_several_batches(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "kind", "settings"),
+    [
+        (("--opt", "sgd"), torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
+        (
+            ("--opt", "sgd_nesterov", "--momentum", "0.8"),
+            torch.optim.SGD,
+            {"momentum": 0.8, "nesterov": True},
+        ),
+        (("--opt", "sgd", "--momentum", "0"), torch.optim.SGD, {"momentum": 0}),
+        (("--opt", "rmsprop"), torch.optim.RMSprop, {"alpha": 0.9, "eps": 0.0316}),
+        (("--opt", "adamw", "--weight-decay", "0.02"), torch.optim.AdamW, {"weight_decay": 0.02}),
+    ],
+)
+def test_optimizers(
+    flags: tuple[str, ...], kind: type[torch.optim.Optimizer], settings: dict[str, Any]
+) -> None:
+    model = nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    arguments = parsed(*flags)
+    made = optimization.make_optimizer(arguments, model)
+    assert type(made) is kind
+    group = made.param_groups[0]
+    assert len(group["params"]) == 1 and group["lr"] == 0.1
+    assert {name: group[name] for name in settings} == settings
+    made.param_groups[0]["params"][0].grad = torch.ones(1, 1)
+    made.step()
+    names = [name for state in made.state.values() for name, v in state.items() if v is not None]
+    counted = ["step"] if optimization.counts_steps(arguments) else []
+    assert sorted(names) == sorted([*optimization.kept(arguments), *counted])
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ((), {1e-4: {"conv.weight", "conv.bias", "norm.weight", "norm.bias"}}),
