@@ -129,9 +129,9 @@ class Call {
   }
   WeightGradient weight_gradient(const OptionalTensor& t, const Tensor& weight) const {
     if (!t) return {};
-    check_vector(*t, weight.scalar_type(), weight.numel(), "grad_weight");
+    check_weight_gradient(*t, weight);
     check_device(*t, "grad_weight");
-    return {t->mutable_data_ptr(), t->scalar_type() == ScalarType::Float};
+    return {t->mutable_data_ptr(), t->scalar_type() == ScalarType::Float, !t->is_contiguous()};
   }
 
   void check_device(const Tensor& t, const char* name) const {

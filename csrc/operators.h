@@ -88,10 +88,12 @@ struct PackRequest {
   bool gradient;
 };
 
-// A weight gradient, contiguous, of the weight's type; null: not wanted.
+// A weight gradient, of the weight's type, dense: [out, in, taps], or [out, taps, in]; null: not
+// wanted.
 struct WeightGradient {
   void* data = nullptr;
   bool is_float32 = false;
+  bool channels_last = false;
 };
 
 // One norm's share in `update_running_statistics_`.

@@ -70,6 +70,28 @@ inline void check_weight(const Tensor& t, int64_t kernel, int64_t in, int dims) 
                   " elements in every dimension of its kernels");
 }
 
+// Dense, and as channels_last weights are: [out, kernel, in].
+inline bool is_channels_last(const Tensor& t) {
+  int64_t elements = 1;
+  bool dense = t.dim() > 2;
+  const auto next = [&](int64_t dim) {
+    dense = dense && (t.size(dim) == 1 || t.stride(dim) == elements);
+    elements *= t.size(dim);
+  };
+  next(1);
+  for (int64_t i = t.dim(); dense && i-- > 2;) next(i);
+  next(0);
+  return dense;
+}
+
+inline void check_weight_gradient(const Tensor& t, const Tensor& weight) {
+  check_type(t, weight.scalar_type(), "grad_weight");
+  STD_TORCH_CHECK(t.numel() == weight.numel(), "`grad_weight` should have ", weight.numel(),
+                  " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.is_contiguous() || is_channels_last(t),
+                  "`grad_weight` should be contiguous, or channels_last");
+}
+
 inline void check_statistics(const OptionalTensor& mean, const OptionalTensor& var) {
   STD_TORCH_CHECK(mean.has_value() == var.has_value(),
                   "`mean` and `var` should both be tensors or both be None");

@@ -76,11 +76,13 @@ struct Weight {
   }
 };
 
-// Its gradient, contiguous, of the weight's type; both null: not wanted.
+// Its gradient, of the weight's type, dense: [out, in, taps], or [out, taps, in]; both null: not
+// wanted.
 template <class S>
 struct WeightGradient {
   S* data = nullptr;
   Compute<S>* wide = nullptr;
+  bool channels_last = false;
   bool wanted() const { return data || wide; }
 };
 

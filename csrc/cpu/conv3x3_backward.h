@@ -93,7 +93,7 @@ struct TapsWeight {
       for (int64_t j = 0; j < columns; j += kLanes<T>) {
         Vec<T> taps[9] = {};
         for (int t = 0; t < count; ++t) taps[t] = load<T>(slice + t * weight.out * ld + j);
-        store_kernel_gradients(weight, gradient, out * weight.in + c + j, z, taps, columns - j);
+        store_kernel_gradients(weight, gradient, out, c + j, z, taps, columns - j);
       }
     }
   }

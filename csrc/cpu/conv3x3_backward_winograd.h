@@ -273,8 +273,9 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
         }
       }
       if (single && end == part_end && grad_weight.data) {
-        stream.add(grad_weight.data + c0 * 9, columns * 9 * sizeof(S), channels * 9 * sizeof(S), k,
-                   true);
+        const int64_t runs = grad_weight.channels_last ? 9 : 1, taps = 9 / runs;
+        stream.add(grad_weight.data + c0 * taps, columns * taps * sizeof(S),
+                   channels * taps * sizeof(S), k * runs, true);
       }
       const int64_t blocks = ceil_div(panel / L, prefer);
       stream.start(
@@ -293,8 +294,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
                                    points, slices);
         for (int z = 0; z < weight.depth(); ++z) {
           if (single) {
-            store_kernel_gradients(weight, grad_weight, o * channels + c0 + c, z, slices[z],
-                                   columns - c);
+            store_kernel_gradients(weight, grad_weight, o, c0 + c, z, slices[z], columns - c);
             continue;
           }
           for (int t = 0; t < 9; ++t) {

@@ -67,6 +67,7 @@ void convert(const densenet_fast::WeightGradient& from, cpu::WeightGradient<S>& 
   } else {
     to.data = static_cast<S*>(from.data);
   }
+  to.channels_last = from.channels_last;
 }
 
 template <class T>

@@ -206,13 +206,20 @@ DF_INLINE void store_gradient(const WeightGradient<S>& out, int64_t i, Vec<Compu
   }
 }
 
-// The gradients of slice z of at most `n` of L kernels that follow each other from kernel i on.
+// The gradients of slice z of at most `n` of L kernels that follow each other from (o, c) on.
 template <class S>
-DF_INLINE void store_kernel_gradients(const Weight<S>& w, const WeightGradient<S>& out, int64_t i,
-                                      int64_t z, const Vec<Compute<S>> (&taps)[9], int64_t n) {
+DF_INLINE void store_kernel_gradients(const Weight<S>& w, const WeightGradient<S>& out, int64_t o,
+                                      int64_t c, int64_t z, const Vec<Compute<S>> (&taps)[9],
+                                      int64_t n) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
-  const int64_t count = w.slice_taps(), step = w.taps(), first = i * step + z * count;
+  const int64_t count = w.slice_taps(), step = w.taps();
+  if (out.channels_last) {
+    const int64_t first = (o * step + z * count) * w.in + c;
+    for (int t = 0; t < count; ++t) store_gradient(out, first + t * w.in, taps[t], n);
+    return;
+  }
+  const int64_t first = (o * w.in + c) * step + z * count;
 #pragma GCC unroll 9
   for (int t0 = 0; t0 < 9; t0 += L) {
     if (t0 >= count) break;

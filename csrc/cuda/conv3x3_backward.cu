@@ -32,7 +32,8 @@ void run_tap_gradient(const Context& context, const PlainSource<P>& grad,
                       dim3(kTapThreads), tap_shared_bytes<P>(grid, stages), context.stream},
          grad, bottleneck, partial, grid, static_cast<int>(count.tiles() * parts),
          static_cast<int>(cut.units), stages);
-  leave_splits(context, {partial, static_cast<int>(splits), size, taps.all(), grad_weight});
+  leave_splits(context, {partial, static_cast<int>(splits), size, taps.all(), static_cast<int>(in),
+                         grad_weight});
 }
 
 }  // namespace

@@ -96,7 +96,9 @@ struct TilePlace {
     return (r >> grid.log_image) * static_cast<int>(grid.halo_image.by) +
            row_of(r) * (grid.shape.columns + 2) + column_of(r);
   }
-  __device__ int tap_offset(int tap) const { return tap / 3 * (grid.shape.columns + 2) + tap % 3; }
+  __device__ int tap_offset(int row, int column) const {
+    return row * (grid.shape.columns + 2) + column;
+  }
 };
 
 // Taps whose weights travel together: narrow tiles take a row of the kernel at a time, of which
@@ -128,9 +130,12 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   using T = Tile<kRows, kColumns>;
   using Pieces = ThreadPieces<T::kThreads>;
   static_assert(Source::kRaw == 1, "one raw piece per halo piece");
-  constexpr int kTaps = kTapsPerStage<T>, kGroups = (kLines ? 3 : 9) / kTaps;
+  constexpr int kTaps = kTapsPerStage<T>, kGroups = 3 / kTaps;  // of a row of the kernel
   constexpr int kWeightBytes = kTaps * kColumns * kRowBytes;
-  constexpr int kUnrolled = kGroups == 3 && arithmetic<P>() != Arithmetic::kPlain ? 3 : 1;
+  // Unrolled, a turn of the ring has constant places, where there are registers for it.
+  constexpr bool kUnrolled = arithmetic<P>() != Arithmetic::kPlain;
+  constexpr int kRowsAtOnce = kUnrolled && kGroups == 1 && !kLines ? 3 : 1;
+  constexpr int kGroupsAtOnce = kUnrolled && !(P::kTf32 && Sink::kGradient) ? kGroups : 1;
   constexpr int kPieces = (kMostHaloPixels<kRows> + Pieces::kRows - 1) / Pieces::kRows;
   DF_DYNAMIC_SHARED(shared);
   const WarpPlace<T> warp;
@@ -140,7 +145,7 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   const int halo_pixels = grid.halo_pixels;
   const int half = static_cast<int>(halo_bytes<P, T, Source>(halo_pixels));  // of two halos
   const int vectors_at = halo_pixels * kRowBytes + warp.warp * kVectorBytes<E, Source>;
-  const int groups = kTaps == 1 ? grid.slice_taps : kGroups;
+  const int kernel_rows = kGroups > 1 ? grid.slice_taps / 3 : kLines ? 1 : 3;
   // The steps of this split, without those of slices outside the image.
   int first = blockIdx.z * split_steps, last = first + split_steps;
   first = larger(first, place.first_slice() * weight.steps);
@@ -189,22 +194,21 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   };
   // Weights come in groups of taps, which lie one behind the other for all steps.
   unsigned char* const ring = shared + 2 * half;
+  int left = (last - first) * kernel_rows * kGroups;
   const E* weights =
       weight.data + (int64_t{first} * grid.slice_taps * weight.columns + block_column) * kStep<E>;
-  int left = (last - first) * groups, filled = 0;
   const auto next = [](int group) {
     return group == (kTapRing - 1) * kWeightBytes ? 0 : group + kWeightBytes;
   };
-  const auto start_group = [&] {
+  const auto start_group = [&](int group) {
     if (left > 0) {
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
-        start_weights<kColumns, T::kThreads>(ring + filled + t * kColumns * kRowBytes, weights,
+        start_weights<kColumns, T::kThreads>(ring + group + t * kColumns * kRowBytes, weights,
                                              weight.columns - block_column);
         weights += int64_t{weight.columns} * kStep<E>;
       }
       --left;
-      filled = next(filled);
     }
     ptx::cp_async_commit();
   };
@@ -219,37 +223,43 @@ __global__ void __launch_bounds__((Tile<kRows, kColumns>::kThreads),
   clear<P, T::NT>(acc);
 
   if (first < last) start_halo(first);
-  start_group();
-  start_group();
   int group = 0;
+  start_group(group);
+  start_group(next(group));
   for (int step = first; step < last; ++step) {
     unsigned char* halo = shared + (step - first) % 2 * half;
-#pragma unroll kUnrolled
-    for (int g = 0; g < groups; ++g) {
-      ptx::cp_async_wait<kGroups == 1 ? 0 : 1>();  // pixels come with the step's first group
-      if (g == 0) {
-        Coefficients<P, Source::kVectors> coefficients;
-        if constexpr (Source::kVectors > 0) {
-          __syncwarp();  // the coefficients are those that its lanes have copied
-          coefficients.load(halo + vectors_at, kStep<E>, own.column * kPieceElements<E>);
-        }
+#pragma unroll kRowsAtOnce
+    for (int row = 0; row < kernel_rows; ++row) {
+#pragma unroll kGroupsAtOnce
+      for (int g = 0; g < kGroups; ++g) {
+        const bool is_first = row == 0 && g == 0;
+        if (g == 0 && (kGroups > 1 || (row == 0 && !kLines))) group = 0;  // the ring has gone round
+        ptx::cp_async_wait<kLines ? 0 : 1>();  // pixels come with the step's first group
+        if (is_first) {
+          Coefficients<P, Source::kVectors> coefficients;
+          if constexpr (Source::kVectors > 0) {
+            __syncwarp();  // the coefficients are those that its lanes have copied
+            coefficients.load(halo + vectors_at, kStep<E>, own.column * kPieceElements<E>);
+          }
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          // Outside the image there is no pixel to activate: relu(shift) would be wrong.
-          if (!Source::exists(places[i])) continue;
-          at_piece(halo, i, [&](auto& raw) { source.finish(raw, coefficients); });
+          for (int i = 0; i < kPieces; ++i) {
+            // Outside the image there is no pixel to activate: relu(shift) would be wrong.
+            if (!Source::exists(places[i])) continue;
+            at_piece(halo, i, [&](auto& raw) { source.finish(raw, coefficients); });
+          }
         }
-      }
-      __syncthreads();
-      // The next step's pixels: not before everyone is done with those whose place they take.
-      if (g == 0 && step + 1 < last) start_halo(step + 1);
-      start_group();
+        __syncthreads();
+        // The next step's pixels: not before everyone is done with those whose place they take.
+        if (is_first && step + 1 < last) start_halo(step + 1);
+        start_group(next(next(group)));
 #pragma unroll
-      for (int t = 0; t < kTaps; ++t) {
-        multiply_step<P, T::NT>(acc, halo + place.tap_offset(g * kTaps + t) * kRowBytes, a_row,
-                                ring + group + (t * kColumns + warp.column) * kRowBytes, warp.lane);
+        for (int t = 0; t < kTaps; ++t) {
+          multiply_step<P, T::NT>(acc, halo + place.tap_offset(row, g + t) * kRowBytes, a_row,
+                                  ring + group + (t * kColumns + warp.column) * kRowBytes,
+                                  warp.lane);
+        }
+        group = next(group);
       }
-      group = next(group);
     }
   }
   ptx::cp_async_wait<0>();

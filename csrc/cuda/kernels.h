@@ -46,12 +46,12 @@ struct Stream {
 };
 
 // Partial results of a weight gradient: sum over splits of partial[split, i] goes to place(i).
-// With several taps i = (tap, o, c) goes to (o, c, tap).
+// i = (tap, o, c) goes to (o, c, tap), or (o, tap, c).
 struct SplitSums {
   const void* partial;
   int splits;
   int64_t size;
-  int taps;
+  int taps, channels;
   WeightGradient out;
 };
 

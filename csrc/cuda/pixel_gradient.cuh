@@ -21,7 +21,8 @@ void launch_pixel_gradient(const Context& context, const char* name, const Sourc
                       dim3(kThreads), pixel_shared_bytes<P, SourceI, SourceJ, kNarrow>(stages),
                       context.stream},
          source_i, source_j, partial, rows, cut.units * kStagePixels<typename P::Element>, stages);
-  leave_splits(context, {partial, static_cast<int>(cut.splits), out * in, 1, grad_weight});
+  leave_splits(context, {partial, static_cast<int>(cut.splits), out * in, 1, static_cast<int>(in),
+                         grad_weight});
 }
 
 template <class P, class SourceI, class SourceJ>

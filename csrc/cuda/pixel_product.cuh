@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kTapThreads)
     operand_j.finish(stage + plane_j, halo_pixels, [&](int p) { return place.halo_pixel(p); });
     __syncthreads();
     if (stages == 2) start(other, tile + 1);
-    const int offset = place.tap_offset(tap);
+    const int offset = place.tap_offset(tap / 3, tap % 3);
     for (int p0 = share * kPixelStep; p0 < pixels; p0 += kSharing * kPixelStep) {
       multiply_pixels<P, T::NT>(
           acc, stage, [&](int p) { return (p0 + p) * T::I::kPitch; }, stage + plane_j,

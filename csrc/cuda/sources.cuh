@@ -92,7 +92,7 @@ struct PooledSource {
   Image<const E> x;
   Activation<A> act;
   PooledPixels pooled;
-  int line;  // to the second two
+  int64_t line;  // to the second two, in elements
 
   __device__ int channels() const { return x.c; }
   __device__ bool whole(int end) const { return whole_pieces(x, end); }
@@ -105,7 +105,7 @@ struct PooledSource {
   __device__ void start(unsigned char* (&to)[4], Place place, int channel) const {
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      const int64_t from = place + (corner / 2 * line + corner % 2) * x.pitch;
+      const int64_t from = place + corner / 2 * line + corner % 2 * x.pitch;
       start_piece<kWhole>(to[corner], x, place < 0 ? kNowhere : from, channel);
     }
   }

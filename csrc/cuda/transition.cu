@@ -68,7 +68,7 @@ PooledSource<P> pooled_source(const ImageArgument& features, const NormArgument&
                               const PooledPixels& pooled) {
   const auto x = image<const typename P::Element>(features);
   return {x, activation<Accumulator<typename P::Element>>(act), pooled,
-          features.dims > 1 ? x.w : 0};
+          features.dims > 1 ? x.w * x.pitch : 0};
 }
 
 }  // namespace

@@ -67,17 +67,31 @@ __global__ void __launch_bounds__(kThreads) pack_weight(PackingTable table) {
   }
 }
 
-struct SplitTable {
-  SplitSums one[kTableSize];
+struct Addition {
+  SplitSums sums;
+  Divisor of_channels;
 };
+
+struct SplitTable {
+  Addition one[kTableSize];
+};
+
+template <class E>
+__device__ void store_sum(const WeightGradient& out, int64_t at, Accumulator<E> sum) {
+  if (out.is_float32) {
+    static_cast<float*>(out.data)[at] = static_cast<float>(sum);
+  } else {
+    static_cast<E*>(out.data)[at] = narrow<E>(sum);
+  }
+}
 
 constexpr int kAddThreads = 9 * 32;  // nine taps of 32 weights, or as many of fewer taps
 
-// Block y adds up the y-th gradient: added tap by tap, stored in the weight's order.
+// Block y adds up the y-th gradient: added tap by tap, stored in the gradient's order.
 template <class E>
 __global__ void __launch_bounds__(3 * kAddThreads) add_splits_kernel(SplitTable table) {
   using A = Accumulator<E>;
-  const SplitSums& g = table.one[blockIdx.y];
+  const SplitSums& g = table.one[blockIdx.y].sums;
   DF_DYNAMIC_SHARED(shared);
   A* sums = reinterpret_cast<A*>(shared);
   const int i = threadIdx.x, weights = blockDim.x / g.taps;
@@ -88,16 +102,18 @@ __global__ void __launch_bounds__(3 * kAddThreads) add_splits_kernel(SplitTable 
     A sum = 0;
     const A* from = static_cast<const A*>(g.partial) + tap * plane + first + weight;
     for (int s = 0; s < g.splits; ++s) sum += from[s * g.size];
-    sums[weight * g.taps + tap] = sum;
+    if (g.out.channels_last) {
+      const Divisor& of = table.one[blockIdx.y].of_channels;
+      const int at = static_cast<int>(first) + weight, o = of.quotient(at);
+      store_sum<E>(g.out, (int64_t{o} * g.taps + tap) * g.channels + of.remainder(at, o), sum);
+    } else {
+      sums[weight * g.taps + tap] = sum;
+    }
   }
+  if (g.out.channels_last) return;  // all of a block
   __syncthreads();
   const int64_t to = first * g.taps + i;
-  if (to >= g.size) return;
-  if (g.out.is_float32) {
-    static_cast<float*>(g.out.data)[to] = static_cast<float>(sums[i]);
-  } else {
-    static_cast<E*>(g.out.data)[to] = narrow<E>(sums[i]);
-  }
+  if (to < g.size) store_sum<E>(g.out, to, sums[i]);
 }
 
 }  // namespace
@@ -150,13 +166,14 @@ void add_splits(const Context& context, const std::vector<SplitSums>& sums) {
     using E = typename decltype(policy)::Element;
     for_each_table<SplitTable>(
         sums,
-        [&](const SplitSums& s, SplitSums& one) {
-          one = s;
+        [&](const SplitSums& s, Addition& one) {
+          one = {s, Divisor(s.channels)};
           return ceil_div(s.size / s.taps, std::max(kAddThreads / s.taps, 32));
         },
         [&](const SplitTable& table, unsigned count, int64_t most) {
           int threads = kAddThreads;
-          for (unsigned i = 0; i < count; ++i) threads = std::max(threads, 32 * table.one[i].taps);
+          for (unsigned i = 0; i < count; ++i)
+            threads = std::max(threads, 32 * table.one[i].sums.taps);
           launch(&add_splits_kernel<E>,
                  LaunchConfig{"add_splits", dim3(static_cast<unsigned>(most), count), dim3(threads),
                               sizeof(Accumulator<E>) * threads, context.stream},

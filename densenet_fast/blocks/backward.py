@@ -14,6 +14,7 @@ from densenet_fast.blocks.forward import Block, Statistics, matrix, recompute_fe
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
+    empty_gradient,
     empty_rows,
     pitched,
     row_pitch,
@@ -243,6 +244,5 @@ class BlockBackward:
 
 
 def _like(weight: Tensor | None) -> Tensor:
-    """Room for a weight's gradient: contiguous, whatever the weight's memory format."""
     assert weight is not None
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return empty_gradient(weight)

@@ -17,6 +17,7 @@ from torch import Tensor
 from densenet_fast import operators
 from densenet_fast.blocks import autocast, norms
 from densenet_fast.blocks.specs import Tensors
+from densenet_fast.operators.rows import empty_gradient
 from densenet_fast.operators.torch_internals import FakeTensor
 
 NAMESPACE = "densenet_fast_nodes"
@@ -158,7 +159,7 @@ def wanted(
 def wanted_like(parameters: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """Room for the gradients of those parameters that need one."""
     return [
-        torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        empty_gradient(parameter)
         for parameter, need in zip(parameters, needs, strict=True)
         if need and parameter is not None
     ]

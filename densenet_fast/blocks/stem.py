@@ -22,6 +22,7 @@ from densenet_fast.operators.reference_block import Coefficients
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
+    gradient_format,
     images_of,
     rows_of,
     statistics_dtype,
@@ -232,7 +233,10 @@ def stem_backward(
         # In the layouts that a graph was promised, whichever the convolution has chosen.
         if grad_input is not None:
             grad_input = images_of(as_rows(grad_input))
-        before = [grad_input, *(None if grad is None else grad.contiguous() for grad in others)]
+        for at, (grad, of) in enumerate(zip(others, args[0], strict=False)):
+            if grad is not None and of is not None:
+                others[at] = grad.contiguous(memory_format=gradient_format(of))
+        before = [grad_input, *others]
     return nodes.wanted([*before, grad_gamma, grad_beta], [input, *args[0]], needs)
 
 

@@ -105,6 +105,19 @@ def pitched(rows: Tensor) -> Tensor:
     return rows.contiguous().as_strided(rows.shape, (*_row_strides(size, channels), 1))
 
 
+def gradient_format(weight: Tensor) -> torch.memory_format:
+    """The layout of a weight's gradient: the weight's own, which autograd takes without a copy."""
+    layout = channels_last_format(weight.dim())
+    if weight.is_contiguous() or not weight.is_contiguous(memory_format=layout):
+        return torch.contiguous_format
+    return layout
+
+
+def empty_gradient(weight: Tensor) -> Tensor:
+    """Room for a weight's gradient."""
+    return torch.empty_like(weight, memory_format=gradient_format(weight))
+
+
 class Scratch:
     """One buffer for tensors [N, *size, C] of the same pixels that are never alive together."""
 

@@ -90,7 +90,7 @@ class RunningUpdate(Structure):
 class WeightGradient(Structure):
     """`densenet_fast::WeightGradient`."""
 
-    _fields_ = [("data", pointer), ("is_float32", c_bool)]
+    _fields_ = [("data", pointer), ("is_float32", c_bool), ("channels_last", c_bool)]
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -131,7 +131,11 @@ def _weight(tensor: Tensor) -> WeightArgument:
 
 
 def _weight_gradient(tensor: Tensor | None) -> WeightGradient:
-    return WeightGradient(_address(tensor), tensor is not None and tensor.dtype == torch.float32)
+    if tensor is None:
+        return WeightGradient()
+    return WeightGradient(
+        tensor.data_ptr(), tensor.dtype == torch.float32, not tensor.is_contiguous()
+    )
 
 
 class EmulatedOps:

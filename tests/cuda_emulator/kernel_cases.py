@@ -19,7 +19,7 @@ from op_cases import Case, Norm
 from torch import Tensor
 
 from densenet_fast.operators import reference
-from densenet_fast.operators.rows import statistics_dtype
+from densenet_fast.operators.rows import channels_last_format, statistics_dtype
 
 Pixels = tuple[int, ...]  # images, then their one to three sizes
 
@@ -68,6 +68,7 @@ class Maker(Case):
     def __init__(self, kind: Kind, seed: int = 0, layout: str = "mixed") -> None:
         """Everything follows from the seed."""
         super().__init__(kind.dtype, seed)
+        self.channels_last = layout != "dense"  # gradients of weights
         mixed = [name for name in LAYOUTS if name != "dense"]
         self.layouts = cycle(mixed if layout == "mixed" else [layout])
 
@@ -222,7 +223,10 @@ def _gradients(
 def _weight_gradient(maker: Maker, wanted: str, weight: Tensor) -> dict[str, Tensor | None]:
     if "weight" not in wanted:
         return {"grad_weight": None}
-    return {"grad_weight": maker.gradient(*weight.shape, dtype=weight.dtype)}
+    gradient = maker.gradient(*weight.shape, dtype=weight.dtype)
+    if maker.channels_last:
+        gradient = gradient.contiguous(memory_format=channels_last_format(weight.dim()))
+    return {"grad_weight": gradient}
 
 
 WANTED = ("data weight", "data", "sums", "weight", "sums weight")

@@ -12,7 +12,9 @@ from comparison import SMALL, assert_close, assert_same_steps, both, networks
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from densenet_fast.blocks.specs import Checkpoint
 from densenet_fast.modules.densenet import EfficientDenseNet
+from densenet_fast.operators.rows import channels_last_format
 
 SIZE = (2, 3, 32, 32)
 
@@ -167,3 +169,29 @@ def test_evaluation_without_gradients_matches_that_with_them() -> None:
         assert_close(ours(images), wanted, "no_grad")
     with torch.inference_mode():
         assert_close(ours(images), wanted, "inference_mode")
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "block"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_autograd_takes_the_gradients_of_weights_without_a_copy(
+    checkpoint: Checkpoint, dims: int, layout: torch.memory_format
+) -> None:
+    if layout is torch.channels_last:
+        layout = channels_last_format(dims + 2)
+    network = EfficientDenseNet(
+        4, (2, 1), 8, spatial_dims=dims, num_classes=3, checkpoint=checkpoint
+    )
+    network.to(memory_format=layout)
+    arrived: dict[str, int] = {}
+    for name, parameter in network.named_parameters():
+        parameter.register_hook(
+            lambda gradient, name=name: arrived.update({name: gradient.data_ptr()})
+        )
+    network(torch.randn(2, 3, *(32,) * dims)).sum().backward()
+    named = dict(network.named_parameters())
+    assert arrived.keys() == named.keys()
+    for name, parameter in named.items():
+        assert parameter.grad is not None
+        if name != "features.conv0.weight":  # PyTorch's own
+            assert parameter.grad.data_ptr() == arrived[name], name

@@ -27,6 +27,7 @@ from torch import Tensor
 from densenet_fast import operators
 from densenet_fast.operators import extension
 from densenet_fast.operators.backends import use_backend
+from densenet_fast.operators.rows import channels_last_format
 
 CHANNELS = ((1, 4), (17, 12), (100, 33), (257, 48))  # read and written
 Pixels = tuple[int, ...]
@@ -168,7 +169,7 @@ def check_conv3x3_backward(
     assert_close("grad_weight", grad_weight, exact_grad_weight, dtype, count, magnitude=size)
     check_sums(grad_gamma, grad_beta, exact_grad, bottleneck, norm, dtype, taps * outputs)
 
-    again = torch.empty_like(weight)
+    again = torch.empty_like(weight, memory_format=channels_last_format(weight.dim()))
     operators.conv3x3_backward(*arguments, None, None, None, again)
     assert_repeated(again, grad_weight)
     sums = torch.empty_like(grad_gamma), torch.empty_like(grad_beta)
