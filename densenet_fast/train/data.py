@@ -183,20 +183,21 @@ def _with_channels(
 def _sized(source: Source, arguments: Namespace) -> tuple[Source, Preprocessing, str]:
     """The data and the sizes that suit them and the network, and what there is to say of that."""
     mean, std = source.mean, source.std
-    given = getattr(arguments, "train_crop_size", None) or arguments.val_crop_size
-    if getattr(arguments, "model", None) != BC or source.size is not None or given is not None:
+    if getattr(arguments, "model", None) != BC or source.size is not None:
         return source, preprocessing(source.size, mean, std), ""
+    edge = arguments.train_crop_size or arguments.val_crop_size
+    if edge is not None:
+        return source, Preprocessing(edge, edge, mean, std), ""
     assert isinstance(source.train, FileSamples)
     sizes = some_sizes(source.train.paths)
     edge = min(MOST_SMALL, sorted(map(min, sizes))[len(sizes) // 2] if sizes else MOST_SMALL)
     if set(sizes) == {(edge, edge)}:
         source = replace(source, size=edge)
-    return (
-        source,
-        Preprocessing(None if source.size else edge, edge, mean, std),
+    said = (
         f"{source.name}: {edge}×{edge} pixels by the images' own sizes, at most {MOST_SMALL}, as "
-        f"{BC} is for small ones; --train-crop-size and --val-crop-size choose others",
+        f"{BC} is for small ones; --train-crop-size and --val-crop-size choose others"
     )
+    return source, Preprocessing(None if source.size else edge, edge, mean, std), said
 
 
 def _fetch(arguments: Namespace, processes: Processes) -> None:

@@ -50,7 +50,7 @@ def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> Effi
     if stem.in_channels != architecture.in_channels:
         raise UsageError(
             f"--weights {weights} are for images of {stem.in_channels} channels, the data have "
-            f"{architecture.in_channels}"
+            f"{architecture.in_channels}; --in-chans {stem.in_channels} converts them"
         )
     if model.classifier.out_features != architecture.num_classes:
         if exact:

@@ -285,6 +285,9 @@ def test_sizes_of_small_images_in_folders(folder: Path, tmp_path: Path, capsys: 
         said = capsys.readouterr().out
         assert f"{images}: {size}×{size} pixels by the images' own sizes" in said
         assert f"training images of {size}×{size} pixels" in said
+    flags = ("--workers", "0", "--steps", "1", "--train-crop-size", "32")
+    assert train(other, tmp_path / "given", *flags) == 0
+    assert content(tmp_path / "given")["preprocessing"]["crop"] == 32  # as in training
 
 
 def test_own_checkpoint_brings_its_network_and_sizes(
