@@ -156,7 +156,7 @@ def open_folder(
         class_map: a file with the names of the classes in order, one a line; None: sorted.
         split: what of train/, or of the folder itself where there is none, is held out as val/.
         train: whether images of training are needed; without, val/ alone is looked at, or the
-            folder itself where there is none.
+            folder itself where there is neither.
 
     Raises:
         DataError: no classes, other ones in val/ than in train/, or a corrupt file.
@@ -164,7 +164,7 @@ def open_folder(
     if split is not None:
         train_part, val_part = _divided(folder, split)
     else:
-        alone = not train and not (folder / "val").is_dir()
+        alone = not train and not any((folder / name).is_dir() for name in PARTS)
         names = PARTS if train else ("" if alone else "val",)
         found = [_find(folder / name) for name in names]
         train_part, val_part = found[0], found[-1]

@@ -76,23 +76,8 @@ def read_table(path: Path, reading: Reading, classes: Sequence[str] | None = Non
     """
     rows = _rows(path)
     line, header = next(rows, (1, []))
-    if len(header) < 2:
-        _refuse(path, line, f"expected a column of files and columns of labels, got {header}")
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        _refuse(path, line, f"two columns are called {twice[0]!r}")
-    group = reading.group or (PATIENT if PATIENT in header else header[0])
-    listed = FINDINGS in header
-    if listed:
-        columns = [FINDINGS]
-    else:
-        columns = [n for n in header[1:] if n not in (*NO_LABELS, PATIENT, group)]
-        columns = list(columns if classes is None else classes)
-    for name in (*columns, group):
-        if name not in header:
-            _refuse(path, line, f"there is no column {name!r}, but {', '.join(header)}")
-    if not columns:
-        _refuse(path, line, f"no column is a label: there are {', '.join(header)}")
-    values = reading.values()
+    columns, group = _columns(path, line, header, reading, classes)
+    listed, values = columns == [FINDINGS], reading.values()
     lines: dict[str, int] = {}  # of the files
     groups: list[str] = []
     named: list[list[str]] = []
@@ -107,30 +92,49 @@ def read_table(path: Path, reading: Reading, classes: Sequence[str] | None = Non
         groups.append(cells[group])
         if listed:
             named.append([name.strip() for name in cells[FINDINGS].split(BETWEEN)])
-            if "" in named[-1]:
-                _refuse(path, line, f"expected labels or {NO_FINDING}, got {cells[FINDINGS]!r}")
-        elif wrong := [name for name in columns if cells[name] not in values]:
+            continue
+        if wrong := [name for name in columns if cells[name] not in values]:
             _refuse(
                 path,
                 line,
                 f"expected 1, 0, -1 or nothing in column {wrong[0]!r}, got {cells[wrong[0]]!r}; "
                 "--label-names chooses the columns that are labels",
             )
-        else:
-            marked.append([values[cells[name]] for name in columns])
+        marked.append([values[cells[name]] for name in columns])
     if not lines:
         _refuse(path, line, "no image follows the names of the columns")
     if listed:
-        columns = sorted({n for names in named for n in names} - {NO_FINDING})
-        columns = list(columns if classes is None else classes)
-        known = {NO_FINDING, *columns}
+        every = sorted({name for names in named for name in names} - {"", NO_FINDING})
+        columns = every if classes is None else list(classes)
+        known = {NO_FINDING, *columns, *(every if reading.others else ())}
         for line, names in zip(lines.values(), named, strict=True):
-            if not known.issuperset(names) and not reading.others:
-                odd = next(name for name in names if name not in known)
-                _refuse(path, line, f"{odd!r} is none of the labels {', '.join(columns)}")
+            if odd := [name for name in names if name not in known]:
+                _refuse(path, line, f"{odd[0]!r} is none of the labels {', '.join(columns)}")
         marked = [[float(name in names) for name in columns] for names in named]
     files = _files(path, reading.root or path.parent, lines)
     return Table(path, tuple(columns), files, torch.tensor(marked), groups)
+
+
+def _columns(
+    path: Path, line: int, header: Sequence[str], reading: Reading, classes: Sequence[str] | None
+) -> tuple[list[str], str]:
+    """The columns with labels, and that of the groups, by the table's first line."""
+    if len(header) < 2:
+        _refuse(path, line, f"expected a column of files and columns of labels, got {header}")
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        _refuse(path, line, f"two columns are called {twice[0]!r}")
+    group = reading.group or (PATIENT if PATIENT in header else header[0])
+    columns = [name for name in header[1:] if name not in (*NO_LABELS, PATIENT, group)]
+    if FINDINGS in header:
+        columns = [FINDINGS]
+    elif classes is not None:
+        columns = list(classes)
+    if not columns:
+        _refuse(path, line, f"no column is a label: there are {', '.join(header)}")
+    for name in (*columns, group):
+        if name not in header:
+            _refuse(path, line, f"there is no column {name!r}, but {', '.join(header)}")
+    return columns, group
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:

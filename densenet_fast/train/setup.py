@@ -47,8 +47,8 @@ def resumed_path(arguments: Namespace) -> Path | None:
 def adopt(arguments: Namespace) -> None:
     """Where --weights is a checkpoint of `train`, take from it what no flag says.
 
-    That are the network, the channels with their means and deviations, and the sizes. When
-    training goes on, what was taken then is in the checkpoint that it goes on from.
+    This is the network, the channels with their means and deviations, and the sizes. When training
+    goes on, what was taken at its start is in the checkpoint that it goes on from.
 
     Raises:
         UsageError: flags ask for another network than the checkpoint has.

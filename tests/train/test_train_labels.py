@@ -246,6 +246,9 @@ def test_styles_of_tables(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: 'Hernia' is none of the labels Mass"):
         read_table(nih, IGNORE, ["Mass"])
     assert read_table(nih, IGNORE._replace(others=True), ["Mass"]).labels.sum() == 2
+    nih.write_text(nih.read_text().replace("No Finding", "Mass|"))
+    with pytest.raises(DataError, match="line 3: '' is none of the labels Hernia, Mass"):
+        read_table(nih, IGNORE._replace(others=True))
 
 
 def changed(row: int, column: int, value: str) -> Callable[[list[list[str]]], object]:
