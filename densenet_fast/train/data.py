@@ -107,16 +107,7 @@ def open_data(
             print(f"{found.name}: {found.skipped} corrupt images left out", file=where)
         if own:
             print(own, file=where)
-    edge = plain.crop
-    plain = with_sizes(
-        plain,
-        resize=arguments.val_resize_size,
-        crop=arguments.val_crop_size,
-        crop_pct=arguments.crop_pct,
-    )
-    if arguments.interpolation is not None:
-        plain = replace(plain, interpolation=arguments.interpolation)
-    return Setting(found, plain, workers, edge)
+    return Setting(found, with_sizes(plain, arguments), workers, edge=plain.crop)
 
 
 def _open_files(

@@ -37,9 +37,6 @@ DEPENDENT = (
     Dependent(
         "group_column", None, "--labels with --val-split", lambda a: a.labels and a.val_split
     ),
-    Dependent("scale", None, "training without --no-aug", lambda a: not a.no_aug),
-    Dependent("hflip", None, "training without --no-aug", lambda a: not a.no_aug),
-    Dependent("auto_augment", None, "training without --no-aug", lambda a: not a.no_aug),
     Dependent("amp_dtype", "bfloat16", "--amp", lambda a: a.amp),
     Dependent("momentum", 0.9, "--opt sgd, sgd_nesterov or rmsprop", lambda a: a.opt != "adamw"),
     Dependent("lr_step_size", 30, "--lr-scheduler steplr", lambda a: a.lr_scheduler == "steplr"),
@@ -73,9 +70,7 @@ def complete(arguments: Namespace) -> None:
             if getattr(arguments, name) is None:
                 setattr(arguments, name, default)
         elif getattr(arguments, name) is not None:
-            value = getattr(arguments, name)
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise UsageError(f"{flag(name)} {shown} applies to {condition} alone")
+            raise UsageError(f"{_given(arguments, name)} applies to {condition} alone")
     _complete_data(arguments)
     if arguments.checkpoint_mode == "auto" and arguments.memory_budget is None:
         raise UsageError("--checkpoint-mode auto needs --memory-budget, the MiB a step may take")
@@ -99,22 +94,30 @@ def complete(arguments: Namespace) -> None:
         raise UsageError("--resume goes on with what --overwrite would begin anew: give one")
 
 
-# What changes images or labels; none of it is where its flag is 0.
-_AUGMENTING = ("vflip", "color_jitter", "random_erase", "mixup_alpha", "cutmix_alpha")
-_ONE_CLASS = ("mixup_alpha", "cutmix_alpha", "label_smoothing")
+def _given(arguments: Namespace, name: str) -> str:
+    value = getattr(arguments, name)
+    return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+# What changes images, and what is of one class an image: neither is there where its flag is 0.
+_MIXING = ("mixup_alpha", "cutmix_alpha")
+_AUGMENTING = ("scale", "hflip", "vflip", "color_jitter", "auto_augment", "random_erase", *_MIXING)
+_ONE_CLASS = (*_MIXING, "label_smoothing", "class_map")
 
 
 def _complete_data(arguments: Namespace) -> None:
     for name in _AUGMENTING if arguments.no_aug else ():
-        if value := getattr(arguments, name):
-            raise UsageError(f"{flag(name)} {value} applies to training without --no-aug alone")
+        if getattr(arguments, name):
+            given = _given(arguments, name)
+            raise UsageError(f"{given} applies to training without --no-aug alone")
     if arguments.scale is not None and arguments.scale[0] > arguments.scale[1]:
         raise UsageError(f"--scale: {arguments.scale[0]} is above {arguments.scale[1]}")
     if arguments.labels is None:
         return
-    for name in (*_ONE_CLASS, "class_map"):
-        if value := getattr(arguments, name):
-            raise UsageError(f"{flag(name)} {value} applies to one class an image, not to --labels")
+    for name in _ONE_CLASS:
+        if getattr(arguments, name):
+            given = _given(arguments, name)
+            raise UsageError(f"{given} applies to one class an image, not to --labels")
     if (arguments.val_labels is None) == (arguments.val_split is None):
         raise UsageError(
             "--labels needs --val-labels CSV, or --val-split SHARE of its images, for validation"

@@ -47,15 +47,7 @@ def load(arguments: Namespace, device: torch.device) -> Trained:
     """
     found = _imagenet(arguments) if arguments.checkpoint is None else _from_checkpoint(arguments)
     found.model.to(device).eval()
-    plain = with_sizes(
-        found.plain,
-        resize=arguments.val_resize_size,
-        crop=arguments.val_crop_size,
-        crop_pct=arguments.crop_pct,
-    )
-    if arguments.interpolation is not None:
-        plain = replace(plain, interpolation=arguments.interpolation)
-    return replace(found, plain=plain)
+    return replace(found, plain=with_sizes(found.plain, arguments))
 
 
 def _imagenet(arguments: Namespace) -> Trained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -74,20 +75,16 @@ def preprocessing(
     return Preprocessing(256 if size is None else None, size or CROP, mean, std)
 
 
-def with_sizes(
-    plain: Preprocessing, *, resize: int | None, crop: int | None, crop_pct: float | None
-) -> Preprocessing:
-    """With the sizes that flags ask for, where they do.
-
-    Args:
-        plain: the sizes without flags.
-        resize: --val-resize-size.
-        crop: --val-crop-size.
-        crop_pct: --crop-pct, the crop's share of what is resized to.
+def with_sizes(plain: Preprocessing, arguments: Namespace) -> Preprocessing:
+    """With the sizes and the interpolation that flags ask for, where they do.
 
     Raises:
         UsageError: the crop is larger than what is resized to, or that is given twice.
     """
+    resize, crop, crop_pct = (
+        getattr(arguments, name) for name in ("val_resize_size", "val_crop_size", "crop_pct")
+    )
+    plain = replace(plain, interpolation=arguments.interpolation or plain.interpolation)
     if crop_pct is not None:
         if resize is not None:
             raise UsageError(

@@ -356,7 +356,7 @@ def test_photographs_are_cut_to_imagenets_sizes() -> None:
     plain = preprocessing(None, (0.5,) * 3, (0.2,) * 3)
     assert (plain.resize, plain.crop) == (256, 224)
     assert plain.transform()(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape == (3, 224, 224)
-    larger = with_sizes(plain, resize=None, crop=320, crop_pct=None)
+    larger = with_sizes(plain, parsed("--val-crop-size", "320"))
     assert (larger.resize, larger.crop) == (320, 320)
 
 

@@ -304,7 +304,7 @@ def test_flags_that_do_not_fit_labels(
         ("--group-column", "Path"): "--group-column Path applies to --labels with --val-split",
         ("--label-names", "Upper", "Lower"): "line 1: there is no column 'Lower', but Path, Upper",
         ("--label-names", "Upper", "Upper"): "--label-names: 'Upper' is given twice",
-        ("--data", "digits"): "--data digits does not go with --labels: --data-path has",
+        ("--data", "digits"): "--data digits does not go with --labels: --data-path says",
         ("--download",): "--download does not go with --labels",
         ("--data-path", "nowhere"): "--data-path nowhere: no such folder",
         ("--labels", "nowhere.csv"): "nowhere.csv is no table (CSV, UTF-8): ",
