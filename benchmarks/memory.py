@@ -88,7 +88,7 @@ def make_batch(
     """Random images of the network's size, and labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(spec.input_shape, generator=generator)
-    labels = torch.randint(spec.num_classes, (spec.batch_size,), generator=generator)
+    labels = torch.randint(spec.num_classes, spec.label_shape, generator=generator)
     return images.to(device).contiguous(memory_format=memory_format), labels.to(device)
 
 

@@ -25,6 +25,20 @@ class NetworkSpec:
     small_inputs: bool = False  # 3×3 stem without norm and pooling
     compression: float = 0.5
     dims: int = 2  # of the images
+    segmentation: bool = False  # FC-DenseNet: the middle block is the one between its two paths
+    drop_rate: float = 0.0
+
+    @property
+    def paths(self) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+        """Layers of the blocks of an FC-DenseNet: on the way down, between the paths, and up."""
+        half = len(self.block_config) // 2
+        return self.block_config[:half], self.block_config[half], self.block_config[half + 1 :]
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of a batch's labels: one for each image, or each pixel."""
+        size = self.input_shape[2:] if self.segmentation else ()
+        return (self.batch_size, *size)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -102,7 +116,7 @@ NETWORKS: dict[str, NetworkSpec] = {
 }
 _sequences_or_volumes = partial(replace, NETWORKS["densenet121"], in_channels=1, num_classes=2)
 # Of sequences and volumes, where the naive network is MONAI's, and without bottlenecks and
-# compression, as in the first lines of the paper's table.
+# compression, as in the first lines of the paper's table; and for segmentation.
 OTHER_NETWORKS: dict[str, NetworkSpec] = {
     "densenet121-1d": _sequences_or_volumes(
         name="DenseNet-121, 1-D", dims=1, image_size=2048, batch_size=32
@@ -120,6 +134,18 @@ OTHER_NETWORKS: dict[str, NetworkSpec] = {
         num_init_features=16,
         bottleneck=False,
         compression=1.0,
+    ),
+    "fcdensenet-103": NetworkSpec(
+        name="FC-DenseNet103",
+        growth_rate=16,
+        block_config=(4, 5, 7, 10, 12, 15, 12, 10, 7, 5, 4),
+        num_init_features=48,
+        image_size=224,
+        batch_size=2,
+        bottleneck=False,
+        num_classes=11,
+        segmentation=True,
+        drop_rate=0.2,
     ),
     "densenet-bc-100-3d": densenet_bc(100, 12, batch_size=8, in_channels=1, num_classes=2, dims=3),
 }

@@ -72,7 +72,8 @@ def build_resnet(name: str, spec: NetworkSpec) -> nn.Module:
 
 def like_torchvision(spec: NetworkSpec) -> bool:
     """Whether other libraries assemble this network: ImageNet's stem, halving transitions."""
-    return not spec.small_inputs and spec.in_channels == 3 and spec.compression == 0.5
+    usual = not spec.small_inputs and spec.in_channels == 3 and spec.compression == 0.5
+    return usual and not spec.segmentation
 
 
 def like_timm(spec: NetworkSpec) -> bool:

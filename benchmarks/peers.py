@@ -22,6 +22,7 @@ from benchmarks import engines
 from benchmarks import other_peers as others
 from benchmarks.networks import NetworkSpec
 from benchmarks.other_peers import State
+from benchmarks.segmentation import PlainFCDenseNet
 
 Checkpoint = Literal["none", "bottleneck", "block"]
 
@@ -99,6 +100,8 @@ class PlainDenseNet(nn.Module):
 
 def build_torchvision(spec: NetworkSpec, *, memory_efficient: bool) -> nn.Module:
     """torchvision's network, or its layers assembled for what torchvision does not assemble."""
+    if spec.segmentation:
+        return PlainFCDenseNet(spec)
     if spec.dims != 2:
         return others.build_monai(spec)
     if spec.small_inputs or spec.in_channels != 3 or spec.compression != 0.5:
@@ -121,9 +124,19 @@ def _optimized(model: nn.Module, _: Tensor) -> nn.Module:
 
 
 def build_ours(spec: NetworkSpec, *, checkpoint: Checkpoint) -> nn.Module:
-    """`EfficientDenseNet` in one of its checkpoint modes."""
-    from densenet_fast import EfficientDenseNet
+    """`EfficientDenseNet` in one of its checkpoint modes, or `FCDenseNet`, which has none."""
+    from densenet_fast import EfficientDenseNet, FCDenseNet
 
+    if spec.segmentation:
+        return FCDenseNet(
+            spec.num_classes,
+            spec.growth_rate,
+            *spec.paths,
+            spec.num_init_features,
+            spec.drop_rate,
+            in_channels=spec.in_channels,
+            spatial_dims=spec.dims,
+        )
     return EfficientDenseNet(
         growth_rate=spec.growth_rate,
         block_config=spec.block_config,
@@ -186,6 +199,11 @@ class Peer:
         return self.name.startswith("naive")
 
 
+def _has_mode(mode: Checkpoint, spec: NetworkSpec) -> bool:
+    """An FC-DenseNet has the default alone."""
+    return mode == "bottleneck" or not spec.segmentation
+
+
 def _naive(spec: NetworkSpec) -> nn.Module:
     return build_torchvision(spec, memory_efficient=False)
 
@@ -216,6 +234,7 @@ PEERS: dict[str, Peer] = {
                 f'densenet_fast, checkpoint="{mode}"' + " (default)" * (mode == "bottleneck"),
                 color,
                 partial(build_ours, checkpoint=mode),
+                applies=partial(_has_mode, mode),
             )
             for mode, color in MODES.items()
         ),

@@ -14,6 +14,12 @@ from densenet_fast.modules.densenet import (
     densenet201,
     densenet264,
 )
+from densenet_fast.modules.fc_densenet import (
+    FCDenseNet,
+    fcdensenet56,
+    fcdensenet67,
+    fcdensenet103,
+)
 from densenet_fast.modules.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.operators.backends import get_backend, set_backend, use_backend
 from densenet_fast.operators.winograd import enable_winograd, winograd_enabled
@@ -24,6 +30,7 @@ __all__ = [
     "DenseBlock",
     "DenseLayer",
     "EfficientDenseNet",
+    "FCDenseNet",
     "OptimizedNetwork",
     "Transition",
     "__version__",
@@ -35,6 +42,9 @@ __all__ = [
     "densenet201",
     "densenet264",
     "enable_winograd",
+    "fcdensenet56",
+    "fcdensenet67",
+    "fcdensenet103",
     "fusion_report",
     "get_backend",
     "load_weights",

@@ -45,17 +45,17 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def block_config(value: Any) -> tuple[int, ...]:
+def layer_counts(name: str, value: Any) -> tuple[int, ...]:
     """The number of layers of every block."""
     unordered = (str, bytes, Mapping, Set)
     if isinstance(value, unordered) or not isinstance(value, Iterable):
         raise TypeError(
-            "block_config must be a sequence of integers, one per block, "
+            f"{name} must be a sequence of integers, one per block, "
             f"got {value!r} ({type(value).__name__})"
         )
-    layers = tuple(integer(f"block_config[{i}]", count) for i, count in enumerate(value))
+    layers = tuple(integer(f"{name}[{i}]", count) for i, count in enumerate(value))
     if not layers:
-        raise ValueError("block_config must name at least one block, got none")
+        raise ValueError(f"{name} must name at least one block, got none")
     return layers
 
 

@@ -186,6 +186,7 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
             isinstance(segment, list)
             and step.tail is not None
             and not _reordered(segment, step.tail)
+            and not _biased(segment, step.tail)
         ):
             return [*before, Block(segment, step.tail, images)]
     return None
@@ -194,6 +195,12 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
 def _reordered(layers: Sequence[LayerParts], tail: TailParts) -> bool:
     """Whether something reads the features in another order than they are stored in."""
     return tail.order is not None or any(layer.order is not None for layer in layers)
+
+
+def _biased(layers: Sequence[LayerParts], tail: TailParts) -> bool:
+    """Whether a convolution adds a bias."""
+    convolutions = [*(layer.conv2 for layer in layers), tail.conv]
+    return any(conv is not None and conv.bias is not None for conv in convolutions)
 
 
 def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:

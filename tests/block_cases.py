@@ -71,6 +71,7 @@ class Block:
                 norm2=norm(layer.norm2),
                 conv1_weight=tensor(layer.conv1_weight),
                 conv2_weight=tensor(layer.conv2_weight),
+                conv2_bias=tensor(layer.conv2_bias),
             )
             for layer in self.layers
         ]
@@ -112,6 +113,7 @@ def make_block(
     *,
     width: int | Sequence[int] = 8,
     frozen: Sequence[int] = (),
+    biased: Sequence[int] = (),
     affine: bool = True,
     eps: Sequence[float] = (1e-5,),
     dropout: float = 0.0,
@@ -119,7 +121,10 @@ def make_block(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Block:
-    """A block on `shape`; `frozen` numbers norms in order. A layer of width 0 has no bottleneck."""
+    """A block on `shape`; `frozen` numbers norms in order, `biased` layers.
+
+    A layer of width 0 has no bottleneck.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = 0
 
@@ -144,11 +149,12 @@ def make_block(
     channels, one, three = shape[1], [1] * (len(shape) - 2), [3] * (len(shape) - 2)
     layers = []
     widths = [width] * len(growths) if isinstance(width, int) else width
-    for growth, own in zip(growths, widths, strict=True):
+    for at, (growth, own) in enumerate(zip(growths, widths, strict=True)):
         first = (norm(channels), weight(own, channels, *one)) if own else (NO_NORM, None)
         read = own or channels
         second = (norm(read), weight(growth, read, *three))
-        layers.append(LayerSpec(*first, *second, dropout, whole_channels))
+        bias = weight(growth) if at in biased else None
+        layers.append(LayerSpec(*first, *second, dropout, whole_channels, bias))
         channels += growth
     behind: Tail | None = None
     if tail == "transition":

@@ -53,7 +53,8 @@ def plain_block(
         growth = features
         if layer.conv1_weight is not None:
             growth = convolution(activation(features, layer.norm1), layer.conv1_weight)
-        growth = convolution(activation(growth, layer.norm2), layer.conv2_weight, padding=1)
+        active = activation(growth, layer.norm2)
+        growth = convolution(active, layer.conv2_weight, layer.conv2_bias, padding=1)
         if masks and masks[index] is not None:
             growth = growth * masks[index]
         features = torch.cat([features, growth], 1)

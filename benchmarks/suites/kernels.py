@@ -18,6 +18,7 @@ from benchmarks.measure import tuned_libraries
 from benchmarks.networks import KNOWN_NETWORKS, MAIN_NETWORKS
 from benchmarks.report import Column, Record, Row, Table, billions, milliseconds, percent
 from benchmarks.suites import Advance, Options, Suite, Task
+from densenet_fast.train.errors import UsageError
 
 ROUNDS = (3, 10)  # of the quick and the full form
 BURST_SECONDS = (0.1, 0.2)
@@ -37,6 +38,9 @@ class Kernels(Suite):
         present = torch.get_num_threads()
         threads = [present] if options.device.type == "cuda" else sorted({1, present})
         parts, networks = options.parts or self.parts, options.networks or MAIN_NETWORKS
+        for name in networks:
+            if KNOWN_NETWORKS[name].segmentation:
+                raise UsageError(f"the suite 'kernels' has no shapes of {name}: it segments")
         return {
             "settings": {
                 "networks": list(networks),

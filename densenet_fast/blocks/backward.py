@@ -11,11 +11,13 @@ from torch import Tensor
 from densenet_fast import operators
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.forward import Block, Statistics, matrix, recompute_features
+from densenet_fast.blocks.memory_plan import gradient_in_place
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
     empty_gradient,
     empty_rows,
+    images_of,
     pitched,
     row_pitch,
     rows_of,
@@ -64,7 +66,12 @@ class BlockBackward:
         self.statistics = statistics
         self.bottlenecks = bottlenecks  # of the last layers
         self.input_needed, *self.needs = needs
-        wanting = [at // 6 for at, need in enumerate(self.needs[: 6 * geometry.layers]) if need]
+        layers = geometry.layers
+        self.bias_needs = self.needs[6 * layers : 7 * layers]
+        of_layers = [
+            any(self.needs[6 * at : 6 * at + 6]) or self.bias_needs[at] for at in range(layers)
+        ]
+        wanting = [at for at, need in enumerate(of_layers) if need]
         # Below this layer nothing needs a gradient.
         self.lowest = -1 if self.input_needed else min(wanting, default=geometry.layers)
         self.grad_features = self._gradient_buffer()
@@ -168,7 +175,7 @@ class BlockBackward:
     def _layers(self) -> Gradients:
         geometry, layers, first = self.geometry, self.geometry.layers, 2 * max(self.lowest, 0)
         if first == 2 * layers:
-            return [None] * (6 * layers)
+            return [None] * (7 * layers)
         gradients: Any = [tensor for layer in range(layers) for tensor in self._room(layer)]
         like, vector = self.features, self.statistics.vector
         grad_growth = empty_rows((*geometry.pixels, max(geometry.growths)), like)
@@ -192,13 +199,38 @@ class BlockBackward:
         )
         run: Any = operators.dense_block_backward_
         exchanges = geometry.synchronised
-        for half in reversed(range(first, 2 * layers) if exchanges else (first,)):
+        at_once = 1 if exchanges else 2 if self.block.biased else 2 * layers - first
+        of_biases: Gradients = [None] * layers
+        for half in reversed(range(first, 2 * layers, at_once)):
+            last = half + at_once
+            layer = (last - 1) // 2
+            if last % 2 == 0:
+                if exchanges:
+                    self._exchange_features(layer + 1)
+                of_biases[layer] = self._bias(layer)
+            if any(tensor.numel() for tensor in gradients[6 * layer : 6 * layer + 6]):
+                run(*arguments, half, last)
             if exchanges and half % 2 == 1:
-                self._exchange_features(half // 2 + 1)
-            run(*arguments, half, half + 1 if exchanges else 2 * layers)
-            if exchanges and half % 2 == 1:
-                self._exchange_norm2(half // 2, gradients)
-        return gradients
+                self._exchange_norm2(layer, gradients)
+        return [*gradients, *of_biases]
+
+    def _bias(self, layer: int) -> Tensor | None:
+        """The gradient of a layer's bias: sums of its output's, which this completes for it."""
+        geometry, statistics = self.geometry, self.statistics
+        if self.block.biases[layer] is None:
+            return None
+        start, end = geometry.segment(layer + 1)
+        gradient = self.grad_features[..., start:end]
+        if layer + 1 < geometry.reduced:
+            sums = self.sum_grad[start:end], self.sum_grad_x[start:end]
+            features, mean = self.features[..., start:end], statistics.mean[start:end]
+            operators.finish_gradient(features, gradient, mean, *sums, gradient)
+            for deferred in sums:  # nothing is left for the operators to correct
+                deferred.zero_()
+        self.block.drop_(layer, gradient)
+        if not self.bias_needs[layer]:
+            return None
+        return gradient.sum(tuple(range(gradient.dim() - 1)), dtype=statistics.mean.dtype)
 
     def _room(self, layer: int) -> Sequence[Tensor]:
         """Room for a layer's gradients, in the order of its parameters; some without elements."""
@@ -226,21 +258,29 @@ class BlockBackward:
 
     def _input(self) -> Tensor:
         channels = self.geometry.starts[0]
-        gradient = self._images(channels)
-        rows = rows_of(gradient)
+        given = self.grad_features[..., :channels]
+        in_place = gradient_in_place(channels, self.geometry.channels)
+        rows = given if in_place else rows_of(self._images(channels))
         if self.geometry.reduced:
             self._exchange_features(0)
             operators.finish_gradient(
                 self.features[..., :channels],
-                self.grad_features[..., :channels],
+                given,
                 self.statistics.mean[:channels],
                 self.sum_grad[:channels],
                 self.sum_grad_x[:channels],
                 rows,
             )
-        else:
-            rows.copy_(self.grad_features[..., :channels])
-        return gradient
+        elif not in_place:
+            rows.copy_(given)
+        return images_of(rows)
+
+
+def gradient_pitch(channels: int, end: int, like: Tensor) -> int:
+    """Elements between the rows of the gradient of a block's input of so many channels."""
+    if not gradient_in_place(channels, end):
+        return channels
+    return row_pitch(end, like.itemsize, cuda=like.is_cuda)
 
 
 def _like(weight: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from densenet_fast.blocks.specs import (
     SHAPES,
     AvgPoolTail,
     LayerSpec,
+    MaxTransition,
     NormSpec,
     Tail,
     TransitionTail,
@@ -66,20 +67,13 @@ def check_block(
             check_norm(layer.norm1, at + "norm1", channels, input, pixels)
             outputs = _check_conv(layer.conv1_weight, at + "conv1", channels, 1, input)
         check_norm(layer.norm2, at + "norm2", outputs, input, pixels)
-        channels += _check_conv(layer.conv2_weight, at + "conv2", outputs, 3, input)
-        if not 0 <= layer.dropout <= 1:
-            raise ValueError(
-                f"{at}dropout should be a probability between 0 and 1, got {layer.dropout}"
-            )
+        growth = _check_conv(layer.conv2_weight, at + "conv2", outputs, 3, input)
+        if layer.conv2_bias is not None:
+            _check_vector(layer.conv2_bias, at + "conv2.bias", growth, input)
+        channels += growth
+        _check_dropout(layer.dropout, at)
     if isinstance(tail, TransitionTail):
-        check_norm(tail.norm, "transition: norm", channels, input, pixels)
-        _check_conv(tail.conv_weight, "transition: conv", channels, 1, input)
-        if min(size) < 2:
-            least = "x".join(["2"] * len(size))
-            raise ValueError(
-                f"the transition's {least} pooling needs an image of at least {least} pixels, got "
-                f"{'x'.join(map(str, size))}"
-            )
+        _check_transition(tail, channels, input)
     elif isinstance(tail, AvgPoolTail):
         check_norm(tail.norm, "final norm", channels, input, pixels)
     elif tail is not None:
@@ -87,6 +81,35 @@ def check_block(
             f"tail should be None, a TransitionTail or an AvgPoolTail, got {type(tail).__name__}"
         )
     _check_groups(layers, tail)
+
+
+def check_max_transition(input: Tensor, transition: MaxTransition) -> None:
+    """Everything a transition's forward relies on."""
+    check_input(input, transition.conv_weight)
+    _check_transition(transition, input.shape[1], input)
+    _check_dropout(transition.dropout, "transition: ")
+    bias, outputs = transition.conv_bias, len(transition.conv_weight)
+    if bias is not None:
+        _check_vector(bias, "transition: conv.bias", outputs, input)
+
+
+def _check_transition(
+    transition: TransitionTail | MaxTransition, channels: int, input: Tensor
+) -> None:
+    images, _, *size = input.shape
+    check_norm(transition.norm, "transition: norm", channels, input, (images, *size))
+    _check_conv(transition.conv_weight, "transition: conv", channels, 1, input)
+    if min(size) < 2:
+        least = "x".join(["2"] * len(size))
+        raise ValueError(
+            f"the transition's {least} pooling needs an image of at least {least} pixels, got "
+            f"{'x'.join(map(str, size))}"
+        )
+
+
+def _check_dropout(probability: float, at: str) -> None:
+    if not 0 <= probability <= 1:
+        raise ValueError(f"{at}dropout should be a probability between 0 and 1, got {probability}")
 
 
 def _check_groups(layers: Sequence[LayerSpec], tail: Tail | None) -> None:
@@ -120,20 +143,22 @@ def check_norm(
         )
     for part in ("weight", "bias", "running_mean", "running_var"):
         vector: Tensor | None = getattr(norm, part)
-        if vector is None:
-            continue
-        if vector.shape != (channels,):
-            raise ValueError(
-                f"{name}.{part} should have shape ({channels},), one number for each channel, "
-                f"got {tuple(vector.shape)}"
-            )
-        # BatchNorm, too, accepts float32 parameters with input of half the width.
-        if not _fits(vector.dtype, input.dtype):
-            raise TypeError(
-                f"{name}.{part} should have the type of the input, {input.dtype}, got "
-                f"{vector.dtype}"
-            )
-        _check_device(vector, f"{name}.{part}", input)
+        if vector is not None:
+            _check_vector(vector, f"{name}.{part}", channels, input)
+
+
+def _check_vector(vector: Tensor, name: str, channels: int, input: Tensor) -> None:
+    if vector.shape != (channels,):
+        raise ValueError(
+            f"{name} should have shape ({channels},), one number for each channel, got "
+            f"{tuple(vector.shape)}"
+        )
+    # BatchNorm, too, accepts float32 parameters with input of half the width.
+    if not _fits(vector.dtype, input.dtype):
+        raise TypeError(
+            f"{name} should have the type of the input, {input.dtype}, got {vector.dtype}"
+        )
+    _check_device(vector, name, input)
 
 
 def _check_conv(weight: Tensor, name: str, channels: int, kernel: int, input: Tensor) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from densenet_fast.blocks import autocast, nodes, norms
-from densenet_fast.blocks.backward import gradients
+from densenet_fast.blocks.backward import gradient_pitch, gradients
 from densenet_fast.blocks.checks import check_block
 from densenet_fast.blocks.forward import Block, Geometry, Statistics, forward, halved, norm_places
 from densenet_fast.blocks.nodes import Finish
@@ -210,7 +210,9 @@ def _backward_fake(
 ) -> list[Tensor]:
     _, _, *rest, (input_needed, *needs) = args
     shape = _input_shape(anchor, parameters, Settings(*rest))
-    found = [empty_channels_last(shape, anchor)] if input_needed else []
+    geometry = Geometry(shape, parameters, Settings(*rest))
+    pitch = gradient_pitch(shape[1], geometry.channels, anchor)
+    found = [empty_channels_last(shape, anchor, pitch)] if input_needed else []
     return found + nodes.wanted_like(parameters, needs)
 
 

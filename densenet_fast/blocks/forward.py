@@ -155,6 +155,9 @@ class Block:
         self.geometry = Geometry(shape, parameters, settings)
         drawn = iter([] if seeds is None else seeds.tolist())
         self.seeds = [next(drawn) if dropout > 0 else 0 for dropout in settings.dropout]
+        layers = self.geometry.layers
+        self.biases = parameters[6 * layers : 7 * layers]
+        self.biased = any(bias is not None for bias in self.biases)
 
     def arguments(self, vector: Tensor) -> BlockArguments:
         """Lists for the operators, their vectors in the type and on the device of `vector`."""
@@ -174,7 +177,10 @@ class Block:
         if not all(self.settings.batch_statistics[: 2 * layers]):
             frozen = plain(list(self.buffers[: 4 * layers]))
         settings = self.settings
-        eps, dropout = settings.eps[: 2 * layers], settings.dropout
+        eps = settings.eps[: 2 * layers]
+        # Behind a bias dropout is not the operators' (see `add_bias`).
+        of_operators = zip(settings.dropout, self.biases, strict=True)
+        dropout = [0.0 if bias is not None else rate for rate, bias in of_operators]
         whole = map(float, settings.whole_channels)
         of_layers = zip(eps[::2], eps[1::2], dropout, whole, strict=True)
         numbers = [number for of_layer in of_layers for number in of_layer]
@@ -195,7 +201,7 @@ class Block:
 
     def tail_coefficients(self, statistics: Statistics) -> Coefficients:
         """The norm behind the block, over all its features."""
-        weight, bias = self.parameters[6 * self.geometry.layers :][:2]
+        weight, bias = self.parameters[7 * self.geometry.layers :][:2]
         mean, var = self.buffers[-2:]
         if mean is None or var is None:
             mean, var = statistics.mean, statistics.var
@@ -217,11 +223,36 @@ class Block:
         vector = statistics.vector
         given = (self.rooms(features, kept), self.scratch(vector), *self.arguments(vector))
         exchanges = self.geometry.synchronised and not recompute
-        for first in range(halves if exchanges else 1):
-            end = first + 1 if exchanges else halves
+        at_once = 1 if exchanges else 2 if self.biased else halves
+        for first in range(0, halves, at_once):
+            end = min(first + at_once, halves)
             operators.dense_block_forward_(features, vector, *given, recompute, first, end)
+            if end % 2 == 0:
+                self._add_bias(end // 2 - 1, features, statistics, reduce=not recompute)
             if exchanges:
                 statistics.synchronise(first)
+
+    def _add_bias(
+        self, layer: int, features: Tensor, statistics: Statistics, *, reduce: bool
+    ) -> None:
+        """A layer's bias, if it has one, and what comes behind it: dropout and statistics."""
+        bias = self.biases[layer]
+        if bias is None:
+            return
+        start, end = self.geometry.segment(layer + 1)
+        growth = features[..., start:end].add_(bias)
+        self.drop_(layer, growth)
+        if reduce and layer + 1 < self.geometry.reduced:
+            operators.channel_statistics(
+                growth, statistics.mean[start:end], statistics.var[start:end]
+            )
+
+    def drop_(self, layer: int, growth: Tensor) -> None:
+        """Dropout of a layer that has a bias, or of the gradient of its output."""
+        settings = self.settings
+        if settings.dropout[layer] > 0:
+            whole = settings.whole_channels[layer]
+            operators.dropout_(growth, self.seeds[layer], settings.dropout[layer], whole)
 
 
 def forward(input: Tensor, block: Block) -> tuple[Tensor, Tensor, list[Tensor]]:

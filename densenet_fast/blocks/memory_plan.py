@@ -27,6 +27,14 @@ def statistics_bytes(channels: int, itemsize: int) -> int:
     return 2 * channels * max(4, itemsize)
 
 
+def gradient_in_place(channels: int, end: int) -> bool:
+    """Whether a block's input gets its gradient in the gradient buffer, which then stays.
+
+    A copy beside the buffer would be the larger part of it: most of its rows are the input's.
+    """
+    return 2 * channels > end
+
+
 @dataclass(frozen=True)
 class BlockSize:
     """A dense block in a chain of blocks."""
@@ -36,13 +44,14 @@ class BlockSize:
     end: int  # of all features
     widths: Sequence[int]  # bottleneck channels, layer by layer; 0: there is no bottleneck
     growth: int  # the widest layer's
-    output: int  # elements of what follows the block: the incoming gradient
+    output: int  # elements of what follows the block
     itemsize: int  # bytes of an element
     weights: int  # bytes of the convolutions' gradients, which it hands over when it is done
     lasting: int  # bytes of those that stay, as parameters that had no gradient keep them
     pitch: int = 0  # elements between two pixels of the feature buffer, if not `end`
     workspace: int = 0  # bytes that the kernels of its backward need for partial results
     taps: int = 9  # of the second convolutions
+    gradient: int = 0  # elements that the incoming gradient occupies, if more than `output`
 
     @property
     def buffer(self) -> int:
@@ -56,8 +65,18 @@ class BlockSize:
 
     @property
     def incoming(self) -> int:
-        """Bytes of what follows the block, and of its gradient."""
-        return self.output * self.itemsize
+        """Bytes of the gradient of what follows the block."""
+        return max(self.output, self.gradient) * self.itemsize
+
+    @property
+    def input_gradient(self) -> int:
+        """Elements that the gradient of the input occupies."""
+        return self.pixels * (self.end if self.in_place else self.channels)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether that is a part of the gradient buffer."""
+        return gradient_in_place(self.channels, self.end)
 
     @property
     def reads(self) -> list[tuple[int, int]]:
@@ -82,13 +101,14 @@ class BlockSize:
         others = self.buffer if plan.mode == "block" else self.input
         scratch = self.widths if plan.mode == "block" else self._recomputed(plan)
         widest = self.pixels * max(scratch, default=0) * self.itemsize
-        return others + max(widest, self.incoming)
+        return others + max(widest, self.output * self.itemsize)
 
     def backward(self, plan: Plan) -> int:
         """Bytes that the backward needs besides what is kept: buffers, scratch and gradients."""
         again = self.buffer + self.bottlenecks(plan.hold) if plan.mode == "block" else 0
         widest = max(self.widths, default=0) + max(self._recomputed(plan), default=0)
-        scratch = self.pixels * max(widest + self.growth, self.channels) * self.itemsize
+        given = 0 if self.in_place else self.channels
+        scratch = self.pixels * max(widest + self.growth, given) * self.itemsize
         return again + self.buffer + scratch + self.workspace + self.incoming + self.weights
 
     def recomputed_products(self, plan: Plan) -> int:
@@ -115,6 +135,7 @@ class StemSize:
     copies: int = 0  # of images and weight in another type or layout, kept if nothing is remade
     wide: int = 0  # what the convolution needs besides: a wider type's tensors, or a matrix
     recomputable: bool = False
+    in_place: bool = False  # whether the gradient of recomputed features takes their place
     weights: int = 0  # the convolution's gradient
     lasting: int = 0  # the same, if it stays
 
@@ -131,7 +152,8 @@ class StemSize:
         """Bytes that the backward needs besides: gradients, and the output once more."""
         again = self.recomputed(plans)
         # The norm's gradient first; then, the features freed, the convolution's.
-        most = max(self.features * (1 + again), self.features * again + self.wide)
+        both = 1 + (again and not self.in_place)
+        most = max(self.features * both, self.features * again + self.wide)
         return most + self.pooled + self.weights
 
 
@@ -171,7 +193,11 @@ class NetworkSize:
     def stem_backward(self, plans: Sequence[Plan]) -> int:
         """Bytes alive in the stem's backward, the last of all."""
         lasting = self.head.lasting + sum(block.lasting for block in self.blocks)
-        return self.stem.kept(plans) + lasting + self.stem.scratch(plans)
+        scratch = self.stem.scratch(plans)
+        if self.stem.pooled and self.blocks:
+            first = self.blocks[0]
+            scratch += first.input_gradient * first.itemsize - self.stem.pooled
+        return self.stem.kept(plans) + lasting + scratch
 
     def peak(self, plans: Sequence[Plan]) -> int:
         """Bytes of the step's fullest moment."""

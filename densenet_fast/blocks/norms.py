@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from densenet_fast import operators
+from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.specs import NormSpec
 from densenet_fast.operators.reference_block import Coefficients
+from densenet_fast.operators.rows import statistics_dtype
 
 
 def plain(vector: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,6 +37,58 @@ def coefficients(
     return Coefficients(scale, shift, mean, rstd)
 
 
+# A norm that is the only one in its node: its statistics are mean, variance and, if it is
+# synchronised, the number of values that they are of, in one vector.
+
+
+def statistics_size(norm: NormSpec, channels: int) -> int:
+    """Elements of that vector."""
+    return 2 * channels + bool(norm.group)
+
+
+def statistics_of(norm: NormSpec, rows: Tensor) -> Tensor:
+    """The statistics of `rows` [N, *size, C]; of a frozen norm nobody reads them."""
+    channels = rows.shape[-1]
+    statistics = torch.empty(
+        statistics_size(norm, channels), dtype=statistics_dtype(rows.dtype), device=rows.device
+    )
+    mean, var, total = _parts(statistics, channels)
+    if norm.batch_statistics:
+        operators.channel_statistics(rows, mean, var)
+    if norm.group:
+        synchronized.combine(norm.group, rows[..., 0].numel(), mean, var, total)
+    return statistics
+
+
+def of_statistics(norm: NormSpec, statistics: Tensor, channels: int) -> Coefficients:
+    """The norm by these statistics, or its own where it is frozen."""
+    mean, var, _ = _parts(statistics, channels)
+    if norm.running_mean is not None and norm.running_var is not None:
+        mean, var = norm.running_mean, norm.running_var
+    return coefficients(norm.weight, norm.bias, norm.eps, mean, var, statistics)
+
+
+def correct_(
+    norm: NormSpec,
+    forward: Coefficients,
+    statistics: Tensor,
+    rows: Tensor,
+    grad_rows: Tensor,
+    grad_gamma: Tensor,
+    grad_beta: Tensor,
+) -> None:
+    """Correct scale * grad_norm for the batch's statistics, with the sums of all ranks."""
+    sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
+    if norm.group:
+        total = _parts(statistics, rows.shape[-1])[2]
+        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(rows[..., 0].numel())
+    operators.finish_gradient(rows, grad_rows, forward.mean, sums[0], sums[1], grad_rows)
+
+
+def _parts(statistics: Tensor, channels: int) -> Sequence[Tensor]:
+    return statistics.split((channels, channels, len(statistics) - 2 * channels))
+
+
 class Place(NamedTuple):
     """A norm, and where the statistics of what it has normalised in this step are in a vector.
 
@@ -47,6 +101,11 @@ class Place(NamedTuple):
     var: int
     total: int
     channels: int
+
+
+def place(norm: NormSpec, channels: int) -> Place:
+    """That of a norm that is the only one in its node."""
+    return Place(norm, 0, channels, 2 * channels if norm.group else -1, channels)
 
 
 # Running statistics, counters, places and momenta, as `operators.update_running_statistics_` takes

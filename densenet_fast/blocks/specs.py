@@ -60,7 +60,8 @@ class LayerSpec(NamedTuple):
     Without a bottleneck there are norm2, over the `C_l` features, ReLU and `[k, C_l, 3, 3]` alone:
     norm1 is `NO_NORM`, the 1x1 convolution's weight None.
     `dropout` is the probability of zeroing an element of the layer's output, or with
-    `whole_channels` a whole channel of an image; 0 in evaluation.
+    `whole_channels` a whole channel of an image; 0 in evaluation. The output has `conv2_bias` `[k]`
+    in it, if there is one.
     """
 
     norm1: NormSpec
@@ -69,6 +70,7 @@ class LayerSpec(NamedTuple):
     conv2_weight: Tensor
     dropout: float = 0.0
     whole_channels: bool = False
+    conv2_bias: Tensor | None = None
 
     @property
     def of_features(self) -> NormSpec:
@@ -84,6 +86,19 @@ class TransitionTail(NamedTuple):
 
     norm: NormSpec
     conv_weight: Tensor
+
+
+class MaxTransition(NamedTuple):
+    """norm, ReLU, 1x1 convolution `[Cout, C, 1, 1]` with its bias, dropout, 2x2 maximum.
+
+    `dropout` and `whole_channels` are those of a layer.
+    """
+
+    norm: NormSpec
+    conv_weight: Tensor
+    conv_bias: Tensor | None = None
+    dropout: float = 0.0
+    whole_channels: bool = False
 
 
 class AvgPoolTail(NamedTuple):
@@ -125,12 +140,14 @@ def flattened(
     """A block's parameters, the running statistics that it computes with, and the rest.
 
     The parameters are six for each layer (norm1's weight and bias, conv1's weight, norm2's weight
-    and bias, conv2's weight) and the tail's norm's weight and bias and a transition's weight. Of
-    the statistics there are two for each norm, None where it takes the batch's.
+    and bias, conv2's weight), conv2's bias of every layer, and the tail's norm's weight and bias
+    and a transition's weight. Of the statistics there are two for each norm, None where it takes
+    the batch's.
     """
     parameters: list[Tensor | None] = []
     for norm1, conv1, norm2, conv2, *_ in layers:
         parameters += (norm1.weight, norm1.bias, conv1, norm2.weight, norm2.bias, conv2)
+    parameters += (layer.conv2_bias for layer in layers)
     kind = "none"
     if tail is not None:
         parameters += (tail.norm.weight, tail.norm.bias)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from densenet_fast import operators
-from densenet_fast.blocks import autocast, nodes, norms, stem_convolution, synchronized
+from densenet_fast.blocks import autocast, nodes, norms, stem_convolution
 from densenet_fast.blocks.checks import check_input, check_norm
 from densenet_fast.blocks.nodes import Finish
 from densenet_fast.blocks.specs import ConvGeometry, NormSpec, Tensors
-from densenet_fast.operators.reference_block import Coefficients
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
@@ -73,9 +72,8 @@ def _stem(
         if conv is not None and weight is not None:
             channels, _, *kernel = weight.shape
             size = stem_convolution.windows(size, kernel, conv.stride, conv.padding, conv.dilation)
-        total = 2 * channels if norm.group else -1
-        place = norms.Place(norm, 0, channels, total, channels)
-        nodes.record(statistics, norms.updates([place]), images * math.prod(size))
+        updates = norms.updates([norms.place(norm, channels)])
+        nodes.record(statistics, updates, images * math.prod(size))
 
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
@@ -127,18 +125,6 @@ class _Call:
         images, channels, *size = features.shape
         check_norm(self.norm, "norm", channels, features, (images, *size))
 
-    def coefficients(self, statistics: Tensor, channels: int) -> Coefficients:
-        """The norm by the batch's statistics, or its own where it is frozen."""
-        norm, (mean, var, _) = self.norm, _parts(statistics, channels)
-        if norm.running_mean is not None and norm.running_var is not None:
-            mean, var = norm.running_mean, norm.running_var
-        return norms.coefficients(norm.weight, norm.bias, norm.eps, mean, var, statistics)
-
-
-def _parts(statistics: Tensor, channels: int) -> Sequence[Tensor]:
-    """Mean, variance and, if the norm is synchronised, the number of values they are of."""
-    return statistics.split((channels, channels, len(statistics) - 2 * channels))
-
 
 def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     stem = _Call(*args)
@@ -150,7 +136,7 @@ def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     images, channels, *size = features.shape
     output = empty_channels_last((images, channels, *pooled(size)), features)
     argmax = features.new_empty(images, *pooled(size), channels, dtype=torch.uint8)
-    count = 2 * channels + bool(stem.norm.group)
+    count = norms.statistics_size(stem.norm, channels)
     return output, argmax, features.new_empty(count, dtype=statistics_dtype(features.dtype))
 
 
@@ -165,17 +151,8 @@ def stem_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     stem.check(features)
     rows = as_rows(features)
     images, *size, channels = rows.shape
-    statistics = torch.empty(
-        2 * channels + bool(norm.group),
-        dtype=statistics_dtype(features.dtype),
-        device=features.device,
-    )
-    mean, var, total = _parts(statistics, channels)
-    if norm.batch_statistics:
-        operators.channel_statistics(rows, mean, var)
-    if norm.group:
-        synchronized.combine(norm.group, rows[..., 0].numel(), mean, var, total)
-    scale, shift, _, _ = stem.coefficients(statistics, channels)
+    statistics = norms.statistics_of(norm, rows)
+    scale, shift, _, _ = norms.of_statistics(norm, statistics, channels)
     out = empty_channels_last((images, channels, *pooled(size)), features)
     out_rows = rows_of(out)
     argmax = torch.empty(out_rows.shape, dtype=torch.uint8, device=features.device)
@@ -191,6 +168,14 @@ def _backward_fake(
     return found + nodes.wanted_like(parameters, needs)
 
 
+def in_place(device: torch.device, *, synchronised: bool) -> bool:
+    """Whether the gradient of features that were made again takes their place.
+
+    CUDA's kernels read them once more when it is half done, as what synchronised norms do to it.
+    """
+    return device.type != "cuda" and not synchronised
+
+
 @nodes.node(
     f"(Tensor grad_output, Tensor input, Tensor argmax, Tensor statistics, {_STEM}, "
     "bool[] needs) -> Tensor[]",
@@ -204,10 +189,14 @@ def stem_backward(
     stem = _Call(*args)
     features, norm = stem.features(input), stem.norm
     channels = features.shape[1]
-    forward = stem.coefficients(statistics, channels)
-    grad_features = empty_channels_last(features.shape, features)
+    forward = norms.of_statistics(norm, statistics, channels)
     grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
-    rows, grad_rows = as_rows(features), rows_of(grad_features)
+    rows = as_rows(features)
+    if stem.conv is not None and in_place(rows.device, synchronised=bool(norm.group)):
+        grad_features = images_of(rows)
+    else:
+        grad_features = empty_channels_last(features.shape, features)
+    grad_rows = rows_of(grad_features)
     operators.norm_relu_maxpool_backward(
         as_rows(grad_output),
         argmax.contiguous(),
@@ -219,11 +208,7 @@ def stem_backward(
         grad_beta,
     )
     if norm.group and any(needs[:3]):
-        # The correction for the batch's statistics, with the sums of all ranks.
-        sums = torch.stack((grad_beta, forward.rstd * grad_gamma)).mul_(forward.scale)
-        total = _parts(statistics, channels)[2]
-        sums = synchronized.mean_over_ranks(norm.group, sums, total).mul_(rows[..., 0].numel())
-        operators.finish_gradient(rows, grad_rows, forward.mean, sums[0], sums[1], grad_rows)
+        norms.correct_(norm, forward, statistics, rows, grad_rows, grad_gamma, grad_beta)
     del features, rows  # the largest tensors there are
     before: list[Tensor | None] = [grad_features, None, None]
     if stem.conv is not None and stem.weight is not None and any(needs[:3]):

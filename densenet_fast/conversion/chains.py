@@ -55,13 +55,17 @@ class ChainLayer(NamedTuple):
 
 
 class ChainTail(NamedTuple):
-    """Paths of a transition's modules; of the pooling None where it is a function."""
+    """Paths of a transition's modules; of the pooling None where it is a function.
+
+    Its pooling is an average or a `maximum`.
+    """
 
     norm: Path
     conv: Path
     pool: Path | None
+    maximum: bool
     relus: tuple[Path, ...]
-    between: tuple[Dropout, ...]
+    dropouts: tuple[Dropout, ...]
     order: Order
 
 
@@ -97,10 +101,9 @@ class NoChainError(Exception):
 
 _LAYER = re.compile("nrc(d*)nrc(d*)")
 _WITHOUT_BOTTLENECK = re.compile("nrc(d*)$")
-_TRANSITION = re.compile("nrc(d*)a")
+_TRANSITION = re.compile("nrc(d*)[am]")
 # What is of the family, and not fused.
 _OTHERS = (
-    (re.compile("nrcd*m"), "its pooling is a maximum, not the average of a transition"),
     (re.compile("ncd*[am]"), "it has no ReLU between its norm and its convolution"),
     (
         re.compile("c?nr?c?n?r?"),
@@ -141,7 +144,7 @@ def _without_dropout(chain: Chain) -> Chain:
     stages = [
         Stage(
             tuple(layer._replace(between=(), dropouts=()) for layer in stage.layers),
-            stage.tail and stage.tail._replace(between=()),
+            stage.tail and stage.tail._replace(dropouts=()),
         )
         for stage in chain.stages
     ]
@@ -242,7 +245,8 @@ def _layer(parts: Sequence[Operation], match: re.Match[str], order: Order) -> Ch
 def _tail(parts: Sequence[Operation], order: Order) -> ChainTail:
     norm, relu, conv, *dropouts, pool = parts
     relus = () if relu.path is None else (relu.path,)
-    return ChainTail(_path(norm), _path(conv), pool.path, relus, _dropouts(dropouts), order)
+    paths = _path(norm), _path(conv), pool.path
+    return ChainTail(*paths, pool.kind == "m", relus, _dropouts(dropouts), order)
 
 
 def _path(operation: Operation) -> Path:
@@ -264,7 +268,7 @@ def _no_chain(operation: Operation, kinds: str) -> NoChainError:
     for pattern, reason in _OTHERS:
         if pattern.match(kinds):
             error = NoChainError(reason)
-            error.like = pattern.pattern.endswith(("a", "m", "]"))
+            error.like = pattern.pattern.endswith("]")
             return error
     if "?" in kinds:
         return NoChainError(f"it calls {operation.words}")

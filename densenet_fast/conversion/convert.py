@@ -35,6 +35,8 @@ _LIBRARIES = {
     "torchxrayvision.models": "torchxrayvision",
 }
 
+_WAS_INPLACE = "_densenet_fast_was_inplace"
+
 
 @dataclass(frozen=True)
 class ConversionRow(NamedRow):
@@ -76,7 +78,9 @@ class ConversionReport(Report[ConversionRow]):
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> ConversionReport:
+def convert(
+    model: nn.Module, *, checkpoint: Checkpoint = "bottleneck", inplace_relu: bool | None = None
+) -> ConversionReport:
     """Make the DenseNets in `model` efficient, in place.
 
     Knows those of torchvision, timm, MONAI (in one, two and three dimensions) and torchxrayvision,
@@ -88,6 +92,9 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
     Args:
         model: any module.
         checkpoint: what blocks keep for the backward: "none", "bottleneck" or "block".
+        inplace_relu: False makes every `nn.ReLU` in the model, and the last ReLU of torchvision's
+            and torchxrayvision's forward, write its result to memory of its own, as backward hooks
+            of attribution tools need it; fused ones write none. None leaves them as they are.
 
     Returns:
         What was converted, and what was not and why.
@@ -99,6 +106,8 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert expects a module, got {type(model).__name__}")
     checkpoint = arguments.one_of("checkpoint", checkpoint, CHECKPOINT_MODES)
+    if inplace_relu is not None:
+        inplace_relu = arguments.flag("inplace_relu", inplace_relu)
     _import_adapters(model)
     rows: dict[nn.Module, ConversionRow] = {}
     planned: dict[nn.Module, type[nn.Module]] = {}
@@ -125,6 +134,8 @@ def convert(model: nn.Module, *, checkpoint: Checkpoint = "bottleneck") -> Conve
         )
     for module, adapter in planned.items():
         module.__class__ = adapter
+    if inplace_relu is not None:
+        _set_relus(model, inplace_relu)
     for match in found:
         if match.chain is not None and match.reason is None:
             become_chain(match.module, match.chain)
@@ -153,10 +164,22 @@ def revert(model: nn.Module) -> None:
     converted = [module for module in model.modules() if is_converted(module)]
     if not converted:
         raise ValueError(f"revert found nothing converted in {type(model).__name__}")
+    for module in model.modules():
+        if _WAS_INPLACE in module.__dict__:
+            module.__dict__["inplace"] = module.__dict__.pop(_WAS_INPLACE)
     for module in converted:
         module.__class__ = original(module)
         for name in OWN_ATTRIBUTES:
             module.__dict__.pop(name, None)
+
+
+def _set_relus(model: nn.Module, inplace: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, ConvertedNetwork):
+            module.__dict__["_inplace_relu"] = inplace
+        elif isinstance(module, nn.ReLU):
+            module.__dict__.setdefault(_WAS_INPLACE, module.inplace)
+            module.inplace = inplace
 
 
 def _import_adapters(model: nn.Module) -> None:

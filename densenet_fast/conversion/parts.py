@@ -170,6 +170,11 @@ class ConvertedNetwork(Converted):
         pooled = self.pooled(input)
         return self.plain(input) if pooled is None else self.head(pooled)
 
+    @property
+    def inplace_relu(self) -> bool:
+        """Whether a ReLU that the library's forward calls as a function may write in place."""
+        return bool(self.__dict__.get("_inplace_relu", True))
+
     def known_head(self) -> fusing.Head:
         """What is known to happen behind the last norm of converted features."""
         features = self._modules.get("features")
@@ -205,7 +210,7 @@ class ConvertedNetwork(Converted):
 
 
 # Attributes of a converted module that its own class does not have.
-OWN_ATTRIBUTES = ("_checkpoint", "_found")
+OWN_ATTRIBUTES = ("_checkpoint", "_found", "_inplace_relu")
 
 
 def is_converted(module: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from densenet_fast.modules.eligibility import Expected, named
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layer_parts import LayerParts, TailParts, transition_obstacle
 from densenet_fast.modules.layers import FusedChain
-from densenet_fast.modules.steps import DenseStep
+from densenet_fast.modules.steps import DenseStep, MaxTransitionStep
 
 
 class Found(NamedTuple):
@@ -56,16 +56,18 @@ class ConvertedChain(Converted, FusedChain):
         dims = images.dim() - 2
         input_checks.chain(type(self).__name__, _readers(steps, dims), images)
         memory_format = self.released_format(images)
-        tails = [step.tail for step in steps if step.tail is not None]
-        if tails:
-            memory_format = fusing.averaged_format(given_format(images, tails[-1].conv), dims)
+        for step in steps:
+            if isinstance(step, MaxTransitionStep):
+                memory_format = given_format(images, step.conv)
+            elif step.tail is not None:
+                memory_format = fusing.averaged_format(given_format(images, step.tail.conv), dims)
         output = released(fusing.run(steps, images, hold=False), memory_format)
         return tensor_subclasses.restored(output, input)
 
-    def _kept(self, expected: Expected) -> list[DenseStep] | str:
+    def _kept(self, expected: Expected) -> list[DenseStep | MaxTransitionStep] | str:
         return kept(self, expected, lambda: self.chain(expected))
 
-    def chain(self, expected: Expected) -> list[DenseStep] | str:
+    def chain(self, expected: Expected) -> list[DenseStep | MaxTransitionStep] | str:
         """Its steps, one for each transition and the layers before it, or why there are none."""
         found = self.__dict__.get("_found")
         now = facts(self)
@@ -78,9 +80,10 @@ class ConvertedChain(Converted, FusedChain):
         return steps(self, found.chain, expected, self._checkpoint)
 
     def averages(self) -> bool:
-        """Whether there is a transition in it."""
+        """Whether there is a transition in it that averages."""
         found = self.__dict__["_found"].chain
-        return isinstance(found, Chain) and any(stage.tail for stage in found.stages)
+        tails = [stage.tail for stage in found.stages] if isinstance(found, Chain) else []
+        return any(tail is not None and not tail.maximum for tail in tails)
 
     def rows(self, expected: Expected) -> Iterator[tuple[str, str | None]]:
         """The name of every layer and transition, and why it does not run fused."""
@@ -143,23 +146,26 @@ def become_chain(module: nn.Module, found: Chain) -> None:
 
 def steps(
     root: nn.Module, chain: Chain, expected: Expected, checkpoint: Any
-) -> list[DenseStep] | str:
+) -> list[DenseStep | MaxTransitionStep] | str:
     """The steps of the chain that `root` is, or what is in the way of computing them."""
     for path in chain.entered:
         found = eligibility.touched(at(root, path))
         if found is not None:
             return f"{'.'.join(path)} {found}"
-    planned = []
+    planned: list[DenseStep | MaxTransitionStep] = []
     for stage in chain.stages:
-        step = _step(root, stage, expected, checkpoint)
-        if isinstance(step, str):
-            return step
-        planned.append(step)
-    planned[-1].order = chain.order
+        of_stage = _steps(root, stage, expected, checkpoint)
+        if isinstance(of_stage, str):
+            return of_stage
+        planned += of_stage
+    if isinstance(planned[-1], DenseStep):
+        planned[-1].order = chain.order
     return planned
 
 
-def _step(root: nn.Module, stage: Stage, expected: Expected, checkpoint: Any) -> DenseStep | str:
+def _steps(
+    root: nn.Module, stage: Stage, expected: Expected, checkpoint: Any
+) -> Sequence[DenseStep | MaxTransitionStep] | str:
     channels: int | None = None
     layers: list[LayerParts] = []
     group = synchronized.OneGroup()
@@ -176,14 +182,17 @@ def _step(root: nn.Module, stage: Stage, expected: Expected, checkpoint: Any) ->
         layers.append(parts)
     step = DenseStep([layers] if layers else [], checkpoint)
     if stage.tail is None:
-        return step
-    tail = _tail_parts(root, stage.tail, channels, expected)
+        return [step]
+    tail = _tail_step(root, stage.tail, channels, expected)
     if isinstance(tail, str):
         return _of(stage.tail, tail)
+    if isinstance(tail, MaxTransitionStep):
+        step.order = stage.tail.order
+        return [step, tail] if layers else [tail]
     if not group.admits(tail.norm):
         return _of(stage.tail, "takes statistics over other ranks than the layers before")
     step.tail = tail
-    return step
+    return [step]
 
 
 def _name(part: ChainLayer | ChainTail) -> str:
@@ -213,21 +222,30 @@ def _layer_parts(root: nn.Module, layer: ChainLayer, expected: Expected) -> Laye
     return LayerParts(norm1, conv1, norm2, conv2, relus, *dropping, layer.order)
 
 
-def _tail_parts(
+def _tail_step(
     root: nn.Module, tail: ChainTail, channels: int | None, expected: Expected
-) -> TailParts | str:
+) -> TailParts | MaxTransitionStep | str:
     norm: Any = at(root, tail.norm)
     conv: Any = at(root, tail.conv)
     found = transition_obstacle(norm, conv, channels, expected)
     for path in tail.relus:
         found = found or named(".".join(path), eligibility.exactly(at(root, path), nn.ReLU))
     if tail.pool is not None:
-        pool = at(root, tail.pool)
-        found = found or named("pool", eligibility.average_pool(pool, expected.dims))
-    dropping = _dropping(root, tail.between, expected.dims)
-    if isinstance(dropping, str) or dropping[0] > 0:
-        found = found or "it drops out in front of its pooling"
-    return found or TailParts(norm, conv, tail.order)
+        pool, dims = at(root, tail.pool), expected.dims
+        of_pool = eligibility.average_pool(pool, dims)
+        if tail.maximum:
+            of_pool = eligibility.max_pool(pool, 2, dims)
+        found = found or named("pool", of_pool)
+    if found is not None:
+        return found
+    dropping = _dropping(root, tail.dropouts, expected.dims)
+    if isinstance(dropping, str):
+        return dropping
+    if tail.maximum:
+        return MaxTransitionStep(norm, conv, *dropping)
+    if dropping[0] > 0:
+        return "it drops out in front of its pooling"
+    return TailParts(norm, conv, tail.order)
 
 
 def _dropping(root: nn.Module, dropouts: Sequence[Dropout], dims: int) -> tuple[float, bool] | str:
@@ -255,10 +273,13 @@ def _dropping(root: nn.Module, dropouts: Sequence[Dropout], dims: int) -> tuple[
     return active[0] if active else (0.0, False)
 
 
-def _readers(steps: Sequence[DenseStep], dims: int) -> list[nn.Module]:
+def _readers(steps: Sequence[DenseStep | MaxTransitionStep], dims: int) -> list[nn.Module]:
     """The modules that decide which inputs fit."""
     readers: list[nn.Module] = []
     for step in steps:
+        if isinstance(step, MaxTransitionStep):
+            readers += (step.norm, MODULES[dims].maximum(2))
+            continue
         for segment in step.segments:
             assert isinstance(segment, list)
             readers += [norm for layer in segment for norm in layer.norms]

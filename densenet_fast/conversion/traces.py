@@ -85,15 +85,19 @@ _LEAVES = tuple(kind for kinds in _MODULES.values() for kind in kinds)
 _EXACT_LEAVES = {*_LEAVES, *NORMS}
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 _AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_MAXIMA = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "r"),
     **dict.fromkeys(_AVERAGES, "a"),
-    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), "m"),
+    **dict.fromkeys(_MAXIMA, "m"),
     **dict.fromkeys(_DROPOUTS, "d"),
 }
 _METHODS = {"relu": "r", "relu_": "r", "contiguous": "", "clone": ""}
 _CATS = (torch.cat, torch.concat, torch.concatenate)
-_POOLING = ("input", "kernel_size", "stride", "padding", "ceil_mode", "", "divisor_override")
+_POOLING = {
+    "a": ("input", "kernel_size", "stride", "padding", "ceil_mode", "", "divisor_override"),
+    "m": ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+}
 
 
 class _Proxy(fx.Proxy):
@@ -312,18 +316,21 @@ def _kind(root: nn.Module, node: fx.Node) -> tuple[str, Path | None]:
         return (found[0] if found else "?"), path
     table: dict[Any, str] = _FUNCTIONS if node.op == "call_function" else _METHODS
     kind = table.get(node.target, "?")
-    if kind == "a" and not _is_transitions_average(node):
+    if kind in _POOLING and not _is_transitions_pooling(node, kind):
         kind = "?"
     return kind, None
 
 
-def _is_transitions_average(node: fx.Node) -> bool:
-    dims = _AVERAGES.index(node.target) + 1
-    given: dict[str, Any] = {**dict(zip(_POOLING, node.args, strict=False)), **node.kwargs}
+def _is_transitions_pooling(node: fx.Node, kind: str) -> bool:
+    functions: Any = _AVERAGES if kind == "a" else _MAXIMA
+    dims = functions.index(node.target) + 1
+    given: dict[str, Any] = {**dict(zip(_POOLING[kind], node.args, strict=False)), **node.kwargs}
     return bool(
         _each(given.get("kernel_size"), dims) == (2,) * dims
         and _each(given.get("stride") or 2, dims) == (2,) * dims
         and _each(given.get("padding", 0), dims) == (0,) * dims
+        and _each(given.get("dilation", 1), dims) == (1,) * dims
+        and not given.get("return_indices", False)
         and not given.get("ceil_mode", False)
         and given.get("divisor_override") is None
     )

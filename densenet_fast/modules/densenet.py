@@ -83,7 +83,7 @@ class EfficientDenseNet(nn.Module):
         kinds = dimensions.modules(spatial_dims)
         self.spatial_dims = int(spatial_dims)
         growth_rate = arguments.integer("growth_rate", growth_rate)
-        blocks = arguments.block_config(block_config)
+        blocks = arguments.layer_counts("block_config", block_config)
         num_features = arguments.integer("num_init_features", num_init_features)
         bn_size = arguments.integer("bn_size", bn_size)
         drop_rate = arguments.share("drop_rate", drop_rate, zero=True)

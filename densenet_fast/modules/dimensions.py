@@ -16,6 +16,7 @@ class Modules(NamedTuple):
     """The types for one number of dimensions."""
 
     conv: type[Conv]
+    transposed: type[nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d]
     norm: type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]
     average: type[nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d]
     maximum: type[nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d]
@@ -27,6 +28,7 @@ class Modules(NamedTuple):
 MODULES = {
     1: Modules(
         nn.Conv1d,
+        nn.ConvTranspose1d,
         nn.BatchNorm1d,
         nn.AvgPool1d,
         nn.MaxPool1d,
@@ -36,6 +38,7 @@ MODULES = {
     ),
     2: Modules(
         nn.Conv2d,
+        nn.ConvTranspose2d,
         nn.BatchNorm2d,
         nn.AvgPool2d,
         nn.MaxPool2d,
@@ -45,6 +48,7 @@ MODULES = {
     ),
     3: Modules(
         nn.Conv3d,
+        nn.ConvTranspose3d,
         nn.BatchNorm3d,
         nn.AvgPool3d,
         nn.MaxPool3d,
@@ -53,7 +57,7 @@ MODULES = {
         nn.Dropout3d,
     ),
 }
-CONVS, BATCH_NORMS, AVERAGES, MAXIMA, _, INSTANCE_NORMS, DROPOUTS = zip(
+CONVS, TRANSPOSED, BATCH_NORMS, AVERAGES, MAXIMA, _, INSTANCE_NORMS, DROPOUTS = zip(
     *MODULES.values(), strict=True
 )
 NORMS: tuple[type[nn.Module], ...] = (*BATCH_NORMS, nn.SyncBatchNorm)

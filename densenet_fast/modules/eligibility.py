@@ -34,8 +34,8 @@ _KEEPING: dict[tuple[int, int], tuple[Any, ...]] = {
 
 _AVERAGE: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0}
 _AVERAGE |= {"ceil_mode": False, "divisor_override": None}
-_MAXIMUM: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
-_MAXIMUM |= {"ceil_mode": False, "return_indices": False}
+_MAXIMUM: dict[str, Any] = {"stride": 2, "dilation": 1, "ceil_mode": False}
+_MAXIMUM |= {"return_indices": False}
 
 _FORWARDS = tuple(
     (kind, kind.forward) for kind in (*NORMS, nn.ReLU, *CONVS, *AVERAGES, *MAXIMA, nn.Sequential)
@@ -224,8 +224,11 @@ def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | N
     return None
 
 
-def conv(module: nn.Module, taps: int, expected: Expected) -> str | None:
-    """Obstacle to computing a convolution of this width that keeps the size, without bias."""
+def conv(module: nn.Module, taps: int, expected: Expected, *, biased: bool = False) -> str | None:
+    """Obstacle to computing a convolution of this width that keeps the size.
+
+    It may have a bias if `biased`.
+    """
     obstacle = exactly(module, MODULES[expected.dims].conv)
     if obstacle is not None:
         return obstacle
@@ -235,7 +238,10 @@ def conv(module: nn.Module, taps: int, expected: Expected) -> str | None:
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
     if bias is not None:
-        return "has a bias"
+        if not biased:
+            return "has a bias"
+        if (found := _tensor(bias, expected)) is not None:
+            return found
     actual = tuple(setting(state, name) for name in _SETTINGS)
     if actual != _KEEPING[taps, expected.dims]:
         return "has " + ", ".join(map("{} {}".format, _SETTINGS, actual))
@@ -273,10 +279,11 @@ def average_pool(module: nn.Module, dims: int) -> str | None:
     return exactly(module, MODULES[dims].average) or _pool(module, _AVERAGE, dims, what)
 
 
-def max_pool(module: nn.Module, dims: int) -> str | None:
-    """Obstacle to computing the stem's 3×3 max-pooling of stride 2."""
-    what = f"a {'×'.join('3' * dims)} maximum of stride 2"
-    return exactly(module, MODULES[dims].maximum) or _pool(module, _MAXIMUM, dims, what)
+def max_pool(module: nn.Module, width: int, dims: int) -> str | None:
+    """Obstacle to computing the max-pooling of stride 2 of a stem (3×3) or transition (2×2)."""
+    what = f"a {'×'.join(str(width) * dims)} maximum of stride 2"
+    settings = {**_MAXIMUM, "kernel_size": width, "padding": width - 2}
+    return exactly(module, MODULES[dims].maximum) or _pool(module, settings, dims, what)
 
 
 def _pool(module: nn.Module, settings: dict[str, Any], dims: int, what: str) -> str | None:

@@ -16,7 +16,14 @@ from densenet_fast.modules.eligibility import Expected, named
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layer_parts import TailParts
 from densenet_fast.modules.layers import DenseBlock, FusedBlock, FusedChain, Transition
-from densenet_fast.modules.steps import ConvStep, DenseStep, ModuleStep, StemStep, Step
+from densenet_fast.modules.steps import (
+    ConvStep,
+    DenseStep,
+    MaxTransitionStep,
+    ModuleStep,
+    StemStep,
+    Step,
+)
 
 # What a network does behind its last norm: ReLU and the average over all pixels, that average alone
 # (the norm has the ReLU inside), or something unknown.
@@ -33,7 +40,7 @@ def _stem_obstacle(modules: Sequence[nn.Module], length: int, expected: Expected
     found = named("the norm", eligibility.norm(norm, None, expected))
     for module in relu:
         found = found or named("the ReLU", eligibility.exactly(module, nn.ReLU))
-    return found or named("the pooling", eligibility.max_pool(pool, expected.dims))
+    return found or named("the pooling", eligibility.max_pool(pool, 3, expected.dims))
 
 
 def _block_obstacle(block: nn.Module) -> str | None:
@@ -41,7 +48,7 @@ def _block_obstacle(block: nn.Module) -> str | None:
     return eligibility.of_kind(block, "block", DenseBlock)
 
 
-def _tail(module: nn.Module, head: Head, expected: Expected) -> DenseStep | str:
+def _tail(module: nn.Module, head: Head, expected: Expected) -> DenseStep | MaxTransitionStep | str:
     """A transition, or a last norm and the head, as a step behind a block; or why it is none."""
     if isinstance(module, Transition):
         obstacle = eligibility.of_kind(module, "transition", Transition)
@@ -54,8 +61,11 @@ def _tail(module: nn.Module, head: Head, expected: Expected) -> DenseStep | str:
     return found or DenseStep([], "bottleneck", TailParts(module))  # type: ignore[arg-type]
 
 
-def _fuse_behind(planned: list[Step], tail: DenseStep | str) -> str | None:
-    """Give the last step, if it is a block's, this tail; or why not."""
+def _fuse_behind(planned: list[Step], tail: DenseStep | MaxTransitionStep | str) -> str | None:
+    """Give the last step, if it is a block's, this tail; or why not. One may go by itself."""
+    if isinstance(tail, MaxTransitionStep):
+        planned.append(tail)
+        return None
     block = planned[-1] if planned else None
     obstacle = None
     if isinstance(block, ModuleStep) and isinstance(block.module, FusedBlock):
@@ -172,11 +182,14 @@ def steps(
         elif isinstance(module, FusedChain):
             found = eligibility.of_kind(module, "chain", FusedChain) or module.chain(expected)
             obstacle = found if isinstance(found, str) else None
-            for step in found if isinstance(found, list) else ():
-                added = _continue(planned, step) if step.segments else _fuse_behind(planned, step)
+            for part in found if isinstance(found, list) else ():
+                if isinstance(part, DenseStep) and part.segments:
+                    added = _continue(planned, part)
+                else:
+                    added = _fuse_behind(planned, part)
                 if added is not None:
                     _channels_innermost(planned)
-                    planned.append(step)
+                    planned.append(part)
             if module.averages():
                 memory_format = averaged_format(memory_format, expected.dims)
         elif isinstance(module, Transition) or at + 1 == len(modules):
@@ -230,10 +243,12 @@ def _recomputable_conv(planned: list[Step]) -> Conv | None:
     return None
 
 
-def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True) -> Tensor:
-    """The steps one after another; `hold` fills the memory below the peak with bottlenecks."""
+def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True, ours: bool = False) -> Tensor:
+    """The steps one after another; `hold` fills the memory below the peak with bottlenecks.
+
+    `ours` says that nobody else has the input.
+    """
     first = next((at for at, step in enumerate(planned) if isinstance(step, DenseStep)), None)
-    ours = False  # whether nobody else has the features
     holds: Iterator[int] = repeat(0)
     for at, step in enumerate(planned):
         if hold and at == first and torch.is_grad_enabled():

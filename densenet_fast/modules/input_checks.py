@@ -21,6 +21,7 @@ from densenet_fast.modules.dimensions import (
     MAXIMA,
     NORMS,
     OF_TYPE,
+    TRANSPOSED,
 )
 from densenet_fast.modules.eligibility import (
     KINDS,
@@ -88,7 +89,7 @@ def channels(owner: str, input: Tensor, first: nn.Module | None) -> None:
         )
 
 
-_CHECKED = (*CONVS, *NORMS, nn.Linear)
+_CHECKED = (*CONVS, *TRANSPOSED, *NORMS, nn.Linear)
 _CONTAINERS = (nn.Sequential, nn.ModuleDict, nn.ModuleList)
 _REDUCED = (torch.float16, torch.bfloat16)
 _KEEP_SIZE = (

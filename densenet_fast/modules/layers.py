@@ -19,7 +19,7 @@ from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.modules import dimensions, eligibility, input_checks, layer_parts
 from densenet_fast.modules.eligibility import Expected, named, routed
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
-from densenet_fast.modules.steps import DenseStep, Segment
+from densenet_fast.modules.steps import DenseStep, MaxTransitionStep, Segment
 
 
 class FusedModule(nn.Module):
@@ -39,18 +39,20 @@ class FusedModule(nn.Module):
         input_checks.channels(owner, input, self.first_reader())
         synchronized.check_modules(self, input.device)
         step = self.step(eligibility.input(input), input.shape[1], eligibility.expected(input))
-        if isinstance(step, str) or not step.fused_throughout:
+        if isinstance(step, str) or (isinstance(step, DenseStep) and not step.fused_throughout):
             input_checks.parameters(self, self, input)
         chain = self if isinstance(self, Transition) else [self]
         input_checks.chain(owner, chain, input)
         if isinstance(step, str):
             return self.plain(input)
-        step.memory_format = memory_format = self.released_format(input)
+        memory_format = self.released_format(input)
+        if isinstance(step, DenseStep):
+            step.memory_format = memory_format
         return released(step.run(input), memory_format)
 
     def step(
         self, obstacle: str | None, channels: int | None, expected: Expected
-    ) -> DenseStep | str:
+    ) -> DenseStep | MaxTransitionStep | str:
         """The step on so many channels (None: any number), or why there is none.
 
         `obstacle` is one that lies outside.
@@ -250,12 +252,12 @@ class FusedBlock(Checkpointed):
 class FusedChain(Checkpointed):
     """A module that is nothing but dense layers and transitions, whatever it is written with."""
 
-    def chain(self, expected: Expected) -> list[DenseStep] | str:
-        """Its steps, one for each transition and the layers before it, or why there are none."""
+    def chain(self, expected: Expected) -> list[DenseStep | MaxTransitionStep] | str:
+        """Its steps, in order, or why there are none."""
         raise NotImplementedError
 
     def averages(self) -> bool:
-        """Whether there is a transition in it."""
+        """Whether there is a transition in it that averages."""
         raise NotImplementedError
 
 
@@ -331,7 +333,7 @@ class Transition(FusedModule, nn.Sequential):
 
     def step(
         self, obstacle: str | None, channels: int | None, expected: Expected
-    ) -> DenseStep | str:
+    ) -> DenseStep | MaxTransitionStep | str:
         """The transition as the tail of a block without layers."""
         if obstacle is not None:
             return obstacle

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from densenet_fast.blocks.memory_plan import (
     statistics_bytes,
 )
 from densenet_fast.blocks.nodes import planned_shape
-from densenet_fast.blocks.stem import pooled
+from densenet_fast.blocks.stem import in_place, pooled
 from densenet_fast.modules import eligibility, input_checks
 from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
 from densenet_fast.operators.rows import row_pitch, rows_of
@@ -130,7 +130,10 @@ def _block_sizes(
             )
         )
         channels = behind
-    return sizes
+    return [
+        *(replace(size, gradient=following.input_gradient) for size, following in pairwise(sizes)),
+        sizes[-1],
+    ]
 
 
 def _gradient_bytes(weights: Sequence[Tensor]) -> tuple[int, int]:
@@ -215,6 +218,7 @@ def _stem(
         copies=copies,
         wide=wide,
         recomputable=norm.conv is not None,
+        in_place=in_place(device, synchronised=isinstance(norm.norm, nn.SyncBatchNorm)),
         weights=weights,
         lasting=lasting,
     )
@@ -231,20 +235,22 @@ def _head(classifier: nn.Linear, images: int, channels: int, stored: torch.dtype
 
 
 def cpu_workspace(block: BlockSize) -> int:
-    """The CPU kernels' partial weight gradients, as csrc/cpu/product_backward.h cuts them.
+    """The CPU kernels' packed weights and partial gradients, as product_backward.h cuts them.
 
-    Or Winograd's, in tiles of two pixels along each dimension where there are more than one.
+    Or Winograd's, in tiles of two pixels along each dimension where there are more than one: four
+    weights for each three.
     """
     pointwise_parts = _parts(block.pixels, _LEAST_ROWS)
-    pointwise = pointwise_parts * max(block.widths, default=0) * (block.end - block.growth)
+    pointwise = (pointwise_parts + 1) * max(block.widths, default=0) * (block.end - block.growth)
     spatial = 0
     for read in {read for _, read in block.reads}:
-        parts = pointwise_parts
+        parts, packed = pointwise_parts, block.taps
         if block.taps == 9:
-            parts = _parts(block.pixels // 4, _LEAST_TILES)
+            parts, packed = _parts(block.pixels // 4, _LEAST_TILES), 16
         elif block.taps == 27:
             parts = _parts(block.pixels // 8, *(_NARROW if read <= _NARROW_VOLUME else _WIDE))
-        spatial = max(spatial, parts * block.taps * read * block.growth)
+            packed = 64
+        spatial = max(spatial, (parts * block.taps + packed) * read * block.growth)
     return max(pointwise, spatial) * max(4, block.itemsize)
 
 

@@ -18,12 +18,14 @@ from densenet_fast.blocks.dense_block import (
     released,
     stem_norm_relu_maxpool,
 )
+from densenet_fast.blocks.max_transition import max_transition
 from densenet_fast.blocks.specs import (
     NO_NORM,
     AvgPoolTail,
     Checkpoint,
     ConvGeometry,
     LayerSpec,
+    MaxTransition,
     NormSpec,
     Tail,
     TransitionTail,
@@ -193,6 +195,23 @@ class StemStep:
 
 
 @dataclass
+class MaxTransitionStep:
+    """norm, ReLU, 1×1 convolution, dropout and 2×2 maximum as one node."""
+
+    norm: Norm
+    conv: Conv
+    dropout: float = 0.0
+    whole_channels: bool = False
+
+    def run(self, input: Tensor) -> Tensor:
+        """The pooled features."""
+        norm, conv = norm_spec(self.norm, []), self.conv.__dict__
+        weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+        spec = MaxTransition(norm, weight, bias, self.dropout, self.whole_channels)
+        return max_transition(input, spec)
+
+
+@dataclass
 class DenseStep:
     """A block's segments, and what is fused behind the last of them.
 
@@ -275,6 +294,10 @@ class DenseStep:
         output = fused(input, flat, self.checkpoint, self.hold + hold)
         if reorder is not None:
             reorder.give_back()
+        if tail is not None and tail.conv is not None:
+            bias = parameter(tail.conv.__dict__, "bias")
+            if bias is not None:  # behind the average as in front of it
+                output = output + bias.to(output.dtype).view(-1, *[1] * (output.dim() - 2))
         if order is None:
             return output
         pieces = output.split(_widths(input.shape[1], run), 1)
@@ -311,7 +334,7 @@ class DenseStep:
         return flat, reorder
 
 
-Step = ModuleStep | ConvStep | StemStep | DenseStep
+Step = ModuleStep | ConvStep | StemStep | MaxTransitionStep | DenseStep
 
 
 def _joined(features: list[Tensor]) -> Tensor:
@@ -332,4 +355,5 @@ def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
         conv2_weight=parameter(layer.conv2.__dict__, "weight"),
         dropout=layer.dropout,
         whole_channels=layer.whole_channels,
+        conv2_bias=parameter(layer.conv2.__dict__, "bias"),
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 from densenet_fast._version import __version__
 from densenet_fast.blocks.specs import NETWORK_MODES
 from densenet_fast.train.architecture import BC, MODELS, MOST_GROWTH, MOST_LAYERS
-from densenet_fast.train.entries import MOST, MOST_PIXELS
+from densenet_fast.train.entries import INTERPOLATIONS
+from densenet_fast.train.flag_types import PIXELS, SHARE, path, real, whole
 from densenet_fast.train.sources import DIGITS, SOURCES
 
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
@@ -19,61 +18,13 @@ WARMUPS = ("constant", "linear")
 AUGMENTATIONS = ("imagenet", "ra", "ta_wide", "augmix")
 AMP_TYPES = ("bfloat16", "float16")
 ON_CORRUPT = ("error", "skip")
+UNCERTAIN = ("ignore", "zeros", "ones")
+MISSING = ("ignore", "zeros")
+CLASS_WEIGHTS = ("balanced",)
 AUTO = "auto"  # of --resume
 CHECKPOINT_MODES = tuple(NETWORK_MODES)
-# Float32 holds what comes of numbers in these bounds, a rate in Adam's first step for example.
-SMALLEST, LARGEST = 1e-30, 1e30
 BYTE = 2**-20  # in MiB
 MOST_PROCESSES = 1024  # and threads: the operating system ends others without a word
-
-
-def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """A type of argparse: whole numbers from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            between = f"of at least {least}" if value < least else f"of at most {most}"
-            raise argparse.ArgumentTypeError(f"expected a whole number {between}, got {text!r}")
-        return value
-
-    return parse
-
-
-def real(low: float, high: float = LARGEST, *, above: bool = False) -> Callable[[str], float]:
-    """A type of argparse: numbers from `low`, or above it, to `high`.
-
-    Those that float32 could not hold are refused, tiny ones too.
-    """
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        held = value == 0 or abs(value) >= SMALLEST
-        if held and low <= value <= high and not (above and value == low):
-            return value
-        least = f"above {low:g}" if above else f"of at least {low:g}"
-        smallest = "" if held or math.isnan(value) else f" (not below {SMALLEST:g} unless 0)"
-        raise argparse.ArgumentTypeError(
-            f"expected a number {least} and at most {high:g}{smallest}, got {text!r}"
-        )
-
-    return parse
-
-
-def path(text: str) -> Path:
-    """A type of argparse: paths, of which an empty one would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, got ''")
-    return Path(text)
-
-
-PIXELS = whole(1, MOST_PIXELS)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,18 +42,18 @@ def make_parser() -> argparse.ArgumentParser:
     train = add("train", help="train or fine-tune; also under torchrun", allow_abbrev=False)
     _model(train)
     _memory(train)
-    _data(train)
+    _train_data(_data(train))
     _augmentation(train)
     _optimization(train)
     _run(train)
-    evaluate = add("evaluate", help="loss and accuracy of a checkpoint", allow_abbrev=False)
+    evaluate = add("evaluate", help="loss and accuracy, also of each class", allow_abbrev=False)
     _trained(evaluate)
-    _data(evaluate)
+    _labels(_data(evaluate))
     _sizes(evaluate)
     evaluate.add_argument("-b", "--batch-size", type=whole(1), default=32, metavar="N")
     _device(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
-    predict = add("predict", help="the likeliest classes of images", allow_abbrev=False)
+    predict = add("predict", help="the likeliest classes of images, or labels", allow_abbrev=False)
     predict.add_argument(
         "images",
         nargs="+",
@@ -113,7 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
     _trained(predict)
     _sizes(predict)
     predict.add_argument("-b", "--batch-size", type=whole(1), default=32, metavar="N")
-    predict.add_argument("--top", type=whole(1), default=5, metavar="K", help="classes to print")
+    predict.add_argument(
+        "--top", type=whole(1), metavar="K", help="classes to print (default: 5, or all labels)"
+    )
     _on_corrupt(predict)
     _device(predict)
     predict.add_argument("--json", action="store_true", help="print one line of JSON per image")
@@ -177,7 +130,7 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
+def _data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -189,7 +142,13 @@ def _data(parser: argparse.ArgumentParser) -> None:
         type=path,
         metavar="FOLDER",
         help="a folder with train/ and val/, each with one folder of images per class; or where "
-        "the files of a named data set are",
+        "the files of a named data set are, or the images of --labels",
+    )
+    group.add_argument(
+        "--class-map",
+        type=path,
+        metavar="FILE",
+        help="the folders' names in the order of the classes, one a line (default: sorted)",
     )
     group.add_argument("--download", action="store_true", help="fetch a named data set")
     group.add_argument(
@@ -205,6 +164,50 @@ def _data(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not decode a folder's images first: a corrupt one is an error when it is read",
     )
+    return group
+
+
+def _labels(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--labels",
+        type=path,
+        metavar="CSV",
+        help="several labels an image: a table with a column of files and one for each label "
+        "(1, 0, -1 uncertain, empty), or with NIH's Finding Labels",
+    )
+    group.add_argument("--uncertain", choices=UNCERTAIN, help="labels of -1 (default: ignore)")
+    group.add_argument("--missing", choices=MISSING, help="empty labels (default: ignore)")
+
+
+def _train_data(group: argparse._ArgumentGroup) -> None:
+    _labels(group)
+    group.add_argument(
+        "--label-names", nargs="+", metavar="NAME", help="the labels, in order (default: all)"
+    )
+    group.add_argument("--val-labels", type=path, metavar="CSV", help="the labels of validation")
+    group.add_argument(
+        "--val-split",
+        type=real(0, 0.99, above=True),
+        metavar="SHARE",
+        help="hold out so much of the images for validation, where there is no other",
+    )
+    group.add_argument(
+        "--group-column",
+        metavar="NAME",
+        help="of --labels: what --val-split keeps together, such as a patient's images (default: "
+        "Patient ID, where there is one)",
+    )
+    group.add_argument(
+        "--in-chans", type=int, choices=(1, 3), help="channels (default: the data's)"
+    )
+    for name, least in (("--mean", False), ("--std", True)):
+        group.add_argument(
+            name,
+            type=real(0, above=least),
+            nargs="+",
+            metavar="VALUE",
+            help="of pixels from 0 to 1, by channel (default: ImageNet's, or the data's)",
+        )
 
 
 def _on_corrupt(group: argparse._ActionsContainer) -> None:
@@ -220,10 +223,37 @@ def _on_corrupt(group: argparse._ActionsContainer) -> None:
 def _sizes(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--val-resize-size", type=PIXELS, metavar="PIXELS")
     parser.add_argument("--val-crop-size", type=PIXELS, metavar="PIXELS")
+    parser.add_argument(
+        "--crop-pct",
+        type=real(0.01, 1),
+        metavar="SHARE",
+        help="the crop's share of the resized image, instead of --val-resize-size",
+    )
+    parser.add_argument("--interpolation", choices=INTERPOLATIONS, help="default: bilinear")
 
 
 def _augmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation")
+    group.add_argument("--no-aug", action="store_true", help="none")
+    group.add_argument(
+        "--scale",
+        type=real(0, 1, above=True),
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="shares of the image's area that are cut out (default: 0.08 1; images of one small "
+        "size are shifted instead)",
+    )
+    group.add_argument(
+        "--hflip", type=SHARE, metavar="P", help="default: 0.5, 0 for digits and for IDX files"
+    )
+    group.add_argument("--vflip", type=SHARE, default=0.0, metavar="P")
+    group.add_argument(
+        "--color-jitter",
+        type=SHARE,
+        default=0.0,
+        metavar="C",
+        help="by how much brightness, contrast and saturation vary",
+    )
     group.add_argument("--auto-augment", choices=AUGMENTATIONS)
     group.add_argument("--random-erase", type=real(0, 1), default=0.0, metavar="P")
     group.add_argument("--mixup-alpha", type=real(0), default=0.0, metavar="ALPHA")
@@ -237,13 +267,38 @@ def _optimization(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-b", "--batch-size", type=whole(1), default=32, metavar="N", help="of each process"
     )
+    group.add_argument(
+        "--grad-accum-steps",
+        type=whole(1, MOST_PROCESSES),
+        default=1,
+        metavar="N",
+        help="batches of each step",
+    )
     group.add_argument("--epochs", type=whole(1), default=90, metavar="N")
     group.add_argument("--opt", choices=OPTIMIZERS, default="sgd")
     group.add_argument("--lr", type=real(0, above=True), default=0.1, metavar="RATE")
     group.add_argument("--momentum", type=real(0, 1), metavar="M", help="default: 0.9")
     group.add_argument("--weight-decay", "--wd", type=real(0), default=1e-4, metavar="W")
+    for name, which in (("norm", "of norms"), ("bias", "of biases, those of norms too")):
+        group.add_argument(
+            f"--{name}-weight-decay",
+            type=real(0),
+            metavar="W",
+            help=f"{which} (default: --weight-decay)",
+        )
+    group.add_argument(
+        "--class-weights",
+        choices=CLASS_WEIGHTS,
+        help="balanced: rare classes, and positives of rare labels, weigh more in the loss",
+    )
     group.add_argument("--label-smoothing", type=real(0, 1), default=0.0, metavar="S")
     group.add_argument("--clip-grad-norm", type=real(0, above=True), metavar="NORM")
+    group.add_argument(
+        "--patience",
+        type=whole(1),
+        metavar="EPOCHS",
+        help="stop after so many without a better validation",
+    )
     group.add_argument("--lr-scheduler", choices=SCHEDULERS, default="steplr")
     group.add_argument("--lr-step-size", type=whole(1), metavar="EPOCHS", help="default: 30")
     group.add_argument("--lr-gamma", type=real(0, above=True), metavar="G", help="default: 0.1")

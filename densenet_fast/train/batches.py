@@ -35,7 +35,7 @@ class Draw(NamedTuple):
 
 def mixed_seed(*parts: int | str) -> int:
     """A seed of 63 bits that all parts decide."""
-    text = "/".join(map(str, parts)).encode()
+    text = "/".join(map(str, parts)).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
@@ -60,7 +60,7 @@ class Augmented:
         """How many images."""
         return len(self.samples)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Any]:
         """The image as it looks in that epoch, and its label."""
         image, label = _read(self.samples, draw.image)
         with seeded(self.seed, "image", draw.epoch, draw.image):
@@ -78,20 +78,20 @@ class Plain:
         """How many images."""
         return len(self.indices)
 
-    def __getitem__(self, at: int) -> tuple[Tensor, int]:
+    def __getitem__(self, at: int) -> tuple[Tensor, Any]:
         """An image and its label."""
         image, label = _read(self.samples, self.indices[at])
         return self.transform(image), label
 
 
-def _read(samples: Samples, index: int) -> tuple[Any, int]:
+def _read(samples: Samples, index: int) -> tuple[Any, Any]:
     try:
         return samples[index]
     except Exception as error:
         if lack_of_memory(error):
             raise
-        rows = getattr(samples, "samples", None)
-        name = rows[index][0] if rows else f"image {index}"
+        paths = getattr(samples, "paths", None)
+        name = f"image {index}" if paths is None else paths[index]
         raise DataError(f"{name} cannot be read: {error}") from error
 
 
@@ -122,11 +122,6 @@ class Draws(Sampler[list[Draw]]):
         """Images of an epoch."""
         return len(self._order)
 
-    @property
-    def last_batch(self) -> int:
-        """Images of an epoch's last batch."""
-        return len(self._order) - (len(self) - 1) * self.batch_size
-
     def __iter__(self) -> Iterator[list[Draw]]:
         """The batches from `start` on."""
         self._order.set_epoch(self.epoch)
@@ -153,6 +148,10 @@ class Mixing:
             images, labels = self._transform(*batch)
         return images, labels
 
+    def hard(self, labels: Tensor) -> Tensor:
+        """Labels; of mixed ones [N, classes], the classes [N] with the largest shares."""
+        return labels if self._transform is None else labels.argmax(1)
+
 
 def loader(dataset: Augmented | Plain, workers: int, device: torch.device, **kind: Any) -> Any:
     """A `DataLoader`; its own generator leaves PyTorch's alone."""
@@ -167,7 +166,7 @@ def loader(dataset: Augmented | Plain, workers: int, device: torch.device, **kin
     )
 
 
-def read_batches(loader: Any) -> Iterator[Batch]:
+def read_batches(loader: Any) -> Iterator[Any]:
     """A loader's batches; an error of a worker loses the worker's traceback.
 
     Raises:
@@ -175,5 +174,12 @@ def read_batches(loader: Any) -> Iterator[Batch]:
     """
     try:
         yield from loader
-    except DataError as error:
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+    except Exception as error:
+        if loader.num_workers == 0:
+            raise
+        # PyTorch's frame in the traceback refers to the error: such a circle would keep the loader,
+        # and its workers, for which Python waits at its end.
+        error.__traceback__ = None
+        if isinstance(error, DataError):
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        raise error.with_traceback(None) from None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from densenet_fast.train import entries
 from densenet_fast.train.architecture import BC, Architecture
@@ -19,26 +18,31 @@ from densenet_fast.weights import checkpoint_files
 
 FORMAT = "densenet_fast training checkpoint, version 1"
 LAST, BEST = "last.pt", "best.pt"
+NEAR = 0.5  # the share of an average's first weights in it, above which it is near its start
 Content = dict[str, Any]
 # Flags that may differ when training goes on: none of them changes what a step computes. The data
 # are compared themselves, and so is the network.
 HARMLESS = frozenset(
     (
+        "class_map",
         "command",
         "data",
         "data_path",
         "download",
         "epochs",
+        "labels",
         "no_image_check",
         "no_progress",
         "output_dir",
         "overwrite",
+        "patience",
         "print_freq",
         "rendezvous_timeout",
         "resume",
         "save_steps",
         "steps",
         "test_only",
+        "val_labels",
         "workers",
     )
 )
@@ -53,10 +57,13 @@ DATA = (
 
 def plain(arguments: Namespace) -> Content:
     """The arguments as plain data."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in sorted(vars(arguments).items())
-    }
+    return {name: _plain(value) for name, value in sorted(vars(arguments).items())}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def serialized(content: Content) -> bytes:
@@ -154,9 +161,26 @@ def _check_whole(content: Content) -> None:
             entries.check_tensors(name, content[name], expected)
 
 
-def weights_of(content: Content, *, ema: bool = True) -> dict[str, Tensor]:
-    """A checkpoint's weights, averaged ones where it has them."""
-    return content["ema"] if ema and content["ema"] is not None else content["model"]
+def chosen(content: Content, *, ema: bool = True) -> str:
+    """The entry with the weights to use: averaged ones, where they are and are wanted.
+
+    An average that is near its start is none yet.
+    """
+    if not ema or content["ema"] is None:
+        return "model"
+    history = content.get("history")
+    return "model" if history and near_start(history[-1]) else "ema"
+
+
+def near_start(row: Mapping[str, float]) -> bool:
+    """Whether the average is mainly what it began with, after the epoch of a row."""
+    return row.get(entries.EMA_START, 0.0) > NEAR
+
+
+def score(row: Mapping[str, float], figure: str) -> float:
+    """How good the weights are that `chosen` takes, after the epoch of a row."""
+    averaged = entries.EMA_START in row and not near_start(row)
+    return row[f"{'ema_' if averaged else ''}val_{figure}"]
 
 
 def check_network(

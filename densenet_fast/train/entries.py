@@ -16,11 +16,29 @@ from densenet_fast.train.errors import UsageError
 
 MOST_PIXELS = 2**16  # of an image's edge
 MOST = 2**63 - 1  # as tensors hold whole numbers
-# An epoch's row: losses, accuracies and rates, which the training alone decides.
-ROW = ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5")
-EMA_ROW = ("ema_val_loss", "ema_val_top1", "ema_val_top5")
+MULTICLASS, MULTILABEL = "multiclass", "multilabel"  # tasks, by torchmetrics' names
+# Figures of an epoch's training and of validation.
+FIGURES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    MULTICLASS: (("loss", "top1"), ("loss", "top1", "top5")),
+    MULTILABEL: (("loss",), ("loss", "auroc")),
+}
+# The share of the averaged weights that is still their first ones.
+EMA_START = "ema_start"
 # What the table has besides; earlier checkpoints have it as well.
 MACHINE_ROW = ("images_per_second", "peak_memory_mib", "seconds")
+
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+
+
+def row_of(task: str, *, averaged: bool) -> tuple[str, ...]:
+    """The names in an epoch's row: what the training alone decides, not the machine."""
+    training, validation = FIGURES[task]
+    names = ("epoch", "lr", *(f"train_{name}" for name in training))
+    names += tuple(f"val_{name}" for name in validation)
+    if not averaged:
+        return names
+    return (*names, *(f"ema_val_{name}" for name in validation), EMA_START)
+
 
 Check = Callable[[Any, str], None]  # raises UsageError; takes a value and what it is called
 
@@ -163,6 +181,7 @@ _PREPROCESSING = record(
         "crop": whole(1, MOST_PIXELS),
         "mean": rows(real(-1e30, 1e30), 1),
         "std": rows(real(_ABOVE_ZERO, 1e30), 1),
+        "interpolation": one_of(*INTERPOLATIONS),
     }
 )
 _OWN = {
@@ -196,6 +215,7 @@ NEEDED: Mapping[str, Check] = {
     "ema": optional(_TENSORS),
     "model": _TENSORS,
     "preprocessing": _PREPROCESSING,
+    "task": one_of(*FIGURES),
 }
 TRAINING: Mapping[str, Check] = {
     "at": whole(0),
@@ -206,7 +226,10 @@ TRAINING: Mapping[str, Check] = {
     "ema_updates": optional(whole(0)),
     "epoch": whole(0),
     "history": rows(
-        record({name: real() for name in ROW}, {name: real() for name in (*EMA_ROW, *MACHINE_ROW)})
+        record(
+            dict.fromkeys(("epoch", "lr"), real()),
+            {n: real() for t in FIGURES for n in (*row_of(t, averaged=True), *MACHINE_ROW)},
+        )
     ),
     "optimizer": record(
         {

@@ -22,7 +22,7 @@ def run(arguments: Namespace) -> int:
     """Write the network as the suffix of the output says; returns the exit status.
 
     Inputs are float32 [N, C, crop, crop] for any N, preprocessed as for `predict`; outputs are
-    logits [N, classes]. Both files say what the classes and the preprocessing are.
+    logits [N, classes]. Both files say what the classes, the preprocessing and the task are.
 
     Raises:
         UsageError: no such network, another suffix, or the output is there already.
@@ -40,7 +40,11 @@ def run(arguments: Namespace) -> int:
     network = trained.load(arguments, torch.device("cpu"))
     size = (network.channels, network.plain.crop, network.plain.crop)
     check_images(network.model, 1, *size[:2])
-    facts = {"classes": network.classes, "preprocessing": network.plain.to_dict()}
+    facts = {
+        "classes": network.classes,
+        "preprocessing": network.plain.to_dict(),
+        "task": network.task.name,
+    }
     batch = torch.export.Dim("batch")
     program = torch.export.export(
         network.model, (torch.zeros(2, *size),), dynamic_shapes=({0: batch},)

@@ -1,15 +1,18 @@
-"""Image files: which ones a folder has, and how each becomes 8 bits per channel, upright."""
+"""Image files: which ones a folder has, and how each is read, upright and in its whole depth."""
 
 from __future__ import annotations
 
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from densenet_fast.train.errors import DataError, UsageError, lack_of_memory
@@ -91,16 +94,38 @@ def image_files(path: Path) -> Found:
     return Found([str(path)], 0)
 
 
-def read_image(file: str | BinaryIO, mode: str, *, small: bool = False) -> Image.Image:
-    """An image as its EXIF orientation shows it, of 8 bits per channel.
+def mode_of(channels: int) -> str:
+    """PIL's mode of images of 1 or 3 channels."""
+    return "L" if channels == 1 else "RGB"
+
+
+def some_sizes(paths: Sequence[str], most: int = 100) -> list[tuple[int, int]]:
+    """Width and height of up to so many images, evenly from all that can be read."""
+    found = []
+    for path in paths[:: max(1, -(-len(paths) // most))]:
+        try:
+            with Image.open(path) as image:
+                found.append(image.size)
+        except Exception as error:  # one that is corrupt is told when it is read
+            if lack_of_memory(error):
+                raise
+    return found
+
+
+def read_image(
+    file: str | BinaryIO, mode: str, *, small: bool = False
+) -> Image.Image | tv_tensors.Image:
+    """An image as its EXIF orientation shows it.
+
+    One of 16 bits per pixel is a tensor [1, H, W] of float32 from 0 to 1, which has them all.
 
     Args:
         file: its path or content.
-        mode: PIL's "RGB" or "L".
+        mode: PIL's "RGB" or "L", what one of 8 bits is converted to.
         small: decode JPEGs at an eighth of their size, which reads the whole file in less time.
 
     Raises:
-        DataError: it cannot be decoded, or has pixels that 8 bits cannot show.
+        DataError: it cannot be decoded, or its pixels have no known white.
     """
     try:
         with Image.open(file) as image:
@@ -108,7 +133,7 @@ def read_image(file: str | BinaryIO, mode: str, *, small: bool = False) -> Image
                 image.draft("RGB", (1, 1))
             image.load()
             _turn(image)
-            return _eight_bits(image).convert(mode)
+            return _deep(image) if _is_deep(image) else image.convert(mode)
     except DataError:
         raise
     except Exception as error:
@@ -128,23 +153,30 @@ def _turn(image: Image.Image) -> None:
                 raise
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16 bits per pixel scaled to 8; PIL's own conversion clips them to white.
+def _is_deep(image: Image.Image) -> bool:
+    """Whether pixels have more than 8 bits.
+
+    Raises:
+        DataError: they are floating-point numbers.
+    """
+    if image.mode == "F":
+        raise DataError("mode F: floating-point pixels have no known white; save 8 or 16 bits")
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def _deep(image: Image.Image) -> tv_tensors.Image:
+    """16 bits per pixel as numbers from 0 to 1; PIL's own conversion clips them to white.
 
     Mode I (32 bits) is what PIL makes of 16 bits in PGM files and, before version 11, in PNG: it is
     taken for 16 bits whatever its values are, or two images of one camera would differ in scale.
     """
-    if image.mode == "F":
-        raise DataError("mode F: floating-point pixels have no known white; save 8 or 16 bits")
-    if image.mode != "I" and not image.mode.startswith("I;16"):
-        return image
     values = np.asarray(image).astype(np.int32)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > MOST:
         raise DataError(
             f"mode {image.mode}: expected pixels from 0 to {MOST}, found {low} to {high}"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return tv_tensors.Image(torch.from_numpy(values.astype(np.float32) / MOST)[None])
 
 
 def decoding_error(file: str | BinaryIO) -> str | None:

@@ -15,14 +15,19 @@ from densenet_fast.train.errors import UsageError
 class Loaded(NamedTuple):
     """A network in evaluation mode on the CPU, and what its inputs and outputs mean.
 
+    Logits [N, classes] become probabilities by softmax where `task` is "multiclass"; by sigmoid
+    where it is "multilabel", and each class is a label that applies or not.
+
     `preprocessing` says how an image becomes an input [C, crop, crop]: its shorter edge is resized
-    to `resize` pixels (None: not at all), a square of `crop` is cut from the centre, and of pixels
-    from 0 to 1 `mean` is subtracted and the rest divided by `std`, one value of each per channel.
+    to `resize` pixels by `interpolation` (None: not at all), a square of `crop` is cut from the
+    centre, and of pixels from 0 to 1 `mean` is subtracted and the rest divided by `std`, one value
+    of each per channel.
     """
 
     model: EfficientDenseNet
     classes: tuple[str, ...]
     preprocessing: dict[str, Any]
+    task: str
 
 
 def load(path: str | os.PathLike[str], *, ema: bool = True) -> Loaded:
@@ -30,7 +35,8 @@ def load(path: str | os.PathLike[str], *, ema: bool = True) -> Loaded:
 
     Args:
         path: the checkpoint.
-        ema: take the average of the weights where the training made one (`--model-ema`).
+        ema: take the average of the weights where the training made one (`--model-ema`) that is
+            no longer mainly what it began with.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -49,5 +55,6 @@ def load(path: str | os.PathLike[str], *, ema: bool = True) -> Loaded:
 def built(content: checkpoints.Content, *, ema: bool) -> Loaded:
     """The network of a checkpoint that has been read."""
     model = Architecture(**content["architecture"]).build()
-    model.load_state_dict(checkpoints.weights_of(content, ema=ema))
-    return Loaded(model.eval(), tuple(content["classes"]), dict(content["preprocessing"]))
+    model.load_state_dict(content[checkpoints.chosen(content, ema=ema)])
+    classes = tuple(content["classes"])
+    return Loaded(model.eval(), classes, dict(content["preprocessing"]), content["task"])

@@ -14,7 +14,7 @@ from densenet_fast.memory import DoesNotFitError, estimate
 from densenet_fast.modules import input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train.architecture import BC, Architecture
-from densenet_fast.train.checkpoints import is_checkpoint, read
+from densenet_fast.train.checkpoints import chosen, is_checkpoint, read
 from densenet_fast.train.errors import UsageError, lack_of_memory
 
 SHOWN = 12  # lines of an error, which may name every tensor
@@ -50,7 +50,7 @@ def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> Effi
     if stem.in_channels != architecture.in_channels:
         raise UsageError(
             f"--weights {weights} are for images of {stem.in_channels} channels, the data have "
-            f"{architecture.in_channels}"
+            f"{architecture.in_channels}; --in-chans {stem.in_channels} converts them"
         )
     if model.classifier.out_features != architecture.num_classes:
         if exact:
@@ -65,7 +65,7 @@ def pretrained(architecture: Architecture, weights: str, *, exact: bool) -> Effi
 def _from_file(architecture: Architecture, path: Path, *, exact: bool) -> EfficientDenseNet:
     choice: dict[str, Any] = {} if exact else {"ignore": NEW}
     if is_checkpoint(path):  # ours: averaged weights where it has them
-        choice["entry"] = "model" if read(path)["ema"] is None else "ema"
+        choice["entry"] = chosen(read(path))
     model = architecture.build()
     try:
         densenet_fast.load_weights(model, path, **choice)

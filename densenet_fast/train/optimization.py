@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # torchvision's constants of --opt rmsprop.
 RMSPROP_EPS, RMSPROP_ALPHA = 0.0316, 0.9
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def make_optimizer(
-    arguments: Namespace, parameters: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
+def make_optimizer(arguments: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `--opt` for the parameters that train."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    lr, decay = arguments.lr, arguments.weight_decay
+    groups, lr = _groups(arguments, model), arguments.lr
     if arguments.opt == "adamw":
-        return torch.optim.AdamW(trained, lr, weight_decay=decay)
+        return torch.optim.AdamW(groups, lr)
     if arguments.opt == "rmsprop":
         return torch.optim.RMSprop(
-            trained,
-            lr,
-            momentum=arguments.momentum,
-            weight_decay=decay,
-            eps=RMSPROP_EPS,
-            alpha=RMSPROP_ALPHA,
+            groups, lr, momentum=arguments.momentum, eps=RMSPROP_EPS, alpha=RMSPROP_ALPHA
         )
-    return torch.optim.SGD(
-        trained,
-        lr,
-        momentum=arguments.momentum,
-        weight_decay=decay,
-        nesterov=arguments.opt == "sgd_nesterov",
-    )
+    nesterov = arguments.opt == "sgd_nesterov"
+    return torch.optim.SGD(groups, lr, momentum=arguments.momentum, nesterov=nesterov)
+
+
+def _groups(arguments: Namespace, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters by weight decay, as torchvision has it: biases first, then those of norms."""
+    decays = {
+        "other": arguments.weight_decay,
+        "norm": arguments.norm_weight_decay,
+        "bias": arguments.bias_weight_decay,
+    }
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in decays}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = "norm" if isinstance(module, _NORMS) else "other"
+            kind = "bias" if name == "bias" and decays["bias"] is not None else kind
+            if parameter.requires_grad:
+                groups[kind if decays[kind] is not None else "other"].append(parameter)
+    return [
+        {"params": groups[name], "weight_decay": decay}
+        for name, decay in decays.items()
+        if groups[name]
+    ]
 
 
 def lr_factor(arguments: Namespace) -> Callable[[int], float]:
@@ -75,11 +86,19 @@ def make_average(arguments: Namespace, model: nn.Module, processes: int) -> Aver
     """
     if not arguments.model_ema:
         return None
-    images = processes * arguments.batch_size * arguments.model_ema_steps
-    forgotten = min(1.0, (1.0 - arguments.model_ema_decay) * images / arguments.epochs)
-    return AveragedModel(
-        model, multi_avg_fn=get_ema_multi_avg_fn(1.0 - forgotten), use_buffers=True
-    )
+    decay = average_decay(arguments, processes)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def average_decay(arguments: Namespace, processes: int) -> float:
+    """What an update of the average keeps of it."""
+    images = processes * step_images(arguments) * arguments.model_ema_steps
+    return 1.0 - min(1.0, (1.0 - arguments.model_ema_decay) * images / arguments.epochs)
+
+
+def step_images(arguments: Namespace) -> int:
+    """Images of a process in a step."""
+    return arguments.batch_size * arguments.grad_accum_steps
 
 
 def make_scaler(arguments: Namespace, device: torch.device) -> torch.amp.GradScaler:

@@ -1,4 +1,4 @@
-"""`densenet-fast predict`: the likeliest classes of images from files, folders or a pipe."""
+"""`densenet-fast predict`: probabilities of classes for images from files, folders or a pipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -17,9 +17,10 @@ from PIL import Image, UnidentifiedImageError
 from densenet_fast.inference import optimize_for_inference
 from densenet_fast.train import trained
 from densenet_fast.train.errors import DataError, UsageError
-from densenet_fast.train.images import decoding_error, image_files, left_out, read_image
+from densenet_fast.train.images import decoding_error, image_files, left_out, mode_of, read_image
 from densenet_fast.train.networks import check_images
 from densenet_fast.train.rules import device, one_of_checkpoint_and_weights
+from densenet_fast.train.tasks import Multilabel
 
 PIPE = "-"
 
@@ -36,7 +37,7 @@ class Item(NamedTuple):
 
 
 def run(arguments: Namespace) -> int:
-    """Print the likeliest classes of every image; returns the exit status.
+    """Print every image's classes, the likeliest first; returns the exit status.
 
     Raises:
         UsageError: no such network or images, or an image cannot be decoded.
@@ -48,13 +49,17 @@ def run(arguments: Namespace) -> int:
     model = optimize_for_inference(network.model)
     items = _decodable(_items(arguments.images), arguments.on_corrupt)
     transform = network.plain.transform()
-    kind = "L" if network.channels == 1 else "RGB"
+    mode = mode_of(network.channels)
+    all_classes = len(network.classes)
+    # Every label has its own answer; of classes, the likeliest say enough.
+    count = all_classes if isinstance(network.task, Multilabel) else 5
+    count = min(arguments.top or count, all_classes)
     for start in range(0, len(items), arguments.batch_size):
         chosen = items[start : start + arguments.batch_size]
-        images = torch.stack([transform(_read(item, kind)) for item in chosen])
+        images = torch.stack([transform(_read(item, mode)) for item in chosen])
         with torch.inference_mode():
-            shares = model(images.to(where)).softmax(1)
-        best = shares.topk(min(arguments.top, len(network.classes)), dim=1)
+            shares = network.task.probabilities(model(images.to(where)))
+        best = shares.topk(count, dim=1)
         for item, values, indices in zip(
             chosen, best.values.tolist(), best.indices.tolist(), strict=True
         ):
@@ -126,8 +131,8 @@ def _decodable(items: Sequence[Item], on_corrupt: str) -> list[Item]:
     return good
 
 
-def _read(item: Item, kind: str) -> Image.Image:
+def _read(item: Item, mode: str) -> Any:
     try:
-        return read_image(item.open(), kind)
+        return read_image(item.open(), mode)
     except DataError as error:  # the file is not what it was when it was decoded first
         raise DataError(f"{item.name} cannot be read: {error}") from error

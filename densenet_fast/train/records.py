@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from densenet_fast.train.entries import EMA_ROW, MACHINE_ROW, ROW
+from densenet_fast.train.checkpoints import BEST, near_start
+from densenet_fast.train.entries import EMA_START, MACHINE_ROW, row_of
 from densenet_fast.train.storage import write_atomically
+from densenet_fast.train.tasks import Task
 
 CSV, EVENTS = "log.csv", "tensorboard"
-COLUMNS = (*ROW, *EMA_ROW, *MACHINE_ROW)
 Row = dict[str, Any]
 
 
@@ -30,15 +31,16 @@ def peak_memory(device: torch.device) -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def write_table(folder: Path, rows: Sequence[Row], machine: Row | None = None) -> None:
+def write_table(folder: Path, task: Task, rows: Sequence[Row], machine: Row | None = None) -> None:
     """The table of all epochs, accuracies in percent.
 
     What depends on the machine is in the table alone, not in checkpoints: `machine` has it for the
     last row, and earlier ones keep what the folder's table says of them, or nothing.
     """
     before = _lines(folder / CSV)
+    columns = (*row_of(task.name, averaged=True), *MACHINE_ROW)
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     for at, row in enumerate(rows, 1):
         line = before.get(str(row["epoch"]), {})
@@ -61,15 +63,18 @@ def _lines(path: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def summary(row: Row) -> str:
+def summary(row: Row, task: Task) -> str:
     """An epoch in a line."""
     average = ""
-    if "ema_val_top1" in row:
-        average = f", average's {row['ema_val_loss']:.4f} and {row['ema_val_top1']:.2f} %"
+    if EMA_START in row:
+        average = f"; average's {task.describe(row, 'ema_val_')}"
+        if near_start(row):
+            average += (
+                f" (still {100 * row[EMA_START]:.0f} % its first weights: the others decide {BEST})"
+            )
     return (
-        f"epoch {row['epoch']}: lr {row['lr']:.3g}, loss {row['train_loss']:.4f}, top-1 "
-        f"{row['train_top1']:.2f} %; validation loss {row['val_loss']:.4f}, top-1 "
-        f"{row['val_top1']:.2f} %, top-5 {row['val_top5']:.2f} %{average}; "
+        f"epoch {row['epoch']}: lr {row['lr']:.3g}, {task.describe(row, 'train_')}; "
+        f"validation {task.describe(row, 'val_')}{average}; "
         f"{row['images_per_second']:.1f} images/s, peak {row['peak_memory_mib']:.0f} MiB, "
         f"{row['seconds']:.1f} s"
     )

@@ -19,9 +19,9 @@ DISTRIBUTIONS = {
     "torchvision": "torchvision",
     "tqdm": "tqdm",
 }
-EVALUATE = ("numpy", "PIL", "torchmetrics", "torchvision", "tqdm")
+PREDICT = ("numpy", "PIL", "torchmetrics", "torchvision")
+EVALUATE = (*PREDICT, "tqdm")
 TRAIN = (*EVALUATE, "tensorboard")
-PREDICT = ("numpy", "PIL", "torchvision")
 ONNX = ("onnx", "onnxscript")
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from densenet_fast.train.architecture import BC
-from densenet_fast.train.arguments import LARGEST
 from densenet_fast.train.errors import UsageError, flag
+from densenet_fast.train.flag_types import LARGEST
 from densenet_fast.train.optimization import lr_factor
 
 
@@ -29,6 +29,13 @@ DEPENDENT = (
     Dependent("growth_rate", 12, f"--model {BC}", lambda a: a.model == BC),
     Dependent(
         "memory_budget", None, "--checkpoint-mode auto", lambda a: a.checkpoint_mode == "auto"
+    ),
+    Dependent("uncertain", "ignore", "--labels", lambda a: a.labels),
+    Dependent("missing", "ignore", "--labels", lambda a: a.labels),
+    Dependent("label_names", None, "--labels", lambda a: a.labels),
+    Dependent("val_labels", None, "--labels", lambda a: a.labels),
+    Dependent(
+        "group_column", None, "--labels with --val-split", lambda a: a.labels and a.val_split
     ),
     Dependent("amp_dtype", "bfloat16", "--amp", lambda a: a.amp),
     Dependent("momentum", 0.9, "--opt sgd, sgd_nesterov or rmsprop", lambda a: a.opt != "adamw"),
@@ -63,8 +70,8 @@ def complete(arguments: Namespace) -> None:
             if getattr(arguments, name) is None:
                 setattr(arguments, name, default)
         elif getattr(arguments, name) is not None:
-            value = getattr(arguments, name)
-            raise UsageError(f"{flag(name)} {value} applies to {condition} alone")
+            raise UsageError(f"{_given(arguments, name)} applies to {condition} alone")
+    _complete_data(arguments)
     if arguments.checkpoint_mode == "auto" and arguments.memory_budget is None:
         raise UsageError("--checkpoint-mode auto needs --memory-budget, the MiB a step may take")
     if arguments.opt == "sgd_nesterov" and arguments.momentum == 0:
@@ -85,6 +92,39 @@ def complete(arguments: Namespace) -> None:
         )
     if arguments.resume is not None and arguments.overwrite:
         raise UsageError("--resume goes on with what --overwrite would begin anew: give one")
+
+
+def _given(arguments: Namespace, name: str) -> str:
+    value = getattr(arguments, name)
+    return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+# What changes images, and what is of one class an image: neither is there where its flag is 0.
+_MIXING = ("mixup_alpha", "cutmix_alpha")
+_AUGMENTING = ("scale", "hflip", "vflip", "color_jitter", "auto_augment", "random_erase", *_MIXING)
+_ONE_CLASS = (*_MIXING, "label_smoothing", "class_map")
+
+
+def _complete_data(arguments: Namespace) -> None:
+    for name in _AUGMENTING if arguments.no_aug else ():
+        if getattr(arguments, name):
+            given = _given(arguments, name)
+            raise UsageError(f"{given} applies to training without --no-aug alone")
+    if arguments.scale is not None and arguments.scale[0] > arguments.scale[1]:
+        raise UsageError(f"--scale: {arguments.scale[0]} is above {arguments.scale[1]}")
+    if arguments.labels is None:
+        return
+    for name in _ONE_CLASS:
+        if getattr(arguments, name):
+            given = _given(arguments, name)
+            raise UsageError(f"{given} applies to one class an image, not to --labels")
+    if (arguments.val_labels is None) == (arguments.val_split is None):
+        raise UsageError(
+            "--labels needs --val-labels CSV, or --val-split SHARE of its images, for validation"
+        )
+    names = arguments.label_names or []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--label-names: {twice[0]!r} is given twice")
 
 
 def _last_rate(arguments: Namespace) -> float:

@@ -2,48 +2,96 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
-import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from densenet_fast.modules.densenet import EfficientDenseNet
-from densenet_fast.train import networks
+from densenet_fast.train import checkpoints, networks
 from densenet_fast.train.architecture import BC, Architecture
-from densenet_fast.train.batches import Plain, loader, mixed_seed
-from densenet_fast.train.distributed import Processes
-from densenet_fast.train.errors import DataError, UsageError
-from densenet_fast.train.folders import open_folder
-from densenet_fast.train.images import left_out
+from densenet_fast.train.arguments import AUTO
+from densenet_fast.train.batches import mixed_seed
+from densenet_fast.train.data import Setting
+from densenet_fast.train.errors import UsageError, flag
 from densenet_fast.train.loop import Placement
 from densenet_fast.train.optimization import amp_type
-from densenet_fast.train.sources import DIGITS, Samples, Source, open_source
-from densenet_fast.train.transforms import Preprocessing, preprocessing
-
-MOST_WORKERS = 8  # by default
-CROP = 224  # of photographs in training, by default
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all commands that read a data set share."""
-
-    source: Source
-    plain: Preprocessing
-    workers: int
+from densenet_fast.train.sources import DIGITS, Source
+from densenet_fast.train.tasks import Criterion, Task
+from densenet_fast.train.transforms import (
+    SCALE,
+    Augmentation,
+    Transform,
+)
 
 
 def default_model(arguments: Namespace) -> str:
     """The network that suits the data where --model does not say."""
-    small = arguments.data in (None, DIGITS) and arguments.data_path is None
+    given = (arguments.data_path, arguments.labels)
+    small = arguments.data in (None, DIGITS) and given == (None, None)
     return BC if small else "densenet121"
+
+
+def resumed_path(arguments: Namespace) -> Path | None:
+    """The checkpoint that --resume names."""
+    if arguments.resume is None:
+        return None
+    auto = arguments.resume == AUTO
+    return arguments.output_dir / checkpoints.LAST if auto else Path(arguments.resume)
+
+
+def adopt(arguments: Namespace) -> None:
+    """Where --weights is a checkpoint of `train`, take from it what no flag says.
+
+    This is the network, the channels with their means and deviations, and the sizes. When training
+    goes on, what was taken at its start is in the checkpoint that it goes on from.
+
+    Raises:
+        UsageError: flags ask for another network than the checkpoint has.
+    """
+    if arguments.weights is None:
+        return
+    path, resumed = Path(arguments.weights), resumed_path(arguments)
+    resuming = resumed is not None and resumed.exists()
+    if resuming:
+        assert resumed is not None
+        path = resumed
+    elif not path.is_file() or not checkpoints.is_checkpoint(path):
+        return
+    content = checkpoints.read(path)
+    before, network, plain = (
+        content[name] for name in ("arguments", "architecture", "preprocessing")
+    )
+    for name in ("model", "depth", "growth_rate"):
+        given = getattr(arguments, name)
+        if given is not None and given != network[name]:
+            raise UsageError(
+                f"{flag(name)} {given} is not what {path} has: {Architecture(**network)}"
+            )
+    crop = before.get("train_crop_size")
+    found = {
+        **network,
+        "in_chans": network["in_channels"],
+        "mean": list(plain["mean"]),
+        "std": list(plain["std"]),
+        "val_resize_size": plain["resize"],
+        "val_crop_size": plain["crop"],
+        "train_crop_size": crop if type(crop) is int and crop > 0 else plain["crop"],
+        "interpolation": plain["interpolation"],
+    }
+    names = ["model", "depth", "growth_rate", "in_chans", "train_crop_size", "interpolation"]
+    if arguments.in_chans in (None, network["in_channels"]):
+        names += ["mean", "std"]
+    if (arguments.val_resize_size, arguments.val_crop_size) == (None, None):
+        names += ["val_crop_size", *(["val_resize_size"] if arguments.crop_pct is None else [])]
+    for name in names:
+        taken = not resuming or before.get(name) is not None
+        if getattr(arguments, name) is None and taken:
+            setattr(arguments, name, found[name])
 
 
 def settle(arguments: Namespace) -> None:
@@ -54,86 +102,6 @@ def settle(arguments: Namespace) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-
-
-def open_data(arguments: Namespace, processes: Processes, *, train: bool) -> Setting:
-    """The data set of the arguments, and how its images become inputs.
-
-    Raises:
-        UsageError: unknown names, missing, wrong or corrupt files, sizes that do not fit.
-    """
-    if arguments.no_image_check and arguments.on_corrupt == "skip":
-        raise UsageError("--on-corrupt skip needs the check that --no-image-check leaves out")
-    if arguments.download:
-        _fetch(arguments, processes)
-    found = open_source(arguments.data, arguments.data_path, download=False)
-    in_files = isinstance(found, Path)
-    workers = arguments.workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        workers = min(MOST_WORKERS, cores // processes.local_count) if in_files else 0
-    if isinstance(found, Path):
-        found = open_folder(
-            found,
-            on_corrupt=None if arguments.no_image_check else arguments.on_corrupt,
-            workers=workers,
-            processes=processes,
-            visible=processes.main and not getattr(arguments, "no_progress", False),
-            train=train,
-        )
-    if processes.main:
-        # --json has standard output for itself.
-        where = sys.stderr if getattr(arguments, "json", False) else sys.stdout
-        if found.left_out:
-            print(f"{found.name}: {left_out(found.left_out)}", file=where)
-        if found.skipped:
-            print(f"{found.name}: {found.skipped} corrupt images left out", file=where)
-    plain = preprocessing(
-        found.size,
-        found.mean,
-        found.std,
-        resize=arguments.val_resize_size,
-        crop=arguments.val_crop_size,
-    )
-    return Setting(found, plain, workers)
-
-
-def _fetch(arguments: Namespace, processes: Processes) -> None:
-    """On every machine one process fetches the data set, and the others find it there."""
-    failed = None
-    if processes.local_rank == 0:
-        try:
-            open_source(arguments.data, arguments.data_path, download=True)
-        except UsageError as error:
-            failed = str(error)
-    for text in processes.gather(failed):
-        if text is not None:
-            raise DataError(text)
-
-
-def described(setting: Setting) -> dict[str, Any]:
-    """What checkpoints say of the data, to know them again."""
-    source = setting.source
-    digest = hashlib.blake2b(digest_size=8)  # of names and labels, where images are files
-    parts: tuple[Samples, ...] = (source.train, source.val)
-    for part in parts:
-        for path, label in getattr(part, "samples", ()):
-            row = f"{'/'.join(Path(path).parts[-2:])}\0{label}\n"
-            digest.update(row.encode(errors="surrogateescape"))
-    return {
-        "train": len(source.train),
-        "val": len(source.val),
-        "digest": digest.hexdigest(),
-        "preprocessing": setting.plain.to_dict(),
-    }
-
-
-def validation_loader(
-    setting: Setting, batch_size: int, processes: Processes, device: torch.device
-) -> Any:
-    """The validation images of one of the processes."""
-    images = Plain(setting.source.val, setting.plain.transform(), processes)
-    return loader(images, setting.workers, device, batch_size=batch_size)
 
 
 def architecture_of(arguments: Namespace, source: Source) -> Architecture:
@@ -174,6 +142,33 @@ def make_model(
     return networks.synchronized(model, device) if arguments.sync_bn else model
 
 
+def training_transform(arguments: Namespace, setting: Setting, crop: int) -> Transform:
+    """From an image of training to the network's input."""
+    plain, source = setting.plain, setting.source
+    if arguments.no_aug:
+        resize = plain.resize if plain.crop == crop else crop
+        return replace(plain, resize=resize, crop=crop).transform()
+    augmentation = Augmentation(
+        crop,
+        arguments.scale or (None if source.size is not None else SCALE),
+        hflip=(0.5 if source.flip else 0.0) if arguments.hflip is None else arguments.hflip,
+        vflip=arguments.vflip,
+        jitter=arguments.color_jitter,
+        policy=arguments.auto_augment,
+        erase=arguments.random_erase,
+    )
+    return augmentation.transform(plain, source.size)
+
+
+def criterion(arguments: Namespace, task: Task, source: Source, device: torch.device) -> Criterion:
+    """The loss of training."""
+    weights = None
+    if arguments.class_weights is not None:
+        labels = getattr(source.train, "labels", getattr(source.train, "targets", None))
+        weights = task.balance(torch.as_tensor(labels)).to(device)
+    return task.criterion(weights, arguments.label_smoothing)
+
+
 def place(arguments: Namespace, device: torch.device) -> Placement:
     """Where and how `train`'s arguments compute."""
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
@@ -199,27 +194,29 @@ def note_threads(before: int) -> None:
 
 
 def check_batches(
-    model: EfficientDenseNet,
-    arguments: Namespace,
-    source: Source,
-    plain: Preprocessing,
-    crop: int,
-    last_batch: int,
+    model: EfficientDenseNet, arguments: Namespace, setting: Setting, crop: int, epoch: int
 ) -> None:
     """Refuse batches that would fail in the middle of an epoch, and budgets too small.
+
+    Args:
+        model: the network.
+        arguments: of `train`.
+        setting: the data.
+        crop: what images of training are cut to.
+        epoch: how many images an epoch has for each process.
 
     Raises:
         UsageError: what the network would say, or that a step does not fit.
     """
+    channels, most = setting.source.channels, arguments.batch_size
     model.eval()
-    networks.check_images(model, 1, source.channels, plain.crop)
+    networks.check_images(model, 1, channels, setting.plain.crop)
     if arguments.test_only:
         return
     model.train()
-    for batch in sorted({last_batch, min(arguments.batch_size, len(source.train))}):
-        networks.check_images(model, batch, source.channels, crop)
-    shape = (arguments.batch_size, source.channels, crop, crop)
-    networks.check_memory(model, shape, amp_type(arguments))
+    for batch in sorted({epoch % most or most, min(most, epoch)}):
+        networks.check_images(model, batch, channels, crop)
+    networks.check_memory(model, (most, channels, crop, crop), amp_type(arguments))
 
 
 def check_output(folder: Path, *, resuming: bool, overwrite: bool, names: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from densenet_fast.train.entries import MULTICLASS
 from densenet_fast.train.errors import DataError, UsageError, lack_of_memory
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """How many."""
 
-    def __getitem__(self, index: int, /) -> tuple[Any, int]:
-        """One image and its label."""
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]:
+        """One image and its label or labels."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Source:
 
     `mean` and `std` are of values from 0 to 1, per channel. `size` is the images' own, where all
     have the same; None for photographs of any size, which are cut to ImageNet's usual sizes.
-    `flip` tells whether a mirrored image is still of its class.
+    `flip` tells whether a mirrored image is still of its class. Of task "multilabel", `classes` are
+    the labels, of which each image has 1, 0, or nan where nothing is known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Source:
     std: tuple[float, ...]
     size: int | None
     flip: bool
+    task: str = MULTICLASS
     skipped: int = 0  # images left out because they are corrupt
     left_out: int = 0  # entries of folders that are hidden or no regular files
 

@@ -11,10 +11,10 @@ import torch
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.train.checkpoints import Content
 from densenet_fast.train.distributed import Processes
-from densenet_fast.train.entries import check_tensors
+from densenet_fast.train.entries import MACHINE_ROW, check_tensors, row_of
 from densenet_fast.train.errors import UsageError
-from densenet_fast.train.loop import Meters
 from densenet_fast.train.optimization import (
+    average_decay,
     counts_steps,
     kept,
     lr_factor,
@@ -22,6 +22,7 @@ from densenet_fast.train.optimization import (
     make_optimizer,
     make_scaler,
 )
+from densenet_fast.train.tasks import Meters, Task
 
 _PADDING = 2**20  # bytes of a checkpoint beyond its tensors
 
@@ -38,12 +39,13 @@ class State:
         arguments: Namespace,
         model: EfficientDenseNet,
         device: torch.device,
-        classes: int,
+        task: Task,
         processes: Processes,
     ) -> None:
-        self.model, self.device, self.classes = model, device, classes
+        self.model, self.device, self.task = model, device, task
         self.average = make_average(arguments, model, processes.count)
-        self.optimizer = make_optimizer(arguments, model.parameters())
+        self._average_decay = average_decay(arguments, processes.count) if self.average else 0.0
+        self.optimizer = make_optimizer(arguments, model)
         self._lr, self._factor = arguments.lr, lr_factor(arguments)
         self.scaler = make_scaler(arguments, device)
         self.meters = self._new_meters()
@@ -53,7 +55,21 @@ class State:
         self._kept, self._counts = kept(arguments), counts_steps(arguments)
 
     def _new_meters(self) -> Meters:
-        return Meters(self.classes, (1,), self.device)
+        return self.task.meters(self.device, training=True)
+
+    @property
+    def average_start(self) -> float:
+        """The share of the average that is still its first weights."""
+        updates = 0 if self.average is None else int(self.average.n_averaged)
+        return self._start_after(updates)
+
+    def average_start_at_end(self, arguments: Namespace, epoch_steps: int) -> float:
+        """`average_start` after all epochs of so many steps."""
+        updates = epoch_steps // arguments.model_ema_steps if self.average is not None else 0
+        return self._start_after(updates * (arguments.epochs - arguments.lr_warmup_epochs))
+
+    def _start_after(self, updates: int) -> float:
+        return self._average_decay ** (updates - 1) if updates else 1.0
 
     def next_epoch(self, row: dict[str, Any]) -> None:
         """Go on to the next epoch; `row` is what there is to say of the one that is over."""
@@ -116,8 +132,13 @@ class State:
         averaged = self.average is not None
         if any((content[name] is not None) != averaged for name in ("ema", "ema_updates")):
             raise UsageError(f"ema and ema_updates: expected {'both' if averaged else 'neither'}")
-        if any(averaged != ("ema_val_top1" in row) for row in content["history"]):
-            raise UsageError("history: ema_val_top1 is of runs with --model-ema alone")
+        names = row_of(self.task.name, averaged=averaged)
+        for row in content["history"]:
+            if different := set(names).symmetric_difference(row).difference(MACHINE_ROW):
+                raise UsageError(
+                    f"history[{row['epoch']}]: expected {', '.join(names)}, which "
+                    f"{sorted(different)[0]} does not fit"
+                )
         if content["scaler"].keys() != self.scaler.state_dict().keys():
             raise UsageError(f"scaler: expected {self.scaler.state_dict()}")
         if (own["cuda_rng"] is not None) != (self.device.type == "cuda"):
@@ -131,10 +152,12 @@ class State:
                 check_tensors(f"meters[{name!r}]", own["meters"][name], values)
 
     def _check_optimizer(self, found: Content, steps: int) -> None:
-        (group,) = self.optimizer.param_groups
-        parameters = dict(enumerate(group["params"]))
-        if [part.get("params") for part in found["param_groups"]] != [list(parameters)]:
-            raise UsageError(f"optimizer: expected one group of {len(parameters)} parameters")
+        groups = self.optimizer.state_dict()["param_groups"]
+        if [part.get("params") for part in found["param_groups"]] != [g["params"] for g in groups]:
+            sizes = ", ".join(str(len(group["params"])) for group in groups)
+            raise UsageError(f"optimizer: expected {len(groups)} groups of {sizes} parameters")
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = dict(enumerate(ordered))
         if not found["state"]:  # no step has been done, or none that counts
             return
         if not found["state"].keys() <= parameters.keys():

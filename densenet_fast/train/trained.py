@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +18,8 @@ from densenet_fast.train.errors import UsageError
 from densenet_fast.train.loading import built
 from densenet_fast.train.networks import pretrained
 from densenet_fast.train.sources import IMAGENET_MEAN, IMAGENET_STD
-from densenet_fast.train.transforms import Preprocessing, preprocessing
+from densenet_fast.train.tasks import Multiclass, Task, make_task
+from densenet_fast.train.transforms import Preprocessing, preprocessing, with_sizes
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Trained:
     classes: tuple[str, ...]
     plain: Preprocessing
     of_data: bool  # whether data have these very classes; ImageNet's folders have other names
+    task: Task
+    arguments: Mapping[str, Any]  # of its training, if that is known
 
     @property
     def channels(self) -> int:
@@ -40,17 +47,23 @@ def load(arguments: Namespace, device: torch.device) -> Trained:
     """
     found = _imagenet(arguments) if arguments.checkpoint is None else _from_checkpoint(arguments)
     found.model.to(device).eval()
-    return replace(found, plain=_resized(found.plain, arguments))
+    return replace(found, plain=with_sizes(found.plain, arguments))
 
 
 def _imagenet(arguments: Namespace) -> Trained:
     from torchvision.models import get_model_weights
 
+    path = Path(arguments.weights)
+    if path.is_file() and checkpoints.is_checkpoint(path):
+        raise UsageError(
+            f"--weights {path} is a checkpoint of densenet-fast train: --checkpoint takes it"
+        )
     architecture = Architecture(arguments.model, IMAGENET_CLASSES, 3)
     model = pretrained(architecture, arguments.weights, exact=True)
     weights = next(iter(get_model_weights("densenet121")))
     plain = preprocessing(None, IMAGENET_MEAN, IMAGENET_STD)
-    return Trained(model, tuple(weights.meta["categories"]), plain, of_data=False)
+    classes, task = tuple(weights.meta["categories"]), Multiclass(IMAGENET_CLASSES)
+    return Trained(model, classes, plain, of_data=False, task=task, arguments={})
 
 
 def _from_checkpoint(arguments: Namespace) -> Trained:
@@ -58,19 +71,17 @@ def _from_checkpoint(arguments: Namespace) -> Trained:
     if arguments.no_ema and content["ema"] is None:
         raise UsageError(f"--no-ema: {arguments.checkpoint} was trained without --model-ema")
     found = built(content, ema=not arguments.no_ema)
-    plain = Preprocessing(**found.preprocessing)
-    return Trained(found.model, found.classes, plain, of_data=True)
-
-
-def _resized(plain: Preprocessing, arguments: Namespace) -> Preprocessing:
-    """With the sizes of the arguments, where they have any."""
-    resize, crop = arguments.val_resize_size, arguments.val_crop_size
-    if resize is None and crop is None:
-        return plain
-    return preprocessing(
-        None,
-        plain.mean,
-        plain.std,
-        resize=resize or plain.resize or crop,
-        crop=crop or min(plain.crop, resize),
+    if content["ema"] is not None and not arguments.no_ema and checkpoints.chosen(content) != "ema":
+        print(
+            f"{arguments.checkpoint}: the average of the weights is near its start, the weights "
+            "themselves are used",
+            file=sys.stderr,
+        )
+    return Trained(
+        found.model,
+        found.classes,
+        Preprocessing(**found.preprocessing),
+        of_data=True,
+        task=make_task(found.task, len(found.classes)),
+        arguments=content["arguments"],
     )

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densenet_fast.train import checkpoints, records, setup
+from densenet_fast.train import checkpoints, data, records, setup
 from densenet_fast.train.arguments import AUTO
 from densenet_fast.train.batches import Augmented, Draws, Mixing, loader, read_batches
 from densenet_fast.train.distributed import Processes, from_environment, together
+from densenet_fast.train.entries import EMA_START
 from densenet_fast.train.errors import StoppedError, UsageError
-from densenet_fast.train.loop import Step, check_finite, hard_labels, validate
+from densenet_fast.train.loop import Step, check_finite, validate
+from densenet_fast.train.optimization import step_images
 from densenet_fast.train.rules import complete, device
 from densenet_fast.train.signals import StopRequest, stop_requests
 from densenet_fast.train.state import State
 from densenet_fast.train.storage import check_folder
-from densenet_fast.train.transforms import training_transform
+from densenet_fast.train.tasks import make_task
 
 
 def run(arguments: Namespace) -> int:
@@ -32,6 +34,7 @@ def run(arguments: Namespace) -> int:
         TrainingError: the loss is not finite any more.
         StoppedError: a signal came; all is saved.
     """
+    setup.adopt(arguments)
     arguments.model = arguments.model or setup.default_model(arguments)
     complete(arguments)
     processes = from_environment()
@@ -53,40 +56,34 @@ class _Training:
         self.arguments, self.processes, self.device = arguments, processes, where
         self.request = StopRequest()
         self.folder: Path = arguments.output_dir
-        self.setting = setup.open_data(arguments, processes, train=not arguments.test_only)
+        self.setting = data.open_data(arguments, processes, train=not arguments.test_only)
         source, plain = self.setting.source, self.setting.plain
+        self.task = make_task(source.task, len(source.classes))
         self.architecture = setup.architecture_of(arguments, source)
         resumed = self._find_resumed()
         self.model = setup.make_model(
             arguments, self.architecture, where, resuming=resumed is not None
         )
         self.placement = setup.place(arguments, where)
-        self.draws = Draws(len(source.train), arguments.batch_size, arguments.seed, processes)
-        crop = arguments.train_crop_size or source.size or setup.CROP
-        setup.check_batches(self.model, arguments, source, plain, crop, self.draws.last_batch)
-        classes = len(source.classes)
-        self.state = State(arguments, self.model, where, classes, processes)
+        self.draws = Draws(len(source.train), step_images(arguments), arguments.seed, processes)
+        crop = arguments.train_crop_size or self.setting.edge
+        setup.check_batches(self.model, arguments, self.setting, crop, self.draws.images)
+        criterion = setup.criterion(arguments, self.task, source, where)
+        self.state = State(arguments, self.model, where, self.task, processes)
         self.seconds, self.first = 0.0, 0  # of this epoch's steps here, and the first of them
         if not arguments.test_only:
             if resumed is not None:
                 self._check_resumed(resumed)
             processes.on_main(self._check_output)
 
-        transform = training_transform(
-            plain,
-            source.size,
-            crop=crop,
-            flip=source.flip,
-            policy=arguments.auto_augment,
-            erase=arguments.random_erase,
-        )
+        transform = setup.training_transform(arguments, self.setting, crop)
         images = Augmented(source.train, transform, arguments.seed)
         self.loader = loader(images, self.setting.workers, where, batch_sampler=self.draws)
-        self.val_loader = setup.validation_loader(
+        self.val_loader = data.validation_loader(
             self.setting, arguments.batch_size, processes, where
         )
         mixup, cutmix = arguments.mixup_alpha, arguments.cutmix_alpha
-        self.mixing = Mixing(mixup, cutmix, classes, arguments.seed, processes.rank)
+        self.mixing = Mixing(mixup, cutmix, self.task.classes, arguments.seed, processes.rank)
         setup.seed_noise(arguments.seed, processes.rank)
         if resumed is not None:
             if arguments.test_only:
@@ -94,6 +91,7 @@ class _Training:
             else:
                 self.state.restore(resumed, resumed["by_process"][processes.rank])
         if processes.main and not arguments.test_only:
+            self._warn_of_average()
             print(
                 f"{self.architecture}; {source.name}: {len(source.train)} training images of "
                 f"{crop}×{crop} pixels, {len(source.val)} validation images of "
@@ -105,9 +103,22 @@ class _Training:
             self.state.optimizer,
             self.state.scaler,
             self.placement,
-            label_smoothing=arguments.label_smoothing,
+            criterion=criterion,
+            batch_size=arguments.batch_size,
             clip=arguments.clip_grad_norm,
         )
+
+    def _warn_of_average(self) -> None:
+        """Say at the start if the average of the weights will hardly leave its own."""
+        if self.state.average is None:
+            return
+        start = self.state.average_start_at_end(self.arguments, len(self.draws))
+        if start > checkpoints.NEAR:
+            print(
+                f"--model-ema: with {len(self.draws)} steps an epoch, the average will still be "
+                f"{100 * start:.0f} % its first weights at the end; a lower --model-ema-steps or "
+                "--model-ema-decay lets it follow"
+            )
 
     def _wrapped(self) -> nn.Module:
         """The network as steps call it; it shares its parameters with `self.model`."""
@@ -152,9 +163,8 @@ class _Training:
             classes = self.setting.source.classes
             checkpoints.check_network(path, content, self.architecture, classes)
             if not self.arguments.test_only:
-                data = setup.described(self.setting)
-                count = self.processes.count
-                checkpoints.check_settings(path, content, self.arguments, data, count)
+                now, count = data.described(self.setting), self.processes.count
+                checkpoints.check_settings(path, content, self.arguments, now, count)
                 setup.note_threads(content["threads"])
             return content
 
@@ -162,10 +172,7 @@ class _Training:
 
     @property
     def _resumed_path(self) -> Path | None:
-        resume = self.arguments.resume
-        if resume is None:
-            return None
-        return self.folder / checkpoints.LAST if resume == AUTO else Path(resume)
+        return setup.resumed_path(self.arguments)
 
     def _save(self, *, best: bool = False) -> None:
         """Write the checkpoints; all processes come here."""
@@ -176,7 +183,8 @@ class _Training:
                 "architecture": self.architecture.to_dict(),
                 "classes": list(self.setting.source.classes),
                 "preprocessing": self.setting.plain.to_dict(),
-                "data": setup.described(self.setting),
+                "task": self.task.name,
+                "data": data.described(self.setting),
                 "arguments": checkpoints.plain(self.arguments),
                 "processes": self.processes.count,
                 "threads": torch.get_num_threads(),
@@ -194,10 +202,10 @@ class _Training:
             return self._test()
         main, state = self.processes.main, self.state
         if main and state.history:  # what was written behind the checkpoint does not count
-            records.write_table(self.folder, state.history)
+            records.write_table(self.folder, self.task, state.history)
         events = records.Events(self.folder, state.steps) if main else None
         try:
-            while state.epoch < self.arguments.epochs:
+            while state.epoch < self.arguments.epochs and not self._out_of_patience():
                 if self._ends() or not self._train_epoch(events):
                     return self._say_why()
                 self._finish_epoch(events)
@@ -208,24 +216,36 @@ class _Training:
             print(f"{self.folder}: {checkpoints.LAST}, {checkpoints.BEST}, {records.CSV}")
         return 0
 
+    def _best_epoch(self) -> int:
+        """The first of those with the best figure in validation."""
+        scores = [checkpoints.score(row, self.task.best) for row in self.state.history]
+        return scores.index(max(scores))
+
+    def _out_of_patience(self) -> bool:
+        """Whether too many epochs were no better than an earlier one."""
+        patience, history = self.arguments.patience, self.state.history
+        if patience is None or not history or len(history) - 1 - self._best_epoch() < patience:
+            return False
+        if self.processes.main:
+            print(f"epoch {self._best_epoch()} was the best: stopped by --patience {patience}")
+        return True
+
     def _test(self) -> int:
         found = self._validate(self.model)
         if self.processes.main:
-            print(
-                f"{len(self.setting.source.val)} images: loss {found['loss']:.4f}, "
-                f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
-            )
+            print(f"{len(self.setting.source.val)} images: {self.task.describe(found)}")
         return 0
 
     def _validate(self, model: nn.Module) -> dict[str, float]:
         self.processes.same_buffers(model)
-        return validate(
+        found = validate(
             model,
             self.val_loader,
             self.placement,
-            len(self.setting.source.classes),
+            self.task,
             after_batch=self._leave_validation,
         )
+        return found.whole
 
     def _leave_validation(self) -> None:
         """One process stops at once; of several, each finishes what the others wait for."""
@@ -248,9 +268,8 @@ class _Training:
         ) as progress:
             for batch in read_batches(self.loader):
                 images, labels = self.mixing(batch, state.epoch, state.at)
-                images, labels = self.placement.images(images), self.placement.labels(labels)
                 loss, logits = self.step(images, labels)
-                labels = hard_labels(labels)
+                labels = self.mixing.hard(self.placement.labels(labels))
                 state.meters.update(loss, logits, labels)
                 self._average()
                 state.at += 1
@@ -260,9 +279,9 @@ class _Training:
                 if state.at % arguments.print_freq == 0 or state.at == total:
                     value = loss.item()
                     check_finite(value, f"in step {state.at} of epoch {state.epoch}")
-                    right = 100 * (logits.argmax(1) == labels).float().mean().item()
                     progress.tell(
-                        f"loss {value:.4f}, top-1 {right:.1f} %, {self._speed():.1f} images/s, "
+                        f"loss {value:.4f}{self.task.of_batch(logits, labels)}, "
+                        f"{self._speed():.1f} images/s, "
                         f"peak {records.peak_memory(self.device):.0f} MiB"
                     )
                     if events is not None:
@@ -281,7 +300,7 @@ class _Training:
 
     def _speed(self) -> float:
         """Images per second of all processes, in the steps of this epoch that were done here."""
-        size = self.arguments.batch_size
+        size = self.draws.batch_size
         first, last = (min(at * size, self.draws.images) for at in (self.first, self.state.at))
         return (last - first) * self.processes.count / max(self.seconds, 1e-9)
 
@@ -314,29 +333,25 @@ class _Training:
     def _finish_epoch(self, events: records.Events | None) -> None:
         """Validate, and save the epoch with its row."""
         state = self.state
-        trained = state.meters.compute()
+        trained = self.task.figures(state.meters.compute()).whole
         check_finite(trained["loss"], f"in epoch {state.epoch}")
-        row: records.Row = {
-            "epoch": state.epoch,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "train_loss": trained["loss"],
-            "train_top1": trained["top1"],
-        }
+        row: records.Row = {"epoch": state.epoch, "lr": state.optimizer.param_groups[0]["lr"]}
+        row.update({f"train_{k}": v for k, v in trained.items()})
         row.update({f"val_{k}": v for k, v in self._validate(self.model).items()})
         if state.average is not None:
             found = self._validate(state.average.module)
             row.update({f"ema_val_{k}": v for k, v in found.items()})
+            row[EMA_START] = state.average_start
         machine: records.Row = {
             "images_per_second": self._speed(),
             "peak_memory_mib": max(self.processes.gather(records.peak_memory(self.device))),
             "seconds": self.seconds,
         }
-        chosen = "val_top1" if state.average is None else "ema_val_top1"
-        best = all(row[chosen] > earlier[chosen] for earlier in state.history)
         state.next_epoch(row)
+        best = self._best_epoch() == row["epoch"]
         self._save(best=best)
         if self.processes.main:
-            records.write_table(self.folder, state.history, machine)
-            print(records.summary({**row, **machine}), flush=True)
+            records.write_table(self.folder, self.task, state.history, machine)
+            print(records.summary({**row, **machine}, self.task), flush=True)
             if events is not None:
                 events.epoch(state.steps, {**row, **machine})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densenet_fast.weights.key_layouts import Names
 
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def compare(
     renamed = {norm: ours[place] for place, norm in theirs.items() if place in ours}
     norms = {*renamed, *renamed.values()}
     result = Comparison(renamed=renamed)
-    old = not any(name.rpartition(".")[2] == _COUNTER for name in file.own)
+    old = not any(name.rpartition(".")[2] == COUNTER for name in file.own)
     for common in (*model.own, *(name for name in file.own if name not in model.own)):
         mine, norm = model.own.get(common), common.rpartition(".")[0]
         pair = Misfit(file.spelled(common), model.spelled(common), "", "")
@@ -135,7 +135,7 @@ def compare(
                 result.ignored.append(f"{pair.file_name} {shape}, not in the model")
             else:
                 result.unexpected.append(replace(pair, found=shape))
-        elif old and mine.rpartition(".")[2] == _COUNTER:
+        elif old and mine.rpartition(".")[2] == COUNTER:
             result.kept_counters.append(mine)
         elif left_out:
             result.ignored.append(f"{mine} {_shape(own[mine])}, missing in the file")

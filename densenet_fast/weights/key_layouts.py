@@ -63,7 +63,17 @@ EFFICIENT = Layout(
     ((re.compile(_START + r"features\.norm_final\."), "features.norm5."),),
     ((re.compile(_START + r"features\.norm5\."), "features.norm_final."),),
 )
-_OTHERS = (MONAI, FIRST_FILES, EFFICIENT)
+PRETRAINED_MODELS = Layout(
+    "pretrainedmodels",
+    ((re.compile(_START + r"last_linear\."), "classifier."),),
+    ((re.compile(_START + r"classifier\."), "last_linear."),),
+)
+CHEXNET = Layout(  # whose classifier is a linear layer and a sigmoid
+    "CheXNet",
+    ((re.compile(_START + r"classifier\.0\."), "classifier."),),
+    ((re.compile(_START + r"classifier\."), "classifier.0."),),
+)
+_OTHERS = (MONAI, FIRST_FILES, EFFICIENT, PRETRAINED_MODELS, CHEXNET)
 
 _PART = r"(?:conv0|norm0|norm5|norm_final|denseblock\d+|transition\d+)\."
 _DENSENET = re.compile(_START + r"(?:features\." + _PART + r"|denselayer\d+\.)")
@@ -108,6 +118,28 @@ def names(file: Sequence[str], model: Sequence[str]) -> tuple[Names, Names]:
     if inner != model_inner:
         outer, model_outer = outer + inner, model_outer + model_inner
     return _names("file", file, outer), _names("model", model, model_outer)
+
+
+def renamed(keys: Iterable[str], parts: Mapping[str, str]) -> dict[str, str]:
+    """The keys by what they are called once `parts` of them, between dots, have other names.
+
+    Raises:
+        ValueError: a part is in no key, or two keys become one.
+    """
+    found = {key: key for key in keys}
+    for old, new in parts.items():
+        pattern = re.compile(_START + re.escape(old) + r"(\.|$)")
+        replacement = new.replace("\\", r"\\") + r"\1" if new else ""
+        before, found = found, {}
+        for name, key in before.items():
+            changed = pattern.sub(replacement, name)
+            if changed in found:
+                raise ValueError(f"rename: {found[changed]} and {key} both become {changed!r}")
+            found[changed] = key
+        if found == before:
+            first = ", ".join(list(before)[:3])
+            raise ValueError(f"rename: no key has the part {old!r}; the first ones are {first}")
+    return found
 
 
 def _prefix(keys: Sequence[str]) -> tuple[str, str]:

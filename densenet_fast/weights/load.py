@@ -8,16 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from densenet_fast import arguments
-from densenet_fast.weights import checkpoint_files, key_layouts
-from densenet_fast.weights.comparison import Conversion, WeightsError, compare
+from densenet_fast.weights import by_order, checkpoint_files, key_layouts
+from densenet_fast.weights.comparison import Comparison, Conversion, WeightsError, compare
 
 __all__ = ["WeightsError", "WeightsReport", "load_into", "load_weights"]
+
+Match = Literal["name", "order"]
+MATCHES = get_args(Match)
 
 # No weights, and not in every model: torchxrayvision's thresholds of its outputs.
 _OPTIONAL = ("op_threshs", "*.op_threshs")
@@ -31,11 +34,12 @@ class WeightsReport:
         source: the file, or what else the weights came from.
         entry: where in the file they were, None if they are all of it.
         layout: whose names the file uses: "torchvision" (also timm, torchxrayvision and this
-            package), "torchvision's first files", "MONAI", "efficient_densenet_pytorch" or
-            "unknown".
+            package), "torchvision's first files", "MONAI", "efficient_densenet_pytorch",
+            "pretrainedmodels", "CheXNet" or "unknown".
         model_layout: whose names the model uses.
         prefix: what stood before these names in the file.
         loaded: the model's own names of all tensors that were loaded.
+        matched: with `match="order"`, the file's name and the model's of each of them.
         converted: those of another dtype in the file.
         kept_counters: `num_batches_tracked` of the model, which files of before 2018 do not have.
         ignored: what `ignore` left out: missing in the file, unexpected or not fitting. Also
@@ -49,6 +53,7 @@ class WeightsReport:
     model_layout: str
     prefix: str
     loaded: tuple[str, ...]
+    matched: tuple[tuple[str, str], ...]
     converted: tuple[Conversion, ...]
     kept_counters: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -72,6 +77,7 @@ class WeightsReport:
         lines += [f"ignored: {text}" for text in self.ignored]
         if self.outside:
             lines.append(f"outside the prefix: {', '.join(self.outside)}")
+        lines += [f"matched: {theirs} -> {ours}" for theirs, ours in self.matched]
         return "\n".join(lines)
 
 
@@ -82,16 +88,19 @@ def load_weights(
     ignore: str | Sequence[str] = (),
     prefix: str | None = None,
     entry: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    match: Match = "name",
     cast: bool = False,
 ) -> WeightsReport:
     """Load a checkpoint file of any DenseNet into `model`, all of it or nothing.
 
-    The file may come from torchvision, timm, MONAI, torchxrayvision, efficient_densenet_pytorch or
-    this package, through `torch.save` or safetensors, bare or as an entry of a training script's
-    checkpoint, saved from a network as it is, compiled, under DistributedDataParallel or in a
-    LightningModule, as a state dict or as the whole network. The model may be any such network too,
-    whichever library its names are of. No code from the file is run, and nothing is made of what it
-    holds beside tensors. The model's tensors keep their device and dtype.
+    The file may come from torchvision, timm, MONAI, torchxrayvision, efficient_densenet_pytorch,
+    pretrainedmodels, CheXNet or this package, or with `rename` or `match` from anywhere, through
+    `torch.save` or safetensors, bare or as an entry of a training script's checkpoint, saved from a
+    network as it is, compiled, under DistributedDataParallel or in a LightningModule, as a state
+    dict or as the whole network. The model may be any such network too, whichever library its names
+    are of. No code from the file is run, and nothing is made of what it holds beside tensors. The
+    model's tensors keep their device and dtype.
 
     Args:
         model: what is loaded into. Also a network with a DenseNet in it, as a U-Net's encoder.
@@ -103,6 +112,11 @@ def load_weights(
         prefix: reads the keys that begin with this alone, without it. For files with several
             networks; usual prefixes are found without it.
         entry: the state dict to take, for files with several (`"model_ema"`).
+        rename: parts of the file's names, between dots, and what they are called in the model, as
+            `{"fc": "classifier"}`; "" leaves them out.
+        match: "order" takes the tensors of file and model in pairs as they come, whatever they are
+            called, all of the same shapes and kinds (`weight`, `running_mean`), `ignore` aside.
+            It cannot see in which order a network's layers read the features: compare outputs.
         cast: permits conversions that lose precision, as from float32 to bfloat16. Those that do
             not, as from float16 to float32, need no permission and are reported.
 
@@ -115,8 +129,8 @@ def load_weights(
             is left to load. A RuntimeError.
         FileNotFoundError, IsADirectoryError: there is no such file.
         ValueError: the file is no checkpoint, is damaged, needs code, is empty, or holds several
-            state dicts; a pattern of `ignore` matches nothing; no key begins with `prefix`; tensors
-            of the model have no values yet (meta device, lazy modules).
+            state dicts; a pattern of `ignore` or a part of `rename` matches nothing; no key begins
+            with `prefix`; tensors of the model have no values yet (meta device, lazy modules).
         ImportError: the file needs safetensors.
     """
     if not isinstance(model, nn.Module):
@@ -125,11 +139,20 @@ def load_weights(
     if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
         raise TypeError(f"ignore must be a pattern or a sequence of patterns, got {ignore!r}")
     cast = arguments.flag("cast", cast)
+    match = arguments.one_of("match", match, MATCHES)
+    if rename is not None and not (
+        isinstance(rename, Mapping)
+        and all(isinstance(part, str) and part for part in rename)
+        and all(isinstance(part, str) for part in rename.values())
+    ):
+        raise TypeError(f"rename must be a dict from parts of names to others, got {rename!r}")
     for name, value in (("prefix", prefix), ("entry", entry)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be a string or None, got {value!r}")
     state = checkpoint_files.read(path, entry)
-    return load_into(model, state, ignore=patterns, prefix=prefix, cast=cast)
+    return load_into(
+        model, state, ignore=patterns, prefix=prefix, rename=rename, match=match, cast=cast
+    )
 
 
 def load_into(
@@ -138,6 +161,8 @@ def load_into(
     *,
     ignore: Sequence[str] = (),
     prefix: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    match: Match = "name",
     cast: bool = False,
 ) -> WeightsReport:
     """`load_weights` of a state dict that was read already."""
@@ -150,16 +175,29 @@ def load_into(
         )
     own: dict[str, Any] = model.state_dict()
     _check_values(model, own)
-    try:
-        file_names, model_names = key_layouts.names(list(values), list(own))
-    except ValueError as error:
-        raise ValueError(f"{state.path}: {error}") from None
-    _check_patterns(ignore, file_names, model_names)
 
     def ignored(*names: str) -> bool:
         patterns = (*ignore, *_OPTIONAL)
         return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
+    misfit = None
+    try:
+        if rename:
+            renamed = key_layouts.renamed(values, rename)
+            values = {name: values[key] for name, key in renamed.items()}
+        if match == "order":
+            file_names, model_names, misfit = by_order.names(values, own, ignored)
+        else:
+            file_names, model_names = key_layouts.names(list(values), list(own))
+    except ValueError as error:
+        raise ValueError(f"{state.path}: {error}") from None
+    _check_patterns(ignore, file_names, model_names)
+    if misfit is not None:  # all others behind it are misfits too
+        raise WeightsError(
+            f"{state.path} does not fit {type(model).__name__}, which is unchanged: the first "
+            f"{len(file_names.own)} tensors do in this order, then",
+            Comparison(pairs=file_names.own, shapes=[misfit]),
+        )
     found = compare(file_names, values, model_names, own, ignored, cast)
     if not found.pairs or any(found.misfits.values()):
         lines = [
@@ -182,6 +220,7 @@ def load_into(
         model_layout=model_names.layout.name,
         prefix=start + file_names.prefix,
         loaded=tuple(found.pairs),
+        matched=tuple((theirs, ours) for ours, theirs in found.pairs.items() if match == "order"),
         converted=tuple(found.converted),
         kept_counters=tuple(found.kept_counters),
         ignored=tuple(found.ignored),

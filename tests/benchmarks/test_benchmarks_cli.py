@@ -50,6 +50,7 @@ POSITIVE = "a whole number of at least 1, got"
         ("kernels --growth-rates 12", "--growth-rates does not apply to the suite 'kernels'"),
         ("growth --peers naive,resnet50", "the peer 'resnet50' builds none of the networks"),
         ("capacity --networks densenet121 --parts depth", "--networks names those of the part"),
+        ("kernels --networks fcdensenet-103", "has no shapes of fcdensenet-103"),
         ("finetune --data nowhere", "no such folder"),
         ("all --depths 22 --peers naive", "--peers, --depths: not with 'all'"),
     ],

@@ -199,7 +199,8 @@ def test_other_libraries_compute_the_same_function(name: str, small: NetworkSpec
 def test_other_networks(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("monai")
     # Logits that disagree would not be timed.
-    small = replace(OTHER_NETWORKS[name], block_config=(2, 1), image_size=16, batch_size=2)
+    layers = (1, 2, 1) if OTHER_NETWORKS[name].segmentation else (2, 1)
+    small = replace(OTHER_NETWORKS[name], block_config=layers, image_size=16, batch_size=2)
     monkeypatch.setitem(OTHER_NETWORKS, "small", small)
     chosen = ["--networks", "small", "--peers", "naive,ours-bottleneck,ours-converted"]
     record, _ = run("networks", *chosen, "--rounds", "1", "--parts", "inference")

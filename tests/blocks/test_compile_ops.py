@@ -12,19 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from densenet_fast import DenseBlock, EfficientDenseNet
 from densenet_fast.blocks import nodes
 from densenet_fast.blocks.dense_block import dense_block
+from densenet_fast.blocks.max_transition import max_transition
 from densenet_fast.blocks.specs import (
     CHECKPOINT_MODES,
     AvgPoolTail,
     Checkpoint,
     ConvGeometry,
     LayerSpec,
+    MaxTransition,
     Tail,
     TransitionTail,
 )
 from densenet_fast.blocks.stem import conv_stem, stem_norm_relu_maxpool
 from densenet_fast.modules.steps import norm_spec
 
-OPERATORS = {"block_forward", "block_backward", "stem_forward", "stem_backward", "count_step"}
+KINDS = ("block", "stem", "max_transition")
+OPERATORS = {f"{kind}_{way}" for kind in KINDS for way in ("forward", "backward")} | {"count_step"}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -85,6 +88,14 @@ def stem_call(convolution: bool) -> Tensor:
     return conv_stem(input, weight, bias, geometry, norm)
 
 
+def max_transition_call() -> Tensor:
+    torch.manual_seed(0)
+    norm = norm_spec(nn.BatchNorm2d(6), [])
+    weight, bias = nn.Parameter(torch.randn(4, 6, 1, 1)), nn.Parameter(torch.randn(4))
+    input = torch.randn(2, 6, 5, 4, requires_grad=True)
+    return max_transition(input, MaxTransition(norm, weight, bias, 0.2))
+
+
 CASES = {
     **{
         f"{checkpoint}-{tail}": lambda c=checkpoint, t=tail: block_call(c, t)
@@ -94,6 +105,7 @@ CASES = {
     "frozen": lambda: block_call("bottleneck", "transition", frozen=True),
     "stem": lambda: stem_call(False),
     "conv-stem": lambda: stem_call(True),
+    "max_transition": max_transition_call,
 }
 
 
@@ -108,14 +120,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_opcheck(case: str) -> None:
     with Recorder() as recorder:
         CASES[case]().sum().backward()
-    kind = "stem" if "stem" in case else "block"
+    kind = next((kind for kind in KINDS[1:] if kind in case), "block")
     assert set(recorder.calls) - {"count_step"} == {f"{kind}_forward", f"{kind}_backward"}
     for operator, *arguments in recorder.calls.values():
         torch.library.opcheck(operator, tuple(arguments), test_utils=CHECKS)
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem"])
+@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem", "max_transition"])
 def test_opcheck_of_graphs_for_any_size(case: str) -> None:
     with Recorder() as recorder:
         CASES[case]().sum()
@@ -139,7 +151,7 @@ def test_eager_mode_does_not_use_them() -> None:
     assert not recorder.calls
 
 
-@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem"])
+@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem", "max_transition"])
 def test_second_derivatives_are_refused(case: str) -> None:
     output = CASES[case]()
     wanted = [tensor for tensor in _leaves(output.grad_fn) if tensor.requires_grad]

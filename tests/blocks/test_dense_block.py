@@ -84,6 +84,9 @@ def test_modes_tails_and_frozen_norms(
         {"shape": (2, 1, 1, 7)},
         {"shape": (1, 17, 13, 1)},
         {"shape": (3, 4, 33, 3), "width": 20},
+        {"biased": (0, 2)},
+        {"biased": (0, 1, 2), "width": (8, 0, 0), "frozen": (1, 3)},
+        {"biased": (1, 2), "frozen": tuple(range(7)), "shape": (2, 9, 5, 4)},
     ],
     ids=str,
 )

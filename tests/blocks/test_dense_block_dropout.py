@@ -32,11 +32,19 @@ def mask(block: Block, index: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("frozen", [(), (0, 3), tuple(range(7))], ids=["batch", "some", "all"])
+@pytest.mark.parametrize(
+    ("frozen", "biased"),
+    [((), ()), ((0, 3), (0, 2)), (tuple(range(7)), ()), ((), (1, 2))],
+    ids=["batch", "some", "all", "biased"],
+)
 def test_the_block_is_the_plain_one_with_its_masks(
-    backend: str, checkpoint: Checkpoint, tail: str | None, frozen: tuple[int, ...]
+    backend: str,
+    checkpoint: Checkpoint,
+    tail: str | None,
+    frozen: tuple[int, ...],
+    biased: tuple[int, ...],
 ) -> None:
-    block = make_block(tail=tail, dropout=P, frozen=frozen)
+    block = make_block(tail=tail, dropout=P, frozen=frozen, biased=biased)
     other = block.copy()
     torch.manual_seed(5)
     output = run(block, checkpoint)

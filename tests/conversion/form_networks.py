@@ -13,6 +13,7 @@ from forms import (
     START,
     Bottle,
     Functional,
+    FunctionalMaximum,
     FunctionalTransition,
     ListBlock,
     NewestFirst,
@@ -183,16 +184,16 @@ class Backbone(nn.Module):
 class Segmentation(nn.Module):
     """A path down, one up, and the features in between handed over."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__()
         channels = START + 2 * GROWTH
         self.first = nn.Conv2d(3, START, 3, padding=1)
-        self.down = SegmentationBlock(2, START, only_new=False)
+        self.down = SegmentationBlock(2, START, rate, only_new=False)
         parts = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1)]
-        self.transition = nn.Sequential(*parts, nn.Dropout2d(0.2), nn.MaxPool2d(2))
-        self.middle = SegmentationBlock(2, channels, only_new=True)
+        self.transition = nn.Sequential(*parts, nn.Dropout2d(rate), nn.MaxPool2d(2))
+        self.middle = SegmentationBlock(2, channels, rate, only_new=True)
         self.up = nn.ConvTranspose2d(2 * GROWTH, 2 * GROWTH, 2, 2)
-        self.behind = SegmentationBlock(2, channels + 2 * GROWTH, only_new=False)
+        self.behind = SegmentationBlock(2, channels + 2 * GROWTH, rate, only_new=False)
         self.last = nn.Conv2d(channels + 4 * GROWTH, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,8 +220,10 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "lists": Backbone,
     "lists, frugal": lambda: Backbone(frugal=True),
     "maximum": lambda: Small(Functional, maximum_transition),
+    "functional maximum": lambda: Small(WithoutBottleneck, FunctionalMaximum),
     "biased transition": lambda: Small(NewestFirst, biased_transition),
-    "segmentation": Segmentation,
+    "segmentation": lambda: Segmentation(0.0),
+    "segmentation, dropout": lambda: Segmentation(0.2),
 }
 
 

@@ -66,6 +66,17 @@ class FunctionalTransition(nn.Module):
         return F.avg_pool2d(self.conv(F.relu(self.bn(x))), 2)
 
 
+class FunctionalMaximum(FunctionalTransition):
+    """The same with a bias, a dropout of nothing and a maximum."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(channels, out)
+        self.conv = nn.Conv2d(channels, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.dropout(self.conv(F.relu(self.bn(x))), 0.0, self.training), 2, 2)
+
+
 class Bottle(nn.Module):
     """A layer whose operations are a Sequential."""
 
@@ -241,13 +252,13 @@ class OnlyNew(ListBlock):
 class SegmentationBlock(nn.Module):
     """A block without bottlenecks, of convolutions with a bias and dropout of channels."""
 
-    def __init__(self, count: int, channels: int, only_new: bool) -> None:
+    def __init__(self, count: int, channels: int, rate: float, only_new: bool) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
         for at in range(count):
             norm, relu, _ = norm_relu_conv(channels + at * GROWTH, GROWTH, 3)
             conv = nn.Conv2d(channels + at * GROWTH, GROWTH, 3, padding=1, bias=True)
-            self.layers.append(nn.Sequential(norm, relu, conv, nn.Dropout2d(0.2)))
+            self.layers.append(nn.Sequential(norm, relu, conv, nn.Dropout2d(rate)))
         self.only_new = only_new
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import library_networks
 import pytest
 import torch
 from comparison import assert_close, assert_same_gradients, networks
 from torch import Tensor, nn
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
-from densenet_fast import convert
+from densenet_fast import convert, revert
 
 IMAGES = (2, 3, 32, 32)
 
@@ -26,6 +27,35 @@ def test_full_backward_hooks_work_at_every_submodule() -> None:
         network(images).square().sum().backward()
     assert_same_gradients(ours, expected)
     assert seen == {name for name, _ in ours.named_modules()}
+
+
+@pytest.mark.parametrize("library", library_networks.LIBRARIES)
+def test_full_backward_hooks_work_in_converted_networks_without_relus_in_place(
+    library: str,
+) -> None:
+    expected, converted = (library_networks.make(library).double() for _ in range(2))
+    before = [module.inplace for module in converted.modules() if isinstance(module, nn.ReLU)]
+    convert(converted, inplace_relu=False)
+    images = library_networks.images().double()
+    fused = converted(images)
+    seen: set[str] = set()
+    for name, module in converted.named_modules():
+        module.register_full_backward_hook(lambda *_, name=name: seen.add(name))
+    for network in (expected, converted):
+        scores = network(images.clone().requires_grad_())
+        assert_close(scores, fused, "scores")
+        scores.square().sum().backward()
+    assert_same_gradients(converted, expected)
+    assert {name for name, module in converted.named_modules() if not [*module.children()]} <= seen
+    revert(converted)
+    after = [module.inplace for module in converted.modules() if isinstance(module, nn.ReLU)]
+    assert after == before
+
+
+def test_relus_in_place_are_a_flag() -> None:
+    network = networks()[0]
+    with pytest.raises(TypeError, match="inplace_relu must be"):
+        convert(network, inplace_relu="no")  # type: ignore[arg-type]
 
 
 def grad_cam(network: nn.Module, target: str, images: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from densenet_fast.blocks.specs import CHECKPOINT_MODES
 from densenet_fast.modules import eligibility
 from densenet_fast.operators.torch_internals import BatchNorm
 
-BIASED = "layers.0: conv2 has a bias"
 NO_RELU = "it has no ReLU between its norm and its convolution"
-MAXIMUM = "its pooling is a maximum, not the average of a transition"
+SEGMENTATION: tuple[tuple[str, ...], dict[str, str]]
+SEGMENTATION = ("down", "transition", "middle", "behind"), {}
 # What is found in each form: names of what is converted, and of what is left alone and why.
 FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "functional": (("dense1", "trans1", "dense2"), {}),
@@ -42,30 +42,18 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "sequentials in 3-D": (("features.block0", "features.down0", "features.block1"), {}),
     "stages with transitions": (("stage1", "stage2"), {}),
     "stages without bottleneck": (("stage1", "stage2"), {}),
-    "stages with maxima": (
-        ("stage1.block1", "stage1.block2", "stage2"),
-        {"stage1.transition": MAXIMUM},
-    ),
-    "newest first, maxima": (
-        ("stage1.block1", "stage1.block2", "stage2"),
-        {"stage1.transition": MAXIMUM},
-    ),
+    "stages with maxima": (("stage1", "stage2"), {}),
+    "newest first, maxima": (("stage1", "stage2"), {}),
     "units": (("0.stage1", "0.stage2"), {}),
     "lists": (("stages.0", "stages.1", "transitions.0"), {}),
     "lists, frugal": (("stages.0", "stages.1", "transitions.0"), {}),
-    "maximum": (("dense1", "dense2"), {"trans1": MAXIMUM}),
-    "biased transition": (("dense1", "dense2"), {"trans1": "2: conv has a bias"}),
-    "segmentation": (
-        (),
-        {
-            "down": BIASED,
-            "transition": MAXIMUM,
-            "middle": BIASED,
-            "behind": BIASED,
-        },
-    ),
+    "maximum": (("dense1", "trans1", "dense2"), {}),
+    "functional maximum": (("dense1", "trans1", "dense2"), {}),
+    "biased transition": (("dense1", "trans1", "dense2"), {}),
+    "segmentation": SEGMENTATION,
+    "segmentation, dropout": SEGMENTATION,
 }
-EXACT = [form for form in FORMS if form not in ("wrapped, dropout", "segmentation")]
+EXACT = [form for form in FORMS if not form.endswith("dropout")]
 CONVERTED = [form for form in EXACT if FOUND[form][0]]
 
 

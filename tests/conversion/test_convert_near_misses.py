@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from densenet_fast import convert
 
 # What a layer may do otherwise, and what a block may. Those of the first tuples are still chains.
-CHAINS = ("as usual", "eps", "momentum", "affine", "no statistics", "wide", "frozen", "sync")
+CHAINS = (
+    "as usual",
+    "eps",
+    "momentum",
+    "affine",
+    "no statistics",
+    "wide",
+    "frozen",
+    "sync",
+    "bias",
+)
 LAYERS = (
     "no first ReLU",
     "no second ReLU",
@@ -28,7 +38,7 @@ LAYERS = (
     "groups",
     "dilation",
     "5×5",
-    "bias",
+    "bottleneck's bias",
     "reflect",
     "group norm",
     "scaled",
@@ -71,7 +81,7 @@ class Odd(nn.Module):
         options |= {"track_running_stats": False} if what == "no statistics" else {}
         kind = nn.SyncBatchNorm if what == "sync" else nn.BatchNorm2d
         self.norm1: nn.Module = kind(read, **options)
-        self.conv1 = nn.Conv2d(read, width, 1, bias=False)
+        self.conv1 = nn.Conv2d(read, width, 1, bias=what == "bottleneck's bias")
         self.norm2 = nn.BatchNorm2d(width, **options)
         if what == "group norm":
             self.norm1 = nn.GroupNorm(1, read)

@@ -14,7 +14,7 @@ from comparison import SMALL, networks, shake
 from processes import ComposedSyncNorm, group_of_one, needs_gloo, run_on_ranks, share
 from torch import Tensor, nn
 
-from densenet_fast import EfficientDenseNet, fusion_report
+from densenet_fast import EfficientDenseNet, FCDenseNet, fusion_report
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import dense_block
 from densenet_fast.blocks.specs import CHECKPOINT_MODES
@@ -160,6 +160,16 @@ def without_stem(change: Callable[[nn.Module], None], dtype: torch.dtype) -> nn.
     return network
 
 
+def for_segmentation(change: Callable[[nn.Module], None], dtype: torch.dtype) -> nn.Module:
+    """With a transition that is a node of its own, and a bias in a layer."""
+    torch.manual_seed(0)
+    network = FCDenseNet(3, 4, (2,), 1, (2,), 6, 0.0)
+    network.down_blocks[0].denselayer1.conv1 = nn.Conv2d(6, 4, 3, padding=1)
+    network.to(dtype)
+    shake(network)
+    return network
+
+
 def networks_on_two_ranks() -> None:
     """Every configuration, one after another."""
     for mode in ("none", "bottleneck", "block"):
@@ -184,6 +194,7 @@ def networks_on_two_ranks() -> None:
         for mode in ("bottleneck", "block"):
             assert_as_one_process(drop_rate=0.5, checkpoint=mode)
     assert_as_one_process(make=without_stem, size=(5, 3, 8, 8))
+    assert_as_one_process(make=for_segmentation, size=(5, 3, 8, 6))
     both = dist.new_group([0, 1])
     assert_as_one_process(group=both)
     half_width()

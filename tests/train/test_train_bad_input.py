@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -81,6 +82,14 @@ def refused(capsys: Captured, act: Callable[[], int], *said: str) -> None:
         (("--device", "gpu"), ("'gpu'", "cpu, cuda or cuda:N")),
         (("--device", "cuda:99"), ("cuda:99", "PyTorch sees")),
         (("--val-crop-size", "40", "--val-resize-size", "30"), ("40", "30")),
+        (("--crop-pct", "0.9", "--val-resize-size", "30"), ("--crop-pct 0.9", "the same")),
+        (("--no-aug", "--hflip", "0.5"), ("--hflip 0.5 applies to training without --no-aug",)),
+        (("--no-aug", "--scale", "0.5", "1"), ("--scale 0.5 1.0 applies to training without",)),
+        (("--no-aug", "--mixup-alpha", "1"), ("--mixup-alpha 1.0 applies to training without",)),
+        (("--scale", "0.9", "0.5"), ("--scale: 0.9 is above 0.5",)),
+        (("--val-split", "0.2"), ("--val-split applies to images in files",)),
+        (("--class-map", "any.txt"), ("--class-map applies to images in files",)),
+        (("--std", "0"), ("--std", "above 0")),
         (("--train-crop-size", "3"), ("images of 3×3", "too small")),
         (("--batch-size", "21", "--train-crop-size", "4"), ("1 at a time", "more than 1 value")),
         (("--resume", "nowhere.pt"), ("no checkpoint nowhere.pt",)),
@@ -180,6 +189,7 @@ def test_image_that_breaks_later(tmp_path: Path, capsys: Captured) -> None:
             lambda: train(images, tmp_path / workers, *flags),  # noqa: B023
             f"error: {broken} cannot be read",
         )
+        assert not multiprocessing.active_children()
     flags = ("--no-image-check", "--on-corrupt", "skip")
     refused(capsys, lambda: train(images, tmp_path / "out", *flags), "--on-corrupt skip needs")
 

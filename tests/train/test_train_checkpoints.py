@@ -120,6 +120,7 @@ WRONG = [
     (("preprocessing", "crop"), 0, "preprocessing['crop']: expected a whole number from 1"),
     (("preprocessing", "std"), (0.0,), "preprocessing['std'][0]: expected a number from 1e-30"),
     (("preprocessing", "mean"), (0.5, 0.5), "expected 1 values, one per channel"),
+    (("task",), "segmentation", "task: expected one of multiclass, multilabel, got 'segm"),
     (("processes",), None, "processes: expected a whole number from 1"),
     (("scaler",), {"scale": 0.0}, "scaler['scale']: expected a number from 1e-30"),
     (("steps",), "8", "steps: expected a whole number"),
@@ -191,7 +192,7 @@ MISFITS = [
     (("steps",), 9, "epoch 1, at 2 and steps 9 do not go together"),
     (("history",), [], "history: expected a row for each of 1 epochs"),
     (("history", 0, "epoch"), 3, "history: expected a row for each of 1 epochs"),
-    (("history", 0, "ema_val_top1"), KeyError, "ema_val_top1 is of runs with --model-ema alone"),
+    (("history", 0, "ema_val_top1"), KeyError, "history[0]: expected epoch, lr, "),
     (("ema",), None, "ema and ema_updates: expected both"),
     (("ema_updates",), None, "ema and ema_updates: expected both"),
     (
@@ -208,7 +209,7 @@ MISFITS = [
     (("optimizer", "state", 0, "exp_avg"), lambda t: t[1:], "optimizer[0]['exp_avg']: expected"),
     (("optimizer", "state", 0, "step"), torch.tensor(-1.0), "expected a step from 1 to 8, got -1"),
     (("optimizer", "state"), lambda state: {**state, 999: {}}, "states of other than"),
-    (("optimizer", "param_groups", 0, "params"), [0], "expected one group of"),
+    (("optimizer", "param_groups", 0, "params"), [0], "expected 1 groups of"),
 ]  # fmt: skip
 
 

@@ -19,14 +19,13 @@ pytest.importorskip("tensorboard")
 
 from training_runs import TINY, VAL, assert_same, content, train, write_idx
 
-from densenet_fast.train import distributed, setup
+from densenet_fast.train import data, distributed, setup
 from densenet_fast.train.arguments import make_parser
 from densenet_fast.train.batches import Augmented, Draws, Plain, loader
 from densenet_fast.train.command import main
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.errors import UsageError
 from densenet_fast.train.rules import complete
-from densenet_fast.train.transforms import training_transform
 
 ROOT = Path(__file__).parents[2]
 COMMON = ("--lr", "0.05", "--batch-size", "4", "--epochs", "3", "--seed", "3")
@@ -52,13 +51,13 @@ def _emulated(folder: Path, epochs: int) -> tuple[dict[str, torch.Tensor], list[
     """
     arguments = make_parser().parse_args(["train", *TINY, "--data-path", str(folder), *COMMON])
     complete(arguments)
-    setting = setup.open_data(arguments, Processes(), train=True)
+    setting = data.open_data(arguments, Processes(), train=True)
     architecture = setup.architecture_of(arguments, setting.source)
     first, second = (
         setup.make_model(arguments, architecture, torch.device("cpu"), resuming=False)
         for _ in range(2)
     )
-    transform = training_transform(setting.plain, 28, crop=28, flip=False, policy=None, erase=0)
+    transform = setup.training_transform(arguments, setting, 28)
     images = Augmented(setting.source.train, transform, arguments.seed)
     draws = [Draws(len(images), 4, arguments.seed, Processes(rank, 2)) for rank in range(2)]
     loaders = [loader(images, 0, torch.device("cpu"), batch_sampler=draw) for draw in draws]
@@ -136,7 +135,7 @@ def test_killed_worker_restarts_from_the_last_checkpoint(tmp_path: Path) -> None
 def test_validation_of_several_processes_counts_every_image_once(tmp_path: Path) -> None:
     folder = write_idx(tmp_path / "data")
     arguments = make_parser().parse_args(["train", "--data-path", str(folder)])
-    setting = setup.open_data(arguments, Processes(), train=True)
+    setting = data.open_data(arguments, Processes(), train=True)
     parts = [
         Plain(setting.source.val, setting.plain.transform(), Processes(rank, 3))
         for rank in range(3)

@@ -42,10 +42,10 @@ def test_load(trained: Path, ema: bool) -> None:
     found = content(trained.parent)
     expected = Architecture(**found["architecture"]).build().eval()
     expected.load_state_dict(found["ema" if ema else "model"])
-    model, classes, preprocessing = load(str(trained), ema=ema)
+    model, classes, preprocessing, task = load(str(trained), ema=ema)
     assert not model.training
     assert torch.equal(model(inputs(2)), expected(inputs(2)))
-    assert classes == ("cat", "dog", "eel")
+    assert classes == ("cat", "dog", "eel") and task == "multiclass"
     assert preprocessing == found["preprocessing"]
 
 

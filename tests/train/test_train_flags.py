@@ -15,6 +15,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("torchmetrics")
 pytest.importorskip("tensorboard")
 
+from torchvision.tv_tensors import Image
 from training_runs import TINY, assert_same, content, train, write_folder, write_idx
 
 import densenet_fast
@@ -25,7 +26,7 @@ from densenet_fast.train.command import main
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.rules import complete
 from densenet_fast.train.sources import SOURCES, open_source
-from densenet_fast.train.transforms import preprocessing, training_transform
+from densenet_fast.train.transforms import Augmentation, preprocessing, with_sizes
 
 
 @pytest.fixture(scope="module")
@@ -75,37 +76,6 @@ def test_schedules_are_torchvisions(name: str, warmup: str | None) -> None:
         assert 0.4 * factor(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()
         schedule.step()
-
-
-@pytest.mark.parametrize(
-    ("flags", "kind", "settings"),
-    [
-        (("--opt", "sgd"), torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
-        (
-            ("--opt", "sgd_nesterov", "--momentum", "0.8"),
-            torch.optim.SGD,
-            {"momentum": 0.8, "nesterov": True},
-        ),
-        (("--opt", "sgd", "--momentum", "0"), torch.optim.SGD, {"momentum": 0}),
-        (("--opt", "rmsprop"), torch.optim.RMSprop, {"alpha": 0.9, "eps": 0.0316}),
-        (("--opt", "adamw", "--weight-decay", "0.02"), torch.optim.AdamW, {"weight_decay": 0.02}),
-    ],
-)
-def test_optimizers(
-    flags: tuple[str, ...], kind: type[torch.optim.Optimizer], settings: dict[str, Any]
-) -> None:
-    frozen = nn.Parameter(torch.ones(1), requires_grad=False)
-    arguments = parsed(*flags)
-    made = optimization.make_optimizer(arguments, [nn.Parameter(torch.ones(1)), frozen])
-    assert type(made) is kind
-    group = made.param_groups[0]
-    assert len(group["params"]) == 1 and group["lr"] == 0.1
-    assert {name: group[name] for name in settings} == settings
-    made.param_groups[0]["params"][0].grad = torch.ones(1)
-    made.step()
-    names = [name for state in made.state.values() for name, v in state.items() if v is not None]
-    counted = ["step"] if optimization.counts_steps(arguments) else []
-    assert sorted(names) == sorted([*optimization.kept(arguments), *counted])
 
 
 def test_average_of_weights() -> None:
@@ -232,7 +202,15 @@ def test_gradients_are_freed_before_the_forward_plans_a_step() -> None:
     optimizer = torch.optim.SGD(parameters, 0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     placement = loop.Placement(torch.device("cpu"), torch.contiguous_format, None)
-    step = loop.Step(network, optimizer, scaler, placement, label_smoothing=0.0, clip=None)
+    step = loop.Step(
+        network,
+        optimizer,
+        scaler,
+        placement,
+        criterion=nn.CrossEntropyLoss(),
+        batch_size=2,
+        clip=None,
+    )
     for _ in range(2):
         step(torch.randn(2, 3, 8, 8), torch.tensor([0, 2]))
     assert seen == [[None] * len(parameters)] * 2
@@ -261,12 +239,16 @@ def test_clipping_and_smoothing(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", AUGMENTATIONS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_augmentation_depends_on_seed_epoch_and_image_alone(policy: str, channels: int) -> None:
+@pytest.mark.parametrize("deep", [False, True])
+def test_augmentation_depends_on_seed_epoch_and_image_alone(
+    policy: str, channels: int, deep: bool
+) -> None:
     torch.manual_seed(1)
     pixels = torch.randint(0, 256, (4, channels, 20, 20), dtype=torch.uint8)
-    samples: Any = [(pixels[i], i) for i in range(4)]
+    samples: Any = [(Image(pixels[i] / 255 if deep else pixels[i]), i) for i in range(4)]
     plain = preprocessing(20, (0.5,) * channels, (0.2,) * channels)
-    transform = training_transform(plain, 20, crop=16, flip=True, policy=policy, erase=0.5)
+    augmentation = Augmentation(16, None, hflip=0.5, policy=policy, erase=0.5)
+    transform = augmentation.transform(plain, 20)
     images = batches.Augmented(samples, transform, seed=5)
     before = torch.get_rng_state()
     first = [images[batches.Draw(epoch, 2)][0] for epoch in range(6)]
@@ -374,7 +356,7 @@ def test_photographs_are_cut_to_imagenets_sizes() -> None:
     plain = preprocessing(None, (0.5,) * 3, (0.2,) * 3)
     assert (plain.resize, plain.crop) == (256, 224)
     assert plain.transform()(torch.zeros(3, 300, 400, dtype=torch.uint8)).shape == (3, 224, 224)
-    larger = preprocessing(None, (0.5,) * 3, (0.2,) * 3, crop=320)
+    larger = with_sizes(plain, parsed("--val-crop-size", "320"))
     assert (larger.resize, larger.crop) == (320, 320)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def test_lack_of_memory_while_reading(
             assert said().endswith(". Try a smaller --batch-size or fewer --workers")
             assert main(["predict", *checkpoint, str(photographs / "val")]) == 1
             assert said().endswith(". Try a smaller --batch-size")
+    assert not multiprocessing.active_children()  # the command would wait for them at its end
 
 
 def test_other_errors_are_no_lack_of_memory() -> None:

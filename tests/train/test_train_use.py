@@ -26,7 +26,7 @@ from training_runs import TIMED, TINY, TRAIN, content, train, write_folder, writ
 import densenet_fast
 from densenet_fast.train.architecture import Architecture
 from densenet_fast.train.command import main
-from densenet_fast.train.records import COLUMNS
+from densenet_fast.train.entries import MACHINE_ROW, MULTICLASS, row_of
 from densenet_fast.train.transforms import Preprocessing
 
 Captured = pytest.CaptureFixture[str]
@@ -222,7 +222,7 @@ def test_imagenet_by_name(images: Path, capsys: Captured, monkeypatch: pytest.Mo
 def test_table_and_events(trained: Path) -> None:
     with open(trained / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == list(COLUMNS)
+    assert list(rows[0]) == [*row_of(MULTICLASS, averaged=True), *MACHINE_ROW]
     history = content(trained)["history"]
     assert [row["epoch"] for row in rows] == ["0", "1"]
     for row, kept in zip(rows, history, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, relu
 from torchvision.models import densenet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -24,6 +25,13 @@ class Transition(ConvertedTransition, densenet._Transition):
 
 class Network(ConvertedNetwork, densenet.DenseNet):
     """torchvision's network."""
+
+    def plain(self, input: Tensor) -> Tensor:
+        """The library's forward, whose last ReLU works in place."""
+        if self.inplace_relu:
+            return super().plain(input)
+        features: Any = self._modules["features"]
+        return self.head(adaptive_avg_pool2d(relu(features(input)), (1, 1)).flatten(1))
 
     def head(self, pooled: Tensor) -> Tensor:
         """The classifier."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, relu
 from torchxrayvision import models, utils
 
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
@@ -37,8 +40,11 @@ class Network(ConvertedNetwork, models.DenseNet):
             x = utils.fix_resolution(x, self.input_resolution, self)
             utils.warn_normalization(x)
         pooled = self.pooled(x)
-        if pooled is None:
+        if pooled is None and self.inplace_relu:
             pooled = models.DenseNet.features2(self, x)
+        elif pooled is None:
+            features: Any = self._modules["features"]
+            pooled = adaptive_avg_pool2d(relu(features(x)), (1, 1)).flatten(1)
         return pooled
 
 

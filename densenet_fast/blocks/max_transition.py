@@ -1,0 +1,253 @@
+"""A transition that ends in a maximum: norm, ReLU, 1x1 convolution, dropout, pooling, as one node.
+
+The maximum does not commute with the convolution, whose output is as large as the input. Neither
+that nor the normalised input outlives the forward: the backward needs the input, which is a block's
+buffer in any case, and one byte per output element for the places of the maxima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from densenet_fast import operators
+from densenet_fast.blocks import autocast, nodes, norms
+from densenet_fast.blocks.checks import check_max_transition
+from densenet_fast.blocks.forward import halved, matrix
+from densenet_fast.blocks.nodes import Finish
+from densenet_fast.blocks.specs import MaxTransition, NormSpec, Tensors
+from densenet_fast.operators.philox import draw_seeds
+from densenet_fast.operators.rows import (
+    as_rows,
+    empty_channels_last,
+    empty_rows,
+    rows_of,
+    statistics_dtype,
+)
+
+_ARGUMENTS = (
+    "Tensor?[] parameters, Tensor?[] buffers, Tensor? seed, float eps, bool batch_statistics, "
+    "str group, float dropout, bool whole_channels"
+)
+
+
+def max_transition(input: Tensor, transition: MaxTransition) -> Tensor:
+    """[N, C, *size] to [N, Cout, *size // 2], channels innermost in memory."""
+    input = autocast.cast(input)
+    check_max_transition(input, transition)
+    norm, weight, bias, dropout, whole_channels = transition
+    seed = draw_seeds(1) if dropout > 0 else None
+    rest = (norm.eps, norm.batch_statistics, norm.group, dropout, whole_channels)
+    parameters = (norm.weight, norm.bias, weight, bias)
+    buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
+
+    def finish(statistics: Tensor) -> None:
+        updates = norms.updates([norms.place(norm, input.shape[1])])
+        nodes.record(statistics, updates, input.shape[0] * input.shape[2:].numel())
+
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
+    ):
+        return nodes.applied(_MaxTransition, input, None, finish, (seed, rest), parameters, buffers)
+    output, _, statistics = max_transition_forward(input, parameters, buffers, seed, *rest)
+    finish(statistics)
+    return output
+
+
+class _Call(NamedTuple):
+    """The arguments behind the first ones of both directions."""
+
+    norm: NormSpec
+    weight: Tensor  # [Cout, C]
+    bias: Tensor | None
+    seed: int
+    dropout: float
+    whole_channels: bool
+
+    def drop_(self, rows: Tensor) -> None:
+        if self.dropout > 0:
+            operators.dropout_(rows, self.seed, self.dropout, self.whole_channels)
+
+
+def _call(
+    like: Tensor,
+    parameters: Tensors,
+    buffers: Tensors,
+    seed: Tensor | None,
+    eps: float,
+    batch_statistics: bool,
+    group: str,
+    *rest: Any,
+) -> _Call:
+    gamma, beta, weight, bias = parameters
+    weight = matrix(weight)
+    if weight.dtype not in (like.dtype, torch.float32):  # autocast's alone
+        weight = weight.to(like.dtype)
+    mean, var = buffers
+    norm = NormSpec(gamma, beta, mean, var, eps, batch_statistics, None, group)
+    return _Call(norm, weight, bias, 0 if seed is None else int(seed), *rest)
+
+
+def _forward_fake(
+    input: Tensor, parameters: Tensors, buffers: Tensors, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, channels, *size = input.shape
+    outputs = matrix(parameters[2]).shape[0]
+    output = empty_channels_last((images, outputs, *halved(size)), input)
+    places = input.new_empty(images, *halved(size), outputs, dtype=torch.uint8)
+    count = 2 * channels + bool(args[3])
+    return output, places, input.new_empty(count, dtype=statistics_dtype(input.dtype))
+
+
+@nodes.node(f"(Tensor input, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward_fake)
+def max_transition_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the place of each maximum in its window, and `norms.statistics_of` the input."""
+    call = _call(input, *args)
+    rows = as_rows(input)
+    statistics = norms.statistics_of(call.norm, rows)
+    scale, shift, _, _ = norms.of_statistics(call.norm, statistics, rows.shape[-1])
+    full = empty_rows((*rows.shape[:-1], len(call.weight)), rows)
+    operators.conv1x1_forward(rows, scale, shift, call.weight, full, None, None)
+    if call.bias is not None:
+        full.add_(call.bias)
+    call.drop_(full)
+    return *_maxima(full), statistics
+
+
+def _windows(rows: Tensor) -> Iterator[Tensor]:
+    """The first values of all windows of two in each dimension, the second ones, and so on."""
+    size = rows.shape[1:-1]
+    for starts in product(range(2), repeat=len(size)):
+        edges = zip(starts, halved(size), strict=True)
+        reached = (slice(None), *(slice(at, 2 * count, 2) for at, count in edges))
+        yield rows[reached]
+
+
+def _maxima(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of every window, [N, C, *size // 2], and its place, [N, *size // 2, C]."""
+    first, *others = _windows(rows)
+    images, *size, channels = first.shape
+    output = empty_channels_last((images, channels, *size), rows)
+    found = rows_of(output).copy_(first)
+    places = torch.zeros(found.shape, dtype=torch.uint8, device=rows.device)
+    for place, values in enumerate(others, 1):
+        places.masked_fill_(values > found, place)
+        torch.maximum(found, values, out=found)
+    return output, places
+
+
+def _spread(grad_rows: Tensor, places: Tensor, like: Tensor) -> Tensor:
+    """The gradient of what `_maxima` has read, of as many pixels as `like`."""
+    full = empty_rows((*like.shape[:-1], grad_rows.shape[-1]), like)
+    if any(length % 2 for length in like.shape[1:-1]):
+        full.zero_()  # pixels that no window covers
+    zero = grad_rows.new_zeros(())
+    for place, values in enumerate(_windows(full)):
+        torch.where(places == place, grad_rows, zero, out=values)
+    return full
+
+
+def _backward_fake(
+    grad_output: Tensor, input: Tensor, places: Tensor, statistics: Tensor, *args: Any
+) -> list[Tensor]:
+    parameters, *_, (input_needed, *needs) = args
+    found = [empty_channels_last(input.shape, input)] if input_needed else []
+    return found + nodes.wanted_like(parameters, needs)
+
+
+@nodes.node(
+    f"(Tensor grad_output, Tensor input, Tensor places, Tensor statistics, {_ARGUMENTS}, "
+    "bool[] needs) -> Tensor[]",
+    _backward_fake,
+)
+def max_transition_backward(
+    grad_output: Tensor, input: Tensor, places: Tensor, statistics: Tensor, *args: Any
+) -> list[Tensor]:
+    """The gradients of the input and the parameters that `needs` asks for."""
+    *args, needs = args  # type: ignore[assignment]
+    input_needed, gamma_needed, beta_needed, weight_needed, bias_needed = needs
+    call, parameters = _call(input, *args), args[0]
+    rows = as_rows(input)
+    forward = norms.of_statistics(call.norm, statistics, rows.shape[-1])
+    grad = _spread(as_rows(grad_output), places, rows)
+    call.drop_(grad)
+    grad_bias = None
+    if bias_needed:
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=statistics.dtype)
+    grad_input = grad_rows = grad_gamma = grad_beta = grad_weight = None
+    if input_needed:
+        grad_input = empty_channels_last(input.shape, input).zero_()
+        grad_rows = rows_of(grad_input)
+    if input_needed or gamma_needed or beta_needed:
+        grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
+    if weight_needed:
+        grad_weight = torch.empty_like(call.weight, memory_format=torch.contiguous_format)
+    # Behind the convolution there is no norm: its output has no part in the gradient.
+    identity = statistics.new_zeros(3, len(call.weight))
+    identity[0] = 1
+    operators.conv1x1_backward(
+        grad,
+        grad,
+        identity,
+        rows,
+        *forward,
+        call.weight,
+        grad_rows,
+        grad_gamma,
+        grad_beta,
+        grad_weight,
+    )
+    if grad_rows is not None and call.norm.batch_statistics:
+        assert grad_gamma is not None
+        assert grad_beta is not None
+        norms.correct_(call.norm, forward, statistics, rows, grad_rows, grad_gamma, grad_beta)
+    if grad_weight is not None:
+        grad_weight = grad_weight.view(parameters[2].shape)
+    found = [grad_input, grad_gamma, grad_beta, grad_weight, grad_bias]
+    return nodes.wanted(found, [input, *parameters], needs)
+
+
+class _MaxTransition(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        _: Tensor | None,
+        finish: Finish | None,
+        seed: Tensor | None,
+        rest: tuple[Any, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (tensors[:4], tensors[4:], seed, *rest)
+        output, places, statistics = max_transition_forward(input, *arguments)
+        if finish is not None:
+            finish(statistics)
+        ctx.mark_non_differentiable(statistics)
+        ctx.rest = rest
+        ctx.save_for_backward(input, places, statistics, seed, *tensors)
+        return output, statistics
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+        input, places, statistics, seed, *tensors = saved
+        needs = [ctx.needs_input_grad[index] for index in (0, 5, 6, 7, 8)]
+        found = max_transition_backward(
+            grad_outputs[0],
+            input,
+            places,
+            statistics,
+            tensors[:4],
+            tensors[4:],
+            seed,
+            *ctx.rest,
+            needs,
+        )
+        given = nodes.spread(found, needs)
+        behind = [grad_outputs[0], *saved]
+        input, *others = nodes.first_order_only("a fused transition", given, behind)
+        return (input, None, None, None, None, *others, None, None)
