@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shlex
 import signal
@@ -19,17 +18,15 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks import report
+from benchmarks import environment, plots, report
 from benchmarks.memory import AMP
 from benchmarks.networks import densenet_bc
+from benchmarks.peers import PEERS
 from benchmarks.report import Record, write_json
 from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Suite, errors, load, run_tasks
 from densenet_fast.train.errors import UsageError, flag
 from densenet_fast.train.storage import write_atomically
 
-# Module to import → distribution that has it.
-REQUIREMENTS = {name: name for name in ("torchvision", "matplotlib", "tqdm", "numpy")}
-REQUIREMENTS["sklearn"] = "scikit-learn"
 # Option that not all suites take → its flag.
 SUITE_FLAGS = {field.name: flag(field.name) for field in fields(Options) if field.default is None}
 ALL = "all"
@@ -102,20 +99,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_requirements() -> None:
-    """Every module that the suites import must be there before the work begins."""
-    missing = [REQUIREMENTS[m] for m in REQUIREMENTS if importlib.util.find_spec(m) is None]
-    if missing:
-        raise UsageError(
-            f"the benchmarks need {', '.join(missing)}, not installed here: the extra `bench` "
-            "has what they need, `pip install '.[bench]'` in the repository's root"
-        )
-    try:
-        import densenet_fast  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"densenet_fast does not import ({error}): run `pip install .`") from error
-
-
 def _device(text: str | None) -> torch.device:
     if text is None:
         text = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,10 +137,7 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
     if arguments.suite not in SUITES:
         named = ", ".join((*SUITES, ALL))
         raise UsageError(f"unknown suite {arguments.suite!r}; there are {named}")
-    check_requirements()
     device = _device(arguments.device)
-    from benchmarks.peers import PEERS
-
     suite = load(arguments.suite)
     given = {name: getattr(arguments, name) for name in SUITE_FLAGS}
     for name, value in given.items():
@@ -176,8 +156,6 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
 
 def make_record(name: str, suite: Suite, options: Options, command: str) -> Record:
     """A record without figures yet."""
-    from benchmarks import environment
-
     return {
         "suite": name,
         "form": "full" if options.full else "quick",
@@ -229,8 +207,6 @@ def run_suite(
     name: str, suite: Suite, options: Options, record: Record, *, visible: bool = True
 ) -> list[Path]:
     """Run a suite and write its results, partial ones after an interrupt or an error."""
-    from benchmarks import plots
-
     before, start = record["minutes"], time.monotonic()
 
     def save() -> Path:
