@@ -249,6 +249,7 @@ def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True, ours: bool
     `ours` says that nobody else has the input.
     """
     first = next((at for at, step in enumerate(planned) if isinstance(step, DenseStep)), None)
+    ours = False  # whether nobody else has the features
     holds: Iterator[int] = repeat(0)
     for at, step in enumerate(planned):
         if hold and at == first and torch.is_grad_enabled():
