@@ -170,8 +170,7 @@ class ConvertedNetwork(Converted):
         pooled = self.pooled(input)
         return self.plain(input) if pooled is None else self.head(pooled)
 
-    @property
-    def inplace_relu(self) -> bool:
+    def relu_in_place(self) -> bool:
         """Whether a ReLU that the library's forward calls as a function may write in place."""
         return bool(self.__dict__.get("_inplace_relu", True))
 

@@ -28,7 +28,7 @@ class Network(ConvertedNetwork, densenet.DenseNet):
 
     def plain(self, input: Tensor) -> Tensor:
         """The library's forward, whose last ReLU works in place."""
-        if self.inplace_relu:
+        if self.relu_in_place():
             return super().plain(input)
         features: Any = self._modules["features"]
         return self.head(adaptive_avg_pool2d(relu(features(input)), (1, 1)).flatten(1))

@@ -40,7 +40,7 @@ class Network(ConvertedNetwork, models.DenseNet):
             x = utils.fix_resolution(x, self.input_resolution, self)
             utils.warn_normalization(x)
         pooled = self.pooled(x)
-        if pooled is None and self.inplace_relu:
+        if pooled is None and self.relu_in_place():
             pooled = models.DenseNet.features2(self, x)
         elif pooled is None:
             features: Any = self._modules["features"]
