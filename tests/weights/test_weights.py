@@ -287,7 +287,7 @@ def test_networks_without_classifier(tmp_path: Path) -> None:
     ]
     for pattern in ("classifier.*", "class_layers.*"):
         report = load_weights(bare, path, ignore=pattern)
-        assert report.ignored[0] == "class_layers.out.weight [5, 20], not in the model"
+        assert report.ignored[0] == "class_layers.out.weight [5, 40], not in the model"
 
 
 def test_timms_deep_stem(tmp_path: Path) -> None:
