@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.measure import OUT_OF_MEMORY, MeasurementError, OutOfMemoryError
+from benchmarks.measure import MeasurementError, OutOfMemoryError
+from densenet_fast.train.errors import lack_of_memory
 
 # The child sees exactly the modules that its parent sees.
 BOOTSTRAP = (
@@ -47,7 +48,7 @@ def call_in_child(
         raise OutOfMemoryError("does not fit: the process was killed, most likely for its memory")
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        if any(text in child.stderr for text in OUT_OF_MEMORY):
+        if lack_of_memory(RuntimeError(child.stderr)):
             raise OutOfMemoryError(f"does not fit: {last}")
         raise MeasurementError(f"exit status {child.returncode}: {last}")
     return json.loads(child.stdout.strip().splitlines()[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shlex
 import signal
@@ -12,62 +11,50 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from benchmarks.everything import ALL, SUITES_OF_ALL, write_report
-from benchmarks.networks import NETWORKS, densenet_bc
-from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Record, Suite, load
-from densenet_fast.train.errors import UsageError
+from benchmarks import environment, plots, report
+from benchmarks.memory import AMP
+from benchmarks.networks import densenet_bc
+from benchmarks.peers import PEERS
+from benchmarks.report import Record, write_json
+from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Suite, errors, load, run_tasks
+from densenet_fast.train.errors import UsageError, flag
+from densenet_fast.train.storage import write_atomically
 
-# Module to import → distribution that has it.
-REQUIREMENTS = {
-    "torchvision": "torchvision",
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-    "tqdm": "tqdm",
-    "numpy": "numpy",
-}
-# Option of a suite → flag of the command line.
-SUITE_FLAGS = {
-    "peers": "--peers",
-    "networks": "--networks",
-    "parts": "--parts",
-    "growth_rates": "--growth-rates",
-    "depths": "--depths",
-    "dims": "--dims",
-    "rounds": "--rounds",
-    "amp": "--amp",
-    "budgets": "--budgets",
-    "data": "--data",
-}
+# Option that not all suites take → its flag.
+SUITE_FLAGS = {field.name: flag(field.name) for field in fields(Options) if field.default is None}
+ALL = "all"
+# The gate repeats in small what others measure, `growth` and `depth` contain `step`'s figures, and
+# `latency` is of small work alone.
+SUITES_OF_ALL = (
+    *("training", "growth", "depth", "networks", "capacity"),
+    *("quality", "finetune", "kernels"),
+)
 INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
 
 
 def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+    return int(text)
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _rates(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
 
 
 def _depths(text: str) -> tuple[int, ...]:
-    depths = _rates(text)
+    depths = _numbers(text)
     try:
         for depth in depths:
             densenet_bc(depth, 1, batch_size=1)
@@ -102,29 +89,14 @@ def make_parser() -> argparse.ArgumentParser:
     some.add_argument("--peers", type=_names, help="implementations to compare")
     some.add_argument("--networks", type=_names, help="networks to measure")
     some.add_argument("--parts", type=_names, help="parts of the suite")
-    some.add_argument("--growth-rates", type=_rates, help="growth rates to measure")
+    some.add_argument("--growth-rates", type=_numbers, help="growth rates to measure")
     some.add_argument("--depths", type=_depths, help="depths to measure")
     some.add_argument("--dims", type=int, choices=(1, 2, 3), help="of the images (default: 2)")
     some.add_argument("--rounds", type=_positive, help="timed rounds, training steps or passes")
-    amp = ("none", "float16", "bfloat16")
-    some.add_argument("--amp", choices=amp, help="type of autocast (default: none)")
-    some.add_argument("--budgets", type=_rates, metavar="MIB", help="memory to fit into, MiB")
+    some.add_argument("--amp", choices=AMP, help="type of autocast (default: none)")
+    some.add_argument("--budgets", type=_numbers, metavar="MIB", help="memory to fit into, MiB")
     some.add_argument("--data", help='"digits", "fashion-mnist" or a folder with its files')
     return parser
-
-
-def check_requirements() -> None:
-    """Every module that the suites import must be there before the work begins."""
-    missing = [REQUIREMENTS[m] for m in REQUIREMENTS if importlib.util.find_spec(m) is None]
-    if missing:
-        raise UsageError(
-            f"the benchmarks need {', '.join(missing)}, not installed here: the extra `bench` "
-            "has what they need, `pip install '.[bench]'` in the repository's root"
-        )
-    try:
-        import densenet_fast  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"densenet_fast does not import ({error}): run `pip install .`") from error
 
 
 def _device(text: str | None) -> torch.device:
@@ -153,11 +125,9 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _known(what: str, names: tuple[str, ...] | None, known: Sequence[str]) -> None:
-    if names is None:
-        return
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
+def _known(what: str, names: tuple[str, ...] | None, known: Collection[str]) -> None:
+    unknown = [name for name in names or () if name not in known]
+    if unknown or names == ():
         named = ", ".join(map(repr, unknown)) or "an empty list"
         raise UsageError(f"unknown {what}: {named}; there are {', '.join(known)}")
 
@@ -167,62 +137,25 @@ def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
     if arguments.suite not in SUITES:
         named = ", ".join((*SUITES, ALL))
         raise UsageError(f"unknown suite {arguments.suite!r}; there are {named}")
-    check_requirements()
     device = _device(arguments.device)
-    from benchmarks.peers import PEERS
-
     suite = load(arguments.suite)
-    for option, flag in SUITE_FLAGS.items():
-        if getattr(arguments, option) is not None and option not in suite.OPTIONS:
-            raise UsageError(f"{flag} does not apply to the suite {arguments.suite!r}")
-    _known("peer", arguments.peers, getattr(suite, "KNOWN_PEERS", tuple(PEERS)))
+    given = {name: getattr(arguments, name) for name in SUITE_FLAGS}
+    for name, value in given.items():
+        if value is not None and name not in suite.options:
+            raise UsageError(f"{SUITE_FLAGS[name]} does not apply to the suite {arguments.suite!r}")
+    _known("peer", arguments.peers, suite.known_peers or PEERS)
     missing = [name for name in arguments.peers or () if not PEERS[name].installed]
     if missing:
         need = ", ".join(dict.fromkeys(PEERS[name].requires for name in missing))
         raise UsageError(f"{', '.join(missing)}: not installed here: `pip install {need}`")
-    _known("network", arguments.networks, tuple(getattr(suite, "KNOWN_NETWORKS", NETWORKS)))
-    _known("part", arguments.parts, suite.PARTS)
-    options = Options(
-        full=arguments.full,
-        device=device,
-        seed=arguments.seed,
-        peers=arguments.peers,
-        networks=arguments.networks,
-        parts=arguments.parts,
-        growth_rates=arguments.growth_rates,
-        depths=arguments.depths,
-        dims=arguments.dims,
-        rounds=arguments.rounds,
-        amp=arguments.amp,
-        budgets=arguments.budgets,
-        data=arguments.data,
-        output=_writable(arguments.output),
-    )
-    return suite, options
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """While it lasts, the signal of `kill` and of batch systems acts as Ctrl-C does."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: it gets no signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    _known("network", arguments.networks, suite.known_networks)
+    _known("part", arguments.parts, suite.parts)
+    output = _writable(arguments.output)
+    return suite, Options(arguments.full, device, arguments.seed, output, **given)
 
 
 def make_record(name: str, suite: Suite, options: Options, command: str) -> Record:
     """A record without figures yet."""
-    from benchmarks import environment
-
     return {
         "suite": name,
         "form": "full" if options.full else "quick",
@@ -250,8 +183,8 @@ def resumed(name: str, record: Record, output: Path) -> Record:
         raise UsageError(f"there is nothing to resume: {error}") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{str(path)!r} is not a record of results: {error}") from error
-    if not isinstance(old, dict):
-        raise UsageError(f"{str(path)!r} is not a record of results: it holds no object")
+    if not isinstance(old, dict) or "rows" not in old:
+        raise UsageError(f"{str(path)!r} is not a record of results: it holds no rows")
     new = json.loads(json.dumps(record))
     for part in ("settings", "environment"):
         for key in sorted({*new[part], *old.get(part, {})}):
@@ -264,37 +197,41 @@ def resumed(name: str, record: Record, output: Path) -> Record:
     return {**record, **figures, "minutes": old.get("minutes", 0.0)}
 
 
+def page_of(name: str, suite: Suite, record: Record) -> str:
+    """The page of a record."""
+    found = (suite.tables(record), suite.findings(record), errors(record["rows"]))
+    return report.page(name, suite.title, record, *found)
+
+
 def run_suite(
     name: str, suite: Suite, options: Options, record: Record, *, visible: bool = True
 ) -> list[Path]:
     """Run a suite and write its results, partial ones after an interrupt or an error."""
-    from benchmarks.progress import Progress
-    from benchmarks.report import write_json, write_page
-
     before, start = record["minutes"], time.monotonic()
 
     def save() -> Path:
         record["minutes"] = before + (time.monotonic() - start) / 60
         return write_json(options.output, name, record)
 
-    def publish() -> list[Path]:
-        return [
-            save(),
-            *write_page(options.output, name, suite.page(record), suite.figure(record)),
-        ]
-
+    # The signal of `kill` and of batch systems acts as Ctrl-C does.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _termination_interrupts(), Progress(visible=visible) as progress:
-            suite.run(options, record, progress, save)
+        run_tasks(suite.tasks(options, record), save, visible=visible)
         record["complete"] = True
     except KeyboardInterrupt:
         print("\ninterrupted: keeping the partial results", file=sys.stderr)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"
-        publish()
         print(f"\nfailed: partial results are in {str(options.output)!r}", file=sys.stderr)
         raise
-    return publish()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        path = options.output / f"{name}.md"
+        plotted = plots.write(path, suite.tables(record), record["rows"])
+        picture = f"\n![{suite.title}]({name}.png)\n" if plotted else ""
+        write_atomically(path, (page_of(name, suite, record) + picture).encode())
+        files = [save(), path, *plotted]
+    return files
 
 
 def _fail(message: str) -> NoReturn:
@@ -312,14 +249,34 @@ def run_one(arguments: argparse.Namespace, command: str) -> int:
     except UsageError as error:  # a DataError too
         _fail(str(error))
     files = run_suite(arguments.suite, suite, options, record, visible=not arguments.no_progress)
-    print(f"\n{suite.page(record).markdown()}")
+    print(f"\n{page_of(arguments.suite, suite, record)}")
     print("\n".join(f"wrote {path}" for path in files))
     failed = suite.failures(record)
     for text in failed:
         print(f"FAILED: {text}", file=sys.stderr)
-    if not record["complete"]:
-        return INTERRUPTED
-    return 1 if failed else 0
+    return int(bool(failed)) if record["complete"] else INTERRUPTED
+
+
+def write_report(output: Path, names: Sequence[str]) -> Path:
+    """One page of the suites' pages in `output`, with a table of contents and the losses."""
+    records = [json.loads((output / f"{n}.json").read_text(encoding="utf-8")) for n in names]
+    minutes = [f"{n} {record['minutes']:.0f}" for n, record in zip(names, records, strict=True)]
+    contents = "\n".join(f"- [{load(name).title}](#{name})" for name in names)
+    tables = [
+        table
+        for name, record in zip(names, records, strict=True)
+        for table in load(name).tables(record)
+    ]
+    blocks = ["# Measurements", contents, f"Minutes: {', '.join(minutes)}."]
+    blocks.append("## Where densenet_fast is not first")
+    blocks.append(report.ranking(tables) or "Nothing was measured beside another implementation.")
+    for name in names:
+        page = (output / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        lowered = [f"#{line}" if line.startswith("#") else line for line in page]
+        blocks.append("\n".join([f'<a id="{name}"></a>\n', *lowered, ""]))
+    path = output / "report.md"
+    write_atomically(path, "\n\n".join(blocks).encode())
+    return path
 
 
 def run_all(arguments: argparse.Namespace, command: str) -> int:

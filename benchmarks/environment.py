@@ -55,24 +55,13 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def version_of(package: str) -> str | None:
-    """Version of an installed distribution."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def own_build() -> dict[str, Any]:
-    """What `densenet_fast.build_info` says, without the paths of the installation."""
+def describe(device: torch.device) -> dict[str, Any]:
+    """Everything above, versions and the build, without the paths of the installation."""
     import densenet_fast
 
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
     paths = ("extension", "cuda_extension")
-    return {key: value for key, value in densenet_fast.build_info().items() if key not in paths}
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """Everything above as plain data."""
+    own = {key: value for key, value in densenet_fast.build_info().items() if key not in paths}
     return {
         "machine": platform.machine(),
         "cpu": cpu_model(),
@@ -80,8 +69,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version_of(name) for name in PACKAGES},
-        "densenet_fast": own_build(),
+        "versions": {name: installed.get(name) for name in PACKAGES},
+        "densenet_fast": own,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

@@ -14,11 +14,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import densenet_fast  # noqa: F401  registers the operators
+from benchmarks.calls import make_call
 from benchmarks.children import call_in_child
 from benchmarks.measure import MeasurementError, interleave
 from benchmarks.networks import NetworkSpec
 from benchmarks.peers import initial_state
-from benchmarks.suites.step import make_training_call
 
 CPU = torch.device("cpu")
 NAMESPACE = "densenet_fast"
@@ -89,7 +89,7 @@ def child(
     disable_operators()
     network = NetworkSpec.from_json(spec)
     state = initial_state(network, seed)
-    steps = {name: make_training_call(network, name, state, CPU, seed, "none") for name in peers}
+    steps = {name: make_call("time", network, name, state, CPU, seed) for name in peers}
     calls = {}
     for name, step in steps.items():
         for _ in range(WARM_UP):

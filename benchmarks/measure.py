@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,6 @@ from torch import Tensor, nn
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
-# What Python's, PyTorch's CPU and its CUDA allocator say when there is no more.
-OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "CUDA out of memory")
 
 
 class MeasurementError(RuntimeError):
@@ -33,12 +31,6 @@ class MeasurementError(RuntimeError):
 
 class OutOfMemoryError(MeasurementError):
     """There was not the memory that the case needs."""
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory."""
-    text = f"{type(error).__name__}: {error}"
-    return isinstance(error, OutOfMemoryError) or any(part in text for part in OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -184,33 +176,6 @@ def saved_for_backward(model: nn.Module, forward: Callable[[], Tensor], inputs: 
     return kept
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Summary of the times of one implementation; seconds."""
-
-    minimum: float
-    median: float
-    low_quartile: float
-    high_quartile: float
-    rounds: int
-
-    @property
-    def spread(self) -> float:
-        """Distance of the quartiles relative to the median."""
-        return (self.high_quartile - self.low_quartile) / self.median
-
-
-def summarize(seconds: list[float]) -> Timing:
-    """Minimum, median and quartiles of a list of times."""
-    if not seconds:
-        raise ValueError("there are no times to summarize")
-    if len(seconds) == 1:
-        low = high = seconds[0]
-    else:
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Timing(min(seconds), statistics.median(seconds), low, high, len(seconds))
-
-
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, with the device idle before and after.
 
@@ -232,7 +197,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(
-    calls: dict[str, Callable[[], object]],
+    calls: MutableMapping[str, Callable[[], Any]],
     rounds: int,
     device: torch.device,
     *,
@@ -257,29 +222,4 @@ def interleave(
                     raise
                 del calls[name]  # and with it the network's memory
                 failed(name, error)
-            advance()
-
-
-def bursts(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    seconds: float,
-    device: torch.device,
-    *,
-    times: dict[str, list[float]],
-    advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Time several short calls in turn, each again and again for `seconds`: A A A B B B A A A ...
-
-    A call then finds in the caches what its own last run left there. The minimum of each burst is
-    appended to `times`.
-    """
-    for _ in range(rounds):
-        for name, call in calls.items():
-            call()
-            end = time.perf_counter() + seconds
-            best = timed(call, device)
-            while time.perf_counter() < end:
-                best = min(best, timed(call, device))
-            times.setdefault(name, []).append(best)
             advance()

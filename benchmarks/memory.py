@@ -64,12 +64,8 @@ class StepMemory:
     parameters: int
 
 
-# Type of autocast → what `--amp` calls it.
-AMP: dict[str, torch.dtype | None] = {
-    "none": None,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+# What `--amp` calls a type of autocast → the type.
+AMP = {"none": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

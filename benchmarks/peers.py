@@ -199,10 +199,17 @@ class Peer:
         return self.name.startswith("naive")
 
 
+def _has_mode(mode: Checkpoint, spec: NetworkSpec) -> bool:
+    """An FC-DenseNet has the default alone."""
+    return mode == "bottleneck" or not spec.segmentation
+
+
 def _naive(spec: NetworkSpec) -> nn.Module:
     return build_torchvision(spec, memory_efficient=False)
 
 
+# Checkpoint mode → color.
+MODES: dict[Checkpoint, str] = {"none": "#92c5de", "bottleneck": "#2166ac", "block": "#053061"}
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
@@ -221,38 +228,25 @@ PEERS: dict[str, Peer] = {
             lambda spec: build_torchvision(spec, memory_efficient=True),
             applies=lambda spec: spec.dims == 2 and spec.bottleneck,
         ),
-        Peer(
-            "ours-none",
-            'densenet_fast, checkpoint="none"',
-            "#92c5de",
-            lambda spec: build_ours(spec, checkpoint="none"),
-            applies=lambda spec: not spec.segmentation,
+        *(
+            Peer(
+                f"ours-{mode}",
+                f'densenet_fast, checkpoint="{mode}"' + " (default)" * (mode == "bottleneck"),
+                color,
+                partial(build_ours, checkpoint=mode),
+                applies=partial(_has_mode, mode),
+            )
+            for mode, color in MODES.items()
         ),
         Peer(
-            "ours-bottleneck",
-            'densenet_fast, checkpoint="bottleneck" (default)',
-            "#2166ac",
-            lambda spec: build_ours(spec, checkpoint="bottleneck"),
-        ),
-        Peer(
-            "ours-block",
-            'densenet_fast, checkpoint="block"',
-            "#053061",
-            lambda spec: build_ours(spec, checkpoint="block"),
-            applies=lambda spec: not spec.segmentation,
-        ),
-        Peer(
-            "ours-converted",
-            "torchvision after densenet_fast.convert",
-            "#67a9cf",
-            build_converted,
+            "ours-converted", "torchvision after densenet_fast.convert", "#67a9cf", build_converted
         ),
         Peer("compiled-naive", "torch.compile of naive", "#bababa", _naive, compiled=True),
         Peer(
             "compiled-ours",
             'torch.compile of densenet_fast, checkpoint="bottleneck"',
             "#4393c3",
-            lambda spec: build_ours(spec, checkpoint="bottleneck"),
+            partial(build_ours, checkpoint="bottleneck"),
             compiled=True,
         ),
         Peer(
@@ -271,21 +265,16 @@ PEERS: dict[str, Peer] = {
             requires="timm",
             applies=others.like_timm,
         ),
-        Peer(
-            "resnet50",
-            "ResNet-50, channels_last",
-            "#762a83",
-            partial(others.build_resnet, "resnet50"),
-            applies=others.beside_resnets,
-            shares_weights=False,
-        ),
-        Peer(
-            "resnet101",
-            "ResNet-101, channels_last",
-            "#af8dc3",
-            partial(others.build_resnet, "resnet101"),
-            applies=others.beside_resnets,
-            shares_weights=False,
+        *(
+            Peer(
+                f"resnet{depth}",
+                f"ResNet-{depth}, channels_last",
+                color,
+                partial(others.build_resnet, f"resnet{depth}"),
+                applies=others.beside_resnets,
+                shares_weights=False,
+            )
+            for depth, color in ((50, "#762a83"), (101, "#af8dc3"))
         ),
         Peer(
             "onnxruntime",

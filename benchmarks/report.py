@@ -1,136 +1,235 @@
-"""Result pages: Markdown tables, raw JSON, and plots in PNG and SVG."""
+"""Tables of declared columns, the pages made of them, and where densenet_fast is not first.
+
+A row is plain data. A column says where its figure stands in a row and how it is written; one that
+is compared has a second column, the best of the naive network's rows of the same case over it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.peers import PEERS
 from densenet_fast.train.storage import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MISSING = "—"
 
-
-def mebibytes(size: float | None) -> str:
-    """A number of bytes in MiB, with the digits that matter."""
-    if size is None:
-        return MISSING
-    value = size / 2**20
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+Row = dict[str, Any]
+Record = dict[str, Any]
+Figure = Callable[[Row], Any]
 
 
-def seconds(value: float | None) -> str:
-    """A time in seconds with three significant digits."""
-    if value is None:
-        return MISSING
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+# ---- Figures of a row, and how they are written
 
 
-def milliseconds(value: float | None) -> str:
-    """A time in milliseconds with three significant digits."""
-    if value is None:
-        return MISSING
-    value *= 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def at(*path: str) -> Figure:
+    """What stands in a row under these keys."""
+
+    def figure(row: Row) -> Any:
+        found: Any = row
+        for key in path:
+            found = found[key]
+        return found
+
+    return figure
 
 
-def ratio(numerator: float | None, denominator: float | None) -> str:
-    """`numerator / denominator` as a factor."""
-    if not numerator or not denominator:
-        return MISSING
-    return f"{numerator / denominator:.2f}×"
+def fastest(part: str) -> Figure:
+    """The shortest time of a part."""
+    return lambda row: min(row[part]["seconds"])
 
 
-def percent(value: float | None) -> str:
+def typical(part: str) -> Figure:
+    """The median time of a part."""
+    return lambda row: statistics.median(row[part]["seconds"])
+
+
+def spread(part: str) -> Figure:
+    """Distance of the quartiles of a part's times, of the median."""
+
+    def figure(row: Row) -> float:
+        low, middle, high = statistics.quantiles(row[part]["seconds"], n=4, method="inclusive")
+        return (high - low) / middle
+
+    return figure
+
+
+def scaled(unit: float) -> Callable[[float], str]:
+    """Writes figures in that unit, with three digits or all before the point."""
+
+    def write(value: float) -> str:
+        value /= unit
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+    return write
+
+
+plain, millions, billions = scaled(1), scaled(1e6), scaled(1e9)
+mebibytes, milliseconds = scaled(2**20), scaled(1e-3)
+times, four_digits = "{:.2f}×".format, "{:.4f}".format
+
+
+def percent(value: float) -> str:
     """A fraction in percent."""
-    return MISSING if value is None else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %"
 
 
-def loss_text(value: float | None) -> str:
-    """A loss with four decimals."""
-    return MISSING if value is None else f"{value:.4f}"
+# ---- Tables
 
 
-@dataclass
+@dataclass(frozen=True)
+class Column:
+    """One figure of each row; where it has none, `figure` raises KeyError or ValueError."""
+
+    title: str
+    figure: Figure
+    write: Callable[[Any], str] = str
+    ratio: str = ""  # title of the ratios to what it is compared with; "": it is not
+    larger: bool = False  # is better
+    rival: Figure | None = None  # what it is compared with, where that is no row of its own
+
+    def of(self, row: Row) -> Any:
+        """The figure, or None where there is none."""
+        try:
+            return self.figure(row)
+        except (KeyError, ValueError):
+            return None
+
+    def over(self, row: Row, others: Iterable[Row]) -> float | None:
+        """How many times better a row is than the best of others, or than its rival."""
+        rows = [(self.rival, row)] if self.rival else [(self.figure, other) for other in others]
+        found = [Column("", figure).of(other) for figure, other in rows]
+        known, own = [value for value in found if value], self.of(row)
+        if not known or not own:
+            return None
+        return own / max(known) if self.larger else min(known) / own
+
+    def cells(self, row: Row, rows: Iterable[Row]) -> list[str]:
+        """A row's figure, and its ratio to the naive network's among the rows of its case."""
+        value = self.of(row)
+        cells = [MISSING if value is None else self.write(value)]
+        if self.ratio:
+            ratio = self.over(row, [other for other in rows if is_naive(other)])
+            cells.append(MISSING if ratio is None else times(ratio))
+        return cells
+
+
+def is_naive(row: Row) -> bool:
+    """Whether a row is of the usual network, in whichever layout."""
+    return "peer" in row and PEERS[row["peer"]].naive
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table: the first column holds names, the others figures."""
+    """Rows under declared columns; those of the same `case` are compared with each other."""
 
-    columns: Sequence[str]
-    rows: list[Sequence[str]] = field(default_factory=list)
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    case: Figure = lambda row: ""
+    names: str = "implementation"  # what the first column holds
+
+    def shown(self) -> tuple[list[Column], list[Row]]:
+        """The columns and rows that have figures."""
+        columns = [c for c in self.columns if any(c.of(row) is not None for row in self.rows)]
+        rows = [row for row in self.rows if any(c.of(row) is not None for c in columns)]
+        return columns, rows
+
+    def by_case(self) -> dict[str, list[Row]]:
+        """The rows of each case."""
+        cases: dict[str, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            cases[str(self.case(row))].append(row)
+        return cases
 
     def markdown(self) -> str:
-        """The table in Markdown, padded so that it also reads well as plain text."""
-        lines = [list(self.columns), *(list(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        rule = ["-" * max(width, 3) for width in widths]
-        rule[1:] = [bar[:-1] + ":" for bar in rule[1:]]
+        """In Markdown, padded so that it also reads well as plain text; "" without any figure."""
+        columns, rows = self.shown()
+        if not rows:
+            return ""
+        head = [self.names]
+        for column in columns:
+            head += [column.title, column.ratio] if column.ratio else [column.title]
+        lines, cases = [head], self.by_case()
+        for row in rows:
+            case = str(self.case(row))
+            label = [case, PEERS[row["peer"]].label if "peer" in row else ""]
+            lines.append(
+                [
+                    ", ".join(filter(None, label)),
+                    *(cell for c in columns for cell in c.cells(row, cases[case])),
+                ]
+            )
+        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
         def render(cells: Sequence[str]) -> str:
             padded = [cells[0].ljust(widths[0])]
             padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-            return "| " + " | ".join(padded) + " |"
+            return f"| {' | '.join(padded)} |"
 
-        head, *body = lines
-        ruler = "| " + " | ".join(rule) + " |"
-        return "\n".join([render(head), ruler, *map(render, body)])
+        return "\n".join(render(line) for line in (lines[0], rule, *lines[1:]))
 
 
-@dataclass
-class Page:
-    """A page of results: a title and blocks of text and tables."""
+# ---- Where densenet_fast is not first
 
-    title: str
-    blocks: list[str | Table] = field(default_factory=list)
 
-    def heading(self, text: str) -> None:
-        """Start a section."""
-        self.blocks.append(f"## {text}")
+def places(tables: Iterable[Table]) -> Iterator[tuple[float, str]]:
+    """Every comparison of one of ours with others that are none of ours: its ratio, and where.
 
-    def add(self, *blocks: str | Table) -> None:
-        """Append paragraphs and tables."""
-        self.blocks.extend(blocks)
+    Below 1 ours is not first.
+    """
+    for table in tables:
+        for case, rows in table.by_case().items():
+            others = [row for row in rows if "peer" in row and not PEERS[row["peer"]].ours]
+            for column in (c for c in table.columns if c.ratio):
+                for row in rows:
+                    ratio = None if row in others else column.over(row, others)
+                    if ratio is not None:
+                        where = (column.title, table.title, case, row.get("peer", ""))
+                        yield ratio, ", ".join(filter(None, where))
 
-    def not_measured(self, cases: Iterable[str]) -> None:
-        """List cases without figures and why, if there are any."""
-        lines = [f"- {case}" for case in cases]
-        if lines:
-            self.add("Not measured:", "\n".join(lines))
 
-    def markdown(self) -> str:
-        """The whole page."""
-        texts = [block.markdown() if isinstance(block, Table) else block for block in self.blocks]
-        return "\n\n".join([f"# {self.title}", *texts]) + "\n"
+def ranking(tables: Iterable[Table]) -> str:
+    """All places where one of ours is not first, or that there is none; "" of no comparison."""
+    found = sorted(places(tables))
+    if not found:
+        return ""
+    against = f"{len(found)} comparisons of one of its modes with the best of all others"
+    lines = [f"- {where}: {ratio:.3f}×" for ratio, where in found]
+    behind = sum(ratio < 1 for ratio, _ in found)
+    if not behind:
+        closest = lines[0].removeprefix("- ")
+        return f"**densenet_fast is first in all {against}.** Closest: {closest}."
+    text = f"**densenet_fast is not first in {behind} of {against}:**"
+    return "\n\n".join([text, "\n".join(lines[:behind])])
+
+
+# ---- Pages
 
 
 def environment_text(environment: dict[str, Any]) -> str:
     """One paragraph about the machine and the versions of a result."""
-    memory = environment["memory_bytes"]
-    versions = ", ".join(
-        f"{name} {version}" for name, version in environment["versions"].items() if version
-    )
-    own = environment["densenet_fast"]
+    memory, own = environment["memory_bytes"], environment["densenet_fast"]
+    versions = ", ".join(f"{name} {text}" for name, text in environment["versions"].items() if text)
     if environment["device"].startswith("cuda"):
+        kernels = f"**no CUDA kernels** ({own['cuda_reason']}): its reference implementation ran"
         if own["cuda"]:
             compiled = ", ".join(own["cuda_architectures"])
             kernels = f"CUDA kernels for {compiled}, built by {own['cuda_nvcc']}"
-        else:
-            kernels = (
-                f"**no CUDA kernels** ({own['cuda_reason']}): its reference implementation ran"
-            )
     elif own["cpu_isa"]:
         kernels = f"CPU kernels for {own['cpu_isa']}, built by {own['compiler']}"
     else:
         kernels = "**no compiled module**: its reference implementation was measured"
-    parts = [
+    size = f", {memory / 2**30:.0f} GiB" if memory else ""
+    lines = [
         f"Machine: {environment['machine']}, {environment['cpu']}, "
-        f"{environment['logical_cores']} logical cores"
-        + (f", {memory / 2**30:.0f} GiB" if memory else "")
-        + f", {environment['system']}.",
+        f"{environment['logical_cores']} logical cores{size}, {environment['system']}.",
         f"Device: {environment['device_name'] or environment['device']}; "
         f"{environment['threads']} threads; PyTorch's CPU capability "
         f"{environment['torch_cpu_capability']}.",
@@ -138,38 +237,50 @@ def environment_text(environment: dict[str, Any]) -> str:
         f"densenet_fast {own['version']}: {kernels}.",
         f"Commit: {environment['commit'] or 'unknown'}. Date: {environment['date']}.",
     ]
-    load = environment.get("load_average_at_start")
-    if load is not None:
-        parts.append(f"Load average when the run started: {load:.2f}.")
-    return "\n".join(parts)
+    if environment["load_average_at_start"] is not None:
+        lines.append(f"Load average at the start: {environment['load_average_at_start']:.2f}.")
+    return "\n".join(lines)
 
 
-def intro(record: dict[str, Any]) -> list[str]:
-    """Opening paragraphs of every page: command, completeness, machine."""
-    state = ""
+def _settings_text(settings: dict[str, Any]) -> str:
+    """The settings that are numbers or names, or lists of such."""
+    lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
+    return "; ".join(
+        f"{key.replace('_', ' ')}: {', '.join(map(str, values))}"
+        for key, values in lists.items()
+        if values and not any(isinstance(value, dict) for value in values)
+    )
+
+
+def page(
+    name: str,
+    title: str,
+    record: Record,
+    tables: Sequence[Table],
+    findings: Sequence[str],
+    errors: Sequence[str],
+) -> str:
+    """The page of a suite's record, in Markdown."""
+    blocks = [f"# {title}", f"Command: `{record['command']}`"]
     if not record["complete"]:
         reason = f"Stopped by {record['error']}" if "error" in record else "Interrupted"
-        state = f"\n\n**{reason}: the results below are partial.**"
-    return [f"Command: `{record['command']}`{state}", environment_text(record["environment"])]
+        blocks.append(f"**{reason}: the results below are partial.**")
+    blocks += [environment_text(record["environment"]), _settings_text(record["settings"])]
+    blocks.append(f"How this is measured and what the columns are: docs/benchmarks.md, `{name}`.")
+    for table in tables:
+        text = table.markdown()
+        blocks += [f"## {table.title}"] if text and table.title else []
+        blocks += [text] if text else []
+    blocks += ["## Findings", *findings] if findings else []
+    blocks += ["Not measured:", "\n".join(f"- {error}" for error in errors)] if errors else []
+    ranked = ranking(tables)
+    blocks += ["## Where densenet_fast is not first", ranked] if ranked else []
+    return "\n\n".join(blocks) + "\n"
 
 
-def write_json(output: Path, name: str, record: dict[str, Any]) -> Path:
+def write_json(output: Path, name: str, record: Record) -> Path:
     """Write the raw figures."""
     path = output / f"{name}.json"
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, text.encode())
     return path
-
-
-def write_page(output: Path, name: str, page: Page, figure: Figure | None) -> list[Path]:
-    """Write a page and its plot; returns the files."""
-    written = []
-    if figure is not None:
-        for suffix in ("png", "svg"):
-            path = output / f"{name}.{suffix}"
-            figure.savefig(path, dpi=130)
-            written.append(path)
-        page.add(f"![{page.title}]({name}.png)")
-    path = output / f"{name}.md"
-    write_atomically(path, page.markdown().encode())
-    return [path, *written]

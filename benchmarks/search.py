@@ -1,19 +1,19 @@
 """The largest size that fits a budget, found with few measurements.
 
-A prediction says where to measure first. What was measured there corrects it, and the search ends
-when a size was measured to fit and the next larger one not to.
+A line or a parabola through what was measured last says where to measure next; the search ends when
+a size was measured to fit and the next larger one not to.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.measure import MeasurementError, OutOfMemoryError
 
-MOST_MEASUREMENTS = 20
-MOST_CORRECTION = 2.0  # a prediction farther off says nothing
+MOST_MEASUREMENTS = 30
+MOST_SIZE = 2**40  # of a curve that hardly rises
+FIRST_GROWTH = 4  # of the sizes that make a line, which overshoot least; half of it for a parabola
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Bracket:
     """What is known: sizes from 1 up to `fits` fit, those from `next` on do not."""
 
     resolution: Callable[[int], int]  # distance to the size below that is close enough
+    degree: int  # of the curve that bytes follow: 1 or 2
+    measured: list[Measured] = field(default_factory=list)
     fits: Measured | None = None
     next: Measured | None = None
-    measurements: int = 0
 
     @property
     def low(self) -> int:
@@ -47,57 +48,51 @@ class Bracket:
 
     def add(self, measured: Measured, budget: int) -> None:
         """Take up a measurement of a size in between."""
-        self.measurements += 1
+        self.measured.append(measured)
         if measured.bytes is not None and measured.bytes <= budget:
             self.fits = measured
         else:
             self.next = measured
 
-    def candidate(self, guess: int) -> int:
-        """What to measure next, given the corrected prediction of the largest size that fits."""
-        if not self.measurements:
-            return max(1, guess)
-        # One measurement closes the bracket if the guess is right; farther off each time if not.
-        farther = 2 ** (self.measurements - 1)
+    def guess(self, budget: int) -> int:
+        """The largest size that fits, by the curve through the last sizes measured."""
+        from numpy.polynomial import Polynomial
+
+        points = [(m.size, m.bytes - budget) for m in self.measured if m.bytes is not None]
+        points = points[-1 - self.degree :]
+        if len(points) <= self.degree:
+            return self.low * FIRST_GROWTH // self.degree
+        sizes, over = zip(*points, strict=True)
+        roots = map(complex, Polynomial.fit(sizes, over, self.degree).roots())
+        real = [float(root.real) for root in roots if abs(root.imag) < 1 and root.real > 0]
+        nearest = min(real, key=lambda root: abs(root - points[-1][0]), default=0.0)
+        return min(int(nearest), MOST_SIZE) or self.low * FIRST_GROWTH // self.degree
+
+    def candidate(self, budget: int) -> int:
+        """What to measure next."""
+        if not self.measured:
+            return 1
+        guess, above = self.guess(budget), self.low + self.resolution(self.low)
         if self.next is None:
-            return max(guess, self.low + self.resolution(self.low) * farther)
-        high = self.next.size
-        if self.fits is None:
-            return max(1, min(guess, high - self.resolution(high) * farther))
-        if self.measurements % 2:  # the guess alone might creep
-            return (self.low + high) // 2
+            return max(guess, above)
         if guess <= self.low:
-            return self.low + self.resolution(self.low)
-        return min(guess, high - self.resolution(high))
+            return above
+        if self.next.bytes is None or len(self.measured) % 4 == 0:  # guesses alone might creep
+            return (self.low + self.next.size) // 2
+        return min(guess, self.next.size - self.resolution(self.next.size))
 
 
-def largest_within(needs: Callable[[int], int], budget: int) -> int:
-    """The largest size from 1 on whose need, which grows with it, is within the budget; or 0."""
-    end = 1
-    while needs(end) <= budget:
-        end *= 2
-    return bisect_right(range(1, end), budget, key=needs)
-
-
-def search(
-    bracket: Bracket,
-    measure: Callable[[int], int],
-    predict: Callable[[int], int],
-    budget: int,
-) -> None:
+def search(bracket: Bracket, measure: Callable[[int], int], budget: int) -> None:
     """Close the bracket; what was measured is in it also after an error.
 
     A size that `measure` has no memory for does not fit.
     """
-    correction = 1.0  # measured over predicted, where it was measured last
     while not bracket.closed:
-        if bracket.measurements == MOST_MEASUREMENTS:
+        if len(bracket.measured) == MOST_MEASUREMENTS:
             raise MeasurementError(f"not found within {MOST_MEASUREMENTS} measurements")
-        size = bracket.candidate(largest_within(predict, int(budget / correction)))
+        size = bracket.candidate(budget)
         try:
-            used = measure(size)
+            used: int | None = measure(size)
         except OutOfMemoryError:
-            bracket.add(Measured(size, None), budget)
-        else:
-            bracket.add(Measured(size, used), budget)
-            correction = min(max(used / predict(size), 1 / MOST_CORRECTION), MOST_CORRECTION)
+            used = None
+        bracket.add(Measured(size, used), budget)

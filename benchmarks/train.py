@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from benchmarks.datasets import Images, batches
 from benchmarks.measure import timed, tuned_libraries
+from benchmarks.memory import training_step
 from benchmarks.networks import NetworkSpec
 from benchmarks.other_peers import State
 from benchmarks.peers import PEERS, build, initial_state
+from benchmarks.report import Row
+from benchmarks.suites import Advance, Task, case_of
 
 LEARNING_RATE = 0.01
-
-Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,75 +42,90 @@ FINE_TUNING = Recipe(
 )
 
 
-def new_entry(**named: Any) -> Entry:
-    """An entry of a record for what `train` measures."""
-    return {**named, "losses": [], "seconds": []}
+def trained(row: Row, part: str = "training") -> bool:
+    """Whether `train` has finished a row."""
+    return "test_loss" in row.get(part, ())
 
 
-def tested(entry: Entry) -> bool:
-    """Whether `train` has finished an entry."""
-    return "test_loss" in entry
-
-
-def train(
-    entries: Mapping[str, Entry],
+def training_task(
+    rows: Sequence[Row],
+    part: str,
     spec: NetworkSpec,
-    images: Images,
+    images: Callable[[], Images],
+    device: torch.device,
     *,
     steps: int,
     seed: int,
+    weight: float,
+    **how: Any,
+) -> Task:
+    """To train the rows' peers side by side; `weight` of each step on the progress bar."""
+
+    def call(advance: Advance) -> None:
+        done: Callable[[Row], None] = lambda row: advance(weight)  # noqa: E731
+        train(rows, part, spec, images(), device, steps=steps, seed=seed, advance=done, **how)
+
+    done = all(trained(row, part) for row in rows)
+    return Task(f"{part}: {case_of(rows[0])}", weight * steps * len(rows), done, call)
+
+
+def train(
+    rows: Sequence[Row],
+    part: str,
+    spec: NetworkSpec,
+    images: Images,
     device: torch.device,
-    advance: Callable[[str], None],
+    *,
+    steps: int,
+    seed: int,
+    advance: Callable[[Row], None],
     dtype: torch.dtype = torch.float32,
     test_images: int | None = None,
     state: State | None = None,
     recipe: Recipe = FROM_SCRATCH,
-) -> dict[str, nn.Module]:
-    """Train the peers named by `entries`, step by step in turn, and test them at the end.
+) -> list[nn.Module]:
+    """Train the rows' peers, step by step in turn, and test them at the end.
 
     All start from the same weights, those of `state` or new ones, and see the same batches. Each
-    one's figures go into its entry step by step; `advance` is called with its name after each of
-    its steps. Returns the trained networks.
+    one's figures go into that part of its row step by step; `advance` is called with the row after
+    each of its steps. Returns the trained networks.
     """
     if state is None:
         state = initial_state(spec, seed)
-    trainees = {
-        name: _Trainee(name, spec, state, entry, steps, device, dtype, recipe)
-        for name, entry in entries.items()
-    }
+    trainees = [_Trainee(row, spec, state, steps, device, dtype, recipe) for row in rows]
+    for row, trainee in zip(rows, trainees, strict=True):
+        row[part] = trainee.figures
     with tuned_libraries(device):
         for batch, labels in batches(images, spec.batch_size, steps, seed):
-            for name, trainee in trainees.items():
+            for row, trainee in zip(rows, trainees, strict=True):
                 trainee.step(batch, labels)
-                advance(name)
-        for trainee in trainees.values():
+                advance(row)
+        for trainee in trainees:
             trainee.test(images, test_images)
-    return {name: trainee.model for name, trainee in trainees.items()}
+    return [trainee.model for trainee in trainees]
 
 
 class _Trainee:
-    """One implementation in training; its figures go into `entry` step by step."""
+    """One implementation in training; its figures fill step by step."""
 
     def __init__(
         self,
-        name: str,
+        row: Row,
         spec: NetworkSpec,
         state: State,
-        entry: Entry,
         steps: int,
         device: torch.device,
         dtype: torch.dtype,
         recipe: Recipe,
     ) -> None:
-        self.peer, self.spec = PEERS[name], spec
+        self.peer, self.spec, self.device, self.dtype = PEERS[row["peer"]], spec, device, dtype
         self.model = build(self.peer, spec, state, device=device, dtype=dtype)
-        self.entry = entry
-        self.device, self.dtype = device, dtype
         self.optimizer = recipe.optimizer(self.model.parameters())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: recipe.share(step, steps)
         )
-        entry["parameters"] = sum(p.numel() for p in self.model.parameters())
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.figures: dict[str, Any] = {"parameters": parameters, "losses": [], "seconds": []}
 
     def _to_device(self, images: Tensor) -> Tensor:
         placed = images.to(device=self.device, dtype=self.dtype)
@@ -122,30 +138,21 @@ class _Trainee:
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One training step; forward, loss and backward are timed, the optimizer is not."""
         images, labels = self._to_device(images), labels.to(self.device)
-        losses = []
         self.optimizer.zero_grad(set_to_none=True)
-
-        def forward_backward() -> None:
-            loss = nn.functional.cross_entropy(self.model(images), labels)
-            loss.backward()
-            losses.append(loss.detach())
-
-        self.entry["seconds"].append(timed(forward_backward, self.device))
+        losses = []
+        call = lambda: losses.append(training_step(self.model, images, labels).detach())  # noqa: E731
+        self.figures["seconds"].append(timed(call, self.device))
         self.optimizer.step()
         self.schedule.step()
-        self.entry["losses"].append(losses[0].item())
+        self.figures["losses"].append(losses[0].item())
 
     @torch.no_grad()
     def test(self, images: Images, count: int | None, batch_size: int = 60) -> None:
         """Mean loss and accuracy on the first `count` test images, in evaluation mode."""
         self.model.eval()
-        right, loss = 0, 0.0
-        all_labels = images.test_labels[:count]
-        for batch, labels in zip(
-            images.test_images[:count].split(batch_size), all_labels.split(batch_size), strict=True
-        ):
-            logits = self.model(self._to_device(batch)).cpu()
-            right += int((logits.argmax(dim=1) == labels).sum())
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        self.entry["test_accuracy"] = right / len(all_labels)
-        self.entry["test_loss"] = loss / len(all_labels)
+        labels = images.test_labels[:count]
+        parts = images.test_images[:count].split(batch_size)
+        logits = torch.cat([self.model(self._to_device(part)).cpu() for part in parts])
+        right = logits.argmax(dim=1) == labels
+        self.figures["test_accuracy"] = right.double().mean().item()
+        self.figures["test_loss"] = nn.functional.cross_entropy(logits, labels).item()

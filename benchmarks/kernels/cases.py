@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from densenet_fast import operators
 from densenet_fast.operators.rows import empty_channels_last, row_pitch
 
 EPS = 1e-5
+Product = Callable[..., Tensor]  # norm, ReLU and convolution by PyTorch's operators
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,10 @@ def _images(rows: Tensor) -> Tensor:
     return rows.contiguous().movedim(-1, 1)
 
 
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_MAXIMA = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
-
-
-def _by_dimensions(functions: Sequence[Callable[..., Tensor]], x: Tensor) -> Callable[..., Tensor]:
-    return functions[x.dim() - 3]
+def _of_dimensions(name: str, x: Tensor) -> Product:
+    """PyTorch's function of that name for images of as many dimensions."""
+    function: Product = getattr(F, f"{name}{x.dim() - 2}d")
+    return function
 
 
 def _norm_relu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -141,19 +139,19 @@ def _norm_relu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def _conv1x1(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
     kernel = weight.reshape(*weight.shape, *(1,) * (x.dim() - 2))
-    return _by_dimensions(_CONVOLUTIONS, x)(_norm_relu(x, gamma, beta), kernel)
+    return _of_dimensions("conv", x)(_norm_relu(x, gamma, beta), kernel)
 
 
 def _conv3x3(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-    return _by_dimensions(_CONVOLUTIONS, x)(_norm_relu(x, gamma, beta), weight, padding=1)
+    return _of_dimensions("conv", x)(_norm_relu(x, gamma, beta), weight, padding=1)
 
 
 def _transition(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-    return _by_dimensions(_AVERAGES, x)(_conv1x1(x, gamma, beta, weight), 2)
+    return _of_dimensions("avg_pool", x)(_conv1x1(x, gamma, beta, weight), 2)
 
 
 def _max_pool(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    return _by_dimensions(_MAXIMA, x)(_norm_relu(x, gamma, beta), 3, 2, padding=1)
+    return _of_dimensions("max_pool", x)(_norm_relu(x, gamma, beta), 3, 2, padding=1)
 
 
 def _usual_forward(
@@ -173,7 +171,7 @@ def _usual_backward(
 ) -> Callable[[], Sequence[Tensor]]:
     """Gradients of the input, the norm's parameters and the weight, over a graph that is kept."""
 
-    @functools.cache
+    @cache
     def graph() -> tuple[Tensor, Sequence[Tensor], Tensor]:
         parameters = (_images(rows), norm.gamma, norm.beta, *weight)
         leaves = [tensor.detach().clone().requires_grad_() for tensor in parameters]
@@ -189,118 +187,54 @@ def _usual_backward(
 # ---- Kernels with products
 
 
-def _conv1x1_forward(make: Operands, shape: Shape) -> Case:
-    features = make.features(shape, shape.channels)
-    norm, weight = make.norm(features), make.weight(shape.outputs, shape.channels)
-    bottleneck = make.empty(*features.shape[:-1], shape.outputs)
-    mean, var = make.vectors(shape.outputs)
-    arguments = (features, *norm.forward, weight, bottleneck, mean, var)
+def _input(make: Operands, shape: Shape, function: Product) -> tuple[Tensor, Norm, Tensor, int]:
+    """What a convolution reads, a norm of it, its weight, and the size of its result."""
+    if function is _conv3x3:  # the bottleneck, or the features where there is none
+        x, weight = make.rows(shape, shape.channels), make.kernels(shape)
+    else:
+        x = make.features(shape, shape.channels)
+        weight = make.weight(shape.outputs, shape.channels)
+    return x, make.norm(x), weight, shape.size // 2 if function is _transition else shape.size
+
+
+def _forward(function: Product, make: Operands, shape: Shape) -> Case:
+    x, norm, weight, size = _input(make, shape, function)
+    if function is _conv3x3:
+        out = make.features(shape, shape.outputs, shape.buffer - shape.outputs)
+    else:
+        out = make.empty(shape.images, *(size,) * shape.dims, shape.outputs)
+    wanted = (None, None) if function is _transition else make.vectors(shape.outputs)
+    arguments = (x, *norm.forward, weight, out, *wanted)
+    operator = getattr(operators, f"{function.__name__[1:]}_forward")
     return Case(
-        2 * shape.rows * weight.numel(),
+        2 * shape.images * size**shape.dims * weight.numel(),
         _moved(*arguments),
-        lambda: operators.conv1x1_forward(*arguments),
-        _usual_forward(_conv1x1, features, norm, weight),
-        (bottleneck,),
-    )
-
-
-def _conv1x1_backward(make: Operands, shape: Shape) -> Case:
-    features = make.features(shape, shape.channels)
-    norm, weight = make.norm(features), make.weight(shape.outputs, shape.channels)
-    grad_norm, bottleneck = (make.rows(shape, shape.outputs) for _ in range(2))
-    coefficients = make.randn(3, shape.outputs)
-    p, q, s = coefficients
-    grad_bottleneck = (p * grad_norm + q * bottleneck + s).to(make.dtype)
-    grad_features = make.features(shape, shape.channels)
-    grad_gamma, grad_beta = make.vectors(shape.channels)
-    grad_weight = torch.empty_like(weight)
-    arguments = (
-        *(grad_norm, bottleneck, coefficients, features, *norm.all, weight),
-        *(grad_features, grad_gamma, grad_beta, grad_weight),
-    )
-    return Case(
-        4 * shape.rows * weight.numel(),
-        _moved(*arguments, grad_features),  # it is added to
-        lambda: operators.conv1x1_backward(*arguments),
-        _usual_backward(_conv1x1, features, norm, grad_bottleneck, weight),
-        (None, grad_gamma, grad_beta, grad_weight),
-    )
-
-
-def _conv3x3_forward(make: Operands, shape: Shape) -> Case:
-    bottleneck = make.rows(shape, shape.channels)
-    norm, weight = (
-        make.norm(bottleneck),
-        make.weight(shape.outputs, shape.channels, *(3,) * shape.dims),
-    )
-    growth = make.features(shape, shape.outputs, shape.buffer - shape.outputs)
-    mean, var = make.vectors(shape.outputs)
-    arguments = (bottleneck, *norm.forward, weight, growth, mean, var)
-    return Case(
-        2 * shape.rows * weight.numel(),
-        _moved(*arguments),
-        lambda: operators.conv3x3_forward(*arguments),
-        _usual_forward(_conv3x3, bottleneck, norm, weight),
-        (growth,),
-    )
-
-
-def _conv3x3_backward(make: Operands, shape: Shape) -> Case:
-    bottleneck = make.rows(shape, shape.channels)
-    norm, weight = (
-        make.norm(bottleneck),
-        make.weight(shape.outputs, shape.channels, *(3,) * shape.dims),
-    )
-    grad_growth = make.rows(shape, shape.outputs)
-    grad_norm = torch.empty_like(bottleneck)
-    grad_gamma, grad_beta = make.vectors(shape.channels)
-    grad_weight = torch.empty_like(weight)
-    arguments = (
-        *(grad_growth, bottleneck, *norm.all, weight),
-        *(grad_norm, grad_gamma, grad_beta, grad_weight),
-    )
-    return Case(
-        4 * shape.rows * weight.numel(),
-        _moved(*arguments),
-        lambda: operators.conv3x3_backward(*arguments),
-        _usual_backward(_conv3x3, bottleneck, norm, grad_growth, weight),
-        (None, grad_gamma, grad_beta, grad_weight),
-    )
-
-
-def _transition_forward(make: Operands, shape: Shape) -> Case:
-    features = make.features(shape, shape.channels)
-    norm, weight = make.norm(features), make.weight(shape.outputs, shape.channels)
-    half = shape.size // 2
-    out = make.empty(shape.images, *(half,) * shape.dims, shape.outputs)
-    arguments = (features, *norm.forward, weight, out)
-    return Case(
-        2 * shape.images * half**shape.dims * weight.numel(),
-        _moved(*arguments),
-        lambda: operators.transition_forward(*arguments, None, None),
-        _usual_forward(_transition, features, norm, weight),
+        lambda: operator(*arguments),
+        _usual_forward(function, x, norm, weight),
         (out,),
     )
 
 
-def _transition_backward(make: Operands, shape: Shape) -> Case:
-    features = make.features(shape, shape.channels)
-    norm, weight = make.norm(features), make.weight(shape.outputs, shape.channels)
-    half = shape.size // 2
-    grad_out = make.rows(shape, shape.outputs, half)
-    grad_features = make.features(shape, shape.channels)
-    grad_gamma, grad_beta = make.vectors(shape.channels)
-    grad_weight = torch.empty_like(weight)
-    arguments = (
-        *(grad_out, features, *norm.all, weight),
-        *(grad_features, grad_gamma, grad_beta, grad_weight),
-    )
+def _backward(function: Product, make: Operands, shape: Shape) -> Case:
+    x, norm, weight, size = _input(make, shape, function)
+    gradient = make.rows(shape, shape.outputs, size)
+    given: tuple[Tensor, ...] = (gradient,)
+    if function is _conv1x1:  # through the norm behind it
+        bottleneck, coefficients = make.rows(shape, shape.outputs), make.randn(3, shape.outputs)
+        given = (gradient, bottleneck, coefficients)
+        p, q, s = coefficients
+        gradient = (p * gradient + q * bottleneck + s).to(make.dtype)
+    dense = function is _conv3x3
+    grad_x = torch.empty_like(x) if dense else make.features(shape, shape.channels)
+    results = (*make.vectors(shape.channels), torch.empty_like(weight))
+    arguments = (*given, x, *norm.all, weight, grad_x, *results)
+    operator = getattr(operators, f"{function.__name__[1:]}_backward")
     return Case(
-        4 * shape.images * half**shape.dims * weight.numel(),
-        _moved(*arguments),
-        lambda: operators.transition_backward(*arguments),
-        _usual_backward(_transition, features, norm, grad_out, weight),
-        (None, grad_gamma, grad_beta, grad_weight),
+        4 * shape.images * size**shape.dims * weight.numel(),
+        _moved(*arguments, grad_x if function is _conv1x1 else None),  # it is added to
+        lambda: operator(*arguments),
+        _usual_backward(function, x, norm, gradient, weight),
+        (None, *results),
     )
 
 
@@ -371,12 +305,12 @@ def _maxpool_backward(make: Operands, shape: Shape) -> Case:
 
 
 _MAKERS: dict[str, Callable[[Operands, Shape], Case]] = {
-    "conv1x1_forward": _conv1x1_forward,
-    "conv1x1_backward": _conv1x1_backward,
-    "conv3x3_forward": _conv3x3_forward,
-    "conv3x3_backward": _conv3x3_backward,
-    "transition_forward": _transition_forward,
-    "transition_backward": _transition_backward,
+    "conv1x1_forward": partial(_forward, _conv1x1),
+    "conv1x1_backward": partial(_backward, _conv1x1),
+    "conv3x3_forward": partial(_forward, _conv3x3),
+    "conv3x3_backward": partial(_backward, _conv3x3),
+    "transition_forward": partial(_forward, _transition),
+    "transition_backward": partial(_backward, _transition),
     "channel_statistics": _channel_statistics,
     "finish_gradient": _finish_gradient,
     "norm_relu_maxpool_forward": _maxpool_forward,

@@ -1,22 +1,21 @@
-"""The suites: each measures into a record of plain data and renders its page from that."""
+"""The suites: each measures into a record of plain data and declares the tables that show it."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.networks import NETWORKS, NetworkSpec
+
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from benchmarks.report import Row, Table
 
-    from benchmarks.progress import Progress
-    from benchmarks.report import Page
-
-# Name of a suite → what it answers; the module of the same name holds it.
+# Name of a suite → what it answers; `SUITE` in the module of that name is the suite.
 SUITES: dict[str, str] = {
     "training": "the main job: train naive and densenet_fast side by side on real images",
     "step": "peak memory and speed of one training step of DenseNet-121 and DenseNet-BC-100",
@@ -29,7 +28,6 @@ SUITES: dict[str, str] = {
     "finetune": "a new classifier on pretrained weights: torchvision, converted, and ours",
     "kernels": "every kernel against this machine's measured peak and PyTorch's own operators",
     "gate": "a few ratios with generous floors: has a change made something much worse?",
-    "predict": "a prediction, not a measurement: the same step on A100, H100 and RTX 4090",
 }
 DEFAULT_SUITE = "training"
 
@@ -41,6 +39,7 @@ class Options:
     full: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
+    output: Path = Path("results")
     peers: tuple[str, ...] | None = None
     networks: tuple[str, ...] | None = None
     parts: tuple[str, ...] | None = None
@@ -51,50 +50,101 @@ class Options:
     amp: str | None = None
     budgets: tuple[int, ...] | None = None  # MiB
     data: str | None = None
-    output: Path = Path("results")
+
+    def rounds_of(self, form: tuple[int, int]) -> int:
+        """Those asked for, or those of the quick or the full form."""
+        return self.rounds or form[self.full]
 
 
+BAR = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining}  {desc}"
 Record = dict[str, Any]
-Save = Callable[[], object]
+Advance = Callable[[float], None]
 
 
-def has(
-    record: Record, part: str, case: dict[str, Any], whole: Callable[[Any], bool], *, count: int = 1
-) -> bool:
-    """Whether a case has all its entries; otherwise they are dropped, to be measured anew."""
-    entries = [entry for entry in record[part] if case.items() <= entry.items()]
-    if len(entries) == count and all(map(whole, entries)):
-        return True
-    record[part] = [entry for entry in record[part] if not case.items() <= entry.items()]
-    return False
+@dataclass(frozen=True)
+class Task:
+    """A piece of a suite's work, after which its record is saved."""
+
+    text: str
+    work: float  # in any unit of the suite
+    done: bool  # in the record that is resumed
+    call: Callable[[Advance], None]  # puts its figures into the record, and says what it has done
 
 
-class Suite(Protocol):
-    """The interface of a suite's module. `KNOWN_PEERS` says which peers it takes, if not all."""
+class Suite:
+    """What a suite has to say; a record has `settings`, and a row of `rows` for each case.
 
-    OPTIONS: frozenset[str]  # names of the `Options` beyond the common ones that it takes
-    PARTS: tuple[str, ...]
+    A row is made when the suite is planned, with what is measured in it; figures come into it part
+    by part. What went wrong stands as `error` where the figures would be.
+    """
+
+    title: str
+    options: frozenset[str] = frozenset()  # names of the `Options` that not all suites take
+    parts: tuple[str, ...] = ()
+    known_networks: Mapping[str, NetworkSpec] = NETWORKS
+    known_peers: Collection[str] | None = None  # None: all of them
 
     def plan(self, options: Options) -> Record:
-        """Settings of a run and empty places for its figures."""
+        """Settings and rows of a run; raises `UsageError` before any work."""
+        raise NotImplementedError
 
-    def run(self, options: Options, record: Record, progress: Progress, save: Save) -> None:
-        """Measure what `record` does not have, calling `save` whenever something was added.
+    def tasks(self, options: Options, record: Record) -> Iterable[Task]:
+        """The work, in its order."""
+        raise NotImplementedError
 
-        A record that is resumed holds the finished cases of an earlier run, and perhaps one that
-        was interrupted, which is measured anew.
-        """
+    def tables(self, record: Record) -> list[Table]:
+        """What the page shows, of a record that may be partial."""
+        raise NotImplementedError
 
-    def page(self, record: Record) -> Page:
-        """The page of a record, which may be partial."""
-
-    def figure(self, record: Record) -> Figure | None:
-        """The plot of a record, or None when there is nothing to plot yet."""
+    def findings(self, record: Record) -> list[str]:
+        """What the tables do not say by themselves."""
+        return []
 
     def failures(self, record: Record) -> list[str]:
         """What must not be and is; such a run exits with an error."""
+        return errors(record["rows"])
+
+
+def run_tasks(tasks: Iterable[Task], save: Callable[[], object], *, visible: bool = True) -> None:
+    """Do what is not done yet, saving after each; `visible`: with a bar on standard error."""
+    from tqdm import tqdm
+
+    planned = list(tasks)
+    total = sum(task.work for task in planned)
+    with tqdm(total=total, bar_format=BAR, disable=not visible, mininterval=0.5) as bar:
+        done = 0.0
+        for task in planned:
+            bar.set_description_str(task.text, refresh=False)
+            if not task.done:
+                task.call(bar.update)
+                save()
+            done += task.work
+            bar.update(done - bar.n)  # what it has not said
+
+
+def measured(row: Row, part: str) -> bool:
+    """Whether a row has a part's figures, which no error kept away."""
+    return part in row and "error" not in row[part]
+
+
+def case_of(row: Row) -> str:
+    """What a row was measured on, by whom."""
+    shown = {"title": "{}", "network": "{}", "growth_rate": "k={}", "seed": "seed {}"}
+    shown |= {"budget": "{} MiB", "peer": "{}"}
+    return ", ".join(text.format(row[key]) for key, text in shown.items() if key in row)
+
+
+def errors(rows: Iterable[Row]) -> list[str]:
+    """Every part that could not be measured, and why."""
+    return [
+        f"{part} of {case_of(row)}: {figures['error']}"
+        for row in rows
+        for part, figures in row.items()
+        if isinstance(figures, dict) and "error" in figures
+    ]
 
 
 def load(name: str) -> Suite:
     """The suite of that name."""
-    return cast(Suite, importlib.import_module(f"benchmarks.suites.{name}"))
+    suite: Suite = importlib.import_module(f"benchmarks.suites.{name}").SUITE
+    return suite

@@ -8,67 +8,95 @@ weights from torchvision's file.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.datasets import DataError, Images
-from benchmarks.memory import MemoryCase, figures_in_child
-from benchmarks.networks import NETWORKS, NetworkSpec
+from benchmarks import datasets
+from benchmarks.datasets import Images
+from benchmarks.networks import NETWORKS
 from benchmarks.peers import PEERS, build, initial_state
-from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, has
-from benchmarks.suites.finetune_page import figure, page
-from benchmarks.suites.quality import load_images
-from benchmarks.train import FINE_TUNING, LEARNING_RATE, Entry, new_entry, tested, train
+from benchmarks.report import Column, Record, Row, Table, at, four_digits, percent, plain, typical
+from benchmarks.suites import Advance, Options, Suite, Task
+from benchmarks.suites.step import PEAK, memory_task
+from benchmarks.train import FINE_TUNING, LEARNING_RATE, train, trained
+from densenet_fast.train.errors import DataError
 from densenet_fast.train.storage import write_atomically
 
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
-
-OPTIONS = frozenset({"parts", "rounds", "data"})
-PARTS = ("training", "memory")
 FINE_TUNED = ("naive-channels-last", "ours-converted", "ours-bottleneck")
-# The network that makes the file, and what the file is called.
 PRETRAINED_BY = "naive-channels-last"
 WEIGHTS = "finetune-weights.pth"
-
 HALF = 5  # classes
-IMAGE_SIZE = 64  # pixels
-BATCH_SIZE = 32
-QUICK_STEPS, FULL_STEPS = 60, 200
+SPEC = replace(NETWORKS["densenet121"], num_classes=HALF, image_size=64, batch_size=32)
 CHILD_WORK = 20.0  # of the progress bar, in training steps
 
+COLUMNS = (
+    Column("test accuracy", at("training", "test_accuracy"), percent),
+    Column("test loss", at("training", "test_loss"), four_digits),
+    Column("last ten losses", lambda row: fmean(row["training"]["losses"][-10:]), four_digits),
+    Column("seconds a step", typical("training"), plain, ratio="speed"),
+    PEAK,
+)
 
-def plan(options: Options) -> Record:
-    """Settings of the quick or the full form, as the user changed them."""
-    data = options.data or "digits"
-    images = load_images(data, options.seed)  # what is wrong with the files is said before the work
-    halves = [part_of(images, later=later) for later in (False, True)]
-    for half, classes in zip(halves, (f"0 to {HALF - 1}", f"{HALF} and above"), strict=True):
-        if len(half.train_labels) < BATCH_SIZE or not len(half.test_labels):
-            raise DataError(
-                f"{data!r} should have at least {BATCH_SIZE} training images and one test image "
-                f"with labels {classes}, got {len(half.train_labels)} and {len(half.test_labels)}"
-            )
-    return {
-        "settings": {
-            "data": data,
-            "network": _spec().to_json(),
-            "train_images": [len(half.train_labels) for half in halves],
-            "test_images": [len(half.test_labels) for half in halves],
-            "peers": list(FINE_TUNED),
-            "parts": list(options.parts or PARTS),
-            "steps": options.rounds or (FULL_STEPS if options.full else QUICK_STEPS),
-            "learning_rate": LEARNING_RATE,
-            "seed": options.seed,
-        },
-        "pretraining": [],
-        "training": [],
-        "memory": [],
-    }
+
+class Finetune(Suite):
+    """DenseNet-121 on digits, Fashion-MNIST or a folder."""
+
+    title = "Fine-tuning: a new classifier on pretrained weights"
+    options = frozenset({"parts", "rounds", "data"})
+    parts = ("training", "memory")
+
+    def plan(self, options: Options) -> Record:
+        data, parts = options.data or "digits", list(options.parts or self.parts)
+        images = datasets.load(data, options.seed)  # a fault of the files is said before the work
+        halves = [part_of(images, later=later) for later in (False, True)]
+        for half, classes in zip(halves, (f"0 to {HALF - 1}", f"{HALF} and above"), strict=True):
+            if len(half.train_labels) < SPEC.batch_size or not len(half.test_labels):
+                raise DataError(
+                    f"{data!r} should have at least {SPEC.batch_size} training images and one test "
+                    f"image with labels {classes}, got {len(half.train_labels)} and "
+                    f"{len(half.test_labels)}"
+                )
+        return {
+            "settings": {
+                "data": data,
+                "network": SPEC.title,
+                "train_images": [len(half.train_labels) for half in halves],
+                "test_images": [len(half.test_labels) for half in halves],
+                "parts": parts,
+                "steps": options.rounds_of((60, 200)),
+                "learning_rate": LEARNING_RATE,
+                "seed": options.seed,
+            },
+            "rows": [{"peer": name} for name in FINE_TUNED],
+            "pretraining": [{"peer": PRETRAINED_BY}],
+        }
+
+    def tasks(self, options: Options, record: Record) -> Iterator[Task]:
+        settings, rows = record["settings"], record["rows"]
+        weights = options.output / WEIGHTS
+        if "training" in settings["parts"]:
+            for text, own, later in (
+                ("training on the first classes", record["pretraining"], False),
+                ("fine-tuning on the other classes", rows, True),
+            ):
+                done = all(trained(row) for row in own)
+                done = done and (later or weights.is_file())
+                call = partial(_train, own, weights, options, settings, later)
+                yield Task(text, settings["steps"] * len(own), done, call)
+        for row in rows if "memory" in settings["parts"] else ():
+            yield memory_task(row, SPEC, options, settings, CHILD_WORK)
+
+    def tables(self, record: Record) -> list[Table]:
+        # The file's network has learnt other classes: it is compared with none.
+        made = Table("The file's network, on its own classes", COLUMNS[:2], record["pretraining"])
+        return [Table("", COLUMNS, record["rows"]), made]
 
 
 def part_of(images: Images, *, later: bool) -> Images:
@@ -82,101 +110,45 @@ def part_of(images: Images, *, later: bool) -> Images:
     return Images(*train_half, *chosen(images.test_images, images.test_labels))
 
 
-def _spec(classes: int = HALF) -> NetworkSpec:
-    shape: dict[str, Any] = {"image_size": IMAGE_SIZE, "batch_size": BATCH_SIZE}
-    return replace(NETWORKS["densenet121"], num_classes=classes, **shape)
-
-
-def failures(record: Record) -> list[str]:
-    """Cases whose memory could not be measured."""
-    return [f"{e['peer']}: {e['error']}" for e in record["memory"] if "error" in e]
-
-
-def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
-    """Train the file's network, fine-tune all others side by side, measure memory."""
-    settings = record["settings"]
-    peers, parts, steps = settings["peers"], settings["parts"], settings["steps"]
-    progress.start(
-        steps * (1 + len(peers)) * ("training" in parts)
-        + CHILD_WORK * len(peers) * ("memory" in parts)
-    )
-    if "training" in parts:
-        images = load_images(settings["data"], settings["seed"])
-        weights = options.output / WEIGHTS
-        progress.describe("training on the first classes")
-        if has(record, "pretraining", {}, tested) and weights.is_file():
-            progress.advance(steps)
-        else:
-            _pretrain(weights, part_of(images, later=False), record, options, progress)
-            save()
-        progress.describe("fine-tuning on the other classes")
-        if has(record, "training", {}, tested, count=len(peers)):
-            progress.advance(steps * len(peers))
-        else:
-            _fine_tune(weights, part_of(images, later=True), record, options, progress)
-            save()
-    for peer in peers if "memory" in parts else ():
-        progress.describe(f"memory, {peer}")
-        if not has(record, "memory", {"peer": peer}, lambda entry: "error" not in entry):
-            threads, device = torch.get_num_threads(), str(options.device)
-            case = MemoryCase(_spec(), peer, threads, device, settings["seed"])
-            record["memory"].append({"peer": peer, **figures_in_child(case)})
-            save()
-        progress.advance(CHILD_WORK)
-
-
-def _pretrain(
-    weights: Path, images: Images, record: Record, options: Options, progress: Progress
-) -> None:
-    """Make the file of pretrained weights with torchvision's network."""
-    settings = record["settings"]
-    entry = new_entry(peer=PRETRAINED_BY)
-    record["pretraining"] = [entry]
-    models = _train({PRETRAINED_BY: entry}, images, settings, options, progress)
-    buffer = io.BytesIO()
-    torch.save(models[PRETRAINED_BY].state_dict(), buffer)
-    write_atomically(weights, buffer.getvalue())
-
-
 def new_classifier(weights: Path, seed: int) -> dict[str, Tensor]:
     """The file's weights in densenet_fast's network, with a classifier as it is made."""
     from densenet_fast import load_weights
 
-    spec, state = _spec(), initial_state(_spec(), seed + 1)
-    model = build(PEERS["ours-bottleneck"], spec, state, device=torch.device("cpu"))
+    state = initial_state(SPEC, seed + 1)
+    model = build(PEERS["ours-bottleneck"], SPEC, state, device=torch.device("cpu"))
     load_weights(model, weights, ignore=("classifier.*",))
     loaded: dict[str, Tensor] = model.state_dict()
-    for key in ("classifier.weight", "classifier.bias"):
-        loaded[key] = state[key]
-    return loaded
-
-
-def _fine_tune(
-    weights: Path, images: Images, record: Record, options: Options, progress: Progress
-) -> None:
-    settings = record["settings"]
-    entries = {name: new_entry(peer=name) for name in settings["peers"]}
-    record["training"] = list(entries.values())
-    state = new_classifier(weights, settings["seed"])
-    _train(entries, images, settings, options, progress, state=state, recipe=FINE_TUNING)
+    return loaded | {key: state[key] for key in ("classifier.weight", "classifier.bias")}
 
 
 def _train(
-    entries: dict[str, Entry],
-    images: Images,
-    settings: dict[str, Any],
+    rows: list[Row],
+    weights: Path,
     options: Options,
-    progress: Progress,
-    **start: Any,
-) -> dict[str, nn.Module]:
-    """Train the peers of `entries` side by side; `start` goes on to `benchmarks.train.train`."""
-    return train(
-        entries,
-        _spec(),
-        images,
+    settings: dict[str, Any],
+    later: bool,
+    advance: Advance,
+) -> None:
+    """Make the file of pretrained weights, or fine-tune all implementations from it."""
+    seed = settings["seed"]
+    start: dict[str, Any] = {}
+    if later:
+        start = {"state": new_classifier(weights, seed), "recipe": FINE_TUNING}
+    models = train(
+        rows,
+        "training",
+        SPEC,
+        part_of(datasets.load(settings["data"], seed), later=later),
+        options.device,
         steps=settings["steps"],
-        seed=settings["seed"],
-        device=options.device,
-        advance=lambda name: progress.advance(1),
+        seed=seed,
+        advance=lambda _: advance(1),
         **start,
     )
+    if not later:
+        buffer = io.BytesIO()
+        torch.save(models[0].state_dict(), buffer)
+        write_atomically(weights, buffer.getvalue())
+
+
+SUITE = Finetune()

@@ -6,27 +6,20 @@ else the machine does, so a speed below its floor is only said.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from benchmarks.networks import NETWORKS, NetworkSpec, densenet_bc
-from benchmarks.suites import Options, Record, step
-from benchmarks.suites.gate_page import figure, page, ratios
-from benchmarks.suites.step import run
+from benchmarks.report import Column, Record, Row, Table, is_naive, times
+from benchmarks.suites import Options
+from benchmarks.suites.step import INFERENCE, PEAK, STEP, Step
 
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
-
-OPTIONS = frozenset({"parts", "rounds"})
-PARTS = step.PARTS
 PEERS = ("naive-channels-last", "ours-none", "ours-bottleneck", "ours-block")
-ROUNDS = 3
-
+FIGURES = {"memory": PEAK, "time": STEP, "inference": INFERENCE}
 SMALL_121 = replace(NETWORKS["densenet121"], batch_size=2)
+SMALL_BC = densenet_bc(40, 12, batch_size=16)
 ONE_IMAGE = replace(NETWORKS["densenet121"], batch_size=1, image_size=64)
-NETWORKS_OF_THE_GATE: tuple[NetworkSpec, ...] = (
-    SMALL_121,
-    densenet_bc(40, 12, batch_size=16),
-    ONE_IMAGE,
-)
+GATED = (SMALL_121, SMALL_BC, ONE_IMAGE)
 # Network → part → implementation → the least that naive's figure may be of ours. About two thirds
 # of what is measured on processors with AVX2, where the gain in speed is smallest; one image's with
 # AVX-512, where the host's share is largest. A network is measured in the parts that have floors.
@@ -36,7 +29,7 @@ FLOORS: dict[str, dict[str, dict[str, float]]] = {
         "time": {"ours-none": 1.1, "ours-bottleneck": 1.0, "ours-block": 0.8},
         "inference": {"ours-bottleneck": 1.0},
     },
-    NETWORKS_OF_THE_GATE[1].title: {
+    SMALL_BC.title: {
         "memory": {"ours-none": 2.5, "ours-bottleneck": 4.0, "ours-block": 4.0},
         "time": {"ours-none": 1.2, "ours-bottleneck": 1.1, "ours-block": 0.8},
         "inference": {"ours-bottleneck": 1.0},
@@ -48,27 +41,62 @@ FLOORS: dict[str, dict[str, dict[str, float]]] = {
 }
 
 
-def plan(options: Options) -> Record:
-    """Settings; the full form has more rounds."""
-    record = step.plan(options)
-    parts = record["settings"]["parts"]
-    record["settings"].update(
-        networks=[spec.to_json() for spec in NETWORKS_OF_THE_GATE],
-        parts_of={
-            title: [part for part in floors if part in parts] for title, floors in FLOORS.items()
-        },
-        peers=list(PEERS),
-        rounds=options.rounds or (4 * ROUNDS if options.full else ROUNDS),
-        floors=FLOORS,
-    )
-    return record
+class Gate(Step):
+    """Three small networks."""
+
+    title = "Ratios against the naive network, and their floors"
+    options = frozenset({"parts", "rounds"})
+    rounds = (3, 12)
+
+    def specs(self, options: Options) -> list[NetworkSpec]:
+        return list(GATED)
+
+    def peers(self, options: Options) -> tuple[str, ...]:
+        return PEERS
+
+    def parts_of(self, spec: NetworkSpec, peer: str) -> Collection[str]:
+        return FLOORS[spec.title]
+
+    def plan(self, options: Options) -> Record:
+        record = super().plan(options)
+        record["settings"]["floors"] = FLOORS
+        return record
+
+    def judged(self, record: Record) -> list[Row]:
+        """Every ratio that was measured and has a floor."""
+        found: list[Row] = []
+        for table in super().tables(record):
+            for part, floors in record["settings"]["floors"][table.title].items():
+                for row in table.rows:
+                    naive = [other for other in table.rows if is_naive(other)]
+                    ratio = FIGURES[part].over(row, naive)
+                    if row["peer"] in floors and ratio is not None:
+                        case = {"network": table.title, "part": part, "peer": row["peer"]}
+                        found.append({**case, "ratio": ratio, "floor": floors[row["peer"]]})
+        return found
+
+    def tables(self, record: Record) -> list[Table]:
+        columns = (
+            Column("naive / this", lambda row: row["ratio"], times),
+            Column("floor", lambda row: row["floor"], times),
+            Column("", lambda row: "above" if row["ratio"] >= row["floor"] else "**below**"),
+        )
+        floors = Table(
+            "Floors",
+            columns,
+            self.judged(record),
+            lambda row: f"{row['part']} of {row['network']}",
+        )
+        return [floors, *super().tables(record)]
+
+    def failures(self, record: Record) -> list[str]:
+        below = [
+            f"memory of {row['network']}, {row['peer']}: {row['ratio']:.2f}×, "
+            f"at least {row['floor']}× expected"
+            for row in self.judged(record)
+            if row["part"] == "memory" and row["ratio"] < row["floor"]
+        ]
+        return super().failures(record) + below
 
 
-def failures(record: Record) -> list[str]:
-    """What could not be measured, and ratios of memory below their floors."""
-    below = [
-        f"{ratio.text}: {ratio.value:.2f}×, at least {ratio.floor}× expected"
-        for ratio in ratios(record)
-        if ratio.part == "memory" and ratio.below
-    ]
-    return step.failures(record) + below
+SUITE = Gate()

@@ -2,125 +2,176 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from benchmarks.kernels import machine
 from benchmarks.kernels.cases import make
+from benchmarks.kernels.machine import Machine
 from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
-from benchmarks.measure import bursts, tuned_libraries
+from benchmarks.measure import tuned_libraries
 from benchmarks.networks import KNOWN_NETWORKS, MAIN_NETWORKS
-from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, has
-from benchmarks.suites.kernels_page import figure, page
+from benchmarks.report import Column, Record, Row, Table, billions, milliseconds, percent
+from benchmarks.suites import Advance, Options, Suite, Task
+from densenet_fast.train.errors import UsageError
 
-__all__ = ["KNOWN_NETWORKS", "OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
-
-OPTIONS = frozenset({"networks", "parts", "rounds"})
-PARTS = (*CONVOLUTIONS, *MEMORY_BOUND)
-
-QUICK_ROUNDS = 3
-FULL_ROUNDS = 10
-QUICK_BURST_SECONDS = 0.1
-FULL_BURST_SECONDS = 0.2
+ROUNDS = (3, 10)  # of the quick and the full form
+BURST_SECONDS = (0.1, 0.2)
 CALLS = 2  # of each case: ours and PyTorch's
 MACHINE_WORK = 30.0  # of the progress bar, in bursts
 
 
-def plan(options: Options) -> Record:
-    """Settings of the quick or the full form, as the user changed them."""
-    present = torch.get_num_threads()
-    threads = [present] if options.device.type == "cuda" else sorted({1, present})
-    return {
-        "settings": {
-            "networks": list(options.networks or MAIN_NETWORKS),
-            "parts": list(options.parts or PARTS),
-            "rounds": options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
-            "burst_seconds": FULL_BURST_SECONDS if options.full else QUICK_BURST_SECONDS,
-            "threads": threads,
-            "matmul_sizes": list(machine.MATMUL_SIZES),
-            "copy_bytes": machine.COPY_BYTES,
-            "least_share": machine.LEAST_SHARE,
-            "seed": options.seed,
-        },
-        "machine": [],
-        "kernels": [],
-    }
+class Kernels(Suite):
+    """Parts are kernels."""
+
+    title = "Kernels: time, share of the machine's peak, and PyTorch's operators"
+    options = frozenset({"networks", "parts", "rounds"})
+    parts = (*CONVOLUTIONS, *MEMORY_BOUND)
+    known_networks = KNOWN_NETWORKS
+
+    def plan(self, options: Options) -> Record:
+        present = torch.get_num_threads()
+        threads = [present] if options.device.type == "cuda" else sorted({1, present})
+        parts, networks = options.parts or self.parts, options.networks or MAIN_NETWORKS
+        for name in networks:
+            if KNOWN_NETWORKS[name].segmentation:
+                raise UsageError(f"the suite 'kernels' has no shapes of {name}: it segments")
+        return {
+            "settings": {
+                "networks": list(networks),
+                "parts": list(parts),
+                "rounds": options.rounds_of(ROUNDS),
+                "burst_seconds": BURST_SECONDS[options.full],
+                "threads": threads,
+                "matmul_sizes": list(machine.MATMUL_SIZES),
+                "copy_bytes": machine.COPY_BYTES,
+                "seed": options.seed,
+            },
+            "machine": [{"threads": count} for count in threads],
+            "rows": [
+                {
+                    "threads": count,
+                    "kernel": kernel,
+                    "network": network,
+                    "label": shape.label,
+                    "shape": asdict(shape),
+                }
+                for count in threads
+                for kernel in parts
+                for network in networks
+                for shape in shapes(kernel, network)
+            ],
+        }
+
+    def tasks(self, options: Options, record: Record) -> Iterator[Task]:
+        settings = record["settings"]
+        for peak in record["machine"]:
+            threads = peak["threads"]
+            call = partial(_measure_machine, peak, options)
+            yield Task(
+                f"the machine's peak, threads: {threads}", MACHINE_WORK, "flops" in peak, call
+            )
+            for row in _of_threads(record, threads):
+                times = row.get("seconds", {"": ()})
+                done = all(len(found) == settings["rounds"] for found in times.values())
+                call = partial(_measure, row, options, settings)
+                text = f"{row['kernel']}, {row['label']}, threads: {threads}"
+                yield Task(text, CALLS * settings["rounds"], done, call)
+
+    def tables(self, record: Record) -> list[Table]:
+        found = []
+        for peak in record["machine"]:
+            if "flops" in peak:
+                reached = Machine(peak["flops"], peak["bandwidth"])
+                columns, threads = _columns(reached), peak["threads"]
+                for text, products in (("products", True), ("bound by memory", False)):
+                    rows = [
+                        row
+                        for row in _of_threads(record, threads)
+                        if (row["kernel"] in CONVOLUTIONS) == products
+                    ]
+                    title = f"{text}, threads: {threads}".capitalize()
+                    case = lambda row: f"{row['kernel']}, {row['label']}"  # noqa: E731
+                    found.append(Table(title, columns, rows, case, "kernel"))
+        return found
+
+    def findings(self, record: Record) -> list[str]:
+        return [
+            f"Measured peak, threads: {peak['threads']}: {peak['flops'] / 1e9:.1f} GFLOP/s, "
+            f"{peak['bandwidth'] / 1e9:.1f} GB/s."
+            for peak in record["machine"]
+            if "flops" in peak
+        ]
 
 
-def failures(record: Record) -> list[str]:
-    """A kernel either runs or raises."""
-    return []
+def _of_threads(record: Record, threads: int) -> list[Row]:
+    return [row for row in record["rows"] if row["threads"] == threads]
 
 
-def _cases(record: Record) -> Iterator[tuple[str, str, Shape]]:
-    """Kernel, network and shape, in the order of the tables."""
-    for kernel in record["settings"]["parts"]:
-        for network in record["settings"]["networks"]:
-            for shape in shapes(kernel, network):
-                yield kernel, network, shape
+def _ours(row: Row) -> float:
+    return float(min(row["seconds"]["ours"]))
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _usual(row: Row) -> float:
+    return float(min(row["seconds"]["torch"]))
+
+
+def _columns(reached: Machine) -> tuple[Column, ...]:
+    """What a kernel reaches of a machine; a kernel without products has no FLOPs."""
+
+    def rate(row: Row) -> float | None:
+        return row["flops"] / _ours(row) or None
+
+    def bandwidth(row: Row) -> float:
+        return float(row["moved"] / _ours(row))
+
+    def arithmetic(row: Row) -> float | None:
+        return (rate(row) or 0) / reached.flops or None
+
+    def limit(row: Row) -> str:
+        return reached.limit(_ours(row), row["flops"], row["moved"])
+
+    return (
+        Column("ms", _ours, milliseconds, ratio="speed", rival=_usual),
+        Column("PyTorch, ms", _usual, milliseconds),
+        Column("GFLOP/s", rate, billions),
+        Column("of peak", arithmetic, percent),
+        Column("GB/s", bandwidth, billions),
+        Column("of bandwidth", lambda row: bandwidth(row) / reached.bandwidth, percent),
+        Column("limited by", limit),
+    )
+
+
+def _measure_machine(peak: Row, options: Options, _: Advance) -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(peak["threads"])
     try:
-        yield
+        peak.update(asdict(machine.measure(options.device)))
     finally:
         torch.set_num_threads(before)
 
 
-def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
-    """Measure the machine and then every case, for each number of threads."""
-    settings = record["settings"]
-    cases = list(_cases(record))
+def _measure(row: Row, options: Options, settings: dict[str, Any], advance: Advance) -> None:
+    """Time ours and PyTorch's in turn, each again and again; a row fills burst by burst.
 
-    def whole(entry: dict[str, Any]) -> bool:
-        return all(len(times) == settings["rounds"] for times in entry["seconds"].values())
-
-    work = MACHINE_WORK + CALLS * settings["rounds"] * len(cases)
-    progress.start(work * len(settings["threads"]))
-    for threads in settings["threads"]:
-        with _threads(threads), tuned_libraries(options.device):
-            progress.describe(f"the machine's peak, threads: {threads}")
-            if all(entry["threads"] != threads for entry in record["machine"]):
-                peaks = asdict(machine.measure(options.device))
-                record["machine"].append({"threads": threads, **peaks})
-                save()
-            progress.advance(MACHINE_WORK)
-            for kernel, network, shape in cases:
-                progress.describe(f"{kernel}, {shape.label}, threads: {threads}")
-                entry = {"threads": threads, "kernel": kernel, "network": network}
-                if has(record, "kernels", {**entry, "label": shape.label}, whole):
-                    progress.advance(CALLS * settings["rounds"])
-                    continue
-                _measure(entry, shape, record, options, progress.advance)
-                save()
-
-
-def _measure(
-    entry: dict[str, Any],
-    shape: Shape,
-    record: Record,
-    options: Options,
-    advance: Callable[[], None],
-) -> None:
-    """Time one case; its entry fills burst by burst."""
-    settings = record["settings"]
-    case = make(entry["kernel"], shape, settings["seed"], options.device)
+    A call then finds in the caches what its own last run left there.
+    """
+    case = make(row["kernel"], Shape(**row["shape"]), settings["seed"], options.device)
     times: dict[str, list[float]] = {"ours": [], "torch": []}
-    entry.update(shape=asdict(shape), label=shape.label, flops=case.flops, moved=case.moved)
-    record["kernels"].append({**entry, "seconds": times})
-    bursts(
-        {"ours": case.ours, "torch": case.torch},
-        settings["rounds"],
-        settings["burst_seconds"],
-        options.device,
-        times=times,
-        advance=advance,
-    )
+    row.update(flops=case.flops, moved=case.moved, seconds=times)
+    calls = {"ours": case.ours, "torch": case.torch}
+    with tuned_libraries(options.device):
+        for _ in range(settings["rounds"]):
+            for name, call in calls.items():
+                timer = Timer("call()", globals={"call": call}, num_threads=row["threads"])
+                burst = timer.blocked_autorange(min_run_time=settings["burst_seconds"])
+                times[name].append(min(burst.times))
+                advance(1)
+
+
+SUITE = Kernels()

@@ -1,11 +1,11 @@
 """Small work: few and small images, where starting operators counts as much as computing.
 
-Training steps and inference are measured as the `step` suite does; `host` runs DenseNet-121's step
-with operators that do nothing.
+`host` runs DenseNet-121's step with operators that do nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -16,86 +16,81 @@ from benchmarks import host
 from benchmarks.measure import MeasurementError
 from benchmarks.networks import NETWORKS, NetworkSpec
 from benchmarks.peers import PEERS
-from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, has, step
-from benchmarks.suites.latency_page import figure, page
-
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
-
-OPTIONS = frozenset({"peers", "parts", "rounds", "amp"})
-PARTS = ("time", "inference", "host")
-QUICK_ROUNDS, FULL_ROUNDS = 15, 50
+from benchmarks.report import Column, Record, Row, at, fastest, milliseconds, percent, typical
+from benchmarks.suites import Advance, Options, Task, measured
+from benchmarks.suites.step import Step
 
 OURS = ("ours-none", "ours-bottleneck", "ours-block")
 BASIC = ("naive", "naive-channels-last", *OURS, "ours-optimized")
 ENGINES = ("onnxruntime", "openvino")  # on the CPU in float32
 COMPILED = ("compiled-naive",)  # takes minutes: in the full form, or where it is named
+HOST_WORK = 100.0  # of the progress bar, in training steps
 
 _of_121 = partial(replace, NETWORKS["densenet121"])
+ONE_IMAGE = _of_121(batch_size=1, image_size=64)
 # Part → what it measures.
 SMALL = {
-    "time": [_of_121(batch_size=1, image_size=64), _of_121(batch_size=2, image_size=64)],
+    "time": [ONE_IMAGE, _of_121(batch_size=2, image_size=64)],
     "inference": [
         _of_121(batch_size=1, image_size=32),
-        _of_121(batch_size=1, image_size=64),
+        ONE_IMAGE,
         _of_121(batch_size=1, image_size=224),
         _of_121(batch_size=8, image_size=224),
     ],
+    "host": [ONE_IMAGE],
 }
-# Two classes: the classifier is PyTorch's own, and computes.
-HOST = _of_121(batch_size=1, image_size=64, num_classes=2)
 
 
-def plan(options: Options) -> Record:
-    """Settings of the quick or the full form, as the user changed them."""
-    record = step.plan(options)
-    settings = record["settings"]
-    engines = ENGINES if options.device.type == "cpu" and settings["amp"] == "none" else ()
-    wanted = options.peers or (*BASIC, *engines, *(COMPILED if options.full else ()))
-    parts = list(options.parts or PARTS)
-    by_size = sorted(
-        (s for specs in SMALL.values() for s in specs), key=lambda s: prod(s.input_shape)
+class Latency(Step):
+    """DenseNet-121 on small images, beside inference engines."""
+
+    title = "Small work: latency of a step and of inference"
+    options = frozenset({"peers", "parts", "rounds", "amp"})
+    parts = ("time", "inference", "host")
+    rounds = (15, 50)
+    columns = (
+        *(column for column in Step.columns if column.title != "images/s"),
+        Column("host, ms", fastest("host"), milliseconds),
+        Column("median", typical("host"), milliseconds),
+        Column("of a step", lambda row: typical("host")(row) / typical("time")(row), percent),
+        Column("own calls", at("host", "calls", "densenet_fast")),
+        Column("PyTorch's", at("host", "calls", "aten")),
     )
-    specs = {spec.title: spec for spec in by_size}
-    settings.update(
-        networks=[spec.to_json() for spec in specs.values()],
-        parts_of={
-            title: [part for part in parts if specs[title] in SMALL.get(part, ())]
-            for title in specs
-        },
-        peers=[name for name in wanted if PEERS[name].installed],
-        not_installed=[PEERS[name].requires for name in wanted if not PEERS[name].installed],
-        parts=parts,
-        rounds=options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
-        host=HOST.to_json(),
-    )
-    record["host"] = []
-    return record
+
+    def specs(self, options: Options) -> list[NetworkSpec]:
+        every = {spec.title: spec for part in SMALL.values() for spec in part}
+        return sorted(every.values(), key=lambda spec: prod(spec.input_shape))
+
+    def peers(self, options: Options) -> tuple[str, ...]:
+        plain = options.device.type == "cpu" and (options.amp or "none") == "none"
+        return (*BASIC, *(ENGINES if plain else ()), *(COMPILED if options.full else ()))
+
+    def parts_of(self, spec: NetworkSpec, peer: str) -> Collection[str]:
+        there = [part for part, specs in SMALL.items() if spec in specs]
+        if peer not in OURS:
+            there = [part for part in there if part != "host"]
+        return [part for part in there if PEERS[peer].deploy is None or part == "inference"]
+
+    def tasks(self, options: Options, record: Record) -> Iterator[Task]:
+        rows = [row for row in record["rows"] if "host" in row["parts"]]
+        if rows:
+            call = partial(_measure_host, rows, record)
+            done = all(measured(row, "host") for row in rows)
+            yield Task("the host's share", HOST_WORK, done, call)
+        yield from super().tasks(options, record)
 
 
-def failures(record: Record) -> list[str]:
-    """What could not be measured."""
-    host_errors = [f"host: {entry['error']}" for entry in record["host"] if "error" in entry]
-    return step.failures(record) + host_errors
+def _measure_host(rows: list[Row], record: Record, _: Advance) -> None:
+    settings, names = record["settings"], [row["peer"] for row in rows]
+    # Two classes: the classifier is PyTorch's own, and computes.
+    (spec,) = (replace(spec, num_classes=2) for spec in SMALL["host"])
+    arguments = (settings["rounds"], torch.get_num_threads(), settings["seed"])
+    try:
+        found = {entry.pop("peer"): entry for entry in host.measure(spec, names, *arguments)}
+    except MeasurementError as error:
+        found = {name: {"error": str(error)} for name in names}
+    for row in rows:
+        row["host"] = found[row["peer"]]
 
 
-def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
-    """Measure the host's share, then network by network."""
-    settings = record["settings"]
-    ours = (
-        [name for name in settings["peers"] if name in OURS] if "host" in settings["parts"] else []
-    )
-    if not has(record, "host", {}, lambda entry: "error" not in entry, count=len(ours)):
-        progress.describe("the host's share")
-        try:
-            record["host"] = host.measure(
-                NetworkSpec.from_json(settings["host"]),
-                ours,
-                settings["rounds"],
-                torch.get_num_threads(),
-                settings["seed"],
-            )
-        except MeasurementError as error:
-            record["host"] = [{"error": str(error)}]
-        save()
-    step.run(options, record, progress, save)
+SUITE = Latency()

@@ -7,200 +7,206 @@ rounding makes each training a different one, so they are compared by the spread
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
 from math import isfinite
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from benchmarks import digits, fashion_mnist
-from benchmarks.datasets import Images
-from benchmarks.memory import MemoryCase, figures_in_child
-from benchmarks.networks import NetworkSpec, densenet_bc
+from benchmarks import datasets
+from benchmarks.networks import densenet_bc
 from benchmarks.peers import BASIC_PEERS, PEERS
-from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, has
-from benchmarks.suites.quality_page import figure, page
-from benchmarks.train import LEARNING_RATE, Entry, new_entry, tested, train
+from benchmarks.report import Column, Record, Row, Table, at, fastest, four_digits, percent, plain
+from benchmarks.suites import Options, Suite, Task, case_of
+from benchmarks.suites.step import PEAK, memory_task
+from benchmarks.train import LEARNING_RATE, trained, training_task
 
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
-
-OPTIONS = frozenset({"growth_rates", "peers", "parts", "rounds", "data"})
-PARTS = ("growth", "parity")
-KNOWN_PEERS = BASIC_PEERS
-
-GROWTH_RATES = (4, 8, 12, 16, 24, 32)
-QUICK_GROWTH_RATES = (4, 8, 16, 32)
 GROWTH_PEER = "ours-bottleneck"
 PARITY_PEERS = ("naive-channels-last", "ours-bottleneck")
 SEEDS = 3
-
-DEPTH, QUICK_DEPTH = 40, 22
-BATCH_SIZE, QUICK_BATCH_SIZE = 64, 16
-PARITY_GROWTH_RATE, QUICK_PARITY_GROWTH_RATE = 12, 8
-ROUNDS, QUICK_ROUNDS = 10, 3
+DEPTHS = (22, 40)  # of the quick and the full form, as what follows
+BATCH_SIZES = (16, 64)
+GROWTH_RATES = ((4, 8, 16, 32), (4, 8, 12, 16, 24, 32))
+PARITY_GROWTH_RATES = (8, 12)
+ROUNDS = (3, 10)
 LARGE_DATA_ROUNDS = 3  # of a data set with more training images than the next number
 LARGE_DATA = 10_000
 QUICK_ROUND_IMAGES = 3_200  # a pass over 60,000 is no quick one
 
-# Work of the progress bar, in training steps times growth rate.
-NAIVE_WORK = 2.0  # a step of another implementation than ours
-TEST_WORK = 0.3  # a batch of test images, of a step
-CHILD_WORK = 1_500.0
+CHILD_WORK = 1_500.0  # of the progress bar, in training steps times growth rate
+
+ACCURACY = Column("test accuracy", at("training", "test_accuracy"), percent)
+COLUMNS = (
+    Column("parameters", at("training", "parameters"), "{:,}".format),
+    ACCURACY,
+    Column("test loss", at("training", "test_loss"), four_digits),
+    Column("seconds", lambda row: sum(row["training"]["seconds"]) or None, plain),
+    Column("fastest step", fastest("training"), plain, ratio="speed"),
+    PEAK,
+)
 
 
-def load_images(data: str, seed: int) -> Images:
-    """The images that `--data` names."""
-    if data == "digits":
-        return digits.load(seed=seed)
-    return fashion_mnist.load(fashion_mnist.FOLDER if data == "fashion-mnist" else Path(data))
+class Quality(Suite):
+    """Digits, Fashion-MNIST or a folder."""
 
+    title = "Quality: accuracy over the growth rate, and against the naive network"
+    options = frozenset({"growth_rates", "peers", "parts", "rounds", "data"})
+    parts = ("growth", "parity")
+    known_peers = BASIC_PEERS
 
-def plan(options: Options) -> Record:
-    """Settings of the quick or the full form, as the user changed them."""
-    full, data = options.full, options.data or "digits"
-    peers = options.peers or PARITY_PEERS
-    if not any(PEERS[name].naive for name in peers):
-        peers = (PARITY_PEERS[0], *peers)
-    rates = options.growth_rates or (GROWTH_RATES if full else QUICK_GROWTH_RATES)
-    parity_rate = PARITY_GROWTH_RATE if full else QUICK_PARITY_GROWTH_RATE
-    images = load_images(data, options.seed)  # what is wrong with the files is said before the work
-    count = len(images.train_labels)
-    batch_size = min(count, BATCH_SIZE if full else QUICK_BATCH_SIZE)
-    epoch = count // batch_size
-    round_steps = epoch if full else min(epoch, QUICK_ROUND_IMAGES // batch_size)
-    rounds = QUICK_ROUNDS
-    if full:
-        rounds = LARGE_DATA_ROUNDS if count > LARGE_DATA else ROUNDS
-    rounds = options.rounds or rounds
-    steps = rounds * round_steps
-    return {
-        "settings": {
-            "data": data,
-            "train_images": count,
-            "test_images": len(images.test_labels),
-            "depth": DEPTH if full else QUICK_DEPTH,
-            "batch_size": batch_size,
-            "growth_rates": list(rates),
-            "parts": list(options.parts or PARTS),
-            "rounds": rounds,
-            "round_steps": round_steps,
-            "epoch_steps": epoch,
-            "steps": steps,
-            "window": max(1, steps // 20),
-            "growth_peer": GROWTH_PEER,
-            # Growth rates that the user named hold for both parts.
-            "parity_growth_rate": parity_rate if parity_rate in rates else rates[0],
-            "parity_peers": list(peers),
-            "seeds": [options.seed + i for i in range(SEEDS)],
-            "learning_rate": LEARNING_RATE,
-            "seed": options.seed,
-        },
-        "growth": [],
-        "parity": [],
-    }
+    def plan(self, options: Options) -> Record:
+        full, data = options.full, options.data or "digits"
+        parts = options.parts or self.parts
+        peers = options.peers or PARITY_PEERS
+        if not any(PEERS[name].naive for name in peers):
+            peers = (PARITY_PEERS[0], *peers)
+        rates = options.growth_rates or GROWTH_RATES[full]
+        # Growth rates that the user named hold for both parts.
+        parity = PARITY_GROWTH_RATES[full]
+        parity = parity if parity in rates else rates[0]
+        images = datasets.load(data, options.seed)  # a fault of the files is said before the work
+        count = len(images.train_labels)
+        batch_size = min(count, BATCH_SIZES[full])
+        epoch = count // batch_size
+        round_steps = epoch if full else min(epoch, QUICK_ROUND_IMAGES // batch_size)
+        large = full and count > LARGE_DATA
+        rounds = options.rounds or (LARGE_DATA_ROUNDS if large else ROUNDS[full])
+        growth: list[Row] = [
+            {"part": "growth", "growth_rate": rate, "seed": options.seed, "peer": GROWTH_PEER}
+            for rate in rates
+        ]
+        seeds: list[Row] = [
+            {"part": "parity", "growth_rate": parity, "seed": options.seed + i, "peer": name}
+            for i in range(SEEDS)
+            for name in peers
+        ]
+        return {
+            "settings": {
+                "data": data,
+                "train_images": count,
+                "test_images": len(images.test_labels),
+                "depth": DEPTHS[full],
+                "batch_size": batch_size,
+                "parts": list(parts),
+                "rounds": rounds,
+                "round_steps": round_steps,
+                "epoch_steps": epoch,
+                "steps": rounds * round_steps,
+                "parity_peers": list(peers),
+                "learning_rate": LEARNING_RATE,
+                "seed": options.seed,
+            },
+            "rows": [row for row in (*growth, *seeds) if row["part"] in parts],
+        }
 
+    def tasks(self, options: Options, record: Record) -> Iterator[Task]:
+        settings = record["settings"]
+        images = partial(datasets.load, settings["data"], settings["seed"])
+        seeds = dict.fromkeys(row["seed"] for row in _of_part(record, "parity"))
+        groups = [[row] for row in _of_part(record, "growth")]
+        groups += [[row for row in _of_part(record, "parity") if row["seed"] == s] for s in seeds]
+        for rows in groups:
+            first = rows[0]
+            spec = densenet_bc(
+                settings["depth"],
+                first["growth_rate"],
+                batch_size=settings["batch_size"],
+                in_channels=1,
+            )
+            how = {"steps": settings["steps"], "seed": first["seed"], "weight": spec.growth_rate}
+            yield training_task(rows, "training", spec, images, options.device, **how)
+            if first["part"] == "growth":
+                yield memory_task(first, spec, options, settings, CHILD_WORK)
 
-def failures(record: Record) -> list[str]:
-    """Cases that could not be measured, and losses that are no numbers any more."""
-    found = []
-    cases = [(f"k={entry['growth_rate']}", entry) for entry in record["growth"]]
-    cases += [(f"seed {entry['seed']}, {entry['peer']}", entry) for entry in record["parity"]]
-    for case, entry in cases:
-        if "error" in entry.get("memory", {}):
-            found.append(f"{case}: memory was not measured: {entry['memory']['error']}")
-        for step, loss in enumerate(entry["losses"], start=1):
-            if not isfinite(loss):
-                found.append(f"{case}: the training loss is {loss} from step {step} on")
-                break
-        if not isfinite(entry.get("test_loss", 0.0)):
-            found.append(f"{case}: the test loss is {entry['test_loss']}")
-    return found
-
-
-def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
-    """Train network by network, then seed by seed."""
-    settings = record["settings"]
-    rates = settings["growth_rates"] if "growth" in settings["parts"] else ()
-    seeds = settings["seeds"] if "parity" in settings["parts"] else ()
-    peers, parity_rate = settings["parity_peers"], settings["parity_growth_rate"]
-    work = sum(_work(GROWTH_PEER, rate, settings) + CHILD_WORK for rate in rates)
-    work += sum(_work(name, parity_rate, settings) for name in peers) * len(seeds)
-    progress.start(work)
-    images = load_images(settings["data"], settings["seed"])
-    for rate in rates:
-        progress.describe(f"training, k={rate}")
-        if has(record, "growth", {"growth_rate": rate}, _measured):
-            progress.advance(_work(GROWTH_PEER, rate, settings) + CHILD_WORK)
-            continue
-        entry = new_entry(growth_rate=rate)
-        record["growth"].append(entry)
-        _train({GROWTH_PEER: entry}, rate, settings["seed"], images, settings, options, progress)
-        save()
-        progress.describe(f"memory of a step, k={rate}")
-        entry["memory"] = _memory(rate, settings, options)
-        progress.advance(CHILD_WORK)
-        save()
-    for seed in seeds:
-        progress.describe(f"parity, seed {seed}")
-        if has(record, "parity", {"seed": seed}, tested, count=len(peers)):
-            progress.advance(sum(_work(name, parity_rate, settings) for name in peers))
-            continue
-        entries = {name: new_entry(seed=seed, peer=name) for name in peers}
-        record["parity"].extend(entries.values())
-        _train(entries, parity_rate, seed, images, settings, options, progress)
-        save()
-
-
-def _measured(entry: Entry) -> bool:
-    return tested(entry) and "error" not in entry.get("memory", {"error": ""})
-
-
-def _spec(rate: int, settings: dict[str, Any]) -> NetworkSpec:
-    return densenet_bc(settings["depth"], rate, batch_size=settings["batch_size"], in_channels=1)
-
-
-def _step_work(name: str, rate: int) -> float:
-    return rate * (1.0 if PEERS[name].ours else NAIVE_WORK)
-
-
-def _test_work(name: str, rate: int, settings: dict[str, Any]) -> float:
-    return _step_work(name, rate) * TEST_WORK * settings["test_images"] / settings["batch_size"]
-
-
-def _work(name: str, rate: int, settings: dict[str, Any]) -> float:
-    """Work of training one implementation and testing it."""
-    return _step_work(name, rate) * settings["steps"] + _test_work(name, rate, settings)
-
-
-def _train(
-    entries: dict[str, Entry],
-    rate: int,
-    seed: int,
-    images: Images,
-    settings: dict[str, Any],
-    options: Options,
-    progress: Progress,
-) -> None:
-    train(
-        entries,
-        _spec(rate, settings),
-        images,
-        steps=settings["steps"],
-        seed=seed,
-        device=options.device,
-        advance=lambda name: progress.advance(_step_work(name, rate)),
-    )
-    progress.advance(sum(_test_work(name, rate, settings) for name in entries))
-
-
-def _memory(rate: int, settings: dict[str, Any], options: Options) -> dict[str, Any]:
-    return figures_in_child(
-        MemoryCase(
-            _spec(rate, settings),
-            GROWTH_PEER,
-            torch.get_num_threads(),
-            str(options.device),
-            settings["seed"],
+    def tables(self, record: Record) -> list[Table]:
+        rates = Table(
+            "Growth rates",
+            COLUMNS,
+            _of_part(record, "growth"),
+            lambda row: f"k={row['growth_rate']}",
         )
+        seeds = Table(
+            "Parity with the naive network",
+            COLUMNS,
+            _of_part(record, "parity"),
+            lambda row: f"seed {row['seed']}",
+        )
+        return [rates, seeds]
+
+    def findings(self, record: Record) -> list[str]:
+        test_images = record["settings"]["test_images"]
+        growth = [row for row in _of_part(record, "growth") if trained(row)]
+        found = [growth_verdict(growth, test_images)] if growth else []
+        peers = record["settings"]["parity_peers"]
+        reference = next(name for name in peers if PEERS[name].naive)
+        for name in peers if "parity" in record["settings"]["parts"] else ():
+            if name != reference:
+                own, naive = accuracies(record, name), accuracies(record, reference)
+                found.append(f"{name}: {parity_verdict(own, naive, test_images)}.")
+        return found
+
+    def failures(self, record: Record) -> list[str]:
+        found = super().failures(record)
+        for row in record["rows"]:
+            figures = row.get("training", {})
+            losses = [*figures.get("losses", ()), figures.get("test_loss", 0.0)]
+            wrong = next((loss for loss in losses if not isfinite(loss)), None)
+            if wrong is not None:
+                found.append(f"{case_of(row)}: a loss is {wrong}")
+        return found
+
+
+def _of_part(record: Record, part: str) -> list[Row]:
+    return [row for row in record["rows"] if row["part"] == part]
+
+
+# ---- What chance allows
+
+
+def standard_error(row: Row, test_images: int) -> float:
+    """Of an accuracy measured on that many images."""
+    accuracy = float(row["training"]["test_accuracy"])
+    return (accuracy * (1 - accuracy) / test_images) ** 0.5
+
+
+def growth_verdict(rows: Sequence[Row], test_images: int) -> str:
+    """The best growth rate, and the smallest that may be as good; of at least one row."""
+    error = {row["growth_rate"]: standard_error(row, test_images) for row in rows}
+    best = max(rows, key=ACCURACY.figure)
+    least = min(
+        row["growth_rate"]
+        for row in rows
+        if ACCURACY.figure(best) - ACCURACY.figure(row)
+        <= 2 * (error[best["growth_rate"]] ** 2 + error[row["growth_rate"]] ** 2) ** 0.5
     )
+    return (
+        f"**Most accurate: k={best['growth_rate']}; the smallest within two standard errors of it: "
+        f"k={least}.** An accuracy on {test_images:,} images has one of up to "
+        f"{percent(max(error.values()))}, and each network was trained once."
+    )
+
+
+def accuracies(record: Record, peer: str) -> list[float]:
+    """Accuracy of one implementation for each seed that was trained to the end."""
+    rows = [row for row in _of_part(record, "parity") if row["peer"] == peer]
+    return [ACCURACY.figure(row) for row in rows if trained(row)]
+
+
+def parity_verdict(own: Sequence[float], naive: Sequence[float], test_images: int) -> str:
+    """Whether accuracies over seeds differ by more than chance allows.
+
+    That is two standard errors of the difference of their means, from the spread of both, and one
+    test image where neither has any spread. With so few seeds the rule is coarse: networks that are
+    equally good fall outside about once in ten times.
+    """
+    if min(len(own), len(naive)) < 2:
+        return "not judged, fewer than two seeds were trained to the end"
+    error = sum(statistics.variance(group) / len(group) for group in (own, naive)) ** 0.5
+    apart, allowed = statistics.fmean(own) - statistics.fmean(naive), 2 * error or 1 / test_images
+    sizes = f"{100 * apart:+.2f} percentage points, chance explains {100 * allowed:.2f}"
+    if abs(apart) <= allowed * (1 + 1e-9):  # equal bounds count, whatever their last bits are
+        return f"**as accurate as naive, within seed noise** ({sizes})"
+    better = "more" if apart > 0 else "less"
+    return f"**{better} accurate than naive, outside seed noise** ({sizes})"
+
+
+SUITE = Quality()

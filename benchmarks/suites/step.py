@@ -6,193 +6,224 @@ process, in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import ranking
+from benchmarks.calls import make_call
 from benchmarks.measure import (
     MeasurementError,
     OutOfMemoryError,
     available_bytes,
     interleave,
-    out_of_memory,
     release_cached,
     tuned_libraries,
 )
-from benchmarks.memory import (
-    MemoryCase,
-    autocast,
-    figures_in_child,
-    make_batch,
-    training_step,
+from benchmarks.memory import MemoryCase, figures_in_child
+from benchmarks.networks import MAIN_NETWORKS, NetworkSpec
+from benchmarks.peers import BASIC_PEERS, PEERS, initial_state
+from benchmarks.report import (
+    Column,
+    Record,
+    Row,
+    Table,
+    at,
+    fastest,
+    mebibytes,
+    percent,
+    plain,
+    scaled,
+    spread,
+    typical,
 )
-from benchmarks.networks import MAIN_NETWORKS, NETWORKS, NetworkSpec
-from benchmarks.peers import BASIC_PEERS, PEERS, build, initial_state
-from benchmarks.prediction import memory_plan
-from benchmarks.prediction.memory_plan import IMPLEMENTATIONS
-from benchmarks.prediction.shapes import FORMATS
-from benchmarks.progress import Progress
-from benchmarks.suites import Options, Record, Save, has
-from benchmarks.suites.step_page import compared, figure, page
-from densenet_fast.train.errors import UsageError
+from benchmarks.suites import Advance, Options, Suite, Task, case_of, measured
+from densenet_fast.train.errors import UsageError, lack_of_memory
 
-__all__ = ["OPTIONS", "PARTS", "failures", "figure", "page", "plan", "run"]
-
-OPTIONS = frozenset({"peers", "networks", "parts", "rounds", "amp"})
-PARTS = ("memory", "time", "inference")
-
-QUICK_ROUNDS = 5
-FULL_ROUNDS = 25
 # Work of the progress bar for a child process or a call, in training steps.
 WORK = {"memory": 8.0, "time": 1.0, "inference": 0.3}
 # How far apart the logits of one network may be, relative to the largest: ten times what float32
 # rounds in a DenseNet-121.
 AGREEMENT = 1e-5
 
-
-def plan(options: Options, known: Mapping[str, NetworkSpec] = NETWORKS) -> Record:
-    """Settings of the quick or the full form, as the user changed them."""
-    specs = [known[name] for name in options.networks or MAIN_NETWORKS]
-    check_peers(options, specs)
-    return {
-        "settings": {
-            "networks": [spec.to_json() for spec in specs],
-            "peers": list(options.peers or BASIC_PEERS),
-            "parts": list(options.parts or PARTS),
-            "rounds": options.rounds or (FULL_ROUNDS if options.full else QUICK_ROUNDS),
-            "seed": options.seed,
-            "amp": options.amp or "none",
-        },
-        "memory": [],
-        "time": [],
-        "inference": [],
-    }
-
-
-def check_peers(options: Options, specs: Collection[NetworkSpec]) -> None:
-    """Raise `UsageError` for a peer that the user named and that builds none of the networks."""
-    for name in options.peers or ():
-        if not any(PEERS[name].applies(spec) for spec in specs):
-            titles = ", ".join(spec.title for spec in specs)
-            raise UsageError(f"the peer {name!r} builds none of the networks measured: {titles}")
-
-
-def failures(record: Record) -> list[str]:
-    """Cases that could not be measured."""
-    return [
-        f"{entry['network']}, {entry['peer']}: {entry['error']}"
-        for part in PARTS
-        for entry in record[part]
-        if "error" in entry
-    ]
-
-
-def run(options: Options, record: Record, progress: Progress, save: Save) -> None:
-    """Measure network by network."""
-    settings = record["settings"]
-    specs = [NetworkSpec.from_json(data) for data in settings["networks"]]
-    cases = [(spec, part, compared(settings, spec, part)) for spec in specs for part in PARTS]
-    calls = {part: 1 if part == "memory" else settings["rounds"] + 1 for part in PARTS}
-    progress.start(sum(WORK[part] * calls[part] * len(peers) for _, part, peers in cases))
-    for spec, part, peers in cases:
-        if part == "memory":
-            for peer in peers:
-                progress.describe(f"{spec.title}: memory, {peer}")
-                case = {"network": spec.title, "peer": peer}
-                if not has(record, "memory", case, lambda entry: "error" not in entry):
-                    _measure_memory(spec, peer, record, options)
-                    save()
-                progress.advance(WORK[part])
-        elif _has_times(record, part, spec):
-            progress.advance(WORK[part] * calls[part] * len(peers))
-        else:
-            progress.describe(f"{spec.title}: {ranking.TIMED[part]}")
-            _measure_time(spec, part, record, options, partial(progress.advance, WORK[part]))
-            save()
-
-
-def _has_times(record: Record, part: str, spec: NetworkSpec) -> bool:
-    """Whether all rounds of a network were timed, but for what does not fit."""
-    settings = record["settings"]
-
-    def whole(entry: dict[str, Any]) -> bool:
-        return "error" in entry or len(entry["seconds"]) == settings["rounds"]
-
-    peers = len(compared(settings, spec, part))
-    return has(record, part, {"network": spec.title}, whole, count=peers)
-
-
-def _measure_memory(spec: NetworkSpec, peer: str, record: Record, options: Options) -> None:
-    settings = record["settings"]
-    case = MemoryCase(
-        spec,
-        peer,
-        torch.get_num_threads(),
-        str(options.device),
-        settings["seed"],
-        settings["amp"],
+_peak, _freed, _saved, _after = (
+    at("memory", key)
+    for key in (
+        *("peak_gradients_allocated", "peak_gradients_freed"),
+        *("saved_for_backward", "resident_after_forward"),
     )
-    record["memory"].append({"network": spec.title, "peer": peer, **figures_in_child(case)})
+)
+PEAK = Column("peak, MiB", _peak, mebibytes, ratio="naive / this")
+FREED = Column("gradients freed, MiB", _freed, mebibytes, ratio="naive / this")
+SAVED = Column("saved, MiB", _saved, mebibytes, ratio="naive / this")
+STEP = Column("step, s", fastest("time"), plain, ratio="speed")
+INFERENCE = Column("inference, s", fastest("inference"), plain, ratio="speed")
+COLUMNS = (
+    # Four bytes each, whatever autocast computes with.
+    Column("parameters, M", at("memory", "parameters"), scaled(4e6)),
+    *(PEAK, FREED, SAVED, Column("after forward, MiB", _after, mebibytes)),
+    *(STEP, Column("median", typical("time"), plain), Column("spread", spread("time"), percent)),
+    Column("images/s", lambda row: row["images"] / STEP.figure(row), plain),
+    *(INFERENCE, Column("median", typical("inference"), plain)),
+    Column("spread", spread("inference"), percent),
+)
 
 
-def _measure_time(
-    spec: NetworkSpec, part: str, record: Record, options: Options, advance: Callable[[], None]
+class Step(Suite):
+    """Any networks and implementations; other suites choose theirs."""
+
+    title = "One training step: memory and speed"
+    options = frozenset({"peers", "networks", "parts", "rounds", "amp"})
+    parts: tuple[str, ...] = ("memory", "time", "inference")
+    rounds = (5, 25)  # in the quick and the full form
+
+    def specs(self, options: Options) -> list[NetworkSpec]:
+        """The networks to measure."""
+        names = options.networks or MAIN_NETWORKS
+        return [self.known_networks[name] for name in names]
+
+    def peers(self, options: Options) -> Sequence[str]:
+        """The implementations to compare, unless the user names others."""
+        return BASIC_PEERS
+
+    def parts_of(self, spec: NetworkSpec, peer: str) -> Collection[str]:
+        """The parts in which an implementation is measured on a network."""
+        if not PEERS[peer].applies(spec):
+            return ()
+        return self.parts if PEERS[peer].deploy is None else ("inference",)
+
+    def plan(self, options: Options) -> Record:
+        specs, parts = self.specs(options), options.parts or self.parts
+        for name in options.peers or ():
+            if not any(PEERS[name].applies(spec) for spec in specs):
+                titles = ", ".join(spec.title for spec in specs)
+                raise UsageError(
+                    f"the peer {name!r} builds none of the networks measured: {titles}"
+                )
+        wanted = options.peers or self.peers(options)
+        peers = [name for name in wanted if PEERS[name].installed]
+        rows: list[Row] = []
+        for spec in specs:
+            for peer in peers:
+                own = [part for part in parts if part in self.parts_of(spec, peer)]
+                if own:
+                    case = {"network": spec.title, "images": spec.batch_size, "peer": peer}
+                    rows.append({**case, "parts": own})
+        return {
+            "settings": {
+                "networks": [spec.to_json() for spec in specs],
+                "peers": peers,
+                "not_installed": [PEERS[n].requires for n in wanted if not PEERS[n].installed],
+                "parts": list(parts),
+                "rounds": options.rounds_of(self.rounds),
+                "seed": options.seed,
+                "amp": options.amp or "none",
+            },
+            "rows": rows,
+        }
+
+    def tasks(self, options: Options, record: Record) -> Iterator[Task]:
+        settings = record["settings"]
+        for data in settings["networks"]:
+            spec = NetworkSpec.from_json(data)
+            rows = [row for row in record["rows"] if row["network"] == spec.title]
+            for row in rows:
+                if "memory" in row["parts"]:
+                    yield memory_task(row, spec, options, settings, WORK["memory"])
+            for part in ("time", "inference"):
+                timed = [row for row in rows if part in row["parts"]]
+                work = WORK[part] * (settings["rounds"] + 1) * len(timed)
+                call = partial(_measure_times, timed, part, spec, options, settings)
+                done = all(_timed(row, part, settings["rounds"]) for row in timed)
+                yield Task(f"{spec.title}: {part}", work, done, call)
+
+    def tables(self, record: Record) -> list[Table]:
+        titles = dict.fromkeys(row["network"] for row in record["rows"])
+        return [
+            Table(title, self.columns, [row for row in record["rows"] if row["network"] == title])
+            for title in titles
+        ]
+
+    columns: Sequence[Column] = COLUMNS
+
+    def findings(self, record: Record) -> list[str]:
+        missing = ", ".join(record["settings"]["not_installed"])
+        return [f"Not compared, as not installed: {missing}."] if missing else []
+
+
+def memory_task(
+    row: Row, spec: NetworkSpec, options: Options, settings: dict[str, Any], work: float
+) -> Task:
+    """To measure the memory of a row's step."""
+    device, amp = str(options.device), settings.get("amp", "none")
+    threads, seed = torch.get_num_threads(), settings["seed"]
+
+    def call(_: Advance) -> None:
+        row["memory"] = figures_in_child(MemoryCase(spec, row["peer"], threads, device, seed, amp))
+
+    return Task(f"memory: {case_of(row)}", work, measured(row, "memory"), call)
+
+
+def _timed(row: Row, part: str, rounds: int) -> bool:
+    """Whether all rounds of a row were timed, or its error says why not."""
+    figures = row.get(part, {})
+    return "error" in figures or len(figures.get("seconds", ())) == rounds
+
+
+def _measure_times(
+    rows: Sequence[Row],
+    part: str,
+    spec: NetworkSpec,
+    options: Options,
+    settings: dict[str, Any],
+    advance: Advance,
 ) -> None:
-    """Time all peers in turn, after an untimed round; entries are filled round by round."""
-    settings = record["settings"]
+    """Time all peers in turn, after an untimed round; rows are filled round by round."""
+    device = options.device
     state = initial_state(spec, settings["seed"])
-    calls: dict[str, Callable[[], object]] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    figures = {row["peer"]: row.setdefault(part, {}) for row in rows}
+    calls: dict[str, Callable[[], Tensor]] = {}
     outputs: dict[str, Tensor] = {}
     torch.compiler.reset()  # what was compiled for other images counts against a limit
 
     def failed(name: str, error: Exception) -> None:
-        kind = "does not fit" if out_of_memory(error) else type(error).__name__
-        entries[name]["error"] = f"{kind}: {error}"
-        release_cached(options.device)
+        small = isinstance(error, OutOfMemoryError) or lack_of_memory(error)
+        figures[name]["error"] = f"{'does not fit' if small else type(error).__name__}: {error}"
+        release_cached(device)
 
-    with tuned_libraries(options.device):
-        for name in compared(settings, spec, part):
-            entries[name] = {"network": spec.title, "peer": name, "seconds": []}
-            record[part].append(entries[name])
+    with tuned_libraries(device):
+        for row in rows:
+            name = row["peer"]
+            figures[name].clear()
+            figures[name]["seconds"] = []
             try:
-                call, output = _first_call(spec, name, state, part, settings, options.device)
-                _require_agreement(name, output, outputs)
+                if part == "time":
+                    _require_memory(row, device)
+                of = (spec, name, state, device, settings["seed"], settings["amp"])
+                call = make_call(part, *of)
+                output = call()
+                if part == "inference":
+                    _require_agreement(name, output, outputs)
                 calls[name] = call
             except Exception as error:  # one implementation's; the others go on
                 failed(name, error)
-            advance()
-        times = {name: entry["seconds"] for name, entry in entries.items()}
+            advance(WORK[part])
         interleave(
-            calls, settings["rounds"], options.device, times=times, advance=advance, failed=failed
+            calls,
+            settings["rounds"],
+            device,
+            times={name: found["seconds"] for name, found in figures.items()},
+            advance=partial(advance, WORK[part]),
+            failed=failed,
         )
 
 
-def _first_call(
-    spec: NetworkSpec,
-    name: str,
-    state: dict[str, Tensor],
-    part: str,
-    settings: dict[str, Any],
-    device: torch.device,
-) -> tuple[Callable[[], object], object]:
-    """What is timed, and what it returned when it was run once."""
-    if part == "time":
-        _require_memory(spec, name, settings["amp"], device)
-    make = make_training_call if part == "time" else _make_inference_call
-    call = make(spec, name, state, device, settings["seed"], settings["amp"])
-    return call, call()
-
-
-def _require_agreement(name: str, output: object, others: dict[str, Tensor]) -> None:
+def _require_agreement(name: str, output: Tensor, others: dict[str, Tensor]) -> None:
     """Raise if logits in float32 on the CPU are others than those of the same weights elsewhere."""
-    if not isinstance(output, Tensor) or not PEERS[name].shares_weights:
-        return
-    if output.dtype != torch.float32 or output.device.type != "cpu":
+    exact = output.dtype == torch.float32 and output.device.type == "cpu"
+    if not exact or not PEERS[name].shares_weights:
         return  # fewer digits, perhaps inside the convolutions alone
     for other, expected in others.items():
         apart = float((output - expected).abs().max() / expected.abs().max())
@@ -201,53 +232,17 @@ def _require_agreement(name: str, output: object, others: dict[str, Tensor]) -> 
     others[name] = output
 
 
-def _require_memory(spec: NetworkSpec, name: str, amp: str, device: torch.device) -> None:
-    """Raise before Linux kills the process for memory that a step on the CPU does not find."""
-    if device.type != "cpu" or spec.dims != 2 or not spec.bottleneck:
-        return  # the allocator raises by itself; the plan knows images and bottlenecks alone
-    planned = IMPLEMENTATIONS.get(name, memory_plan.NAIVE)
-    fmt = FORMATS["float32" if amp == "none" else "bfloat16"]
-    needed = memory_plan.peak(spec, fmt, planned, None)
-    available = available_bytes(device)
-    if needed > available:
+def _require_memory(row: Row, device: torch.device) -> None:
+    """Raise before Linux kills this process for memory that, as measured, a step would not find."""
+    if device.type != "cpu" or "memory" not in row:
+        return  # a device's allocator raises by itself
+    if row["memory"].get("error", "").startswith("does not fit"):
+        raise OutOfMemoryError("nor did it in a process of its own")
+    needed, there = row["memory"].get("peak_gradients_allocated", 0), available_bytes(device)
+    if needed > there:
         raise OutOfMemoryError(
-            f"a step needs {needed / 2**20:,.0f} MiB, {available / 2**20:,.0f} MiB are available"
+            f"a step needs {needed / 2**20:,.0f} MiB, {there / 2**20:,.0f} MiB are available"
         )
 
 
-def make_training_call(
-    spec: NetworkSpec,
-    name: str,
-    state: dict[str, Tensor],
-    device: torch.device,
-    seed: int,
-    amp: str,
-) -> Callable[[], object]:
-    model = build(PEERS[name], spec, state, device=device).train()
-    images, labels = make_batch(spec, PEERS[name].layout(spec), device, seed)
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        training_step(model, images, labels, amp)
-
-    return step
-
-
-def _make_inference_call(
-    spec: NetworkSpec,
-    name: str,
-    state: dict[str, Tensor],
-    device: torch.device,
-    seed: int,
-    amp: str,
-) -> Callable[[], object]:
-    peer = PEERS[name]
-    model = build(peer, spec, state, device=device).eval()
-    images, _ = make_batch(spec, peer.layout(spec), device, seed)
-    network = model if peer.deploy is None else peer.deploy(model, images)
-
-    def infer() -> Tensor:
-        with torch.no_grad(), autocast(device, amp):
-            return network(images)
-
-    return infer
+SUITE = Step()

@@ -1,1 +1,1 @@
-"""A dense block and a stem on tensors: autograd over the operators, and the memory they take."""
+"""A dense block, a stem and a transition on tensors: autograd over the operators, and memory."""

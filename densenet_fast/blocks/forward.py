@@ -178,7 +178,7 @@ class Block:
             frozen = plain(list(self.buffers[: 4 * layers]))
         settings = self.settings
         eps = settings.eps[: 2 * layers]
-        # Behind a bias dropout is not the operators' (see `add_bias`).
+        # Behind a bias dropout is not the operators' (see `_add_bias`).
         of_operators = zip(settings.dropout, self.biases, strict=True)
         dropout = [0.0 if bias is not None else rate for rate, bias in of_operators]
         whole = map(float, settings.whole_channels)

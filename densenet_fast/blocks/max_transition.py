@@ -67,7 +67,6 @@ class _Call(NamedTuple):
 
 
 def _call(
-    like: Tensor,
     parameters: Tensors,
     buffers: Tensors,
     dropout: float,
@@ -77,12 +76,10 @@ def _call(
     group: str,
 ) -> _Call:
     gamma, beta, weight, bias = parameters
-    weight = matrix(weight)
-    if weight.dtype not in (like.dtype, torch.float32):  # autocast's alone
-        weight = weight.to(like.dtype)
     mean, var, seed = buffers
     norm = NormSpec(gamma, beta, mean, var, eps, batch_statistics, None, group)
-    return _Call(norm, weight, bias, 0 if seed is None else int(seed), dropout, whole_channels)
+    drawn = 0 if seed is None else int(seed)
+    return _Call(norm, matrix(weight), bias, drawn, dropout, whole_channels)
 
 
 def _forward_fake(
@@ -99,7 +96,7 @@ def _forward_fake(
 @nodes.node(f"(Tensor input, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward_fake)
 def max_transition_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the place of each maximum in its window, and `norms.statistics_of` the input."""
-    call = _call(input, *args)
+    call = _call(*args)
     rows = as_rows(input)
     statistics = norms.statistics_of(call.norm, rows)
     scale, shift, _, _ = norms.of_statistics(call.norm, statistics, rows.shape[-1])
@@ -155,7 +152,7 @@ def max_transition_backward(
     """The gradients of the input and the parameters that `needs` asks for."""
     *args, needs = args  # type: ignore[assignment]
     input_needed, gamma_needed, beta_needed, weight_needed, bias_needed = needs
-    call, parameters = _call(input, *args), args[0]
+    call, parameters = _call(*args), args[0]
     rows = as_rows(input)
     forward = norms.of_statistics(call.norm, statistics, rows.shape[-1])
     grad = _spread(as_rows(grad_output), places, rows)

@@ -1,14 +1,14 @@
 """FC-DenseNet, the DenseNet for semantic segmentation, in less memory.
 
-Annotations are types here, not strings, for torch.fx (see `layers`).
+Annotations are types here, not strings, for torch.fx and torch.jit.script (see `layers`).
 """
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from densenet_fast import arguments
 from densenet_fast.blocks import synchronized
@@ -18,9 +18,6 @@ from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layers import DenseBlock, Transition
 from densenet_fast.modules.steps import MaxTransitionStep, Step
 from densenet_fast.weights.load import LoadedWhole
-
-# Runs modules one after another on a tensor.
-Call = Callable[[Sequence[nn.Module], Tensor], Tensor]
 
 
 class TransitionDown(Transition):
@@ -57,20 +54,24 @@ eligibility.KINDS[TransitionDown] = "transition"
 
 
 class TransitionUp(nn.Module):
-    """3×3 transposed convolution of stride 2, cut to the size of a skip connection, and that."""
+    """3×3 transposed convolution of stride 2 of a block's new features, and a skip connection."""
+
+    __constants__ = ("num_features", "spatial_dims")
 
     def __init__(self, num_features: int, *, spatial_dims: int = 2) -> None:
         super().__init__()
-        kinds = dimensions.modules(spatial_dims)
-        self.conv = kinds.transposed(num_features, num_features, kernel_size=3, stride=2)
+        self.num_features, self.spatial_dims = num_features, spatial_dims
+        transposed = dimensions.modules(spatial_dims).transposed
+        self.conv = transposed(num_features, num_features, kernel_size=3, stride=2)
 
     def forward(self, input: Tensor, skip: Tensor) -> Tensor:
-        """[N, C, *size] and [N, C', *size'] to [N, C + C', *size'].
+        """[N, C, *size], of which the last `num_features` are new, to those and the skip's.
 
-        `size'` is one more than twice `size` at most.
+        The skip is [N, C', *size'] with `size'` up to one more than twice `size`, to which the
+        output is cut.
         """
-        upsampled = self.conv(input)
-        for axis in range(2, skip.dim()):
+        upsampled = self.conv(input[:, -self.num_features :])
+        for axis in range(2, 2 + self.spatial_dims):
             upsampled = upsampled.narrow(axis, 0, skip.shape[axis])
         return torch.cat((upsampled, skip), 1)
 
@@ -167,7 +168,23 @@ class FCDenseNet(LoadedWhole):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [N, num_classes, *size] of the pixels of images [N, in_channels, *size]."""
-        return routed(self, x, self.plain)
+        if is_scripting():
+            return self.plain(x)
+        else:  # noqa: RET505 (what TorchScript does not compile)
+            return routed(self, x, self.plain)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The modules called one by one."""
+        x = self.conv0(x)
+        skips: list[Tensor] = []
+        for block, transition in zip(self.down_blocks, self.transitions_down):  # noqa: B905
+            x = block(x)
+            skips.append(x)
+            x = transition(x)
+        x = self.bottleneck(x)
+        for up, block in zip(self.transitions_up, self.up_blocks):  # noqa: B905
+            x = block(up(x, skips.pop()))
+        return self.classifier(x)
 
     def run(self, x: Tensor) -> Tensor:
         """The checked forward, fused where nothing is in the way."""
@@ -179,36 +196,29 @@ class FCDenseNet(LoadedWhole):
             return self.plain(x)
         expected = eligibility.expected(x)
 
-        def call(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
+        def call(input: Tensor, *modules: nn.Module) -> Tensor:
+            """As calling them, but that nobody gets a copy of a block's features."""
+
             def make() -> Sequence[Step]:
                 return fusing.steps(modules, expected, head=None)[0]
 
             steps = kept(self, (expected, *map(id, modules)), make)
-            return fusing.run(steps, input, hold=False, ours=True)
+            return fusing.run(steps, input, hold=False)
 
-        return self._compose(x, call)
-
-    def plain(self, x: Tensor) -> Tensor:
-        """The modules called one by one."""
-        return self._compose(x, lambda modules, x: reduce(lambda x, module: module(x), modules, x))
-
-    def _compose(self, x: Tensor, call: Call) -> Tensor:
         skips: list[Tensor] = []
-        stem = [self.conv0]
+        stem: tuple[nn.Module, ...] = (self.conv0,)
         for block, transition in zip(self.down_blocks, self.transitions_down, strict=True):
-            x = call([*stem, block], x)
-            stem = []
-            skips.append(x)
-            x = call([transition], x)
-        x = call([self.bottleneck], x)
+            skips.append(call(x, *stem, block))
+            x = call(skips[-1], transition)
+            stem = ()
+        x = call(x, self.bottleneck)
         for up, block in zip(self.transitions_up, self.up_blocks, strict=True):
-            new: int = up.conv.in_channels  # type: ignore[union-attr, assignment]
-            given = x[:, x.shape[1] - new :], skips.pop()
+            given = x, skips.pop()
             if eligibility.exactly(up, TransitionUp) is not None:
                 # Others' code may write to what it gets: never a feature buffer.
                 given = given[0].clone(), given[1].clone()
-            x = call([block], up(*given))
-        return call([self.classifier], x)
+            x = call(up(*given), block)
+        return call(x, self.classifier)
 
     def _way_down(self) -> list[nn.Module]:
         """The modules that the smallest features come from."""

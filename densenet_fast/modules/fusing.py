@@ -243,12 +243,10 @@ def _recomputable_conv(planned: list[Step]) -> Conv | None:
     return None
 
 
-def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True, ours: bool = False) -> Tensor:
-    """The steps one after another; `hold` fills the memory below the peak with bottlenecks.
-
-    `ours` says that nobody else has the input.
-    """
+def run(planned: Sequence[Step], input: Tensor, *, hold: bool = True) -> Tensor:
+    """The steps one after another; `hold` fills the memory below the peak with bottlenecks."""
     first = next((at for at, step in enumerate(planned) if isinstance(step, DenseStep)), None)
+    ours = False  # whether nobody else has the features
     holds: Iterator[int] = repeat(0)
     for at, step in enumerate(planned):
         if hold and at == first and torch.is_grad_enabled():

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("torchvision")
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
 
-from benchmarks import cli, measure
-from benchmarks.environment import describe
+from benchmarks import cli
 from benchmarks.kernels import cases, machine
 from benchmarks.kernels.machine import Machine
 from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
 from benchmarks.networks import NETWORKS, densenet_bc
-from benchmarks.suites import Options, kernels, kernels_page
+from benchmarks.suites import Options, kernels
 
 CPU = torch.device("cpu")
 KERNELS = (*CONVOLUTIONS, *MEMORY_BOUND)
-QUIET = ["kernels", "--no-progress", "--device", "cpu"]
 # Odd pixels, which no pooling and no tile fits, in a buffer whose rows are padded.
 SMALL = Shape(3, 7, 2, 12, 8, 1024)
 
@@ -41,19 +33,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, "stem", stem)
     monkeypatch.setattr(machine, "MATMUL_SIZES", (8, 16))
     monkeypatch.setattr(machine, "COPY_BYTES", 4096)
-    monkeypatch.setattr(kernels, "QUICK_BURST_SECONDS", 0.0)
-
-
-@pytest.fixture
-def threads_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The numbers of threads that were asked for; one computes, whatever else the machine does."""
-    before, set_threads = torch.get_num_threads(), torch.set_num_threads
-    set_threads(1)
-    asked = [1]
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1])
-    yield asked
-    set_threads(before)
+    monkeypatch.setattr(kernels, "BURST_SECONDS", (1e-6, 1e-6))
 
 
 # ---- What is timed
@@ -162,104 +142,85 @@ def test_limit(seconds: float, flops: int, moved: int, limit: str) -> None:
 # ---- The suite
 
 
-@pytest.mark.usefixtures("tiny")
-def test_suite_on_small_networks(
-    tmp_path: Path, threads_set: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [*QUIET, "--networks", "tiny,stem", "--threads", "2", "--rounds", "2"]
-    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
-    assert threads_set == [1, 2, 1, 2, 2, 2]  # the command line's, then each table's and back
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"kernels.{suffix}" for suffix in ("md", "json", "png", "svg")}
-    record = json.loads((tmp_path / "kernels.json").read_text())
-    assert record["complete"]
+@pytest.mark.usefixtures("tiny", "one_thread")
+def test_suite_on_small_networks(run: Any) -> None:
+    chosen = ["--networks", "tiny,stem", "--threads", "2", "--rounds", "2"]
+    record, text = run("kernels", *chosen)
+    assert torch.get_num_threads() == 2
     assert [peaks["threads"] for peaks in record["machine"]] == [1, 2]
     assert all(peaks["flops"] > 0 and peaks["bandwidth"] > 0 for peaks in record["machine"])
     cases_of = [sum(len(shapes(kernel, n)) for n in ("tiny", "stem")) for kernel in KERNELS]
-    assert len(record["kernels"]) == 2 * sum(cases_of)
-    for entry in record["kernels"]:
-        assert [len(times) for times in entry["seconds"].values()] == [2, 2]
-    text = (tmp_path / "kernels.md").read_text()
-    for heading in ("## 1 thread", "## 2 threads"):
-        section = text.partition(heading)[2].partition("\n## ")[0]
-        assert "Measured peak:" in section
-        assert all(f"| {kernel}, " in section for kernel in KERNELS)
-    assert "may exceed 100 %" in text
-    assert "16 multiplications where the direct convolution does 36" in text
-    printed = capsys.readouterr().out
-    assert all(line in printed for line in text.splitlines() if line.startswith("| conv"))
+    assert len(record["rows"]) == 2 * sum(cases_of)
+    for row in record["rows"]:
+        assert [len(times) for times in row["seconds"].values()] == [2, 2]
+    for threads in (1, 2):
+        assert f"Measured peak, threads: {threads}: " in text
+        for part in ("Products", "Bound by memory"):
+            assert f"## {part}, threads: {threads}" in text
+    assert all(text.count(f"| {kernel}, ") >= 2 for kernel in KERNELS)
 
 
-@pytest.mark.usefixtures("tiny", "threads_set")
-def test_parts_are_kernels(tmp_path: Path) -> None:
-    arguments = [*QUIET, "--networks", "tiny", "--threads", "1", "--rounds", "1"]
-    parts = ["--parts", "finish_gradient", "--output", str(tmp_path)]
-    assert cli.main([*arguments, *parts]) == 0
-    record = json.loads((tmp_path / "kernels.json").read_text())
-    assert record["settings"]["threads"] == [1]
-    assert {entry["kernel"] for entry in record["kernels"]} == {"finish_gradient"}
-    text = (tmp_path / "kernels.md").read_text()
-    assert "GFLOP/s | of peak" not in text
-    assert not (tmp_path / "kernels.png").exists()  # a roofline needs products
-
-
-@pytest.mark.usefixtures("tiny")
-def test_interrupted_suite_keeps_what_it_has(
-    tmp_path: Path, threads_set: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("tiny", "one_thread")
+def test_parts_are_kernels_and_an_interrupt_keeps_what_there_is(
+    run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
+    bursts = []
 
-    def timed(call: Any, device: torch.device) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # PyTorch's call of the third case
-            raise KeyboardInterrupt
-        return original(call, device)
+    class Interrupted(kernels.Timer):
+        def blocked_autorange(self, *given: Any, **named: Any) -> Any:
+            bursts.append(self)
+            if len(bursts) == 4:  # PyTorch's call of the second case
+                raise KeyboardInterrupt
+            return super().blocked_autorange(*given, **named)
 
-    original = measure.timed
-    monkeypatch.setattr(measure, "timed", timed)
-    arguments = [*QUIET, "--networks", "tiny", "--threads", "2", "--rounds", "1"]
-    assert cli.main([*arguments, "--output", str(tmp_path)]) == cli.INTERRUPTED
-    assert threads_set == [1, 2, 1, 2]
-    text = (tmp_path / "kernels.md").read_text()
-    assert "the results below are partial" in text
-    rows = [line for line in text.splitlines() if line.startswith("| conv1x1_forward")]
-    assert [row.count("—") for row in rows] == [0, 0, 2]
+    chosen = ["--networks", "tiny", "--rounds", "1", "--parts", "finish_gradient"]
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "Timer", Interrupted)
+        record, text = run("kernels", *chosen, status=cli.INTERRUPTED)
+    times = [row["seconds"]["torch"] for row in record["rows"] if "seconds" in row]
+    assert [len(found) for found in times] == [1, 0]
+    assert "the results below are partial" in text and "GFLOP/s |" not in text
+    again, _ = run("kernels", *chosen, "--resume")
+    assert again["rows"][0] == record["rows"][0]
+    assert {row["kernel"] for row in again["rows"]} == {"finish_gradient"}
 
 
 def test_a_gpu_has_one_table() -> None:
-    settings = kernels.plan(Options(device=torch.device("cuda")))["settings"]
+    settings = kernels.SUITE.plan(Options(device=torch.device("cuda")))["settings"]
     assert settings["threads"] == [torch.get_num_threads()]
 
 
-def test_rows_say_what_limits_a_kernel() -> None:
-    record = kernels.plan(Options())
-    record["settings"]["threads"] = [1]
-    record["machine"].append({"threads": 1, "flops": 100e9, "bandwidth": 10e9})
-    for kernel, flops, moved, ours in (
-        ("conv1x1_forward", 8 * 10**7, 10**6, [2e-3, 1e-3]),
-        ("conv3x3_forward", 16 * 10**7, 10**6, [1e-3]),
-        ("conv3x3_backward", 4 * 10**7, 10**6, [1e-3]),
-        ("channel_statistics", 0, 9 * 10**6, [1e-3]),
-    ):
-        entry = {"threads": 1, "kernel": kernel, "network": "tiny", "shape": asdict(SMALL)}
-        counts = {"label": SMALL.label, "flops": flops, "moved": moved}
-        seconds = {"ours": ours, "torch": [3e-3, 4e-3]}
-        record["kernels"].append({**entry, **counts, "seconds": seconds})
-    record.update(command="", complete=True, environment=describe(CPU))
-    text = kernels_page.page(record).markdown()
+def test_rows_say_what_limits_a_kernel(planned: Any, page: Any) -> None:
+    record = planned("kernels")
+    record["machine"] = [{"threads": 1, "flops": 100e9, "bandwidth": 10e9}]
+    record["rows"] = [
+        {
+            "threads": 1,
+            "kernel": kernel,
+            "label": "small",
+            "flops": flops,
+            "moved": moved,
+            "seconds": {"ours": ours, "torch": [3e-3, 4e-3]},
+        }
+        for kernel, flops, moved, ours in (
+            ("conv1x1_forward", 8 * 10**7, 10**6, [2e-3, 1e-3]),
+            ("conv3x3_forward", 16 * 10**7, 10**6, [1e-3]),
+            ("conv3x3_backward", 4 * 10**7, 10**6, [1e-3]),
+            ("channel_statistics", 0, 9 * 10**6, [4e-3]),
+        )
+    ]
+    text = page(record)
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()
-        if SMALL.label in line
+        if ", small" in line and line.startswith("|")
     ]
-    label = SMALL.label
-    usual, limit = ["3", "3.00×"], "arithmetic"
+    usual = ["1", "3.00×", "3"]
     assert rows == [
-        [f"conv1x1_forward, {label}", "1", "80.0", "80.0 %", "1.0", "10.0 %", *usual, limit],
-        [f"conv3x3_forward, {label}", "1", "160.0", "160.0 %", "1.0", "10.0 %", *usual, limit],
-        [f"conv3x3_backward, {label}", "1", "40.0", "40.0 %", "1.0", "10.0 %", *usual, "overhead"],
-        [f"channel_statistics, {label}", "1", "9.0", "90.0 %", *usual, "memory"],
+        ["conv1x1_forward, small", *usual, "80", "80.0 %", "1", "10.0 %", "arithmetic"],
+        ["conv3x3_forward, small", *usual, "160", "160.0 %", "1", "10.0 %", "arithmetic"],
+        ["conv3x3_backward, small", *usual, "40", "40.0 %", "1", "10.0 %", "overhead"],
+        ["channel_statistics, small", "4", "0.75×", "3", "2.25", "22.5 %", "overhead"],
     ]
-    assert "Measured peak: 100.0 GFLOP/s, 10.0 GB/s." in text
-    assert kernels_page.figure(record) is not None
+    assert "Measured peak, threads: 1: 100.0 GFLOP/s, 10.0 GB/s." in text
+    assert "not first in 1 of 4 comparisons" in text

@@ -89,25 +89,6 @@ def test_interleaved_calls_take_turns() -> None:
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
 
 
-def test_bursts_take_turns_and_keep_the_fastest_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    times: dict[str, list[float]] = {}
-    seconds = iter([3.0, 2.0, 4.0, 7.0, 8.0, 6.0] * 2)
-    clock = iter(range(100))
-    monkeypatch.setattr(measure, "timed", lambda call, device: (call(), next(seconds))[1])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    measure.bursts(calls, 2, 2.5, CPU, times=times)
-    assert "".join(order) == "aaaabbbb" * 2  # the first of each is not timed
-    assert times == {"a": [2.0, 2.0], "b": [6.0, 6.0]}
-
-
-def test_a_burst_is_at_least_one_call() -> None:
-    times: dict[str, list[float]] = {}
-    measure.bursts({"a": lambda: None}, 1, 0.0, CPU, times=times)
-    assert len(times["a"]) == 1
-
-
 class _Event:
     """A CUDA event that reads the number of calls so far as milliseconds."""
 
@@ -157,15 +138,6 @@ def test_cudnn_tries_algorithms_on_cuda_devices_only(monkeypatch: pytest.MonkeyP
         assert torch.backends.cudnn.benchmark is before
 
 
-def test_timing_summary() -> None:
-    timing = measure.summarize([4.0, 1.0, 2.0, 3.0, 5.0])
-    assert (timing.minimum, timing.median, timing.rounds) == (1.0, 3.0, 5)
-    assert timing.spread == pytest.approx(2 / 3)
-    assert measure.summarize([2.0]).spread == 0
-    with pytest.raises(ValueError, match="no times"):
-        measure.summarize([])
-
-
 @PROC
 def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
     spec = replace(TINY, image_size=32, batch_size=32)
@@ -191,3 +163,13 @@ def test_failing_child_says_why(end: str, message: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(children, "BOOTSTRAP", end)
     with pytest.raises(measure.MeasurementError, match=f"^{message}"):
         memory.measure_in_child(memory.MemoryCase(TINY, "naive", threads=1), timeout=2.0)
+
+
+@PROC
+def test_child_measures_under_autocast() -> None:
+    spec = replace(TINY, image_size=32, batch_size=32)
+    plain, half = (
+        memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1, amp=amp))
+        for amp in ("none", "bfloat16")
+    )
+    assert 0.45 < half.saved_for_backward / plain.saved_for_backward < 0.6

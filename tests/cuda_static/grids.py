@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from occupancy import program
 
+from benchmarks.kernels.shapes import blocks
 from benchmarks.networks import NETWORKS, NetworkSpec
-from benchmarks.prediction.shapes import blocks
 
 MULTIPROCESSORS = (108, 128, 132)  # A100, RTX 4090, H100
 BATCHES = (8, 64, 256)

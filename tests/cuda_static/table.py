@@ -24,8 +24,7 @@ HEAD = (
 
 # Kernels started by one layer, beside two or three of a whole block: coefficients of the norms
 # whose statistics are there, and packed weights. What each operator starts is counted under the
-# emulator by test_kernels_orders.py and test_block_launches.py, the operators of a whole step by
-# tests/benchmarks/test_benchmarks_predict.py.
+# emulator by test_kernels_orders.py and test_block_launches.py.
 FORWARD = (
     "conv1x1: product 1, statistics and norm2's coefficients 1",
     "conv3x3: product 1, statistics and the next norm1's coefficients 1",

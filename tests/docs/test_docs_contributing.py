@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from documentation import ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def code(row: str) -> list[list[str]]:

@@ -129,6 +129,7 @@ def test_what_is_kept_is_a_fifth_at_most() -> None:
     assert 5 * kept[0] < kept[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_graphs_and_files() -> None:
     ours = network().float()
     x = images().float()
@@ -143,6 +144,8 @@ def test_graphs_and_files() -> None:
         expected = ours(x)
     program = torch.export.export(ours, (x,)).module()
     torch.testing.assert_close(program(x), expected)
+    for made in (torch.jit.script(ours), torch.fx.symbolic_trace(ours)):
+        torch.testing.assert_close(made(x), expected)
     assert torch.equal(densenet_fast.optimize_for_inference(ours)(x), expected)
     file = io.BytesIO()
     torch.save(ours, file)

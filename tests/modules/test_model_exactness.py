@@ -20,6 +20,8 @@ from comparison import (
 from devices import device
 from torch import nn
 
+from densenet_fast import fusion_report, optimize_for_inference
+
 pytestmark = pytest.mark.usefixtures("everywhere")
 
 MODES = ("none", "bottleneck", "block")
@@ -144,6 +146,27 @@ def test_eps_and_momentum_differ_between_layers() -> None:
 
     both(pair, change)
     assert_same_steps(pair, (2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("checkpoint", MODES)
+def test_biases_of_layers_and_transitions(checkpoint: str) -> None:
+    def biased(network: Any) -> None:
+        features = network.features
+        for parent, name in (
+            (features.denseblock1.denselayer2, "conv2"),
+            (features.denseblock3.denselayer1, "conv2"),
+            (features.transition1, "conv"),
+        ):
+            conv = getattr(parent, name)
+            conv.bias = nn.Parameter(torch.linspace(-1, 1, conv.out_channels).to(conv.weight))
+
+    pair = networks(checkpoint=checkpoint)
+    both(pair, biased)
+    assert fusion_report(pair[1]).all_fused
+    assert_same_steps(pair, (2, 3, 32, 32))
+    images, ours = torch.ones(1, 3, 32, 32).to(pair[1].classifier.weight), pair[1].eval()
+    with torch.no_grad():
+        assert torch.equal(optimize_for_inference(ours)(images), ours(images))
 
 
 @pytest.mark.parametrize("checkpoint", MODES)

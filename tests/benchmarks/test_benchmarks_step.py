@@ -1,0 +1,418 @@
+"""`step`, and the suites that measure other networks in its way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("torchvision")
+
+import densenet_fast
+from benchmarks import children, cli, host, measure, memory, peers
+from benchmarks.networks import MAIN_NETWORKS, NETWORKS, OTHER_NETWORKS, NetworkSpec, densenet_bc
+from benchmarks.suites import Options, depth, gate, growth, latency, load, networks, step, sweep
+
+CPU = torch.device("cpu")
+MIB = 2**20
+COMPILED = pytest.mark.skipif(
+    not densenet_fast.build_info()["cpu_isa"], reason="the operators are not compiled"
+)
+
+
+def seconds(record: dict[str, Any], part: str) -> list[int]:
+    """Rounds of each row."""
+    return [len(row[part]["seconds"]) for row in record["rows"] if part in row["parts"]]
+
+
+def figures(peak: int, **more: Any) -> dict[str, Any]:
+    """Memory of a step, made up."""
+    keys = ("peak_gradients_allocated", "peak_gradients_freed")
+    keys += ("saved_for_backward", "resident_after_forward", "parameters")
+    return {**dict.fromkeys(keys, peak), **more}
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The first row of a page that begins so."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {label}"))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+# ---- One step
+
+
+def test_small_run(run: Any, small: NetworkSpec) -> None:
+    chosen = ["--networks", "small", "--peers", "naive,ours-none,ours-block"]
+    record, text = run("step", *chosen, "--rounds", "2", "--parts", "time,inference")
+    assert seconds(record, "time") == seconds(record, "inference") == [2] * 3
+    head = next(line for line in text.splitlines() if line.startswith("| impl"))
+    assert head.split("|")[2].strip() == "step, s"  # no memory
+    assert "of 4 comparisons" in text or "in all 4 comparisons" in text
+
+
+@pytest.mark.parametrize("amp", memory.AMP)
+def test_under_autocast(
+    amp: str, run: Any, small: NetworkSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            on = torch.is_autocast_enabled("cpu")
+            seen.append(torch.get_autocast_dtype("cpu") if on else None)
+            return super().forward(input)
+
+    def build(spec: NetworkSpec) -> nn.Module:
+        model = peers.build_torchvision(spec, memory_efficient=False)
+        model.classifier = Watched(model.classifier.in_features, spec.num_classes)
+        return model
+
+    monkeypatch.setitem(peers.PEERS, "naive", replace(peers.PEERS["naive"], build=build))
+    chosen = ["--networks", "small", "--peers", "naive", "--amp", amp]
+    run("step", *chosen, "--parts", "time,inference", "--rounds", "1")
+    assert seen == [None if amp == "none" else getattr(torch, amp)] * 4
+
+
+def test_a_case_that_does_not_fit_is_reported_and_not_timed(
+    run: Any, small: NetworkSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(case: memory.MemoryCase) -> dict[str, Any]:
+        if case.peer == "naive":
+            return {"error": "does not fit: killed"}
+        return figures(8 * MIB if case.peer == "ours-none" else 2**60)
+
+    monkeypatch.setattr(step, "figures_in_child", measured)
+    chosen = ["--networks", "small", "--peers", "naive,ours-none,ours-block", "--rounds", "1"]
+    record, text = run("step", *chosen, "--parts", "memory,time", status=1)
+    assert seconds(record, "time") == [0, 1, 0]
+    assert "- memory of Small (k=32), 2×3×64×64, naive: does not fit: killed" in text
+    assert "- time of Small (k=32), 2×3×64×64, naive: does not fit: nor did it" in text
+    assert "ours-block: does not fit: a step needs 1,099,511,627,776 MiB" in text
+    assert cells(text, "densenet_fast")[1] == "8"
+    run("step", *chosen, "--parts", "memory,time", "--resume", status=1)
+
+
+def test_a_peer_that_fails_is_reported_and_the_rest_is_timed(
+    run: Any, small: NetworkSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, timed = 0, measure.timed
+
+    def fails_once(call: Callable[[], object], device: torch.device) -> float:
+        nonlocal count
+        count += 1
+        if count == 3:  # the first peer's second round
+            raise RuntimeError("no more of that")
+        return timed(call, device)
+
+    def build(spec: NetworkSpec) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    broken = replace(peers.PEERS["resnet50"], build=build, applies=lambda spec: True)
+    monkeypatch.setitem(peers.PEERS, "resnet50", broken)
+    monkeypatch.setattr(measure, "timed", fails_once)
+    chosen = ["--networks", "small", "--peers", "naive,ours-none,resnet50", "--rounds", "3"]
+    record, text = run("networks", *chosen, "--parts", "inference", status=1)
+    assert seconds(record, "inference") == [1, 3, 0]
+    assert "naive: RuntimeError: no more of that" in text
+    assert "resnet50: does not fit: CUDA out of memory." in text
+
+
+def test_logits_that_disagree_are_not_timed(
+    run: Any, small: NetworkSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deploy(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda images: model(images) * 1.0001
+
+    wrong = replace(peers.PEERS["onnxruntime"], requires="torch", deploy=deploy)
+    monkeypatch.setitem(peers.PEERS, "onnxruntime", wrong)
+    chosen = ["--networks", "small", "--peers", "naive,onnxruntime,ours-none", "--rounds", "1"]
+    record, _ = run("step", *chosen, "--parts", "inference", status=1)
+    assert seconds(record, "inference") == [1, 0, 1]
+    assert "e-04 away from those of naive" in record["rows"][1]["inference"]["error"]
+
+
+# ---- Which peers
+
+
+def rows_of(suite: str, **options: Any) -> list[tuple[str, str]]:
+    rows = load(suite).plan(Options(**options))["rows"]
+    return [(row["network"].split(" (")[0], row["peer"]) for row in rows]
+
+
+def test_peers_are_compared_where_they_can_build_the_network() -> None:
+    every = tuple(peers.PEERS)
+    names = ("densenet-bc-100", "densenet121", "densenet161")
+    rows = rows_of("networks", networks=names, peers=every)
+    small, whole, wide = ([peer for n, peer in rows if n == NETWORKS[k].name] for k in names)
+    anywhere = {"ours-converted", "compiled-ours", "ours-optimized", "compiled-naive"}
+    assert set(small) == {*peers.BASIC_PEERS, *anywhere, "onnxruntime", "openvino"}
+    assert whole == list(every)
+    assert set(every) - set(wide) == {"timm", "resnet50", "resnet101"}
+
+
+def test_forms_of_the_networks_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, quick = rows_of("networks", full=True), rows_of("networks")
+    assert len({name for name, _ in full}) == len(NETWORKS) + len(OTHER_NETWORKS) - 1  # two 3-D
+    compiled = {network for network, peer in full if peer == "compiled-ours"}
+    assert compiled == {NETWORKS[name].name for name in MAIN_NETWORKS}
+    assert "compiled-naive" not in {peer for _, peer in quick}
+    assert "onnxruntime" not in {peer for _, peer in full}
+    named = rows_of("networks", networks=("densenet201",), peers=("naive", "compiled-naive"))
+    assert ("DenseNet-201", "compiled-naive") in named
+
+
+def test_a_peer_that_is_not_installed_is_left_out_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    planned: Any,
+    page: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
+    record = planned("networks", networks=("densenet161",))
+    assert "Not compared, as not installed: no_such." in page(record)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["networks", "--peers", "naive,timm"])
+    assert "timm: not installed here: `pip install no_such`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["monai", "timm"])
+def test_other_libraries_compute_the_same_function(name: str, small: NetworkSpec) -> None:
+    peer = peers.PEERS[name]
+    pytest.importorskip(peer.requires)
+    state, outputs = peers.initial_state(small, seed=3), []
+    images = torch.randn(small.input_shape)
+    for other in (peers.PEERS["naive"], peer):
+        model = peers.build(other, small, state, device=CPU).eval()
+        with torch.no_grad():
+            outputs.append(model(images))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
+def test_other_networks(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("monai")
+    # Logits that disagree would not be timed.
+    layers = (1, 2, 1) if OTHER_NETWORKS[name].segmentation else (2, 1)
+    small = replace(OTHER_NETWORKS[name], block_config=layers, image_size=16, batch_size=2)
+    monkeypatch.setitem(OTHER_NETWORKS, "small", small)
+    chosen = ["--networks", "small", "--peers", "naive,ours-bottleneck,ours-converted"]
+    record, _ = run("networks", *chosen, "--rounds", "1", "--parts", "inference")
+    assert seconds(record, "inference") == [1, 1, 1]
+
+
+# ---- The gate
+
+
+def gated(planned: Any, ratio: float, speed: float) -> dict[str, Any]:
+    """A record with these ratios of the first network."""
+    record = planned("gate")
+    for row in record["rows"][: len(gate.PEERS)]:
+        ours = row["peer"].startswith("ours")
+        row["memory"] = figures(int(100 * MIB / ratio) if ours else 100 * MIB)
+        row["time"] = row["inference"] = {"seconds": [1 / speed if ours else 1.0]}
+    return record
+
+
+def test_the_gate_fails_for_memory_alone(planned: Any, page: Any) -> None:
+    good, slow = gated(planned, 6, 1.5), gated(planned, 6, 0.5)
+    assert not gate.SUITE.failures(good) and not gate.SUITE.failures(slow)
+    assert (page(good).count(" above |"), page(good).count("**below**")) == (7, 0)
+    assert page(slow).count("**below**") == 4
+    first, _ = gate.SUITE.failures(gated(planned, 4, 1.5))
+    assert "memory of DenseNet-121" in first and "at least 5.0× expected" in first
+    good["rows"][0]["time"] = {"seconds": [], "error": "does not fit"}
+    (failure,) = gate.SUITE.failures(good)
+    assert failure.endswith("naive-channels-last: does not fit")
+    assert f"- {failure}" in page(good)
+
+
+def test_every_floor_belongs_to_something_that_is_measured() -> None:
+    rows = gate.SUITE.plan(Options())["rows"]
+    assert list(gate.FLOORS) == list(dict.fromkeys(row["network"] for row in rows))
+    assert all(row["parts"] == list(gate.FLOORS[row["network"]]) for row in rows)
+    for floors in gate.FLOORS.values():
+        assert set(floors) <= set(gate.FIGURES)
+        assert all(set(names) < set(gate.PEERS) for names in floors.values())
+
+
+def test_gate_runs(run: Any, small: NetworkSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "GATED", (small,))
+    floors = {"time": {"ours-none": 1e-3}, "inference": {"ours-bottleneck": 1e3}}
+    monkeypatch.setattr(gate, "FLOORS", {small.title: floors})
+    _, text = run("gate", "--rounds", "1", "--parts", "time,inference")
+    assert " above |" in text and "**below**" in text
+
+
+# ---- Small work
+
+
+@pytest.fixture
+def tiny(small: NetworkSpec, monkeypatch: pytest.MonkeyPatch) -> NetworkSpec:
+    spec = replace(small, image_size=32, batch_size=1)
+    monkeypatch.setattr(latency, "SMALL", {part: [spec] for part in latency.SMALL})
+    return spec
+
+
+def test_cases_and_peers_of_small_work() -> None:
+    rows = latency.SUITE.plan(Options())["rows"]
+    parts = {r["network"].split(", ")[1]: r["parts"] for r in rows if r["peer"] == "ours-none"}
+    assert parts == {
+        "1×3×32×32": ["inference"],
+        "1×3×64×64": ["time", "inference", "host"],
+        "2×3×64×64": ["time"],
+        "1×3×224×224": ["inference"],
+        "8×3×224×224": ["inference"],
+    }
+    assert "compiled-naive" in latency.SUITE.plan(Options(full=True))["settings"]["peers"]
+    for options in (Options(device=torch.device("cuda")), Options(amp="bfloat16")):
+        assert latency.SUITE.plan(options)["settings"]["peers"] == list(latency.BASIC)
+
+
+def child(**arguments: Any) -> tuple[list[dict[str, Any]], float]:
+    """What the host's child returns, and what an operator leaves there where a mean should be."""
+    found = host.child(**arguments)
+    mean, var = torch.full((3,), 7.0), torch.zeros(3)
+    torch.ops.densenet_fast.channel_statistics(torch.ones(1, 2, 2, 3), mean, var)
+    return found, float(mean.sum())
+
+
+@COMPILED
+def test_small_work_has_all_parts(
+    tiny: NetworkSpec, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums = []
+
+    def watched(function: str, arguments: dict[str, Any], *, threads: int) -> Any:
+        assert function == "benchmarks.host:child"
+        found, total = children.call_in_child(f"{__name__}:child", arguments, threads=threads)
+        sums.append(total)
+        return found
+
+    monkeypatch.setattr(host, "call_in_child", watched)
+    record, text = run("latency", "--peers", "naive,ours-none,ours-block", "--rounds", "2")
+    assert seconds(record, "time") == seconds(record, "inference") == [2] * 3
+    assert sums == [21.0]  # no operator wrote anything
+    none, block = (row["host"] for row in record["rows"][1:])
+    assert len(none["seconds"]) == 2
+    assert block["calls"]["densenet_fast"] > none["calls"]["densenet_fast"] > 20
+    assert cells(text, 'densenet_fast, checkpoint="block"')[-2:] == [
+        str(block["calls"][key]) for key in ("densenet_fast", "aten")
+    ]
+
+
+@pytest.mark.parametrize("name", latency.ENGINES)
+def test_engines_run_the_same_network(name: str, tiny: NetworkSpec, run: Any) -> None:
+    pytest.importorskip(name)
+    chosen = ("--peers", f"ours-none,{name}", "--parts", "inference", "--rounds", "2")
+    record, text = run("latency", *chosen)  # which compares their logits
+    assert seconds(record, "inference") == [2, 2]
+    assert peers.PEERS[name].label in text
+
+
+def test_a_host_that_cannot_be_measured_is_reported_and_resumed(
+    tiny: NetworkSpec, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*arguments: object) -> None:
+        raise measure.MeasurementError("there is no compiler")
+
+    chosen = ("--peers", "ours-none", "--parts", "host")
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "measure", no_compiler)
+        _, text = run("latency", *chosen, status=1)
+    assert "ours-none: there is no compiler" in text
+    entry = {"seconds": [1.0], "calls": {"densenet_fast": 1, "aten": 2}}
+    monkeypatch.setattr(host, "measure", lambda *_: [{"peer": "ours-none", **entry}])
+    record, _ = run("latency", *chosen, "--resume")
+    assert record["rows"][0]["host"] == entry
+
+
+@COMPILED
+def test_every_operator_has_a_kernel_that_does_nothing() -> None:
+    register = re.compile(r'm\.impl\("(\w+)"')
+    csrc = Path(__file__).parents[2] / "csrc"
+    files = csrc / "dispatch.h", csrc / "cpu" / "dispatch.cpp"
+    names = {name for file in files for name in register.findall(file.read_text())}
+    assert set(register.findall(host.source())) == names - {"packed_weights"}
+
+
+# ---- Growth rates and depths
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("suite", "ends"), [(growth.SUITE, (8, 48)), (depth.SUITE, (40, 250))])
+def test_sweeps_reach_from_end_to_end(
+    suite: sweep.Sweep, ends: tuple[int, int], full: bool
+) -> None:
+    values = suite.values(Options(full=full))
+    assert min(values) <= ends[0] and max(values) == ends[1]
+    assert len(values) >= sweep.LEAST_POINTS  # how figures grow can be said
+    named = Options(growth_rates=(20, 7), depths=(22, 10))
+    titles = [spec.title for spec in suite.specs(named)]
+    assert len(set(titles)) == 2
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_parameters_and_flops_are_those_of_the_network(dims: int) -> None:
+    spec = sweep.sweep_network(Options(dims=dims), 10, 12, 4)
+    assert len(spec.input_shape) == 2 + dims
+    model = peers.build_torchvision(spec, memory_efficient=False)
+    with FlopCounterMode(display=False) as counter:
+        memory.training_step(model, *memory.make_batch(spec, torch.contiguous_format, CPU, 0))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = counter.get_total_flops()
+    assert sweep.counted(spec) == {"parameters": parameters, "flops": flops}
+
+
+@pytest.mark.parametrize(
+    "chosen", [("growth", "4,6", ()), ("depth", "10,16", ("--dims", "1")), ("depth", "10,16", ())]
+)
+def test_small_sweeps(chosen: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite, values, dims = chosen
+    monkeypatch.setattr(growth, "DEPTH", 10)
+    monkeypatch.setattr(growth, "BATCH_SIZE", 2)
+    monkeypatch.setattr(depth, "BATCH_SIZE", 3)
+    monkeypatch.setattr(depth, "GROWTH_RATE", 4)
+    flag = {"growth": "--growth-rates", "depth": "--depths"}[suite]
+    given = (flag, values, *dims, "--rounds", "1", "--parts", "time,inference")
+    record, text = run(suite, *given)
+    compared = record["settings"]["peers"]
+    assert (len(compared) < len(peers.BASIC_PEERS)) == bool(dims)
+    assert seconds(record, "time") == [1] * 2 * len(compared)
+    first = {"growth": "growth rate 4", "depth": "depth 10"}[suite]
+    assert cells(text, f"{first}, naive, contiguous")[1] == cells(text, first)[1]
+    assert ("## Networks" in text and "of 12 comparisons" in text) or "all 12 comparisons" in text
+
+
+def test_fits_tell_lines_from_parabolas() -> None:
+    _, share = sweep.fitted([(d, 3.0 + 2 * d) for d in (10, 20, 40, 80)])
+    assert share == pytest.approx(0, abs=1e-9)
+    fit, share = sweep.fitted([(d, 2.0 * d * d) for d in (10, 20, 40, 80)])
+    assert share == pytest.approx(1)
+    assert fit.endswith("+2·d²")
+
+
+def test_growth_with_depth_is_on_the_page(planned: Any, page: Any) -> None:
+    record = planned("depth", depths=(10, 16, 22, 40), peers=("naive", "ours-block"))
+    values = {case["network"]: case["value"] for case in record["cases"]}
+    for row in record["rows"]:
+        value = values[row["network"]]
+        row["memory"] = figures((value**2 if row["peer"] == "naive" else value) * 8 * MIB)
+    text = page(record).split("## How it grows")[1]
+    assert cells(text, "peak memory, MiB, naive")[1] == "100.0 %"
+    assert cells(text, "peak memory, MiB, densenet_fast")[1].strip("-") == "0.0 %"
+
+
+def test_networks_are_checked_and_plain_data() -> None:
+    spec = densenet_bc(10, 4, batch_size=2, image_size=16)
+    assert NETWORKS["densenet-bc-100"].block_config == (16, 16, 16)
+    assert NetworkSpec.from_json({**spec.to_json(), "block_config": [1, 1, 1]}) == spec
+    with pytest.raises(ValueError, match="got 23"):
+        densenet_bc(23, 12, batch_size=1)
+    assert networks.SUITE.known_networks["densenet-100"].title.startswith("DenseNet-100 without")
