@@ -15,7 +15,7 @@ from densenet_fast.conversion.structure import ConvertedChain
 from densenet_fast.modules import eligibility, fusing, input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.dimensions import NORMS
-from densenet_fast.modules.layers import DenseLayer, FusedBlock, FusedModule, Transition
+from densenet_fast.modules.layers import DenseLayer, FusedBlock, Transition
 from densenet_fast.operators.backends import backend_for, get_backend
 
 
@@ -76,16 +76,6 @@ def fusion_report(model: nn.Module) -> FusionReport:
     return FusionReport(tuple(visitor.rows), dtype, device, note)
 
 
-def _dimensions(model: nn.Module) -> int:
-    """How many dimensions the images of the first network or block in `model` have; else two."""
-    for module in model.modules():
-        if isinstance(module, (FusedModule, ConvertedFeatures, EfficientDenseNet)):
-            dims = input_checks.dimensions(module)
-            if dims is not None:
-                return dims
-    return 2
-
-
 class _Visitor:
     def __init__(self, dtype: torch.dtype, device: torch.device, backend: str) -> None:
         self.dtype, self.device = dtype, device
@@ -97,7 +87,7 @@ class _Visitor:
 
     def expected(self, owner: nn.Module) -> eligibility.Expected:
         """What the modules of a block or chain are looked at for."""
-        return eligibility.Expected(self.dtype, self.device, _dimensions(owner))
+        return eligibility.Expected(self.dtype, self.device, input_checks.dimensions(owner) or 2)
 
     def add(self, name: str, found: object, called: str | None = None) -> None:
         """`found` is an obstacle if it is a text; `called` is why the part's module is called."""

@@ -182,25 +182,17 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
         return None
     if isinstance(step, DenseStep) and len(step.segments) == 1 and before:
         segment = step.segments[0]
-        if (
-            isinstance(segment, list)
-            and step.tail is not None
-            and not _reordered(segment, step.tail)
-            and not _biased(segment, step.tail)
-        ):
+        if isinstance(segment, list) and step.tail is not None and _packable(segment, step.tail):
             return [*before, Block(segment, step.tail, images)]
     return None
 
 
-def _reordered(layers: Sequence[LayerParts], tail: TailParts) -> bool:
-    """Whether something reads the features in another order than they are stored in."""
-    return tail.order is not None or any(layer.order is not None for layer in layers)
-
-
-def _biased(layers: Sequence[LayerParts], tail: TailParts) -> bool:
-    """Whether a convolution adds a bias."""
+def _packable(layers: Sequence[LayerParts], tail: TailParts) -> bool:
+    """Whether features are read in the order they are stored in, and no convolution has a bias."""
     convolutions = [*(layer.conv2 for layer in layers), tail.conv]
-    return any(conv is not None and conv.bias is not None for conv in convolutions)
+    biased = any(conv is not None and conv.bias is not None for conv in convolutions)
+    orders = [*(layer.order for layer in layers), tail.order]
+    return not biased and orders == [None] * len(orders)
 
 
 def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,14 @@ def everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Runs the test without graphs of others, and leaves none."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     obstacle = cuda_device.obstacle()
     if obstacle is not None:

@@ -14,16 +14,17 @@ from densenet_fast.operators.torch_internals import BatchNorm
 
 TOLERANCE = 1e-11  # float64, reductions of some thousand elements
 SHAPE = (3, 3, 32, 32)
+EDGES = (13, 16, 9)
 
 
 def torchvision_network(**changes: Any) -> nn.Module:
     models = pytest.importorskip("torchvision.models")
-    return models.DenseNet(8, (2, 3), 16, num_classes=5, **changes)
+    return models.DenseNet(8, (2, 3), 16, **{"num_classes": 5, **changes})
 
 
 def timm_network(**changes: Any) -> nn.Module:
     densenet = pytest.importorskip("timm.models.densenet")
-    return densenet.DenseNet(8, (2, 3), num_classes=5, **changes)
+    return densenet.DenseNet(8, (2, 3), **{"num_classes": 5, **changes})
 
 
 def timm_blur_network(**changes: Any) -> nn.Module:
@@ -39,7 +40,8 @@ def monai_network(dims: int = 2, **changes: Any) -> nn.Module:
 
 def xrv_network(**changes: Any) -> nn.Module:
     xrv = pytest.importorskip("torchxrayvision.models")
-    return xrv.DenseNet(8, (2, 3), 16, num_classes=5, in_channels=3, **changes)
+    shape = {"num_classes": 5, "in_channels": 3, **changes}
+    return xrv.DenseNet(8, (2, 3), 16, **shape)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -69,6 +71,13 @@ def make(name: str, seed: int = 0) -> nn.Module:
 def images(seed: int = 1, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def sized_images(
+    dims: int, count: int = 3, *, channels: int = 2, edges: tuple[int, ...] = EDGES
+) -> torch.Tensor:
+    """Images of one, two or three dimensions, of odd sizes."""
+    return images(dims, (count, channels, *edges[:dims]))
 
 
 def plain_copy(model: nn.Module, flag: str = "memory_efficient") -> nn.Module:

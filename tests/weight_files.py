@@ -1,4 +1,4 @@
-"""Small DenseNets of every library with the same shape, and their checkpoint files."""
+"""Checkpoint files of small DenseNets of every library, and models that they do not change."""
 
 from __future__ import annotations
 
@@ -10,47 +10,25 @@ from typing import Any
 import pytest
 import torch
 from comparison import shake
+from library_networks import monai_network, timm_network, torchvision_network, xrv_network
 from torch import Tensor, nn
 
 from densenet_fast import load_weights
 from densenet_fast.modules.densenet import EfficientDenseNet
 
-GROWTH, BLOCKS, INITIAL, CLASSES = 4, (2, 3), 8, 5
 State = dict[str, Any]
 
 
 def ours(**kwargs: Any) -> EfficientDenseNet:
-    shape = {"bn_size": 4, "num_classes": CLASSES, **kwargs}
-    return EfficientDenseNet(GROWTH, BLOCKS, INITIAL, **shape)
-
-
-def torchvisions() -> nn.Module:
-    models = pytest.importorskip("torchvision.models.densenet")
-    return models.DenseNet(GROWTH, BLOCKS, INITIAL, num_classes=CLASSES)
-
-
-def timms(**kwargs: Any) -> nn.Module:
-    models = pytest.importorskip("timm.models.densenet")
-    return models.DenseNet(GROWTH, BLOCKS, **{"num_classes": CLASSES, **kwargs})
-
-
-def monais() -> nn.Module:
-    models = pytest.importorskip("monai.networks.nets")
-    return models.DenseNet(2, 3, CLASSES, INITIAL, GROWTH, BLOCKS)
-
-
-def torchxrayvisions(**kwargs: Any) -> nn.Module:
-    models = pytest.importorskip("torchxrayvision.models")
-    shape = {"num_classes": CLASSES, "in_channels": 3, **kwargs}
-    return models.DenseNet(GROWTH, BLOCKS, INITIAL, **shape)
+    return EfficientDenseNet(8, (2, 3), 16, **{"num_classes": 5, **kwargs})
 
 
 LIBRARIES: dict[str, Callable[[], nn.Module]] = {
     "densenet_fast": ours,
-    "torchvision": torchvisions,
-    "timm": timms,
-    "MONAI": monais,
-    "torchxrayvision": torchxrayvisions,
+    "torchvision": torchvision_network,
+    "timm": timm_network,
+    "MONAI": monai_network,
+    "torchxrayvision": xrv_network,
 }
 
 
@@ -88,23 +66,19 @@ def prefixed(prefix: str, state: State) -> State:
     return {prefix + key: value for key, value in state.items()}
 
 
-def images(size: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
-
-
 def snapshot(model: nn.Module) -> tuple[list[Tensor], State]:
     tensors = [*model.parameters(), *model.buffers()]
     return tensors, {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def assert_unchanged(model: nn.Module, before: tuple[list[Tensor], State]) -> None:
-    """The same tensors with the same values."""
+    """The same tensors with the same values, and parameters that still are some."""
     tensors, state = before
     after = [*model.parameters(), *model.buffers()]
     assert all(a is b for a, b in zip(after, tensors, strict=True))
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def refused(path: Any, error: type[Exception], match: str, **kwargs: Any) -> Exception:

@@ -23,7 +23,16 @@ from torch import Tensor
 from densenet_fast.blocks import autocast, nodes, norms
 from densenet_fast.blocks.backward import gradient_pitch, gradients
 from densenet_fast.blocks.checks import check_block
-from densenet_fast.blocks.forward import Block, Geometry, Statistics, forward, halved, norm_places
+from densenet_fast.blocks.forward import (
+    Block,
+    Geometry,
+    Statistics,
+    feature_buffer,
+    forward,
+    halved,
+    held,
+    norm_places,
+)
 from densenet_fast.blocks.nodes import Finish
 from densenet_fast.blocks.specs import (
     CHECKPOINT_MODES,
@@ -44,7 +53,6 @@ from densenet_fast.operators.philox import draw_seeds
 from densenet_fast.operators.rows import (
     channels_last_format,
     empty_channels_last,
-    row_pitch,
     statistics_dtype,
 )
 
@@ -168,13 +176,9 @@ def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tenso
     settings = Settings(*rest)
     geometry = Geometry(input.shape, parameters, settings)
     images, *size = geometry.pixels
-    pitch = geometry.channels
-    if settings.tail != "none":
-        pitch = row_pitch(pitch, input.itemsize, cuda=input.is_cuda)
-    buffer = empty_channels_last((images, geometry.channels, *size), input, pitch)
+    buffer, features = feature_buffer(input, geometry, padded=settings.tail != "none")
     block = settings.checkpoint == "block"
-    widths = geometry.widths[geometry.layers - (0 if block else settings.hold) :]
-    kept = [input.new_empty(images, *size, bottleneck) for bottleneck in widths]
+    kept = held(geometry, features, 0 if block else settings.hold)
     statistics = input.new_empty(Statistics.size(geometry), dtype=statistics_dtype(input.dtype))
     if settings.tail == "none":
         return buffer, statistics, kept

@@ -267,13 +267,13 @@ def forward(input: Tensor, block: Block) -> tuple[Tensor, Tensor, list[Tensor]]:
     )
     statistics = Statistics(geometry, vector)
     has_tail = settings.tail != "none"
-    buffer, features = _feature_buffer(input, geometry, padded=has_tail)
+    buffer, features = feature_buffer(input, geometry, padded=has_tail)
     if geometry.reduced:
         start = geometry.starts[0]
         given = features[..., :start]
         operators.channel_statistics(given, statistics.mean[:start], statistics.var[:start])
         statistics.synchronise_features(0)
-    kept = _held(geometry, features, 0 if settings.checkpoint == "block" else settings.hold)
+    kept = held(geometry, features, 0 if settings.checkpoint == "block" else settings.hold)
     block.run(statistics, features, kept)
     if not has_tail:
         return buffer, vector, kept
@@ -299,13 +299,13 @@ def norm_places(geometry: Geometry, norm_specs: Sequence[NormSpec]) -> Iterator[
         yield norms.Place(norm, 0, channels, features, channels)
 
 
-def _held(geometry: Geometry, like: Tensor, hold: int) -> list[Tensor]:
+def held(geometry: Geometry, like: Tensor, hold: int) -> list[Tensor]:
     """Bottlenecks of their own for the last `hold` layers."""
     widths = geometry.widths[geometry.layers - hold :]
     return [empty_rows((*geometry.pixels, width), like) for width in widths]
 
 
-def _feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple[Tensor, Tensor]:
+def feature_buffer(input: Tensor, geometry: Geometry, *, padded: bool) -> tuple[Tensor, Tensor]:
     """The buffer [N, C, *size] and its rows [N, *size, C], the block's input in the first channels.
 
     Rows are padded only where the buffer never leaves the block: others want them contiguous.
@@ -328,8 +328,8 @@ def recompute_features(
     And the bottlenecks that are held.
     """
     geometry, hold = block.geometry, block.settings.hold
-    _, features = _feature_buffer(input, geometry, padded=True)
-    kept = _held(geometry, features, hold)
+    _, features = feature_buffer(input, geometry, padded=True)
+    kept = held(geometry, features, hold)
     # Without a tail nothing reads the last layer's growth (its gradient needs no correction), and
     # if it is not held nothing its bottleneck.
     last = 2 * geometry.layers

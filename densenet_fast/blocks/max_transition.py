@@ -18,7 +18,6 @@ from densenet_fast import operators
 from densenet_fast.blocks import autocast, nodes, norms
 from densenet_fast.blocks.checks import check_max_transition
 from densenet_fast.blocks.forward import halved, matrix
-from densenet_fast.blocks.nodes import Finish
 from densenet_fast.blocks.specs import MaxTransition, NormSpec, Tensors
 from densenet_fast.operators.philox import draw_seeds
 from densenet_fast.operators.rows import (
@@ -30,8 +29,8 @@ from densenet_fast.operators.rows import (
 )
 
 _ARGUMENTS = (
-    "Tensor?[] parameters, Tensor?[] buffers, Tensor? seed, float eps, bool batch_statistics, "
-    "str group, float dropout, bool whole_channels"
+    "Tensor?[] parameters, Tensor?[] buffers, float dropout, bool whole_channels, float eps, "
+    "bool batch_statistics, str group"
 )
 
 
@@ -40,21 +39,15 @@ def max_transition(input: Tensor, transition: MaxTransition) -> Tensor:
     input = autocast.cast(input)
     check_max_transition(input, transition)
     norm, weight, bias, dropout, whole_channels = transition
-    seed = draw_seeds(1) if dropout > 0 else None
-    rest = (norm.eps, norm.batch_statistics, norm.group, dropout, whole_channels)
     parameters = (norm.weight, norm.bias, weight, bias)
-    buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
+    seed = draw_seeds(1) if dropout > 0 else None
 
     def finish(statistics: Tensor) -> None:
         updates = norms.updates([norms.place(norm, input.shape[1])])
         nodes.record(statistics, updates, input.shape[0] * input.shape[2:].numel())
 
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
-    ):
-        return nodes.applied(_MaxTransition, input, None, finish, (seed, rest), parameters, buffers)
-    output, _, statistics = max_transition_forward(input, parameters, buffers, seed, *rest)
-    finish(statistics)
+    rest = (dropout, whole_channels)
+    output: Tensor = _run(input, norm, parameters, finish, *rest, buffers=(seed,))
     return output
 
 
@@ -76,16 +69,17 @@ class _Call(NamedTuple):
 def _call(
     parameters: Tensors,
     buffers: Tensors,
-    seed: Tensor | None,
+    dropout: float,
+    whole_channels: bool,
     eps: float,
     batch_statistics: bool,
     group: str,
-    *rest: Any,
 ) -> _Call:
     gamma, beta, weight, bias = parameters
-    mean, var = buffers
+    mean, var, seed = buffers
     norm = NormSpec(gamma, beta, mean, var, eps, batch_statistics, None, group)
-    return _Call(norm, matrix(weight), bias, 0 if seed is None else int(seed), *rest)
+    drawn = 0 if seed is None else int(seed)
+    return _Call(norm, matrix(weight), bias, drawn, dropout, whole_channels)
 
 
 def _forward_fake(
@@ -95,7 +89,7 @@ def _forward_fake(
     outputs = matrix(parameters[2]).shape[0]
     output = empty_channels_last((images, outputs, *halved(size)), input)
     places = input.new_empty(images, *halved(size), outputs, dtype=torch.uint8)
-    count = 2 * channels + bool(args[3])
+    count = 2 * channels + bool(args[-1])
     return output, places, input.new_empty(count, dtype=statistics_dtype(input.dtype))
 
 
@@ -147,18 +141,10 @@ def _spread(grad_rows: Tensor, places: Tensor, like: Tensor) -> Tensor:
     return full
 
 
-def _backward_fake(
-    grad_output: Tensor, input: Tensor, places: Tensor, statistics: Tensor, *args: Any
-) -> list[Tensor]:
-    parameters, *_, (input_needed, *needs) = args
-    found = [empty_channels_last(input.shape, input)] if input_needed else []
-    return found + nodes.wanted_like(parameters, needs)
-
-
 @nodes.node(
     f"(Tensor grad_output, Tensor input, Tensor places, Tensor statistics, {_ARGUMENTS}, "
     "bool[] needs) -> Tensor[]",
-    _backward_fake,
+    nodes.one_norm_gradients_fake,
 )
 def max_transition_backward(
     grad_output: Tensor, input: Tensor, places: Tensor, statistics: Tensor, *args: Any
@@ -207,43 +193,4 @@ def max_transition_backward(
     return nodes.wanted(found, [input, *parameters], needs)
 
 
-class _MaxTransition(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        _: Tensor | None,
-        finish: Finish | None,
-        seed: Tensor | None,
-        rest: tuple[Any, ...],
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        arguments = (tensors[:4], tensors[4:], seed, *rest)
-        output, places, statistics = max_transition_forward(input, *arguments)
-        if finish is not None:
-            finish(statistics)
-        ctx.mark_non_differentiable(statistics)
-        ctx.rest = rest
-        ctx.save_for_backward(input, places, statistics, seed, *tensors)
-        return output, statistics
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
-        input, places, statistics, seed, *tensors = saved
-        needs = [ctx.needs_input_grad[index] for index in (0, 5, 6, 7, 8)]
-        found = max_transition_backward(
-            grad_outputs[0],
-            input,
-            places,
-            statistics,
-            tensors[:4],
-            tensors[4:],
-            seed,
-            *ctx.rest,
-            needs,
-        )
-        given = nodes.spread(found, needs)
-        behind = [grad_outputs[0], *saved]
-        input, *others = nodes.first_order_only("a fused transition", given, behind)
-        return (input, None, None, None, None, *others, None, None)
+_run = nodes.one_norm("a fused transition", max_transition_forward, max_transition_backward)

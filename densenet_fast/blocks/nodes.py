@@ -16,8 +16,8 @@ from torch import Tensor
 
 from densenet_fast import operators
 from densenet_fast.blocks import autocast, norms
-from densenet_fast.blocks.specs import Tensors
-from densenet_fast.operators.rows import empty_gradient
+from densenet_fast.blocks.specs import NormSpec, Tensors
+from densenet_fast.operators.rows import empty_channels_last, empty_gradient
 from densenet_fast.operators.torch_internals import FakeTensor
 
 NAMESPACE = "densenet_fast_nodes"
@@ -169,6 +169,74 @@ def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | 
     """The gradients in the places of what needs one."""
     rest = iter(gradients)
     return [next(rest) if need else None for need in needs]
+
+
+def one_norm_gradients_fake(
+    grad_output: Tensor, input: Tensor, places: Tensor, statistics: Tensor, *args: Any
+) -> list[Tensor]:
+    """Shapes of what the `gradients` of `one_norm` give."""
+    parameters, *_, (input_needed, *needs) = args
+    found = [empty_channels_last(input.shape, input)] if input_needed else []
+    return found + wanted_like(parameters, needs)
+
+
+def one_norm(what: str, output: Callable[..., Any], gradients: Callable[..., Any]) -> Any:
+    """What runs a node that has one norm and four parameters, the norm's among them.
+
+    `output` gives the output, a place for each of its elements and `norms.statistics_of` the norm,
+    from the input, parameters, buffers, and the rest with the norm's settings behind it;
+    `gradients` those that are needed, from the output's and all of these.
+    """
+
+    class OneNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            input: Tensor,
+            _: Tensor | None,
+            finish: Finish | None,
+            rest: tuple[Any, ...],
+            *tensors: Tensor | None,
+        ) -> tuple[Tensor, Tensor]:
+            found, places, statistics = output(input, tensors[:4], tensors[4:], *rest)
+            if finish is not None:
+                finish(statistics)
+            ctx.mark_non_differentiable(statistics)
+            ctx.save_for_backward(input, places, statistics, *tensors)
+            ctx.rest = rest
+            return found, statistics
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
+            kept, parameters, buffers = saved[:3], saved[3:7], saved[7:]
+            needs = [ctx.needs_input_grad[index] for index in (0, 4, 5, 6, 7)]
+            found = gradients(grad_outputs[0], *kept, parameters, buffers, *ctx.rest, needs)
+            behind = [grad_outputs[0], *saved]
+            first, *others = first_order_only(what, spread(found, needs), behind)
+            return (first, None, None, None, *others, *[None] * len(buffers))
+
+    def run(
+        input: Tensor,
+        norm: NormSpec,
+        parameters: Tensors,
+        finish: Finish,
+        *rest: Any,
+        buffers: Tensors = (),
+    ) -> Tensor:
+        frozen = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
+        buffers = (*frozen, *buffers)
+        rest = (*rest, norm.eps, norm.batch_statistics, norm.group)
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
+        ):
+            return applied(OneNorm, input, None, finish, (rest,), parameters, buffers)
+        found: Tensor
+        found, _, statistics = output(input, parameters, buffers, *rest)
+        finish(statistics)
+        return found
+
+    return run
 
 
 def planned_shape(shape: Sequence[int]) -> Sequence[int]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from densenet_fast import operators
 from densenet_fast.blocks import autocast, nodes, norms, stem_convolution
 from densenet_fast.blocks.checks import check_input, check_norm
-from densenet_fast.blocks.nodes import Finish
 from densenet_fast.blocks.specs import ConvGeometry, NormSpec, Tensors
 from densenet_fast.operators.rows import (
     as_rows,
@@ -63,9 +62,6 @@ def _stem(
     norm: NormSpec,
 ) -> Tensor:
     numbers = [] if conv is None else [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
-    rest = (numbers, stored, norm.eps, norm.batch_statistics, norm.group)
-    parameters = (weight, bias, norm.weight, norm.bias)
-    buffers = (None, None) if norm.batch_statistics else (norm.running_mean, norm.running_var)
 
     def finish(statistics: Tensor) -> None:
         images, channels, *size = input.shape
@@ -75,12 +71,8 @@ def _stem(
         updates = norms.updates([norms.place(norm, channels)])
         nodes.record(statistics, updates, images * math.prod(size))
 
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (input, *parameters)
-    ):
-        return nodes.applied(_Stem, input, None, finish, (rest,), parameters, buffers)
-    output, _, statistics = stem_forward(input, parameters, buffers, *rest)
-    finish(statistics)
+    parameters = (weight, bias, norm.weight, norm.bias)
+    output: Tensor = _run(input, norm, parameters, finish, numbers, stored)
     return output
 
 
@@ -160,14 +152,6 @@ def stem_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, argmax, statistics
 
 
-def _backward_fake(
-    grad_output: Tensor, input: Tensor, argmax: Tensor, statistics: Tensor, *args: Any
-) -> list[Tensor]:
-    parameters, *_, (input_needed, *needs) = args
-    found = [empty_channels_last(input.shape, input)] if input_needed else []
-    return found + nodes.wanted_like(parameters, needs)
-
-
 def in_place(device: torch.device, *, synchronised: bool) -> bool:
     """Whether the gradient of features that were made again takes their place.
 
@@ -179,7 +163,7 @@ def in_place(device: torch.device, *, synchronised: bool) -> bool:
 @nodes.node(
     f"(Tensor grad_output, Tensor input, Tensor argmax, Tensor statistics, {_STEM}, "
     "bool[] needs) -> Tensor[]",
-    _backward_fake,
+    nodes.one_norm_gradients_fake,
 )
 def stem_backward(
     grad_output: Tensor, input: Tensor, argmax: Tensor, statistics: Tensor, *args: Any
@@ -225,40 +209,4 @@ def stem_backward(
     return nodes.wanted([*before, grad_gamma, grad_beta], [input, *args[0]], needs)
 
 
-class _Stem(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        _: Tensor | None,
-        finish: Finish | None,
-        rest: tuple[Any, ...],
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        output, argmax, statistics = stem_forward(input, tensors[:4], tensors[4:], *rest)
-        if finish is not None:
-            finish(statistics)
-        ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(input, argmax, statistics, *tensors)
-        ctx.rest = rest
-        return output, statistics
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint refuses a second reading
-        input, argmax, statistics, *tensors = saved
-        needs = [ctx.needs_input_grad[index] for index in (0, 4, 5, 6, 7)]
-        found = stem_backward(
-            grad_outputs[0],
-            input,
-            argmax,
-            statistics,
-            tensors[:4],
-            tensors[4:],
-            *ctx.rest,
-            needs,
-        )
-        behind = [grad_outputs[0], *saved]
-        given = nodes.spread(found, needs)
-        input, *others = nodes.first_order_only("the fused stem", given, behind)
-        return (input, None, None, None, *others, None, None)
+_run = nodes.one_norm("the fused stem", stem_forward, stem_backward)

@@ -20,7 +20,7 @@ from torch import fx, nn
 from densenet_fast.conversion.parts import OWN_ATTRIBUTES, original
 from densenet_fast.modules import eligibility
 from densenet_fast.modules.dimensions import AVERAGES, CONVS, DROPOUTS, MAXIMA, NORMS
-from densenet_fast.modules.kept_plans import HOOKS
+from densenet_fast.modules.eligibility import HOOKS
 from densenet_fast.operators.torch_internals import BatchNorm
 
 Path = tuple[str, ...]  # of a module below the one that is traced

@@ -4,7 +4,7 @@ Annotations are types here, not strings, for torch.fx and torch.jit.script (see 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -25,12 +25,12 @@ from densenet_fast.modules.layers import DenseBlock, DenseLayer, Transition
 from densenet_fast.modules.step_sizes import apply_plans, network_size
 from densenet_fast.modules.steps import Step
 from densenet_fast.weights import pretrained
-from densenet_fast.weights.load import unchanged_after_errors
+from densenet_fast.weights.load import LoadedWhole
 
 _SHAPES = 1000  # of images that are remembered to fit
 
 
-class EfficientDenseNet(nn.Module):
+class EfficientDenseNet(LoadedWhole):
     """Densely connected convolutional network (arXiv 1608.06993), exact and memory-efficient.
 
     Args:
@@ -220,13 +220,6 @@ class EfficientDenseNet(nn.Module):
     def _compose(self, x: Tensor) -> Tensor:
         """The modules called one by one."""
         return self.classifier(_relu_and_average(self.features(x), self.spatial_dims))
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
-        with unchanged_after_errors(self):
-            return super().load_state_dict(state_dict, strict, assign)
 
 
 def _of_blocks(mode: NetworkMode) -> Checkpoint:

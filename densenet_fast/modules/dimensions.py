@@ -25,38 +25,9 @@ class Modules(NamedTuple):
     dropout: type[nn.Dropout1d | nn.Dropout2d | nn.Dropout3d]
 
 
-MODULES = {
-    1: Modules(
-        nn.Conv1d,
-        nn.ConvTranspose1d,
-        nn.BatchNorm1d,
-        nn.AvgPool1d,
-        nn.MaxPool1d,
-        nn.AdaptiveAvgPool1d,
-        nn.InstanceNorm1d,
-        nn.Dropout1d,
-    ),
-    2: Modules(
-        nn.Conv2d,
-        nn.ConvTranspose2d,
-        nn.BatchNorm2d,
-        nn.AvgPool2d,
-        nn.MaxPool2d,
-        nn.AdaptiveAvgPool2d,
-        nn.InstanceNorm2d,
-        nn.Dropout2d,
-    ),
-    3: Modules(
-        nn.Conv3d,
-        nn.ConvTranspose3d,
-        nn.BatchNorm3d,
-        nn.AvgPool3d,
-        nn.MaxPool3d,
-        nn.AdaptiveAvgPool3d,
-        nn.InstanceNorm3d,
-        nn.Dropout3d,
-    ),
-}
+_NAMES: tuple[str, ...] = ("Conv", "ConvTranspose", "BatchNorm", "AvgPool", "MaxPool")
+_NAMES += ("AdaptiveAvgPool", "InstanceNorm", "Dropout")
+MODULES = {dims: Modules(*(getattr(nn, f"{name}{dims}d") for name in _NAMES)) for dims in (1, 2, 3)}
 CONVS, TRANSPOSED, BATCH_NORMS, AVERAGES, MAXIMA, _, INSTANCE_NORMS, DROPOUTS = zip(
     *MODULES.values(), strict=True
 )

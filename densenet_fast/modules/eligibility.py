@@ -41,6 +41,7 @@ _FORWARDS = tuple(
     (kind, kind.forward) for kind in (*NORMS, nn.ReLU, *CONVS, *AVERAGES, *MAXIMA, nn.Sequential)
 )
 _CALL = nn.Module.__call__
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Expected(NamedTuple):
@@ -58,14 +59,9 @@ def touched(module: nn.Module) -> str | None:
         return "has its own forward"
     if state.get("_compiled_call_impl") is not None:
         return "is compiled by itself"
-    if state["_forward_hooks"]:
-        return "has a forward hook"
-    if state["_forward_pre_hooks"]:
-        return "has a forward_pre hook"
-    if state["_backward_hooks"]:
-        return "has a backward hook"
-    if state["_backward_pre_hooks"]:
-        return "has a backward_pre hook"
+    for name in HOOKS:
+        if state[name]:
+            return f"has a {name[1:-6]} hook"
     return None
 
 

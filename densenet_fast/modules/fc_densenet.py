@@ -3,7 +3,7 @@
 Annotations are types here, not strings, for torch.fx and torch.jit.script (see `layers`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from densenet_fast.modules.eligibility import Expected, named, routed
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layers import DenseBlock, Transition
 from densenet_fast.modules.steps import MaxTransitionStep, Step
-from densenet_fast.weights.load import unchanged_after_errors
+from densenet_fast.weights.load import LoadedWhole
 
 
 class TransitionDown(Transition):
@@ -76,7 +76,7 @@ class TransitionUp(nn.Module):
         return torch.cat((upsampled, skip), 1)
 
 
-class FCDenseNet(nn.Module):
+class FCDenseNet(LoadedWhole):
     """Fully convolutional DenseNet for semantic segmentation (arXiv 1611.09326), exact.
 
     A path of dense blocks and transitions down, a dense block, and a path up, on which every block
@@ -224,13 +224,6 @@ class FCDenseNet(nn.Module):
         """The modules that the smallest features come from."""
         pairs = zip(self.down_blocks, self.transitions_down, strict=True)
         return [self.conv0, *(module for pair in pairs for module in pair), self.bottleneck]
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
-        with unchanged_after_errors(self):
-            return super().load_state_dict(state_dict, strict, assign)
 
 
 def fcdensenet56(num_classes: int, **kwargs: Any) -> FCDenseNet:

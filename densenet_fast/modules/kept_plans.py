@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from densenet_fast.blocks import synchronized
+from densenet_fast.modules.eligibility import HOOKS
 from densenet_fast.operators import extension
 
 T = TypeVar("T")
 
 _MOST = 64  # networks and blocks whose plans are kept; more take turns
 _MISSES = 4  # in a row, after which a network is known to change between its calls
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Facts:

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
-from torch import Tensor
-
-from densenet_fast.weights.comparison import COUNTER, Misfit
+from densenet_fast.weights.comparison import COUNTER, Misfit, shape
 from densenet_fast.weights.key_layouts import OTHER, Names
 
 
@@ -31,7 +29,7 @@ def names(
     mine = Names(OTHER, "", {name: name for name in own})
     paired: dict[str, str] = {}
     for file, model in zip_longest(theirs, ours, fillvalue=""):
-        found, expected = _described(values, file), _described(own, model)
+        found, expected = file and shape(values[file]), model and shape(own[model])
         if _kind(file) != _kind(model) or found != expected:
             return Names(OTHER, "", paired), mine, Misfit(file, model, found, expected)
         paired[model] = file
@@ -42,8 +40,3 @@ def names(
 
 def _kind(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _described(tensors: Mapping[str, Any], name: str) -> str:
-    value = tensors.get(name)
-    return str(list(value.shape)) if isinstance(value, Tensor) else ""

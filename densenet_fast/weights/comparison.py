@@ -130,17 +130,17 @@ def compare(
         if common in file.own and mine is not None:
             _compare_pair(result, pair, values, own, ignored, cast)
         elif mine is None:
-            shape = _shape(values[pair.file_name])
+            found = shape(values[pair.file_name])
             if left_out:
-                result.ignored.append(f"{pair.file_name} {shape}, not in the model")
+                result.ignored.append(f"{pair.file_name} {found}, not in the model")
             else:
-                result.unexpected.append(replace(pair, found=shape))
+                result.unexpected.append(replace(pair, found=found))
         elif old and mine.rpartition(".")[2] == COUNTER:
             result.kept_counters.append(mine)
         elif left_out:
-            result.ignored.append(f"{mine} {_shape(own[mine])}, missing in the file")
+            result.ignored.append(f"{mine} {shape(own[mine])}, missing in the file")
         else:
-            result.missing.append(replace(pair, expected=_shape(own[mine])))
+            result.missing.append(replace(pair, expected=shape(own[mine])))
     return result
 
 
@@ -151,7 +151,7 @@ def _norms(side: Names, other: Names, tensors: Mapping[str, Any]) -> dict[tuple[
         norm, _, tensor = name.rpartition(".")
         part = norm.rpartition(".")[0]
         if name not in other.own and tensor == "running_mean" and "features" in part.split("."):
-            found[part, _shape(tensors[own])] = norm
+            found[part, shape(tensors[own])] = norm
     return found
 
 
@@ -168,7 +168,7 @@ def _compare_pair(
     if isinstance(value, Tensor) and isinstance(mine, Tensor):
         fits = _type(value) == _type(mine)
         if value.shape != mine.shape:
-            problems, shown, fits = result.shapes, _shape, False
+            problems, shown, fits = result.shapes, shape, False
         elif not fits and _plain(value) and _plain(mine):
             fits, lossy = _conversion(value.dtype, mine.dtype)
             if lossy and cast:
@@ -206,7 +206,8 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
-def _shape(value: Any) -> str:
+def shape(value: Any) -> str:
+    """Words for a tensor's shape, or for what is no tensor."""
     return str(list(value.shape)) if isinstance(value, Tensor) else _no_tensor(value)
 
 

@@ -40,18 +40,22 @@ def _substituted(name: str, rules: Rules) -> str:
     return name
 
 
+def _renaming(own: str, common: str) -> tuple[Rules, Rules]:
+    """Rules from a layout's part of names to torchvision's, and back."""
+
+    def rules(old: str, new: str) -> Rules:
+        return ((re.compile(_START + re.escape(old) + r"\."), f"{new}."),)
+
+    return rules(own, common), rules(common, own)
+
+
 OTHER = Layout("unknown")
 TORCHVISION = Layout("torchvision")
+_CLASS_LAYERS = _renaming("class_layers.out", "classifier")
 MONAI = Layout(
     "MONAI",
-    (
-        (re.compile(_LAYER + r"layers\.((?:norm|conv)[12]\.)"), r"\1.\2"),
-        (re.compile(_START + r"class_layers\.out\."), "classifier."),
-    ),
-    (
-        (re.compile(_LAYER + r"((?:norm|conv)[12]\.)"), r"\1.layers.\2"),
-        (re.compile(_START + r"classifier\."), "class_layers.out."),
-    ),
+    ((re.compile(_LAYER + r"layers\.((?:norm|conv)[12]\.)"), r"\1.\2"), *_CLASS_LAYERS[0]),
+    ((re.compile(_LAYER + r"((?:norm|conv)[12]\.)"), r"\1.layers.\2"), *_CLASS_LAYERS[1]),
 )
 FIRST_FILES = Layout(
     "torchvision's first files",
@@ -59,20 +63,11 @@ FIRST_FILES = Layout(
     ((re.compile(_LAYER + r"(norm|conv)([12]\.)"), r"\1.\2.\3"),),
 )
 EFFICIENT = Layout(
-    "efficient_densenet_pytorch",
-    ((re.compile(_START + r"features\.norm_final\."), "features.norm5."),),
-    ((re.compile(_START + r"features\.norm5\."), "features.norm_final."),),
+    "efficient_densenet_pytorch", *_renaming("features.norm_final", "features.norm5")
 )
-PRETRAINED_MODELS = Layout(
-    "pretrainedmodels",
-    ((re.compile(_START + r"last_linear\."), "classifier."),),
-    ((re.compile(_START + r"classifier\."), "last_linear."),),
-)
-CHEXNET = Layout(  # whose classifier is a linear layer and a sigmoid
-    "CheXNet",
-    ((re.compile(_START + r"classifier\.0\."), "classifier."),),
-    ((re.compile(_START + r"classifier\."), "classifier.0."),),
-)
+PRETRAINED_MODELS = Layout("pretrainedmodels", *_renaming("last_linear", "classifier"))
+# Whose classifier is a linear layer and a sigmoid.
+CHEXNET = Layout("CheXNet", *_renaming("classifier.0", "classifier"))
 _OTHERS = (MONAI, FIRST_FILES, EFFICIENT, PRETRAINED_MODELS, CHEXNET)
 
 _PART = r"(?:conv0|norm0|norm5|norm_final|denseblock\d+|transition\d+)\."

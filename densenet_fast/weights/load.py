@@ -210,7 +210,7 @@ def load_into(
             lines.append(f"  the file holds several networks: prefix= must be one of {where}")
         raise WeightsError("\n".join(lines), found)
     # What is not loaded is "loaded" from the model itself, so that torch checks every key again.
-    with unchanged_after_errors(model):
+    with _unchanged_after_errors(model):
         own.update({ours: values[theirs] for ours, theirs in found.pairs.items()})
         model.load_state_dict(own)
     return WeightsReport(
@@ -264,7 +264,7 @@ def _kind(names: key_layouts.Names, entry: str | None) -> str:
 
 
 @contextmanager
-def unchanged_after_errors(module: nn.Module) -> Iterator[None]:
+def _unchanged_after_errors(module: nn.Module) -> Iterator[None]:
     """Puts all parameters and buffers back if the `with` block raises.
 
     `nn.Module.load_state_dict` copies what fits before it complains about the rest: a network
@@ -286,3 +286,14 @@ def unchanged_after_errors(module: nn.Module) -> Iterator[None]:
             for tensor, value in values:
                 tensor.copy_(value)
         raise
+
+
+class LoadedWhole(nn.Module):
+    """A network into which a state dict is loaded as a whole or not at all."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
+        with _unchanged_after_errors(self):
+            return super().load_state_dict(state_dict, strict, assign)

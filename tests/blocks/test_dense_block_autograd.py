@@ -31,12 +31,12 @@ def assert_gradients(actual: list[Tensor], exact: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("tail", "checkpoint"), zip(TAILS, CHECKPOINT_MODES, strict=True))
 @pytest.mark.parametrize("frozen", [(), (0, 3, 4)], ids=["batch", "frozen"])
 def test_gradcheck(
     backend: str, checkpoint: Checkpoint, tail: str | None, frozen: tuple[int, ...]
 ) -> None:
+    """Every tail and mode once: the next test has all of them, against autograd."""
     block = make_block((2, 2, 3, 2), (1, 2), tail, width=2, frozen=frozen, seed=3)
 
     def output(*leaves: Tensor) -> Tensor:

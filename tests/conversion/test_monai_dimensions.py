@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from library_networks import assert_same_step, assert_same_training
-from torch import Tensor, nn
+from library_networks import EDGES, assert_same_step, assert_same_training
+from library_networks import sized_images as images
+from torch import nn
 
 from densenet_fast import EfficientDenseNet, convert, fusion_report, load_weights, revert
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
@@ -21,18 +22,12 @@ from densenet_fast.operators.rows import channels_last_format
 nets = pytest.importorskip("monai.networks.nets")
 
 DIMENSIONS = pytest.mark.parametrize("dims", [1, 2, 3])
-EDGES = (13, 16, 9)
 
 
 def network(dims: int, blocks: tuple[int, ...] = (2, 2), **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     shape = {"init_features": 6, "growth_rate": 4, "block_config": blocks, "bn_size": 2}
     return nets.DenseNet(dims, 2, 3, **shape, **changes).double()
-
-
-def images(dims: int, size: tuple[int, ...] = EDGES, count: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(dims)
-    return torch.randn(count, 2, *size[:dims], generator=generator, dtype=torch.float64)
 
 
 def pair(dims: int, *args: Any, checkpoint: Checkpoint = "bottleneck", **changes: Any) -> Any:
@@ -58,9 +53,9 @@ def test_odd_and_flat_images(size: tuple[int, ...], blocks: tuple[int, ...]) -> 
         model, expected = pair(len(size), blocks)
         for net in (model, expected):
             with pytest.raises((RuntimeError, ValueError), match=r"too small|smaller|at least 2x2"):
-                net(images(len(size), size))
+                net(images(len(size), edges=size))
         return
-    assert_same_step(*pair(len(size), blocks), images(len(size), size))
+    assert_same_step(*pair(len(size), blocks), images(len(size), edges=size))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +17,8 @@ from densenet_fast import DenseBlock, DenseLayer, EfficientDenseNet, Transition
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 from densenet_fast.operators.backends import Setting, use_backend
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 pytest.importorskip("torch", minversion="2.14")  # older compilers are not promised anything
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

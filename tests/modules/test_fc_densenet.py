@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import assert_same_steps, shake
-from library_networks import assert_same_step
+from library_networks import assert_same_step, sized_images
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -23,15 +22,9 @@ from densenet_fast import FCDenseNet
 from densenet_fast.blocks.dense_block import backward_reads
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 SPEC = NetworkSpec("FC-DenseNet", 4, (2, 1, 3, 2, 1), 6, 0, 0, num_classes=5, in_channels=2)
 EDGES = (13, 18, 7)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def network(drop_rate: float = 0.0, dims: int = 2) -> FCDenseNet:
@@ -49,8 +42,7 @@ def plain(ours: FCDenseNet) -> PlainFCDenseNet:
 
 
 def images(dims: int = 2, count: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(dims)
-    return torch.randn(count, 2, *EDGES[:dims], generator=generator, dtype=torch.float64)
+    return sized_images(dims, count, edges=EDGES)
 
 
 def set_mode(ours: FCDenseNet, mode: Checkpoint) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from comparison import shake
-from library_networks import assert_same_step, assert_same_training
+from comparison import shake, tiny
+from library_networks import EDGES, assert_same_step, assert_same_training
+from library_networks import sized_images as images
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -18,28 +18,14 @@ import densenet_fast
 from densenet_fast import DenseBlock, DenseLayer, EfficientDenseNet, Transition, memory
 from densenet_fast.blocks.specs import CHECKPOINT_MODES, Checkpoint
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 DIMENSIONS = pytest.mark.parametrize("dims", [1, 2, 3])
-EDGES = (13, 16, 9)
 SMALL: dict[str, Any] = {"num_init_features": 6, "bn_size": 2, "num_classes": 3, "in_channels": 2}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def images(dims: int, count: int = 3, channels: int = 2) -> Tensor:
-    generator = torch.Generator().manual_seed(dims)
-    return torch.randn(count, channels, *EDGES[:dims], generator=generator, dtype=torch.float64)
-
-
 def network(dims: int, **changes: Any) -> EfficientDenseNet:
-    torch.manual_seed(0)
-    made = EfficientDenseNet(4, (2, 2), spatial_dims=dims, **{**SMALL, **changes}).double()
-    shake(made)
-    return made
+    return tiny(spatial_dims=dims, **{**SMALL, **changes}).double()
 
 
 def of_monai(ours: EfficientDenseNet, dims: int) -> nn.Module:

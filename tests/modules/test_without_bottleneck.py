@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import shake
+from comparison import tiny
 from library_networks import assert_same_step, assert_same_training
+from library_networks import sized_images as images
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -21,8 +21,9 @@ from densenet_fast import DenseBlock, DenseLayer, EfficientDenseNet, memory
 from densenet_fast.blocks.specs import CHECKPOINT_MODES
 from densenet_fast.modules.dimensions import MODULES
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 DIMENSIONS = pytest.mark.parametrize("dims", [1, 2, 3])
-EDGES = (13, 16, 9)
 SMALL: dict[str, Any] = {
     "num_init_features": 6,
     "num_classes": 3,
@@ -30,13 +31,6 @@ SMALL: dict[str, Any] = {
     "bottleneck": False,
     "compression": 1.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class PlainLayer(nn.Module):
@@ -84,16 +78,8 @@ class PlainNetwork(nn.Module):
         return self.classifier(F.relu(self.features(x)).flatten(2).mean(2))
 
 
-def images(dims: int, count: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(dims)
-    return torch.randn(count, 2, *EDGES[:dims], generator=generator, dtype=torch.float64)
-
-
 def network(dims: int = 2, **changes: Any) -> EfficientDenseNet:
-    torch.manual_seed(0)
-    made = EfficientDenseNet(4, (2, 2), spatial_dims=dims, **{**SMALL, **changes}).double()
-    shake(made)
-    return made
+    return tiny(spatial_dims=dims, **{**SMALL, **changes}).double()
 
 
 def plain(ours: EfficientDenseNet, dims: int = 2) -> PlainNetwork:

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from comparison import SMALL, networks
-from torch import Tensor, nn
+from torch import nn
+from weight_files import State, assert_unchanged, snapshot
 
 from densenet_fast.modules.densenet import EfficientDenseNet
-
-State = dict[str, Any]
 
 
 def small(**kwargs: Any) -> EfficientDenseNet:
@@ -42,38 +41,26 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
 def test_state_dicts_that_do_not_fit(name: str, assign: bool) -> None:
     make, message = WRONG[name]
     network = small()
-    tensors = [*network.parameters(), *network.buffers()]
-    before = copy.deepcopy(network.state_dict())
+    before = snapshot(network)
     given = make(copy.deepcopy(small().state_dict()))
     with pytest.raises(RuntimeError, match=rf"(?s)Error\(s\) in loading state_dict.*{message}"):
         network.load_state_dict(given, assign=assign)
-    assert_unchanged(network, tensors, before)
+    assert_unchanged(network, before)
     network(torch.randn(2, 3, 32, 32)).sum().backward()
-
-
-def assert_unchanged(network: nn.Module, tensors: list[Tensor], before: State) -> None:
-    """The same tensors with the same values, and parameters that still are some."""
-    after = [*network.parameters(), *network.buffers()]
-    assert all(a is b for a, b in zip(after, tensors, strict=True))
-    for key, value in network.state_dict().items():
-        assert torch.equal(value, before[key]), key
-    assert all(parameter.requires_grad for parameter in network.parameters())
 
 
 def test_sizes_must_fit_even_when_keys_need_not() -> None:
     network = small()
-    tensors = [*network.parameters(), *network.buffers()]
-    before = copy.deepcopy(network.state_dict())
+    before = snapshot(network)
     given = without(small(num_classes=6).state_dict(), LAST)
     with pytest.raises(RuntimeError, match="size mismatch"):
         network.load_state_dict(given, strict=False)
-    assert_unchanged(network, tensors, before)
+    assert_unchanged(network, before)
 
 
 def test_errors_of_hooks_change_nothing() -> None:
     network = small()
-    tensors = [*network.parameters(), *network.buffers()]
-    before = copy.deepcopy(network.state_dict())
+    before = snapshot(network)
 
     def refuse(module: nn.Module, keys: Any) -> None:
         raise ArithmeticError("refused")
@@ -81,7 +68,7 @@ def test_errors_of_hooks_change_nothing() -> None:
     network.register_load_state_dict_post_hook(refuse)
     with pytest.raises(ArithmeticError, match="refused"):
         network.load_state_dict(small().state_dict())
-    assert_unchanged(network, tensors, before)
+    assert_unchanged(network, before)
 
 
 def test_what_fits_is_loaded_as_ever() -> None:

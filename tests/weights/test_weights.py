@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from library_networks import images, timm_network, torchvision_network
 from torch import nn
 from weight_files import (
     LIBRARIES,
     assert_unchanged,
     first_files,
-    images,
     ours,
     prefixed,
     saved,
     snapshot,
-    timms,
-    torchvisions,
     trained,
 )
 
@@ -225,7 +223,7 @@ def test_other_number_of_classes(library: str, pattern: Any, tmp_path: Path) -> 
     assert_close(model.features(images()), features, "features")
     assert len(report) == FEW - 2
     assert report.ignored == (
-        "classifier.weight [9, 20], [5, 20] in the file",
+        "classifier.weight [9, 40], [5, 40] in the file",
         "classifier.bias [9], [5] in the file",
     )
     assert "ignored: classifier.bias [9], [5] in the file" in str(report)
@@ -279,7 +277,7 @@ def test_encoders_of_segmentation_models(tmp_path: Path) -> None:
 
 
 def test_networks_without_classifier(tmp_path: Path) -> None:
-    bare = trained(lambda: timms(num_classes=0), seed=1)
+    bare = trained(lambda: timm_network(num_classes=0), seed=1)
     path = saved(tmp_path / "file.pth", trained(LIBRARIES["MONAI"]).state_dict())
     with pytest.raises(WeightsError) as caught:
         load_weights(bare, path)
@@ -289,13 +287,13 @@ def test_networks_without_classifier(tmp_path: Path) -> None:
     ]
     for pattern in ("classifier.*", "class_layers.*"):
         report = load_weights(bare, path, ignore=pattern)
-        assert report.ignored[0] == "class_layers.out.weight [5, 20], not in the model"
+        assert report.ignored[0] == "class_layers.out.weight [5, 40], not in the model"
 
 
 def test_timms_deep_stem(tmp_path: Path) -> None:
-    deep = trained(lambda: timms(stem_type="deep"))
+    deep = trained(lambda: timm_network(stem_type="deep"))
     path = saved(tmp_path / "file.pth", deep.state_dict())
-    load_weights(trained(lambda: timms(stem_type="deep"), seed=1), path)
+    load_weights(trained(lambda: timm_network(stem_type="deep"), seed=1), path)
     with pytest.raises(WeightsError) as caught:
         load_weights(trained(ours), path)
     assert {one.file_name.split(".")[1] for one in caught.value.unexpected} == {
@@ -311,7 +309,7 @@ def test_timms_deep_stem(tmp_path: Path) -> None:
 
 def test_exact_conversions_are_reported(tmp_path: Path) -> None:
     source = trained(ours).float()
-    model = trained(torchvisions, seed=1)
+    model = trained(torchvision_network, seed=1)
     path = saved(tmp_path / "file.pth", source.state_dict())
     report = load_weights(model, path)
     assert model.classifier.weight.dtype == torch.float64

@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from library_networks import images
 from torch import Tensor
-from weight_files import (
-    assert_unchanged,
-    first_files,
-    images,
-    ours,
-    prefixed,
-    saved,
-    snapshot,
-    trained,
-)
+from weight_files import assert_unchanged, first_files, ours, prefixed, saved, snapshot, trained
 
 from densenet_fast import load_weights
 from densenet_fast.weights.load import WeightsError
@@ -135,7 +127,7 @@ def test_order_with_what_is_ignored_and_without_counters(tmp_path: Path) -> None
     assert_close(model(images()), source(images()), "output")
 
 
-@pytest.mark.parametrize("fault", ["shape", "kind", "missing", "unexpected"])
+@pytest.mark.parametrize("fault", ["shape", "kind", "missing", "unexpected", "no tensor"])
 def test_order_that_does_not_fit(fault: str, tmp_path: Path) -> None:
     model = trained(ours)
     state = renumbered(trained(ours, seed=1).state_dict())
@@ -143,6 +135,8 @@ def test_order_that_does_not_fit(fault: str, tmp_path: Path) -> None:
     place = [*state].index(name)
     if fault == "shape":
         state[name] = state[name][:1]
+    elif fault == "no tensor":
+        state[name] = "weights"
     elif fault == "kind":
         norm = name.replace("conv2", "norm1")
         state = {
@@ -164,7 +158,8 @@ def test_order_that_does_not_fit(fault: str, tmp_path: Path) -> None:
         WeightsError, match=f"the first {place} tensors do in this order, then"
     ) as caught:
         load_weights(model, path, match="order")
-    assert len(caught.value.shapes) == 1
+    [misfit] = caught.value.shapes
+    assert (fault == "no tensor") == ("(str, not a tensor)" in str(misfit))
     assert_unchanged(model, before)
 
 

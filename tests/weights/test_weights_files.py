@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import assert_close
+from library_networks import images, monai_network
 from torch import nn
-from weight_files import images, monais, ours, refused, saved, trained
+from weight_files import ours, refused, saved, trained
 
 from densenet_fast import load_weights
 
@@ -31,7 +32,7 @@ def test_both_formats_of_torch(zipped: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["file.safetensors", "file.bin"])
 def test_safetensors(name: str, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    source, model = trained(monais), trained(ours, seed=1)
+    source, model = trained(monai_network), trained(ours, seed=1)
     safetensors.save_file(source.state_dict(), tmp_path / name)
     report = load_weights(model, tmp_path / name)
     assert report.layout == "MONAI"

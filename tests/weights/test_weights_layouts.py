@@ -9,18 +9,16 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from library_networks import images, monai_network, xrv_network
 from torch import nn
 from weight_files import (
     LIBRARIES,
     assert_unchanged,
     efficient_files,
-    images,
-    monais,
     ours,
     prefixed,
     saved,
     snapshot,
-    torchxrayvisions,
     trained,
 )
 
@@ -38,7 +36,7 @@ def test_layouts_translate_both_ways(layout: Any) -> None:
     assert [layout.to_common(name) for name in translated] == names
     assert [layout.to_common(name) for name in names] == names
     if layout is MONAI:
-        assert translated == [n for n in monais().state_dict() if not n.endswith("tracked")]
+        assert translated == [n for n in monai_network().state_dict() if not n.endswith("tracked")]
 
 
 class Efficient(nn.Module):
@@ -118,12 +116,12 @@ def test_norms_of_other_widths_and_places_are_ignored(tmp_path: Path) -> None:
 
 def test_torchxrayvisions_thresholds(tmp_path: Path) -> None:
     """They belong to the outputs: loaded where they fit, and nothing is in their way."""
-    source = trained(lambda: torchxrayvisions(op_threshs=torch.rand(5)))
+    source = trained(lambda: xrv_network(op_threshs=torch.rand(5)))
     path = saved(tmp_path / "file.pth", source.state_dict())
-    same = trained(lambda: torchxrayvisions(op_threshs=torch.rand(5)), seed=1)
+    same = trained(lambda: xrv_network(op_threshs=torch.rand(5)), seed=1)
     assert load_weights(same, path).ignored == ()
     assert torch.equal(same.op_threshs, source.op_threshs)
-    for make in (ours, torchxrayvisions):
+    for make in (ours, xrv_network):
         model = trained(make, seed=1)
         for file in (path, saved(tmp_path / "network.pth", source)):
             report = load_weights(model, file)
@@ -133,6 +131,6 @@ def test_torchxrayvisions_thresholds(tmp_path: Path) -> None:
     bare = saved(tmp_path / "bare.pth", trained(ours, seed=2).state_dict())
     assert load_weights(same, bare).ignored == ("op_threshs [5], missing in the file",)
     assert torch.equal(same.op_threshs, source.op_threshs)
-    wider = trained(lambda: torchxrayvisions(num_classes=9, op_threshs=torch.rand(9)))
+    wider = trained(lambda: xrv_network(num_classes=9, op_threshs=torch.rand(9)))
     report = load_weights(wider, path, ignore="classifier.*")
     assert "op_threshs [9], [5] in the file" in report.ignored

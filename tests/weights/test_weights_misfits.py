@@ -13,17 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from library_networks import monai_network, torchvision_network
 from torch import Tensor, nn
 from weight_files import (
     assert_unchanged,
     efficient_files,
     first_files,
-    monais,
     ours,
     prefixed,
     saved,
     snapshot,
-    torchvisions,
     trained,
 )
 
@@ -35,15 +34,15 @@ State = dict[str, Any]
 
 # The file's state dict, and the names of its tensors by torchvision's.
 FILES: dict[str, Callable[[], State]] = {
-    "torchvision": lambda: trained(torchvisions).state_dict(),
+    "torchvision": lambda: trained(torchvision_network).state_dict(),
     "compiled": lambda: prefixed("_orig_mod.", trained(ours).state_dict()),
-    "MONAI": lambda: trained(monais).state_dict(),
-    "MONAI in Lightning": lambda: prefixed("net.", trained(monais).state_dict()),
+    "MONAI": lambda: trained(monai_network).state_dict(),
+    "MONAI in Lightning": lambda: prefixed("net.", trained(monai_network).state_dict()),
     "efficient": lambda: efficient_files(trained(ours).state_dict()),
     "first": lambda: first_files(trained(ours).state_dict()),
     "first, parallel": lambda: prefixed("module.", first_files(trained(ours).state_dict())),
 }
-MODELS: dict[str, Callable[[], nn.Module]] = {"densenet_fast": ours, "MONAI": monais}
+MODELS: dict[str, Callable[[], nn.Module]] = {"densenet_fast": ours, "MONAI": monai_network}
 
 
 def common(name: str) -> str:
@@ -144,7 +143,7 @@ def assert_message(message: str, error: WeightsError) -> None:
 
 
 def test_message(tmp_path: Path) -> None:
-    state = prefixed("module.", trained(monais).state_dict())
+    state = prefixed("module.", trained(monai_network).state_dict())
     del state["module.features.norm5.bias"]
     state["module.class_layers.out.bias"] = torch.ones(7, dtype=torch.float64)
     state["module.features.denseblock1.denselayer3.layers.norm1.bias"] = torch.ones(3)
@@ -155,7 +154,7 @@ def test_message(tmp_path: Path) -> None:
         f"{path} does not fit EfficientDenseNet, which is unchanged",
         "  file: MONAI layout in entry 'state_dict' under module.; model: torchvision layout",
         "  missing in the file (1):",
-        "    features.norm5.bias [20] (in the file: module.features.norm5.bias)",
+        "    features.norm5.bias [40] (in the file: module.features.norm5.bias)",
         "  unexpected in the file (1):",
         "    module.features.denseblock1.denselayer3.layers.norm1.bias [3] "
         "(in the model: features.denseblock1.denselayer3.norm1.bias)",
@@ -228,7 +227,7 @@ def test_two_keys_for_one_tensor(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_models_own_hooks_change_nothing(tmp_path: Path) -> None:
-    model = trained(monais)
+    model = trained(monai_network)
     path = saved(tmp_path / "file.pth", trained(ours, seed=1).state_dict())
 
     def refuse(module: nn.Module, keys: Any) -> None:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from library_networks import torchvision_network
 from torch import nn
-from weight_files import LIBRARIES, State, ours, refused, saved, torchvisions, trained
+from weight_files import LIBRARIES, State, ours, refused, saved, trained
 
 from densenet_fast import convert, load_weights
 from densenet_fast.weights import inert_pickle
@@ -134,7 +135,7 @@ def test_pickled_networks_of_old_versions(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
     code = "class Backend:\n def __reduce__(self): return (_get_thnn_function_backend, ())\n"
     exec(f"{code}def _get_thnn_function_backend(): return Backend()", vars(backend))
-    network = trained(torchvisions)
+    network = trained(torchvision_network)
     for module in network.modules():
         del module._non_persistent_buffers_set
         module._backend = backend.Backend()
