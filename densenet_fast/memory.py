@@ -18,7 +18,7 @@ from densenet_fast.blocks.memory_plan import (
 )
 from densenet_fast.blocks.specs import NETWORK_MODES, SHAPES, Checkpoint
 from densenet_fast.fusion import fusion_report
-from densenet_fast.modules import eligibility, fusing, input_checks
+from densenet_fast.modules import input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.eligibility import Expected
 from densenet_fast.modules.layers import DenseBlock
@@ -142,13 +142,10 @@ def _network(
     model: EfficientDenseNet, shape: Sequence[int], dtype: torch.dtype, *, recompute: bool
 ) -> NetworkSize:
     parameter = model.classifier.weight
-    modules = list(model.features)
     expected = Expected(parameter.dtype, parameter.device, len(shape) - 2)
-    steps, pooled = fusing.steps(modules, expected, recompute=recompute)
-    network = None
-    if pooled and eligibility.exactly(model.features, torch.nn.Sequential) is None:
-        network = network_size(steps, model.classifier, shape, dtype, parameter.device)
-    if network is None:
+    steps = model.whole_steps(expected, recompute=recompute)
+    network = steps and network_size(steps, model.classifier, shape, dtype, parameter.device)
+    if not network:
         plain = [row for row in fusion_report(model) if not row.fused]
         why = f": {plain[0].name} {plain[0].reason}" if plain else ""
         raise RuntimeError(f"the estimate knows networks that run fused throughout alone{why}")

@@ -177,8 +177,7 @@ def _steps(
         assert not isinstance(parts, str)
         if not group.admits(parts.of_features):
             return _of(layer, "takes statistics over other ranks than the layers before")
-        read, growth = map(eligibility.weight_shape, (parts.first, parts.conv2))
-        channels = read[1] + growth[0]
+        channels = parts.emitted
         layers.append(parts)
     step = DenseStep([layers] if layers else [], checkpoint)
     if stage.tail is None:

@@ -182,10 +182,17 @@ class EfficientDenseNet(LoadedWhole):
         self, x: Tensor
     ) -> tuple[Sequence[Step], Callable[[Tensor], Tensor]] | None:
         """The steps to the pooled features and what follows them; None: not all of it is fused."""
+        steps = self.whole_steps(eligibility.expected(x), recompute=True)
+        return None if steps is None else (steps, self.classifier)
+
+    def whole_steps(
+        self, expected: eligibility.Expected, *, recompute: bool
+    ) -> Sequence[Step] | None:
+        """The steps to the pooled features, if all of it is fused."""
         if eligibility.exactly(self.features, nn.Sequential) is not None:
             return None
-        steps, pooled = fusing.steps(list(self.features), eligibility.expected(x), recompute=True)
-        return (steps, self.classifier) if pooled else None
+        steps, pooled = fusing.steps(list(self.features), expected, recompute=recompute)
+        return steps if pooled else None
 
     def _plans(self, steps: Sequence[Step], pooled: bool, x: Tensor) -> list[Plan]:
         """What recomputes least within the budget."""

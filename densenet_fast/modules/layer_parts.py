@@ -58,6 +58,12 @@ class LayerParts(NamedTuple):
         """Channels of the bottleneck; 0 where there is none."""
         return 0 if self.conv1 is None else eligibility.weight_shape(self.conv1)[0]
 
+    @property
+    def emitted(self) -> int:
+        """Channels of the features that it reads and of those that it adds."""
+        read, added = map(eligibility.weight_shape, (self.first, self.conv2))
+        return read[1] + added[0]
+
     def obstacle(self, channels: int | None, expected: Expected) -> str | None:
         """Why they cannot be fused on an input of so many channels (None: of norm1's), or None."""
         norm1, conv1, norm2, conv2, activations, *_ = self

@@ -217,10 +217,7 @@ class FusedBlock(Checkpointed):
             own = layer_parts.read(layer, DenseLayer)
             parts = layer_parts.fusable(own, channels, expected)
             found.append(parts)
-            channels = None
-            if not isinstance(parts, str):
-                read, growth = map(eligibility.weight_shape, (parts.first, parts.conv2))
-                channels = read[1] + growth[0]
+            channels = None if isinstance(parts, str) else parts.emitted
         return found
 
     def step(self, obstacle: str | None, channels: int | None, expected: Expected) -> DenseStep:
