@@ -21,11 +21,13 @@ sys.path[:0] = [{tests!r}, {emulator!r}, {repository!r}]
 import torch
 from torch import Tensor
 from densenet_fast import operators
+from densenet_fast.blocks import stem
 from densenet_fast.operators import reference
 from block_operator_cases import *
 from ops_arguments import ARGUMENTS, arguments, definition, tensors, wide
 torch.ops.load_library({library!r})
 operators.select = lambda tensor: "cpu"  # whatever the type: the compiled operator
+stem.in_place = lambda device, *, synchronised: False  # as on a GPU
 kernel = torch.ops.densenet_fast
 """
 

@@ -79,21 +79,22 @@ FAULTS: dict[str, Fault] = {
     ),
     "conv3x3_product: no barrier before the product": fault(
         "conv3x3_product.cuh",
-        "      __syncthreads();\n      // The next step's pixels",
-        "      // The next step's pixels",
+        "        __syncthreads();\n        // The next step's pixels",
+        "        // The next step's pixels",
     ),
     "conv3x3_product: the wait leaves a group too many under way": fault(
         "conv3x3_product.cuh",
-        "ptx::cp_async_wait<kGroups == 1 ? 0 : 1>();",
-        "ptx::cp_async_wait<kGroups == 1 ? 0 : 2>();",
+        "ptx::cp_async_wait<kLines ? 0 : 1>();",
+        "ptx::cp_async_wait<kLines ? 0 : 2>();",
     ),
     "conv3x3_product: the next pixels before everyone is done with these": fault(
         "conv3x3_product.cuh",
-        "      __syncthreads();\n"
-        "      // The next step's pixels: not before everyone is done with those whose place "
+        "        __syncthreads();\n"
+        "        // The next step's pixels: not before everyone is done with those whose place "
         "they take.\n"
-        "      if (g == 0 && step + 1 < last) start_halo(step + 1);\n",
-        "      if (g == 0 && step + 1 < last) start_halo(step + 1);\n      __syncthreads();\n",
+        "        if (is_first && step + 1 < last) start_halo(step + 1);\n",
+        "        if (is_first && step + 1 < last) start_halo(step + 1);\n"
+        "        __syncthreads();\n",
     ),
     "conv3x3_product: coefficients before all lanes have copied them": fault(
         "conv3x3_product.cuh",
@@ -267,7 +268,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "conv3x3: pixels of sequences are not waited for": fault(
         "conv3x3_product.cuh",
-        "ptx::cp_async_wait<kGroups == 1 ? 0 : 1>();",
+        "ptx::cp_async_wait<kLines ? 0 : 1>();",
         "ptx::cp_async_wait<1>();",
     ),
     "conv3x3: parts of lines are all the first": fault(
@@ -326,8 +327,8 @@ BLOCK_FAULTS: dict[str, Patch] = {
     ),
     "splits of one weight gradient alone": Patch(
         "cuda/weights.cu",
-        "const SplitSums& g = table.one[blockIdx.y];",
-        "const SplitSums& g = table.one[0];",
+        "const SplitSums& g = table.one[blockIdx.y].sums;",
+        "const SplitSums& g = table.one[0].sums;",
     ),
     "splits are added a layer too late": Patch(
         "block.h",
@@ -392,6 +393,12 @@ def verdict(kind: str, *patches: Patch, check_accesses: bool = False) -> str:
 @pytest.mark.parametrize("kind", ONLY)
 def test_kernels_without_faults_pass(kind: str) -> None:
     assert verdict(kind) == ""
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *BLOCK_FAULTS])
+def test_faults_are_of_lines_that_are_there(name: str) -> None:
+    file, old, _ = FAULTS[name].patch if name in FAULTS else BLOCK_FAULTS[name]
+    assert (host_build.CSRC / file).read_text().count(old) == 1
 
 
 @pytest.mark.slow

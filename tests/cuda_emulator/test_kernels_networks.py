@@ -16,6 +16,7 @@ from ops_arguments import loop_in_python
 from torch import Tensor, nn
 
 from densenet_fast import EfficientDenseNet, operators
+from densenet_fast.blocks import stem
 from densenet_fast.operators import reference
 from densenet_fast.operators.backends import use_backend
 from densenet_fast.operators.rows import channels_last_format
@@ -53,7 +54,7 @@ def install(monkeypatch: pytest.MonkeyPatch, emulated: EmulatedOps) -> list[str]
     for name in OPS:
         monkeypatch.setattr(operators, name, replacement(name))
     loop_in_python(monkeypatch)
-
+    monkeypatch.setattr(stem, "in_place", lambda device, *, synchronised: False)  # as on a GPU
     monkeypatch.setattr(
         operators, "_update_running_statistics_", emulated.update_running_statistics_
     )
