@@ -153,12 +153,7 @@ def _check_vector(vector: Tensor, name: str, channels: int, input: Tensor) -> No
             f"{name} should have shape ({channels},), one number for each channel, got "
             f"{tuple(vector.shape)}"
         )
-    # BatchNorm, too, accepts float32 parameters with input of half the width.
-    if not _fits(vector.dtype, input.dtype):
-        raise TypeError(
-            f"{name} should have the type of the input, {input.dtype}, got {vector.dtype}"
-        )
-    _check_device(vector, name, input)
+    _check_place(vector, name, input)
 
 
 def _check_conv(weight: Tensor, name: str, channels: int, kernel: int, input: Tensor) -> int:
@@ -169,12 +164,17 @@ def _check_conv(weight: Tensor, name: str, channels: int, kernel: int, input: Te
             f"{name}.weight should have shape (outputs, {', '.join(map(str, expected))}), got "
             f"{tuple(weight.shape)}"
         )
-    if not _fits(weight.dtype, input.dtype):
-        raise TypeError(
-            f"{name}.weight should have the type of the input, {input.dtype}, got {weight.dtype}"
-        )
-    _check_device(weight, f"{name}.weight", input)
+    _check_place(weight, f"{name}.weight", input)
     return weight.shape[0]
+
+
+def _check_place(parameter: Tensor, name: str, input: Tensor) -> None:
+    # BatchNorm, too, accepts float32 parameters with input of half the width.
+    if not _fits(parameter.dtype, input.dtype):
+        raise TypeError(
+            f"{name} should have the type of the input, {input.dtype}, got {parameter.dtype}"
+        )
+    _check_device(parameter, name, input)
 
 
 def _fits(parameter: torch.dtype, input: torch.dtype) -> bool:

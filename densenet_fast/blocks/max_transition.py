@@ -23,6 +23,7 @@ from densenet_fast.operators.philox import draw_seeds
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
+    empty_gradient,
     empty_rows,
     rows_of,
     statistics_dtype,
@@ -167,7 +168,7 @@ def max_transition_backward(
     if input_needed or gamma_needed or beta_needed:
         grad_gamma, grad_beta = torch.empty_like(forward.scale), torch.empty_like(forward.scale)
     if weight_needed:
-        grad_weight = torch.empty_like(call.weight, memory_format=torch.contiguous_format)
+        grad_weight = empty_gradient(call.weight)
     # Behind the convolution there is no norm: its output has no part in the gradient.
     identity = statistics.new_zeros(3, len(call.weight))
     identity[0] = 1

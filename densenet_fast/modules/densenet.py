@@ -176,7 +176,7 @@ class EfficientDenseNet(LoadedWhole):
             x = fusing.run(apply_plans(steps, plans), x, hold=False)
         else:
             x = fusing.run(steps, x)
-        return self.classifier(x if pooled else _relu_and_average(x, self.spatial_dims))
+        return self.classifier(x if pooled else relu_and_average(x, self.spatial_dims))
 
     def inference_steps(
         self, x: Tensor
@@ -226,7 +226,7 @@ class EfficientDenseNet(LoadedWhole):
 
     def _compose(self, x: Tensor) -> Tensor:
         """The modules called one by one."""
-        return self.classifier(_relu_and_average(self.features(x), self.spatial_dims))
+        return self.classifier(relu_and_average(self.features(x), self.spatial_dims))
 
 
 def _of_blocks(mode: NetworkMode) -> Checkpoint:
@@ -234,7 +234,8 @@ def _of_blocks(mode: NetworkMode) -> Checkpoint:
     return "bottleneck" if mode == "auto" else mode
 
 
-def _relu_and_average(features: Tensor, spatial_dims: int) -> Tensor:
+def relu_and_average(features: Tensor, spatial_dims: int) -> Tensor:
+    """The pooled features [N, C] of features [N, C, *size]."""
     # Not in place: the features may be a block's own buffer, if norm5 was taken out.
     activation = F.relu(features)
     if spatial_dims == 1:

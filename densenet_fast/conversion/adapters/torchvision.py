@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, relu
 from torchvision.models import densenet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 from densenet_fast.modules import eligibility, layer_parts
+from densenet_fast.modules.densenet import relu_and_average
 
 
 class Block(ConvertedBlock, densenet._DenseBlock):
@@ -31,7 +31,7 @@ class Network(ConvertedNetwork, densenet.DenseNet):
         if self.relu_in_place():
             return super().plain(input)
         features: Any = self._modules["features"]
-        return self.head(adaptive_avg_pool2d(relu(features(input)), (1, 1)).flatten(1))
+        return self.head(relu_and_average(features(input), 2))
 
     def head(self, pooled: Tensor) -> Tensor:
         """The classifier."""

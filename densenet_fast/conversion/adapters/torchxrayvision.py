@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, relu
 from torchxrayvision import models, utils
 
 from densenet_fast.conversion.parts import ConvertedBlock, ConvertedNetwork, ConvertedTransition
 from densenet_fast.modules import layer_parts
+from densenet_fast.modules.densenet import relu_and_average
 from densenet_fast.modules.layer_parts import LayerParts
 
 
@@ -44,7 +44,7 @@ class Network(ConvertedNetwork, models.DenseNet):
             pooled = models.DenseNet.features2(self, x)
         elif pooled is None:
             features: Any = self._modules["features"]
-            pooled = adaptive_avg_pool2d(relu(features(x)), (1, 1)).flatten(1)
+            pooled = relu_and_average(features(x), 2)
         return pooled
 
 
