@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,16 @@ def step(module: nn.Module, input: Tensor) -> tuple[Tensor, Tensor | None]:
     if output.requires_grad:
         output.backward(gradient_of(output))
     return output.detach(), input.grad
+
+
+def assert_same_gradients_in_a_graph(model: nn.Module, input: Tensor) -> None:
+    """Of a copy that is compiled as one graph."""
+    compiled = copy.deepcopy(model)
+    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for one in (model, graph):
+        one(input).square().sum().backward()
+    for mine, other in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
 
 
 def assert_same_steps(

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_same_steps, shake
+from comparison import assert_same_gradients_in_a_graph, assert_same_steps, shake
 from library_networks import assert_same_step, sized_images
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
 
 import densenet_fast
 from benchmarks.measure import saved_for_backward
@@ -133,12 +132,7 @@ def test_what_is_kept_is_a_fifth_at_most() -> None:
 def test_graphs_and_files() -> None:
     ours = network().float()
     x = images().float()
-    compiled = copy.deepcopy(ours)
-    graph = torch.compile(compiled, backend=aot_eager, fullgraph=True)
-    for model in (ours, graph):
-        model(x).square().sum().backward()
-    for one, other in zip(ours.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+    assert_same_gradients_in_a_graph(ours, x)
     ours.eval()
     with torch.no_grad():
         expected = ours(x)
