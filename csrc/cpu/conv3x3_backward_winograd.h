@@ -12,81 +12,73 @@ namespace {
 
 constexpr int64_t kNarrowVolume = 48;  // channels of a volume that make one group of column blocks
 
-// A dY A' of tiles [begin, end), [16, tiles, kPanelPitch], at a point of the depth; outside the
-// image dY is zero.
-template <class T, class S>
+// A dY A' of tiles [begin, end) at a point of the depth; outside the image dY is zero.
+template <int W, class T, class S>
 void transform_output_gradients(const Image<const S>& g, const WinogradTiles& tiles, int64_t begin,
-                                int64_t end, DepthPoint point, T* to) {
+                                int64_t end, DepthPoint point, const PointPlaces places, T* to) {
   constexpr int L = kLanes<T>;
-  const Vec<T> sign = splat<T>(static_cast<T>(point.sign));
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const S* corner = g.data + tiles.pixel(tile) * g.pitch;
-    const S* first = corner + point.first * g.h * g.w * g.pitch;
-    const S* second = corner + point.second * g.h * g.w * g.pitch;
-    const bool has_first = tiles.has_slice(tile, point.first);
-    const bool has_second = point.sign && tiles.has_slice(tile, point.second);
-    const bool right = tile.x + 1 < g.w, below = tile.y + 1 < g.h;
+    const TileSlices<S> slices(g, tiles, tile, point);
+    const int64_t height = smaller(2, g.h - tile.y), width = smaller(W, g.w - tile.x);
+    const Vec<T> share = splat<T>(slices.share[0]), other = splat<T>(slices.share[1]);
     for (int64_t c = 0; c < g.c; c += L) {
       const int64_t n = g.c - c;
-      const auto at = [&](int i, int j, bool exists) {
-        const int64_t place = (i * g.w + j) * g.pitch + c;
-        Vec<T> value = exists && has_first ? load_upto<T>(first + place, n) : zero<T>();
-        if (exists && has_second) value = fma<T>(sign, load_upto<T>(second + place, n), value);
-        return value;
-      };
-      const Vec<T> y[2][2] = {{at(0, 0, true), at(0, 1, right)},
-                              {at(1, 0, below), at(1, 1, right && below)}};
-      Vec<T> rows[4][2];
-      for (int j = 0; j < 2; ++j) {
-        rows[0][j] = y[0][j];
-        rows[1][j] = y[0][j] + y[1][j];
-        rows[2][j] = y[0][j] - y[1][j];
-        rows[3][j] = -y[1][j];
+      Vec<T> rows[4][W] = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < W; ++j) {
+        if (j >= width) break;
+        Vec<T> y[2] = {}, of_column[4];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          if (i >= height) break;
+          const int64_t place = (i * g.w + j) * g.pitch + c;
+          y[i] = load_upto<T>(slices.data[0] + place, n);
+          if (tiles.points == 1) continue;
+          y[i] = fma<T>(other, load_upto<T>(slices.data[1] + place, n), share * y[i]);
+        }
+        Filter<T, 2>::output_adjoint(y, of_column);
+        for (int i = 0; i < 4; ++i) rows[i][j] = of_column[i];
       }
       for (int i = 0; i < 4; ++i) {
-        T* row = to + 4 * i * kPointPitch + c;
-        store<T>(row, rows[i][0]);
-        store<T>(row + kPointPitch, rows[i][0] + rows[i][1]);
-        store<T>(row + 2 * kPointPitch, rows[i][0] - rows[i][1]);
-        store<T>(row + 3 * kPointPitch, -rows[i][1]);
+        constexpr int P = Filter<T, W>::kPoints;
+        Vec<T> points[P];
+        Filter<T, W>::output_adjoint(rows[i], points);
+        for (int j = 0; j < P; ++j) store<T>(to + places.at(4 * j + i) + c, points[j]);
       }
     }
   }
 }
 
-// G' S G: the gradient of L kernels, taps in order, from 16 points `stride` apart.
-template <class T>
+// G' S G: the gradient of L kernels, taps in order, from points `stride` apart.
+template <int W, class T>
 DF_INLINE void transform_weight_gradient(const T* s, int64_t stride, Vec<T> (&taps)[9]) {
-  const Vec<T> half = splat<T>(T(0.5));
-  Vec<T> e[3][4];
-  for (int j = 0; j < 4; ++j) {
-    const Vec<T> s0 = load<T>(s + j * stride), s1 = load<T>(s + (4 + j) * stride);
-    const Vec<T> s2 = load<T>(s + (8 + j) * stride), s3 = load<T>(s + (12 + j) * stride);
-    const Vec<T> even = half * (s1 + s2);
-    e[0][j] = s0 + even;
-    e[1][j] = half * (s1 - s2);
-    e[2][j] = even + s3;
+  constexpr int P = Filter<T, W>::kPoints;
+  Vec<T> rows[3][P];
+  for (int j = 0; j < P; ++j) {
+    Vec<T> e[4], g[3];
+    for (int i = 0; i < 4; ++i) e[i] = load<T>(s + (4 * j + i) * stride);
+    Filter<T, 2>::kernel_adjoint(e, g);
+    for (int i = 0; i < 3; ++i) rows[i][j] = g[i];
   }
   for (int i = 0; i < 3; ++i) {
-    const Vec<T> even = half * (e[i][1] + e[i][2]);
-    taps[3 * i] = e[i][0] + even;
-    taps[3 * i + 1] = half * (e[i][1] - e[i][2]);
-    taps[3 * i + 2] = even + e[i][3];
+    Vec<T> g[3];
+    Filter<T, W>::kernel_adjoint(rows[i], g);
+    for (int j = 0; j < 3; ++j) taps[3 * i + j] = g[j];
   }
 }
 
 // The slices of the kernels' gradients from those at the points of their depth, whose products `s`
 // has, points of a slice `stride` apart and those of the depth `deep`: G' once more.
-template <class T>
+template <int W, class T>
 DF_INLINE void transform_weight_slices(const T* s, int64_t stride, int64_t deep, int points,
                                        Vec<T> (&slices)[3][9]) {
-  transform_weight_gradient<T>(s, stride, slices[0]);
+  transform_weight_gradient<W, T>(s, stride, slices[0]);
   if (points == 1) return;
   Vec<T> second[9];
-  transform_weight_gradient<T>(s + deep, stride, slices[1]);
-  transform_weight_gradient<T>(s + 2 * deep, stride, second);
-  transform_weight_gradient<T>(s + 3 * deep, stride, slices[2]);
+  transform_weight_gradient<W, T>(s + deep, stride, slices[1]);
+  transform_weight_gradient<W, T>(s + 2 * deep, stride, second);
+  transform_weight_gradient<W, T>(s + 3 * deep, stride, slices[2]);
   const Vec<T> half = splat<T>(T(0.5));
   for (int t = 0; t < 9; ++t) {
     const Vec<T> even = slices[1][t] + second[t];
@@ -96,57 +88,58 @@ DF_INLINE void transform_weight_slices(const T* s, int64_t stride, int64_t deep,
   }
 }
 
-// The data gradient of tiles [begin, end) and channels [c0, c0 + columns), masked by the
-// activation; adds the sums of D and D * (x - mean) of whole vectors. The gradient is D, or has
+// The data gradient of tiles [begin, end) and channels [c0, c0 + columns), with the products at a
+// point of the depth added to `slices`: of the slice that is whole with it, masked by the
+// activation. Adds the sums of D and D * (x - mean) of whole vectors. The gradient is D, or has
 // scale * D added.
-template <class T, class S>
+template <int W, class T, class S>
 void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const WinogradTiles& tiles,
-                          int64_t begin, int64_t end, const Image<const S>& x,
+                          int64_t begin, int64_t end, int64_t z, T* slices, const Image<const S>& x,
                           const PaddedNorm<T>& norm, const Image<S>& gradient, int64_t c0,
                           int64_t columns, bool accumulate, T* sum, T* sum_centred) {
   constexpr int L = kLanes<T>;
+  const int64_t slice = tiles.finished_slice(z);
   for (int64_t index = begin; index < end; ++index, result += ldr) {
     const WinogradTile tile = tiles.at(index);
-    const int64_t slices = smaller(tiles.thick, tiles.d - tile.z);
-    const bool right = tile.x + 1 < tiles.w, below = tile.y + 1 < tiles.h;
-    for (int64_t c = 0; c < columns; c += L) {
+    const bool finished = slice >= 0 && tiles.has_slice(tile, slice);
+    const int64_t pixel = tiles.pixel(tile) + slice * tiles.h * tiles.w;
+    const int64_t height = smaller(2, tiles.h - tile.y), width = smaller(W, tiles.w - tile.x);
+    for (int64_t c = 0; c < columns; c += L, slices += 4 * W * L) {
+      Vec<T> y[2][W];
+      transform_output<W, T>([&](int p) { return load<T>(result + p * pitch + c); }, y);
+      add_depth_point<W, T>(tiles, z, y, slices);
+      if (!finished) continue;
       const int64_t n = columns - c;
       const Vec<T> scale = load<T>(norm.scale() + c0 + c), shift = load<T>(norm.shift() + c0 + c);
       const Vec<T> mean = load<T>(norm.mean() + c0 + c);
-      Vec<T> added = zero<T>(), added_centred = zero<T>();
-      for (int64_t z = 0; z < slices; ++z) {
-        const int64_t pixel = tiles.pixel(tile) + z * tiles.h * tiles.w;
-        Vec<T> y[2][2];
-        transform_slice<T>(result + c, pitch, kPoints * pitch, tiles, z, y);
-        const auto finish_pixel = [&](int i, int j) {
-          const int64_t at = pixel + i * tiles.w + j;
-          const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
-          Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), y[i][j]);
-          if (!accumulate) d = rounded<S>(d);  // sums of what will be read again
-          added += d;
-          added_centred = fma<T>(d, value - mean, added_centred);
-          if (!gradient.data) return;
-          S* to = gradient.data + at * gradient.pitch + c0 + c;
-          store_upto<T>(to, accumulate ? fma<T>(scale, d, load_upto<T>(to, n)) : d, n);
-        };
-        finish_pixel(0, 0);
-        if (right) finish_pixel(0, 1);
-        if (below) finish_pixel(1, 0);
-        if (right && below) finish_pixel(1, 1);
+      Vec<T> added = load<T>(sum + c), added_centred = load<T>(sum_centred + c);
+      const auto finish_pixel = [&](int64_t i, int64_t j) {
+        const int64_t at = pixel + i * tiles.w + j;
+        const Vec<T> value = load_upto<T>(x.data + at * x.pitch + c0 + c, n);
+        Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), y[i][j]);
+        if (!accumulate) d = rounded<S>(d);  // sums of what will be read again
+        added += d;
+        added_centred = fma<T>(d, value - mean, added_centred);
+        if (!gradient.data) return;
+        S* to = gradient.data + at * gradient.pitch + c0 + c;
+        store_upto<T>(to, accumulate ? fma<T>(scale, d, load_upto<T>(to, n)) : d, n);
+      };
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t j = 0; j < width; ++j) finish_pixel(i, j);
       }
-      store<T>(sum + c, load<T>(sum + c) + added);
-      store<T>(sum_centred + c, load<T>(sum_centred + c) + added_centred);
+      store<T>(sum + c, added);
+      store<T>(sum_centred + c, added_centred);
     }
   }
 }
 
-template <class S>
+template <int W, class S>
 void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottleneck,
                                Norm<Compute<S>> norm, Weight<S> weight, Image<S> grad_norm,
                                NormGradient<Compute<S>> grad_affine, WeightGradient<S> grad_weight,
                                bool accumulate) {
   using T = Compute<S>;
-  constexpr int64_t L = kLanes<T>;
+  constexpr int64_t L = kLanes<T>, kPoints = 4 * Filter<T, W>::kPoints;
   const int64_t k = weight.out, channels = weight.in;
   const int64_t width = padded<T>(channels);
   const int64_t panels = ceil_div(channels, kPanel);
@@ -177,7 +170,8 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     const int64_t c0 = q * kPanel, stride = packed_pitch(k, panel_vectors(c0) * L);
     pack_blocks(k, k, smaller(kPanel, channels - c0), prefer, packed.get() + q * packed_panel,
                 [&](int64_t i, int64_t count, int64_t v, int nv, T* block) {
-                  pack_points<true>(weight, c0, i, count, v, nv, block, stride, kPoints * stride);
+                  pack_points<W, true>(weight, c0, i, count, v, nv, block, stride,
+                                       kPoints * stride);
                 });
   }
   CallMemory<T> partial_sums(2 * parts.count * width);
@@ -196,37 +190,40 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     if (single && want_data) {
       T* own = scratch<T>(Scratch::kWeight, points * deep_stride);
       for_each_block(group, [&](int64_t v, int nv) {
-        pack_points<true>(weight, panel_begin, 0, k, v, nv, own + (v - group.begin) * L * k, stride,
-                          deep_stride);
+        pack_points<W, true>(weight, panel_begin, 0, k, v, nv, own + (v - group.begin) * L * k,
+                             stride, deep_stride);
       });
       b = own;
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
-    const int64_t data_run = points > 1 ? smaller(run, kVolumeTiles) : run;
-    const int64_t pitch = result_pitch(data_run, panel);
-    T* gradients = scratch<T>(Scratch::kOperand, kPoints * kPointPitch);
-    T* inputs = scratch<T>(Scratch::kResult, kPoints * larger(kPointPitch, points * pitch));
-    const int64_t deep_products = kPoints * k * kPanelPitch;
+    const int64_t pitch = result_pitch(run, panel);
+    const PointPlaces of_gradients(kPoints, run, padded<T>(k)), of_inputs(kPoints, run, panel);
+    T* gradients = scratch<T>(Scratch::kOperand, of_gradients.size());
+    T* inputs =
+        scratch<T>(Scratch::kResult,
+                   larger(of_inputs.size(), kPoints * pitch + depth_sums(tiles, run, panel)));
+    T* slices = inputs + kPoints * pitch;
+    const int64_t ldp = panel + L, deep_products = kPoints * k * ldp;
     T* products = scratch<T>(Scratch::kActivated, want_weight ? points * deep_products : 1);
     const int64_t part_begin = parts.begin(part), part_end = parts.end(part);
 
     const auto add_weight = [&](int64_t begin, int64_t end, int64_t z, PrefetchStream& stream) {
-      transform_output_gradients<T>(grad_growth, tiles, begin, end, tiles.output_point(z),
-                                    gradients);
-      transform_inputs<true, T>(bottleneck, tiles, begin, end, tiles.input_point(z),
-                                {norm.scale, norm.shift}, c0, columns, inputs);
+      transform_output_gradients<W, T>(grad_growth, tiles, begin, end, tiles.output_point(z),
+                                       of_gradients, gradients);
+      transform_inputs<W, true, T>(bottleneck, tiles, begin, end, tiles.input_point(z),
+                                   {norm.scale, norm.shift}, c0, columns, of_inputs, inputs);
       T* to = products + z * deep_products;
       for (int64_t point = 0; point < kPoints; ++point) {
         for_each_block(group, [&](int64_t v, int nv) {
           const int64_t column = (v - group.begin) * L;
           for_each_row_tile(k, nv, [&](int64_t first, int rows) {
-            TransposedProduct<T> p{gradients + point * kPointPitch + first,
-                                   inputs + point * kPointPitch + column,
+            TransposedProduct<T> p{gradients + of_gradients.at(point) + first,
+                                   inputs + of_inputs.at(point) + column,
                                    kPanelPitch,
                                    end - begin,
-                                   to + (point * k + first) * kPanelPitch + column,
-                                   kPanelPitch,
+                                   to + (point * k + first) * ldp + column,
+                                   ldp,
                                    begin > part_begin,
                                    &stream};
             kMicrokernels<T>.transposed[nv][rows](p);
@@ -236,13 +233,14 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     };
     const auto make_data = [&](int64_t begin, int64_t end, PrefetchStream& stream) {
       for (int64_t z = 0; z < points; ++z) {
-        transform_inputs<false, T>(grad_growth, tiles, begin, end, tiles.input_point(z), {}, 0, k,
-                                   gradients);
-        multiply_points<T>(gradients, end - begin, 0, k, k, b + z * deep_stride, stride, group,
-                           inputs + z * kPoints * pitch, pitch, false, stream);
+        transform_inputs<W, false, T>(grad_growth, tiles, begin, end, tiles.input_point(z), {}, 0,
+                                      k, of_gradients, gradients);
+        multiply_points<T>(kPoints, gradients, of_gradients, end - begin, 0, k, k,
+                           b + z * deep_stride, stride, group, inputs, pitch, false, stream);
+        finish_data_gradient<W, T>(inputs, panel, pitch, tiles, begin, end, z, slices, bottleneck,
+                                   padded_norm, grad_norm, c0, columns, accumulate, sums + c0,
+                                   sums + width + c0);
       }
-      finish_data_gradient<T>(inputs, panel, pitch, tiles, begin, end, bottleneck, padded_norm,
-                              grad_norm, c0, columns, accumulate, sums + c0, sums + width + c0);
     };
 
     PrefetchStream stream;
@@ -253,8 +251,8 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
           add_weight(begin, smaller(part_end, begin + run), z, stream);
         }
       }
-      for (int64_t begin = part_begin; want_data && begin < part_end; begin += data_run) {
-        make_data(begin, smaller(part_end, begin + data_run), stream);
+      for (int64_t begin = part_begin; want_data && begin < part_end; begin += run) {
+        make_data(begin, smaller(part_end, begin + run), stream);
       }
     }
     for (int64_t begin = part_begin; points == 1 && begin < part_end; begin += run) {
@@ -290,8 +288,8 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     for (int64_t o = 0; want_weight && o < k; ++o) {
       for (int64_t c = 0; c < panel; c += L) {
         Vec<T> slices[3][9];
-        transform_weight_slices<T>(products + o * kPanelPitch + c, k * kPanelPitch, deep_products,
-                                   points, slices);
+        transform_weight_slices<W, T>(products + o * ldp + c, k * ldp, deep_products, points,
+                                      slices);
         for (int z = 0; z < weight.depth(); ++z) {
           if (single) {
             store_kernel_gradients(weight, grad_weight, o, c0 + c, z, slices[z], columns - c);

@@ -4,253 +4,208 @@
 //   Y  = A' [(G g G') . (B' d B)] A        per tile; the sum over channels is 16 matrix products
 //   dg = G' [(A dY A') . (B' d B)] G       its adjoint: weight gradients
 //
-// Of volumes the same in depth around it: 2x2x2 outputs from four slices by 64 multiplications
-// where the direct way needs 216. The depth's transform is linear, so that each of its four points
-// is an image of one or two slices, and a slice of the output is a sum of three points' products.
+// Of volumes 2x2x4 outputs, by F(2, 3) in depth around F(2x4, 3x3), from four slices by 96
+// multiplications where the direct way needs 432. The depth's transform is linear, so that each of
+// its four points is an image of one or two slices, and a slice of the output is a sum of three
+// points' products, added as they come.
 //
-// Transformed operands are [16 points, tiles, kPanelPitch]. Tiles are counted image by image, row
-// by row, so that runs of them serve images of any size, also many small ones at once; what a tile
-// has beyond its image is zero before and dropped behind.
+// Transformed operands are tiles at kPanelPitch, points of narrow ones side by side. Tiles are
+// counted image by image, row by row, so that runs of them serve images of any size, also many
+// small ones at once; what a tile has beyond its image is zero before and dropped behind.
 #pragma once
 
-#include "blocking.h"
+#include "winograd_filter.h"
+#include "winograd_tiles.h"
 
 namespace densenet_fast::cpu {
 namespace {
 
-constexpr int64_t kPoints = 16;
-constexpr int64_t kWinogradTiles = 48;  // of one run, at most
-// Where products of all points of the depth are held: in the cache.
-constexpr int64_t kVolumeTiles = 28;
-constexpr int64_t kPointPitch = kWinogradTiles * kPanelPitch;
-
-// Elements between two points of a result of [16, tiles, width]: a few cache lines more than
-// needed, as a transform reads all points of a tile at once and must not find them in one set.
-DF_INLINE int64_t result_pitch(int64_t tiles, int64_t width) { return tiles * width + 48; }
-// The same of a packed operand [16, k, width], all points of which one kernel is stored to.
-DF_INLINE int64_t packed_pitch(int64_t k, int64_t width) { return k * width + 48; }
-
-// A point of the depth's transform: slice `first` behind the tile's, and `sign` times another. The
-// last one has the other sign than in the paper, on both sides.
-struct DepthPoint {
-  int first, second, sign;
-};
-DF_INLINE int depth_points(int dims) { return dims > 2 ? 4 : 1; }
-constexpr DepthPoint kImagePoint = {0, 0, 0};
-constexpr DepthPoint kInputPoints[4] = {{-1, 1, -1}, {0, 1, 1}, {1, 0, -1}, {2, 0, -1}};
-constexpr DepthPoint kOutputPoints[4] = {{0, 0, 0}, {0, 1, 1}, {0, 1, -1}, {1, 0, 0}};
-
-// What M, the products of these points, make of the two slices of a tile.
-template <class Value>
-DF_INLINE Value first_slice(Value m0, Value m1, Value m2) {
-  return m0 + m1 + m2;
-}
-template <class Value>
-DF_INLINE Value second_slice(Value m1, Value m2, Value m3) {
-  return m1 - m2 + m3;
-}
-
-struct WinogradTile {
-  int64_t image, z, y, x;  // of its first output
-};
-
-struct WinogradTiles {
-  int64_t n, d, h, w;
-  int points;     // of the depth's transform
-  int64_t thick;  // slices of a tile
-  int64_t deep, down, across;
-
-  template <class Any>
-  explicit WinogradTiles(const Image<Any>& image)
-      : n(image.n),
-        d(image.d),
-        h(image.h),
-        w(image.w),
-        points(depth_points(image.dims)),
-        thick(points > 1 ? 2 : 1),
-        deep(ceil_div(image.d, thick)),
-        down(ceil_div(image.h, 2)),
-        across(ceil_div(image.w, 2)) {}
-  DepthPoint input_point(int64_t i) const { return points > 1 ? kInputPoints[i] : kImagePoint; }
-  DepthPoint output_point(int64_t i) const { return points > 1 ? kOutputPoints[i] : kImagePoint; }
-
-  int64_t count() const { return n * deep * down * across; }
-  WinogradTile at(int64_t index) const {
-    const int64_t slab = index / (down * across);
-    return {slab / deep, slab % deep * thick, index / across % down * 2, index % across * 2};
-  }
-  // The pixel of a tile's first output, by its row in the image's memory.
-  int64_t pixel(const WinogradTile& tile) const {
-    return ((tile.image * d + tile.z) * h + tile.y) * w + tile.x;
-  }
-  // Whether its volume has the slice so many behind a tile's.
-  bool has_slice(const WinogradTile& tile, int64_t behind) const {
-    return static_cast<uint64_t>(tile.z + behind) < static_cast<uint64_t>(d);
-  }
-  // What the tiles [begin, end) read, but for their border: whole image rows, and how many pixels
-  // there are in them.
-  int64_t first_pixel(int64_t begin) const {
-    const WinogradTile tile = at(begin);
-    return pixel(tile) - tile.x;
-  }
-  int64_t pixels(int64_t begin, int64_t end) const {
-    if (begin >= end) return 0;
-    const WinogradTile last = at(end - 1);
-    return ((last.image * d + last.z) * h + smaller(last.y + 2, h)) * w - first_pixel(begin);
-  }
-};
-
-// The rule, where the user allows it. Products saved must outweigh tiles cut by the border: 16
-// multiplications for each tile against 9 for each pixel, in two slices of a volume 64 against 27,
-// and what the transforms cost. Where the image has less than three rows or columns the direct way
-// adds so few terms that its rounding errors are smaller by more than half.
-template <class S>
-DF_INLINE bool use_winograd(int64_t h, int64_t w, const Weight<S>& weight) {
-  const int64_t tiles = ceil_div(h, 2) * ceil_div(w, 2), k = weight.out;
-  const int64_t products = weight.dims > 2 ? 32 : 16, direct = weight.dims > 2 ? 27 : 9;
-  return winograd_allowed() && k <= kPanel && h > 2 && w > 2 &&
-         tiles * products * (k + 6) < direct * h * w * k;
-}
-
-// B' d B of a tile, to 16 points; load_at(i, j) is element (i, j) of d. Rows are transformed as
-// they are loaded, the two inner ones first, so that no more than 12 vectors live at once.
-template <class T, class Load>
-DF_INLINE void store_transformed_input(const Load& load_at, T* to) {
-  const auto row = [&](int i, Vec<T>(&f)[4]) {
-    const Vec<T> d0 = load_at(i, 0), d1 = load_at(i, 1), d2 = load_at(i, 2), d3 = load_at(i, 3);
-    f[0] = d0 - d2;
-    f[1] = d1 + d2;
-    f[2] = d2 - d1;
-    f[3] = d1 - d3;
+// B' d B of a tile, to its points; load_row(i, d) gives row i of d. Rows are transformed as they
+// are loaded, the two inner ones first, so that few vectors live at once.
+template <int W, class T, class LoadRow>
+DF_INLINE void store_transformed_input(const LoadRow& load_row, const PointPlaces& places, T* to) {
+  constexpr int P = Filter<T, W>::kPoints;
+  const auto row = [&](int i, Vec<T>(&f)[P]) {
+    Vec<T> d[P];
+    load_row(i, d);
+    Filter<T, W>::input(d, f);
   };
-  Vec<T> f1[4], f2[4], outer[4];
+  Vec<T> f1[P], f2[P], outer[P];
   row(1, f1);
   row(2, f2);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    store<T>(to + (4 + j) * kPointPitch, f1[j] + f2[j]);
-    store<T>(to + (8 + j) * kPointPitch, f2[j] - f1[j]);
+#pragma GCC unroll 6
+  for (int j = 0; j < P; ++j) {
+    store<T>(to + places.at(4 * j + 1), f1[j] + f2[j]);
+    store<T>(to + places.at(4 * j + 2), f2[j] - f1[j]);
   }
   row(0, outer);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) store<T>(to + j * kPointPitch, outer[j] - f2[j]);
+#pragma GCC unroll 6
+  for (int j = 0; j < P; ++j) store<T>(to + places.at(4 * j), outer[j] - f2[j]);
   row(3, outer);
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) store<T>(to + (12 + j) * kPointPitch, f1[j] - outer[j]);
+#pragma GCC unroll 6
+  for (int j = 0; j < P; ++j) store<T>(to + places.at(4 * j + 3), f1[j] - outer[j]);
 }
+
+// What a tile reads at a point of the depth: `share` of a slice and of another one, from its first
+// pixel in each. What its image has not is read from where it has something, and counts nothing.
+template <class S>
+struct TileSlices {
+  using T = Compute<S>;
+  const S* data[2];
+  T share[2];
+  bool whole;  // the image has both, and the first counts once
+
+  TileSlices(const Image<const S>& x, const WinogradTiles& tiles, const WinogradTile& tile,
+             DepthPoint point) {
+    const S* at = x.data + tiles.pixel(tile) * x.pitch;
+    const bool has[] = {tiles.has_slice(tile, point.first),
+                        point.sign && tiles.has_slice(tile, point.second)};
+    const int64_t slice = x.h * x.w * x.pitch;
+    data[0] = at + (has[0] ? point.first : 0) * slice;
+    data[1] = at + (has[1] ? point.second : 0) * slice;
+    share[0] = has[0];
+    share[1] = has[1] ? static_cast<T>(point.sign) : T(0);
+    whole = has[0] && (has[1] || !point.sign);
+  }
+};
+
+// Which of the N rows or columns of a tile's input, from `at` - 1 on, there are in `size`.
+template <int N>
+struct TileSpan {
+  bool has[N];
+  bool whole = true;
+  TileSpan(int64_t at, int64_t size) {
+    for (int i = 0; i < N; ++i) {
+      has[i] = static_cast<uint64_t>(at + i - 1) < static_cast<uint64_t>(size);
+      whole = whole && has[i];
+    }
+  }
+};
 
 // Transforms channels [c0, c0 + width) of tiles [begin, end) at a point of the depth: of
 // relu(scale * x + shift), or of x itself. Whole vectors are stored, zero behind the last channel.
-template <bool kActivate, class T, class S>
+template <int W, bool kActivate, class T, class S>
 void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64_t begin,
                       int64_t end, DepthPoint point, Activation<T> act, int64_t c0, int64_t width,
-                      T* to) {
-  constexpr int L = kLanes<T>;
-  const int64_t pitch = x.pitch, row = x.w * pitch, slice = x.h * row;
+                      const PointPlaces places, T* to) {
+  constexpr int L = kLanes<T>, P = Filter<T, W>::kPoints;
+  const int64_t pitch = x.pitch, row_pitch = x.w * pitch;
   for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
     const WinogradTile tile = tiles.at(index);
-    const S* corner = x.data + (tiles.pixel(tile) - x.w - 1) * pitch + c0;
-    const S* first = corner + point.first * slice;
-    const S* second = corner + point.second * slice;
-    const bool has_first = tiles.has_slice(tile, point.first);
-    const bool has_second = point.sign && tiles.has_slice(tile, point.second);
-    const Vec<T> sign = splat<T>(static_cast<T>(point.sign));
-    const bool whole = has_first && (has_second || !point.sign);
-    const bool inside =
-        whole && tile.y > 0 && tile.x > 0 && tile.y + 2 < x.h && tile.x + 2 < x.w && width % L == 0;
-    const auto activated = [&](Vec<T> value, Vec<T> a, Vec<T> b) {
-      return kActivate ? relu<T>(fma<T>(a, value, b)) : value;
-    };
-    if (inside) {
-      for (int64_t c = 0; c < width; c += L) {
-        const Vec<T> a = kActivate ? load<T>(act.scale + c0 + c) : zero<T>();
-        const Vec<T> b = kActivate ? load<T>(act.shift + c0 + c) : zero<T>();
-        const auto at = [&](const S* from, int i, int j) {
-          return activated(load<T>(from + i * row + j * pitch + c), a, b);
-        };
-        if (point.sign) {
-          store_transformed_input<T>(
-              [&](int i, int j) { return fma<T>(sign, at(second, i, j), at(first, i, j)); },
-              to + c);
-        } else {
-          store_transformed_input<T>([&](int i, int j) { return at(first, i, j); }, to + c);
-        }
-      }
-      continue;
-    }
-    for (int64_t c = 0; c < width; c += L) {
-      const int64_t n = width - c;
-      const Vec<T> a = kActivate ? load_upto<T>(act.scale + c0 + c, n) : zero<T>();
-      const Vec<T> b = kActivate ? load_upto<T>(act.shift + c0 + c, n) : zero<T>();
-      const auto at = [&](const S* from, int i, int j) {
-        return activated(load_upto<T>(from + i * row + j * pitch + c, n), a, b);
+    const TileSlices<S> slices(x, tiles, tile, point);
+    const TileSpan<4> down(tile.y, x.h);
+    const TileSpan<P> across(tile.x, x.w);
+    const bool inside = slices.whole && down.whole && across.whole;
+    int64_t column[P];  // the second one is always there
+    for (int j = 0; j < P; ++j) column[j] = across.has[j] ? (j - 1) * pitch : 0;
+
+    // One vector of channels, `n` of them; kInside: nothing is missing.
+    const auto transform = [&]<bool kInside, bool kDeep>(int64_t c, int64_t n) {
+      const auto get = [&](const S* from) {
+        return kInside ? load<T>(from) : load_upto<T>(from, n);
       };
-      store_transformed_input<T>(
-          [&](int i, int j) {
-            const bool exists =
-                static_cast<uint64_t>(tile.y + i - 1) < static_cast<uint64_t>(x.h) &&
-                static_cast<uint64_t>(tile.x + j - 1) < static_cast<uint64_t>(x.w);
-            Vec<T> value = exists && has_first ? at(first, i, j) : zero<T>();
-            if (exists && has_second) value = fma<T>(sign, at(second, i, j), value);
-            return value;
+      Vec<T> a[P], b[P];
+#pragma GCC unroll 6
+      for (int j = 0; j < P; ++j) {
+        a[j] = b[j] = zero<T>();
+        if (!kInside && !across.has[j]) continue;
+        a[j] = kActivate ? load_upto<T>(act.scale + c0 + c, n) : splat<T>(T(1));
+        if (kActivate) b[j] = load_upto<T>(act.shift + c0 + c, n);
+      }
+      const auto value = [&](int slice, int i, int j) {
+        const int64_t at = kInside ? (j - 1) * pitch : column[j];
+        const Vec<T> v = get(slices.data[slice] + (i - 1) * row_pitch + at + c0 + c);
+        if (kActivate) return relu<T>(fma<T>(a[j], v, b[j]));
+        return kInside ? v : a[j] * v;
+      };
+      const Vec<T> share = splat<T>(slices.share[0]), other = splat<T>(slices.share[1]);
+      store_transformed_input<W, T>(
+          [&](int i, Vec<T>(&d)[P]) {
+#pragma GCC unroll 6
+            for (int j = 0; j < P; ++j) d[j] = zero<T>();
+            if (!kInside && !down.has[i]) return;
+#pragma GCC unroll 6
+            for (int j = 0; j < P; ++j) {
+              d[j] = value(0, i, j);
+              if (kDeep && !kInside) d[j] = share * d[j];
+              if (kDeep) d[j] = fma<T>(other, value(1, i, j), d[j]);
+            }
           },
-          to + c);
+          places, to + c);
+    };
+    const auto all_channels = [&]<bool kDeep>() {
+      int64_t c = 0;
+      for (; inside && c + L <= width; c += L) transform.template operator()<true, kDeep>(c, L);
+      for (; c < width; c += L) transform.template operator()<false, kDeep>(c, width - c);
+    };
+    if (point.sign) {
+      all_channels.template operator()<true>();
+    } else {
+      all_channels.template operator()<false>();
     }
   }
 }
 
 // A' M A of one tile and vector: y[row][column], of load(point).
-template <class T, class Load>
-DF_INLINE void transform_output(const Load& load, Vec<T> (&y)[2][2]) {
-  Vec<T> s[2][4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const Vec<T> m0 = load(j), m1 = load(4 + j), m2 = load(8 + j), m3 = load(12 + j);
-    s[0][j] = m0 + m1 + m2;
-    s[1][j] = m1 - m2 - m3;
+template <int W, class T, class Load>
+DF_INLINE void transform_output(const Load& load, Vec<T> (&y)[2][W]) {
+  constexpr int P = Filter<T, W>::kPoints;
+  Vec<T> s[2][P];
+#pragma GCC unroll 6
+  for (int j = 0; j < P; ++j) {
+    const Vec<T> m[4] = {load(4 * j), load(4 * j + 1), load(4 * j + 2), load(4 * j + 3)};
+    Vec<T> rows[2];
+    Filter<T, 2>::output(m, rows);
+    s[0][j] = rows[0];
+    s[1][j] = rows[1];
   }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    y[i][0] = s[i][0] + s[i][1] + s[i][2];
-    y[i][1] = s[i][1] - s[i][2] - s[i][3];
-  }
+  for (int i = 0; i < 2; ++i) Filter<T, W>::output(s[i], y[i]);
 }
 
-// The same of slice `z` of a tile, whose products `m` has, points of a slice `stride` apart and
-// those of the depth `deep`.
-template <class T>
-DF_INLINE void transform_slice(const T* m, int64_t stride, int64_t deep, const WinogradTiles& tiles,
-                               int64_t z, Vec<T> (&y)[2][2]) {
-  const auto at = [&](int64_t i, int point) { return load<T>(m + i * deep + point * stride); };
-  if (tiles.points == 1) {
-    transform_output<T>([&](int p) { return at(0, p); }, y);
-  } else if (z == 0) {
-    transform_output<T>([&](int p) { return first_slice(at(0, p), at(1, p), at(2, p)); }, y);
-  } else {
-    transform_output<T>([&](int p) { return second_slice(at(1, p), at(2, p), at(3, p)); }, y);
+// Adds what point `z` of the depth makes of a tile to the sums of its slices, [2, 2, W] vectors,
+// and makes of y the slice that is whole with it, if one is.
+template <int W, class T>
+DF_INLINE void add_depth_point(const WinogradTiles& tiles, int64_t z, Vec<T> (&y)[2][W], T* sums) {
+  constexpr int L = kLanes<T>;
+  if (tiles.points == 1) return;
+#pragma GCC unroll 8
+  for (int p = 0; p < 2 * W; ++p) {
+    T *first = sums + p * L, *second = sums + (2 * W + p) * L;
+    Vec<T>& value = y[p / W][p % W];
+    if (z == 0) {
+      store<T>(first, value);
+    } else if (z == 1) {
+      store<T>(first, load<T>(first) + value);
+      store<T>(second, value);
+    } else if (z == 2) {
+      store<T>(second, load<T>(second) - value);
+      value = load<T>(first) + value;
+    } else {
+      value = load<T>(second) + value;
+    }
   }
+}
+// Elements of these sums, for tiles of `width` channels.
+DF_INLINE int64_t depth_sums(const WinogradTiles& tiles, int64_t count, int64_t width) {
+  return tiles.points > 1 ? 4 * tiles.wide * count * width : 0;
 }
 
 // G g G' of L kernels at once, turned around where kFlipped, to points `stride` apart.
-template <bool kFlipped, class T>
+template <int W, bool kFlipped, class T>
 DF_INLINE void store_transformed_weight(const Vec<T> (&taps)[9], T* to, int64_t stride) {
+  constexpr int P = Filter<T, W>::kPoints;
   Vec<T> e[4][3];
-  const Vec<T> half = splat<T>(T(0.5));
   for (int j = 0; j < 3; ++j) {
     const auto tap = [&](int i) { return taps[kFlipped ? 8 - 3 * i - j : 3 * i + j]; };
-    const Vec<T> g0 = tap(0), g1 = tap(1), g2 = tap(2);
-    const Vec<T> outer = half * (g0 + g2), inner = half * g1;
-    e[0][j] = g0;
-    e[1][j] = outer + inner;
-    e[2][j] = outer - inner;
-    e[3][j] = g2;
+    const Vec<T> g[3] = {tap(0), tap(1), tap(2)};
+    Vec<T> of_column[4];
+    Filter<T, 2>::kernel(g, of_column);
+    for (int i = 0; i < 4; ++i) e[i][j] = of_column[i];
   }
   for (int i = 0; i < 4; ++i) {
-    const Vec<T> outer = half * (e[i][0] + e[i][2]), inner = half * e[i][1];
-    store<T>(to + (4 * i + 0) * stride, e[i][0]);
-    store<T>(to + (4 * i + 1) * stride, outer + inner);
-    store<T>(to + (4 * i + 2) * stride, outer - inner);
-    store<T>(to + (4 * i + 3) * stride, e[i][2]);
+    Vec<T> points[P];
+    Filter<T, W>::kernel(e[i], points);
+    for (int j = 0; j < P; ++j) store<T>(to + (4 * j + i) * stride, points[j]);
   }
 }
 
@@ -274,7 +229,7 @@ DF_INLINE void load_depth_points(const Weight<S>& weight, int64_t out, int64_t i
 // Transforms rows [i, i + count) of a column block: of the forward's operands [in, out], or with
 // flipped kernels of the data gradient's, [out, in] from channel `in` on. Points of a slice are
 // `stride` apart, those of the depth `deep`.
-template <bool kBackward, class S>
+template <int W, bool kBackward, class S>
 void pack_points(const Weight<S>& weight, int64_t in, int64_t i, int64_t count, int64_t v, int nv,
                  Compute<S>* block, int64_t stride, int64_t deep) {
   using T = Compute<S>;
@@ -286,37 +241,31 @@ void pack_points(const Weight<S>& weight, int64_t in, int64_t i, int64_t count, 
       load_depth_points<kBackward>(weight, kBackward ? r : column, kBackward ? in + column : r,
                                    points);
       for (int z = 0; z < depth_points(weight.dims); ++z) {
-        store_transformed_weight<kBackward, T>(points[z], block + z * deep + (r * nv + u) * L,
-                                               stride);
+        store_transformed_weight<W, kBackward, T>(points[z], block + z * deep + (r * nv + u) * L,
+                                                  stride);
       }
     }
   }
 }
 
-// For every point: result[point] (+)= operand[point] * packed[point], [k0, k0 + width) of the
-// reduction's k, for a group of column blocks. The result is [16, tiles, vectors of the group],
+// For each of `points`: result[point] (+)= operand[point] * packed[point], [k0, k0 + width) of the
+// reduction's k, for a group of column blocks. The result is [points, tiles, vectors of the group],
 // points `pitch` apart; those of `packed` are `stride` apart, from the group's first on.
 template <class T>
-DF_INLINE void multiply_points(const T* operand, int64_t tiles, int64_t k0, int64_t width,
-                               int64_t k, const T* packed, int64_t stride, const BlockGroup& group,
-                               T* result, int64_t pitch, bool accumulate, PrefetchStream& stream) {
+DF_INLINE void multiply_points(int64_t points, const T* operand, const PointPlaces& places,
+                               int64_t tiles, int64_t k0, int64_t width, int64_t k, const T* packed,
+                               int64_t stride, const BlockGroup& group, T* result, int64_t pitch,
+                               bool accumulate, PrefetchStream& stream) {
   constexpr int64_t L = kLanes<T>;
   const int64_t ldr = (group.end - group.begin) * L;
-  for (int64_t point = 0; point < kPoints; ++point) {
+  for (int64_t point = 0; point < points; ++point) {
     for_each_block(group, [&](int64_t v, int nv) {
       const int64_t column = (v - group.begin) * L;
       const T* b = packed + point * stride + column * k + k0 * nv * L;
       for_each_row_tile(tiles, nv, [&](int64_t first, int count) {
-        RowsProduct<T> product{operand + point * kPointPitch + first * kPanelPitch,
-                               nullptr,
-                               1,
-                               width,
-                               b,
-                               result + point * pitch + first * ldr + column,
-                               ldr,
-                               nv * L,
-                               accumulate,
-                               &stream};
+        RowsProduct<T> product{
+            operand + places.at(point) + first * kPanelPitch, nullptr, 1,      width,      b,
+            result + point * pitch + first * ldr + column,    ldr,     nv * L, accumulate, &stream};
         kMicrokernels<T>.rows[nv][count](product);
       });
     });

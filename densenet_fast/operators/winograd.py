@@ -5,9 +5,14 @@ multiplications for 36. The CPU kernels use it where it is faster: where
 
     16 * ceil(H / 2) * ceil(W / 2) * (k + 6)  <  9 * H * W * k,
 
-for images of H x W, at least 3 x 3, and k output channels, at most 128. Its rounding errors are
-those of plain float32 convolutions; a NaN or infinity reaches all outputs of the 2x2 tiles that
-touch it.
+for images of H x W, at least 3 x 3, and k output channels, at most 128. Of volumes F(2x2x4, 3x3x3)
+makes sixteen outputs with 96 multiplications for 432, where
+
+    48 * ceil(H / 2) * ceil(W / 4) * (k + 6)  <  27 * H * W * k.
+
+Rounding errors are those of plain float32 convolutions; of volumes, whose tiles are wider, up to
+three times those where sums are short, in weights' gradients above all. A NaN or infinity reaches
+all outputs of the tiles that touch it.
 """
 
 from __future__ import annotations
