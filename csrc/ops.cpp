@@ -62,6 +62,12 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
       "Tensor shift, Tensor mean, Tensor rstd, bool batch_statistics, Tensor(a!) grad_input, "
       "Tensor(b!) grad_gamma, Tensor(c!) grad_beta) -> ()");
 
+  // The stem's convolution, 7 wide in every dimension, of stride 2 and padding 3: the CPU's.
+  m.def("stem_convolution_forward(Tensor images, Tensor weight, Tensor(a!) out) -> ()");
+  m.def(
+      "stem_convolution_backward(Tensor grad_out, Tensor images, Tensor weight, "
+      "Tensor(a!) grad_weight) -> ()");
+
   // A whole dense block: half-layers [first, last) of it, as csrc/block.h has them. The lists are
   // described in csrc/block_arguments.h.
   m.def(

@@ -118,6 +118,9 @@ struct Kernels {
   void (*norm_relu_maxpool_backward)(Image<const S> grad_out, const uint8_t* argmax,
                                      Image<const S> input, Norm<T> norm, bool batch_statistics,
                                      Image<S> grad_input, NormGradient<T> grad_affine);
+  void (*stem_convolution_forward)(Image<const S> images, Weight<S> weight, Image<S> out);
+  void (*stem_convolution_backward)(Image<const S> grad_out, Image<const S> images,
+                                    Weight<S> weight, WeightGradient<S> grad_weight);
   // Weights packed once for many forwards, into so many elements, 64-byte aligned: 1x1 for
   // conv1x1_forward and transition_forward, 3x3 for conv3x3_forward on slices of h x w. What they
   // hold depends on the instruction set and on winograd_allowed().

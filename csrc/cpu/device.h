@@ -178,6 +178,8 @@ class Device {
     (follow(context, arguments), ...);                                                             \
   }
   DENSENET_FAST_KERNELS(DF_KERNEL)
+  DF_KERNEL(stem_convolution_forward)
+  DF_KERNEL(stem_convolution_backward)
 #undef DF_KERNEL
 
   // Vectors: a few KiB each, and compiled without contraction: as in PyTorch, each operation

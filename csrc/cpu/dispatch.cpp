@@ -6,6 +6,24 @@
 namespace densenet_fast::cpu {
 namespace {
 
+void stem_convolution_forward(const Tensor& images, const Tensor& w, const Tensor& out) {
+  const Call<Device> call(images);
+  const auto x = call.image(images, "images");
+  const auto weight = call.weight(w, 7, x.c, x.dims);
+  const auto y = call.mutable_image(out, "out", halved(x, true), weight.out);
+  Device::stem_convolution_forward(call.context(), x, weight, y);
+}
+
+void stem_convolution_backward(const Tensor& grad_out, const Tensor& images, const Tensor& w,
+                               const Tensor& grad_weight) {
+  const Call<Device> call(grad_out);
+  const auto x = call.image(images, "images");
+  const auto weight = call.weight(w, 7, x.c, x.dims);
+  const auto g = call.image(grad_out, "grad_out", halved(x, true), weight.out);
+  Device::stem_convolution_backward(call.context(), g, x, weight,
+                                    call.weight_gradient(grad_weight, w));
+}
+
 // Weights [out, in, 1, 1] and [out, in, 3, 3], or those of one or three dimensions, packed for
 // images of this size, one behind another.
 Tensor packed_weights(const Tensor& like, const std::vector<Tensor>& weights,
@@ -91,6 +109,8 @@ void dense_block_inference(const Tensor& features, const Tensor& bottleneck,
 
 STABLE_TORCH_LIBRARY_IMPL(densenet_fast, CPU, m) {
   densenet_fast::Operators<densenet_fast::cpu::Device>::add_to(m);
+  m.impl("stem_convolution_forward", TORCH_BOX(&densenet_fast::cpu::stem_convolution_forward));
+  m.impl("stem_convolution_backward", TORCH_BOX(&densenet_fast::cpu::stem_convolution_backward));
   m.impl("packed_weights", TORCH_BOX(&densenet_fast::cpu::packed_weights));
   m.impl("dense_block_inference_", TORCH_BOX(&densenet_fast::cpu::dense_block_inference));
 }

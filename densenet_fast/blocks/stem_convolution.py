@@ -1,4 +1,6 @@
-"""The stem's convolution, which PyTorch computes: in float32 where it is slow in bfloat16.
+"""The stem's convolution: of volumes by a kernel on the CPU, else PyTorch's.
+
+PyTorch's is computed in float32 where it is slow in bfloat16.
 
 On processors without bfloat16 instructions PyTorch's bfloat16 convolutions take several times as
 long as in float32 (with AVX-512 alone five times). The values are those of bfloat16 all the same:
@@ -10,20 +12,30 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.blocks import autocast
+from densenet_fast import operators
+from densenet_fast.blocks import autocast, nodes
 from densenet_fast.blocks.specs import ConvGeometry
-from densenet_fast.operators import torch_internals
+from densenet_fast.operators import reference_stem, torch_internals
 from densenet_fast.operators.backends import backend_for, get_backend
-from densenet_fast.operators.rows import as_rows, empty_channels_last, images_of
+from densenet_fast.operators.rows import (
+    as_rows,
+    empty_channels_last,
+    empty_gradient,
+    gradient_format,
+    images_of,
+    rows_of,
+)
 
 Size = Sequence[int]
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 _WIDE_PARTS = 8
+_KERNELS_CHANNELS = 4
 _X86_INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
@@ -88,20 +100,6 @@ def channels_innermost(weight: Tensor) -> Tensor:
     return images_of(as_rows(weight))  # also of sequences, and with the strides of one channel
 
 
-def module_forward(module: Conv, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the module makes of its input with these parameters, channels innermost."""
-    stored = autocast.computed_type(input.dtype, input.device.type)
-    dtype = fast_type(stored, input.device, input.dim() - 2)
-    if dtype == stored:
-        return torch_internals.conv_forward(module, input, channels_innermost(weight), bias)
-    weight = autocast.cast(weight).to(dtype)
-    bias = None if bias is None else autocast.cast(bias).to(dtype)
-    with autocast.disabled(input.device.type):
-        images = input.to(stored).to(dtype)
-        output = torch_internals.conv_forward(module, images, channels_innermost(weight), bias)
-    return output.to(stored)
-
-
 def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
     """Of an input of any dimensions, all in one type."""
     stride, padding, dilation, groups = conv
@@ -124,6 +122,33 @@ def wide_images(images: int) -> int:
     return -(-images // _WIDE_PARTS)
 
 
+def has_kernel(
+    shape: Size,
+    conv: Conv | ConvGeometry,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether an operator computes this convolution of [N, C, *size]: of volumes, on the CPU.
+
+    Of few channels. Of images PyTorch's is as fast.
+    """
+    dims = 3
+    return (
+        weight.dim() == len(shape) == 2 + dims
+        and device.type == "cpu"
+        and bias is None
+        and weight.shape[1] == shape[1] <= _KERNELS_CHANNELS
+        and tuple(weight.shape[2:]) == (reference_stem.KERNEL,) * dims
+        and tuple(conv.stride) == (reference_stem.STRIDE,) * dims
+        and tuple(conv.padding) == (reference_stem.PADDING,) * dims
+        and tuple(conv.dilation) == (1,) * dims
+        and conv.groups == 1
+        and backend_for(device, dtype).backend == "cpu"
+    )
+
+
 def forward(
     input: Tensor,
     conv: ConvGeometry,
@@ -133,6 +158,11 @@ def forward(
 ) -> Tensor:
     """The convolution in type `stored`, of tensors rounded to it, with channels innermost."""
     input, weight = input.to(stored), weight.to(stored)
+    if has_kernel(input.shape, conv, weight, bias, stored, input.device):
+        size = windows(input.shape[2:], weight.shape[2:], conv.stride, conv.padding, conv.dilation)
+        output = empty_channels_last((len(input), len(weight), *size), input)
+        operators.stem_convolution_forward(as_rows(input), weight, rows_of(output))
+        return output
     dtype = _fast_type(input)
     weight = channels_innermost(weight.to(dtype))
     bias = None if bias is None else bias.to(stored).to(dtype)
@@ -162,6 +192,12 @@ def backward(
 ) -> list[Tensor | None]:
     """The wanted gradients of input, weight and bias of `forward`, whose type `grad_output` has."""
     stored, dtype = grad_output.dtype, _fast_type(grad_output)
+    if not wanted[0] and has_kernel(input.shape, conv, weight, bias, stored, input.device):
+        rounded = weight.to(stored)
+        gradient = torch.empty_like(rounded, memory_format=gradient_format(rounded))
+        rows = as_rows(input.to(stored))
+        operators.stem_convolution_backward(as_rows(grad_output), rows, rounded, gradient)
+        return [None, gradient.to(weight.dtype), None]
     wide_weight = weight.to(stored).to(dtype)
     if weight.dim() != 4:  # or the gradients would be copied into the weight's layout
         wide_weight = channels_innermost(wide_weight)
@@ -197,3 +233,85 @@ def backward(
             for gradient, operand in zip(sums, (weight, bias), strict=True)
         ),
     ]
+
+
+_VOLUMES = ConvGeometry(
+    (reference_stem.STRIDE,) * 3, (reference_stem.PADDING,) * 3, (1,) * 3, groups=1
+)
+
+
+def _kernel_forward_fake(input: Tensor, weight: Tensor) -> Tensor:
+    found = convolution(input, weight, None, _VOLUMES)
+    return empty_channels_last(found.shape, found)
+
+
+@nodes.node("(Tensor input, Tensor weight) -> Tensor", _kernel_forward_fake)
+def kernel_forward(input: Tensor, weight: Tensor) -> Tensor:
+    """What has a kernel, by itself."""
+    return forward(input, _VOLUMES, weight, None, input.dtype)
+
+
+def _kernel_backward_fake(
+    grad_output: Tensor, input: Tensor, weight: Tensor, needs: list[bool]
+) -> list[Tensor]:
+    likes = [empty_channels_last(input.shape, input), empty_gradient(weight)]
+    return [like for like, need in zip(likes, needs, strict=True) if need]
+
+
+@nodes.node(
+    "(Tensor grad_output, Tensor input, Tensor weight, bool[] needs) -> Tensor[]",
+    _kernel_backward_fake,
+)
+def kernel_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, needs: list[bool]
+) -> list[Tensor]:
+    """The gradients of input and weight that `needs` asks for."""
+    grad_input, grad_weight, _ = backward(
+        grad_output, input, _VOLUMES, weight, None, [*needs, False]
+    )
+    if grad_input is not None:
+        grad_input = images_of(as_rows(grad_input))
+    if grad_weight is not None:
+        grad_weight = grad_weight.contiguous(memory_format=gradient_format(weight))
+    return nodes.wanted([grad_input, grad_weight], [input, weight], needs)
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return cast(Tensor, kernel_forward(input, weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad)
+        found = nodes.spread(kernel_backward(grad_output, *saved, needs), needs)
+        behind = [grad_output, *saved]
+        return tuple(nodes.first_order_only("the stem's convolution", found, behind))
+
+
+def _kernel(input: Tensor, weight: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return cast(Tensor, _Kernel.apply(input, weight))
+    return cast(Tensor, kernel_forward(input, weight))
+
+
+def module_forward(module: Conv, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the module makes of its input with these parameters, channels innermost."""
+    stored = autocast.computed_type(input.dtype, input.device.type)
+    if module.padding_mode == "zeros" and has_kernel(
+        input.shape, module, weight, bias, stored, input.device
+    ):
+        weight = autocast.cast(weight).to(stored)
+        with autocast.disabled(input.device.type):
+            return _kernel(input.to(stored), weight)
+    dtype = fast_type(stored, input.device, input.dim() - 2)
+    if dtype == stored:
+        return torch_internals.conv_forward(module, input, channels_innermost(weight), bias)
+    weight = autocast.cast(weight).to(dtype)
+    bias = None if bias is None else autocast.cast(bias).to(dtype)
+    with autocast.disabled(input.device.type):
+        images = input.to(stored).to(dtype)
+        output = torch_internals.conv_forward(module, images, channels_innermost(weight), bias)
+    return output.to(stored)

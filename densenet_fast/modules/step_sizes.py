@@ -194,8 +194,11 @@ def _stem(
     weights, lasting = _gradient_bytes([conv.weight])
     e, out = stored.itemsize, conv.out_channels
     image, pixels = channels * math.prod(before), math.prod(size) * out
-    computed = stem_convolution.fast_type(stored, device, conv.weight.dim() - 2)
-    copies, wide = 0, stem_convolution.columns(conv, images, size, stored, device)
+    copies, wide = 0, 0
+    computed = stored
+    if not stem_convolution.has_kernel(shape, conv, conv.weight, conv.bias, stored, device):
+        computed = stem_convolution.fast_type(stored, device, conv.weight.dim() - 2)
+        wide = stem_convolution.columns(conv, images, size, stored, device)
     if {conv.weight.dtype, computed} != {stored}:
         copies = (images * image + conv.weight.numel()) * computed.itemsize
     elif not rows_of(conv.weight).is_contiguous():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from densenet_fast.operators import extension, reference, reference_block
+from densenet_fast.operators import extension, reference, reference_block, reference_stem
 from densenet_fast.operators.backends import select
 from densenet_fast.operators.cuda_device import allow_tf32, run_on_cuda
 
@@ -73,6 +73,8 @@ norm_relu_avgpool_forward = Operator(reference.norm_relu_avgpool_forward)
 norm_relu_avgpool_backward = Operator(reference.norm_relu_avgpool_backward)
 norm_relu_maxpool_forward = Operator(reference.norm_relu_maxpool_forward)
 norm_relu_maxpool_backward = Operator(reference.norm_relu_maxpool_backward)
+stem_convolution_forward = Operator(reference_stem.stem_convolution_forward)
+stem_convolution_backward = Operator(reference_stem.stem_convolution_backward)
 
 
 def update_running_statistics_(

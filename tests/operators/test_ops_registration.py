@@ -34,7 +34,8 @@ def test_every_operator_is_covered() -> None:
         if schema.name.startswith("densenet_fast::")
     }
     # Those of `optimize_for_inference` have tests of their own (test_inference.py).
-    assert schemas == {*ARGUMENTS, "packed_weights", "dense_block_inference_"}
+    stem = {"stem_convolution_forward", "stem_convolution_backward"}  # test_ops_stem.py
+    assert schemas == {*ARGUMENTS, *stem, "packed_weights", "dense_block_inference_"}
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)
