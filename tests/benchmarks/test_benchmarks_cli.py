@@ -27,10 +27,10 @@ POSITIVE = "a whole number of at least 1, got"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("speed", "unknown suite 'speed'; there are training, step"),
-        ("step --device abacus", "unknown device 'abacus'"),
-        ("step --device meta", "cannot measure on device 'meta'"),
-        ("step --device cuda:99", "device 'cuda:99' is not there"),
+        ("speed", "argument suite: invalid choice: 'speed'"),
+        ("step --device abacus", "unknown --device 'abacus'"),
+        ("step --device meta", "--device 'meta' is not supported"),
+        ("step --device cuda:99", "--device cuda:99 is not there"),
         ("step --threads 0", f"{POSITIVE} '0'"),
         ("step --rounds many", f"{POSITIVE} 'many'"),
         ("growth --growth-rates 12,x", f"{POSITIVE} 'x'"),
@@ -85,7 +85,7 @@ def test_default_device_is_the_gpu_where_there_is_one(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     arguments = cli.make_parser().parse_args(["--output", str(tmp_path)])
-    for available, expected in ((True, "cuda"), (False, "cpu")):
+    for available, expected in ((True, "cuda:0"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert cli.make_options(arguments)[1].device == torch.device(expected)
 

@@ -115,7 +115,7 @@ def test_main_job_writes_its_results_and_the_losses_agree(run: Any, tmp_path: Pa
             expected = record["rows"][0]["parity"][key]
             assert row["parity"][key] == pytest.approx(expected, rel=1e-9)
     assert len([line for line in text.splitlines() if line.startswith("| k=12")]) == 3
-    assert "Machine:" in text and "![" in text
+    assert "machine:" in text and "![" in text
 
 
 def test_disagreement_and_what_was_not_measured_fail(planned: Any) -> None:
@@ -168,7 +168,7 @@ def test_quality_of_a_folder(folder: Path, run: Any) -> None:
         first = naive["training"]["losses"][0]
         assert ours["training"]["losses"][0] == pytest.approx(first, rel=1e-5)
     assert "train images: 12; test images: 5" in text
-    assert "**Most accurate: k=" in text and "seed noise" in text
+    assert "standard error" in text and "seed noise" in text
 
 
 @pytest.mark.usefixtures("quick")
@@ -191,7 +191,7 @@ def test_interrupted_quality_keeps_what_it_has(
     losses = [len(row.get("training", {}).get("losses", ())) for row in record["rows"]]
     assert sum(losses) == stop - 1
     assert "not judged" in text
-    assert ("**Most accurate: k=" in text) == (stop > 2)
+    assert ("standard error" in text) == (stop > 2)
     assert not quality.SUITE.failures(record)
 
 
@@ -238,18 +238,8 @@ def test_seed_noise(own: Any, naive: Any, allowed: float, verdict: str) -> None:
     assert quality.parity_verdict(own[:1], naive, 100).startswith("not judged")
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "best", "least"), [((0.5, 0.9, 0.91, 0.88), 12, 8), ((0.5, 0.7, 0.9), 12, 12)]
-)
-def test_growth_verdict_names_the_smallest_that_may_be_as_good(
-    accuracies: tuple[float, ...], best: int, least: int
-) -> None:
-    rows = [
-        {"growth_rate": 4 * i, "training": {"test_accuracy": accuracy}}
-        for i, accuracy in enumerate(accuracies, start=1)
-    ]
-    text = quality.growth_verdict(rows, 360)
-    assert f"k={best}; the smallest within two standard errors of it: k={least}." in text
+def test_an_accuracy_has_a_standard_error() -> None:
+    assert quality.standard_error({"test_accuracy": 0.9, "test_images": 100}) == pytest.approx(0.03)
 
 
 def test_losses_that_are_no_numbers_fail(planned: Any) -> None:
