@@ -223,6 +223,7 @@ def test_a_search_that_stops_leaves_the_largest_open(
 # ---- Measured for real
 
 
+@pytest.mark.slow
 @PROC
 def test_small_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = densenet_bc(10, 4, batch_size=2, image_size=32)

@@ -138,6 +138,7 @@ def test_cudnn_tries_algorithms_on_cuda_devices_only(monkeypatch: pytest.MonkeyP
         assert torch.backends.cudnn.benchmark is before
 
 
+@pytest.mark.slow
 @PROC
 def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
     spec = replace(TINY, image_size=32, batch_size=32)
@@ -165,6 +166,7 @@ def test_failing_child_says_why(end: str, message: str, monkeypatch: pytest.Monk
         memory.measure_in_child(memory.MemoryCase(TINY, "naive", threads=1), timeout=2.0)
 
 
+@pytest.mark.slow
 @PROC
 def test_child_measures_under_autocast() -> None:
     spec = replace(TINY, image_size=32, batch_size=32)

@@ -97,6 +97,7 @@ def test_missing_data_stops_the_command_before_any_work(
 # ---- The main job
 
 
+@pytest.mark.slow
 @PROC
 @pytest.mark.usefixtures("one_thread")
 def test_main_job_writes_its_results_and_the_losses_agree(run: Any, tmp_path: Path) -> None:

@@ -292,11 +292,13 @@ def _compiled_and_synchronised() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_exchanges_between_ranks_leave_the_graph() -> None:
     run_on_ranks(_compiled_and_synchronised)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_two_processes_against_one() -> None:
     libraries = []

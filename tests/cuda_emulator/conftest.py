@@ -11,6 +11,17 @@ from emulation import SM_80, Emulator, emulate
 
 from densenet_fast.operators import extension
 
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs all kernels, whose build alone takes a minute, is slow."""
+    for item in items:
+        if HERE in item.path.parents:
+            if {"built_emulator", "library"}.intersection(getattr(item, "fixturenames", ())):
+                item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def built_emulator() -> Emulator:

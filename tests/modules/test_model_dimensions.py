@@ -168,6 +168,7 @@ def test_compiled(dims: int) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.slow
 @DIMENSIONS
 def test_compiled_for_any_size(dims: int) -> None:
     ours = network(dims).eval()
