@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs all kernels, whose build alone takes a minute, is slow."""
     for item in items:
         if HERE in item.path.parents:
-            if {"built_emulator", "library"}.intersection(getattr(item, "fixturenames", ())):
+            if {"built_emulator", "run"}.intersection(getattr(item, "fixturenames", ())):
                 item.add_marker(pytest.mark.slow)
 
 
