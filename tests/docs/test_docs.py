@@ -66,6 +66,7 @@ def run(command: Sequence[str], folder: Path) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 @EVERY_PAGE
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     """In order, as one program of one process; those that are not run are Python all the same."""
@@ -84,6 +85,7 @@ def test_a_page_with_a_mistake_fails_at_its_line(tmp_path: Path) -> None:
         run([sys.executable, "-c", RUN, str(page)], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", COMMANDS)
 def test_first_commands_run(page: str, tmp_path: Path) -> None:
     command, short = COMMANDS[page]

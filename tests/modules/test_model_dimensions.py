@@ -147,6 +147,7 @@ def test_modules_of_other_dimensions_are_named() -> None:
 # Graphs
 
 
+@pytest.mark.slow
 @DIMENSIONS
 def test_compiled(dims: int) -> None:
     ours = network(dims)
