@@ -24,7 +24,9 @@ from benchmarks.networks import densenet_bc
 from benchmarks.peers import PEERS
 from benchmarks.report import Record, write_json
 from benchmarks.suites import DEFAULT_SUITE, SUITES, Options, Suite, errors, load, run_tasks
+from densenet_fast.train import rules
 from densenet_fast.train.errors import UsageError, flag
+from densenet_fast.train.flag_types import whole
 from densenet_fast.train.storage import write_atomically
 
 # Option that not all suites take → its flag.
@@ -37,12 +39,7 @@ SUITES_OF_ALL = (
     *("quality", "finetune", "kernels"),
 )
 INTERRUPTED = 130  # exit status of a program stopped by Ctrl-C
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+_positive = whole(1)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -50,7 +47,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+    return tuple(dict.fromkeys(map(_positive, text.split(","))))
 
 
 def _depths(text: str) -> tuple[int, ...]:
@@ -73,7 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"suites:\n{suites}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("suite", nargs="?", default=DEFAULT_SUITE, help="default: %(default)s")
+    parser.add_argument(
+        "suite", nargs="?", choices=named, default=DEFAULT_SUITE, help="default: %(default)s"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--quick", action="store_true", help="a few minutes on two cores (default)")
     form.add_argument("--full", action="store_true", help="larger networks, more rounds")
@@ -99,22 +98,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _device(text: str | None) -> torch.device:
-    if text is None:
-        text = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {text!r}: expected cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"cannot measure on device {text!r}: expected cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UsageError(f"device {text!r} is not there: PyTorch sees {count} CUDA devices")
-    return device
-
-
 def _writable(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,10 +117,7 @@ def _known(what: str, names: tuple[str, ...] | None, known: Collection[str]) -> 
 
 def make_options(arguments: argparse.Namespace) -> tuple[Suite, Options]:
     """Check everything the user said; raises `UsageError` before any work."""
-    if arguments.suite not in SUITES:
-        named = ", ".join((*SUITES, ALL))
-        raise UsageError(f"unknown suite {arguments.suite!r}; there are {named}")
-    device = _device(arguments.device)
+    device = rules.device(arguments.device)
     suite = load(arguments.suite)
     given = {name: getattr(arguments, name) for name in SUITE_FLAGS}
     for name, value in given.items():

@@ -31,14 +31,6 @@ def cpu_model() -> str:
     return platform.processor() or "unknown"
 
 
-def memory_bytes() -> int | None:
-    """Main memory of the machine, where the system tells."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def commit() -> str | None:
     """The repository's commit, marked when the tree differs from it; None without git."""
     try:
@@ -66,7 +58,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": cpu_model(),
         "logical_cores": os.cpu_count(),
-        "memory_bytes": memory_bytes(),
+        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: installed.get(name) for name in PACKAGES},
@@ -75,7 +67,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average_at_start": os.getloadavg()[0],
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -22,33 +22,9 @@ from benchmarks import engines
 from benchmarks import other_peers as others
 from benchmarks.networks import NetworkSpec
 from benchmarks.other_peers import State
-from benchmarks.segmentation import PlainFCDenseNet
+from benchmarks.segmentation import PlainBlock, PlainFCDenseNet
 
 Checkpoint = Literal["none", "bottleneck", "block"]
-
-
-class WideLayer(nn.Sequential):
-    """A layer without a bottleneck, which torchvision has not: the features so far, and its own."""
-
-    def __init__(self, channels: int, growth_rate: int) -> None:
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = nn.Conv2d(channels, growth_rate, 3, padding=1, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[N, C, H, W] and the layer's channels behind."""
-        return torch.cat((features, super().forward(features)), 1)
-
-
-def wide_block(layers: int, channels: int, growth_rate: int) -> nn.Sequential:
-    """A dense block of such layers."""
-    return nn.Sequential(
-        OrderedDict(
-            (f"denselayer{at + 1}", WideLayer(channels + at * growth_rate, growth_rate))
-            for at in range(layers)
-        )
-    )
 
 
 class PlainDenseNet(nn.Module):
@@ -74,8 +50,8 @@ class PlainDenseNet(nn.Module):
                 block = torchvision_densenet._DenseBlock(
                     num_layers, channels, spec.bn_size, spec.growth_rate, 0.0, memory_efficient
                 )
-            else:
-                block = wide_block(num_layers, channels, spec.growth_rate)
+            else:  # which torchvision has not
+                block = PlainBlock(num_layers, channels, spec.growth_rate, 0.0, spec.dims)
             self.features.add_module(f"denseblock{index}", block)
             channels += num_layers * spec.growth_rate
             if index < len(spec.block_config):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.peers import PEERS
 from benchmarks.report import Column, Row, Table, is_naive
+from benchmarks.suites import case_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,9 @@ def running_means(losses: Sequence[float], window: int = WINDOW) -> list[float]:
 def write(path: Path, tables: Sequence[Table], rows: Sequence[Row]) -> list[Path]:
     """Draw a record as PNG and SVG; nothing where there is nothing to draw. Returns the files."""
     bars = _bars(tables)
-    curves = [(f"{part}, {_case(row)}", row) for row in rows for part in row if _losses(row, part)]
+    curves = [
+        (f"{part}, {case_of(row)}", row) for row in rows for part in row if _losses(row, part)
+    ]
     panels = len(bars) + bool(curves)
     if not panels:
         return []
@@ -51,12 +54,6 @@ def write(path: Path, tables: Sequence[Table], rows: Sequence[Row]) -> list[Path
 def _losses(row: Row, part: str) -> list[float]:
     figures: Any = row[part]
     return figures.get("losses", []) if isinstance(figures, dict) else []
-
-
-def _case(row: Row) -> str:
-    """What a curve is of."""
-    keys = {"growth_rate": "k=", "seed": "seed ", "peer": ""}
-    return ", ".join(f"{text}{row[key]}" for key, text in keys.items() if key in row)
 
 
 def _bars(tables: Sequence[Table]) -> list[tuple[str, dict[str, dict[str, float]]]]:

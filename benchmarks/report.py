@@ -214,41 +214,31 @@ def ranking(tables: Iterable[Table]) -> str:
 
 
 def environment_text(environment: dict[str, Any]) -> str:
-    """One paragraph about the machine and the versions of a result."""
-    memory, own = environment["memory_bytes"], environment["densenet_fast"]
+    """Two paragraphs about the machine and the versions of a result."""
+    own = environment["densenet_fast"]
     versions = ", ".join(f"{name} {text}" for name, text in environment["versions"].items() if text)
     if environment["device"].startswith("cuda"):
-        kernels = f"**no CUDA kernels** ({own['cuda_reason']}): its reference implementation ran"
-        if own["cuda"]:
-            compiled = ", ".join(own["cuda_architectures"])
-            kernels = f"CUDA kernels for {compiled}, built by {own['cuda_nvcc']}"
-    elif own["cpu_isa"]:
-        kernels = f"CPU kernels for {own['cpu_isa']}, built by {own['compiler']}"
+        obstacle, compiler = own["cuda_reason"], own["cuda_nvcc"]
+        compiled = f"CUDA kernels for {', '.join(own['cuda_architectures'])}"
     else:
-        kernels = "**no compiled module**: its reference implementation was measured"
-    size = f", {memory / 2**30:.0f} GiB" if memory else ""
-    lines = [
-        f"Machine: {environment['machine']}, {environment['cpu']}, "
-        f"{environment['logical_cores']} logical cores{size}, {environment['system']}.",
-        f"Device: {environment['device_name'] or environment['device']}; "
-        f"{environment['threads']} threads; PyTorch's CPU capability "
-        f"{environment['torch_cpu_capability']}.",
-        f"Versions: Python {environment['python']}, {versions}.",
-        f"densenet_fast {own['version']}: {kernels}.",
-        f"Commit: {environment['commit'] or 'unknown'}. Date: {environment['date']}.",
-    ]
-    if environment["load_average_at_start"] is not None:
-        lines.append(f"Load average at the start: {environment['load_average_at_start']:.2f}.")
-    return "\n".join(lines)
+        obstacle, compiler = own["extension_error"], own["compiler"]
+        compiled = f"CPU kernels for {own['cpu_isa']}"
+    kernels = f"{compiled}, built by {compiler}"
+    if obstacle:
+        kernels = f"**its reference implementation ran** ({obstacle})"
+    return (
+        f"{settings_text(environment)}\n\n"
+        f"Versions: {versions}; densenet_fast {own['version']}: {kernels}."
+    )
 
 
-def _settings_text(settings: dict[str, Any]) -> str:
+def settings_text(settings: dict[str, Any]) -> str:
     """The settings that are numbers or names, or lists of such."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
     return "; ".join(
         f"{key.replace('_', ' ')}: {', '.join(map(str, values))}"
         for key, values in lists.items()
-        if values and not any(isinstance(value, dict) for value in values)
+        if values not in ([], [None]) and not any(isinstance(value, dict) for value in values)
     )
 
 
@@ -265,7 +255,7 @@ def page(
     if not record["complete"]:
         reason = f"Stopped by {record['error']}" if "error" in record else "Interrupted"
         blocks.append(f"**{reason}: the results below are partial.**")
-    blocks += [environment_text(record["environment"]), _settings_text(record["settings"])]
+    blocks += [environment_text(record["environment"]), settings_text(record["settings"])]
     blocks.append(f"How this is measured and what the columns are: docs/benchmarks.md, `{name}`.")
     for table in tables:
         text = table.markdown()

@@ -154,5 +154,6 @@ class _Trainee:
         parts = images.test_images[:count].split(batch_size)
         logits = torch.cat([self.model(self._to_device(part)).cpu() for part in parts])
         right = logits.argmax(dim=1) == labels
+        self.figures["test_images"] = len(labels)
         self.figures["test_accuracy"] = right.double().mean().item()
         self.figures["test_loss"] = nn.functional.cross_entropy(logits, labels).item()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SUITES: dict[str, str] = {
     "training": "the main job: train naive and densenet_fast side by side on real images",
     "step": "peak memory and speed of one training step of DenseNet-121 and DenseNet-BC-100",
-    "latency": "one image and other small work, and the host's share of a step",
+    "latency": "one image and other small work, beside inference engines",
     "growth": "memory, speed, parameters and FLOPs over growth rates 8 to 48",
     "depth": "how memory and time grow with depth, 22 to 250 layers",
     "networks": "DenseNet-121 to 264, BC-100 and BC-190 beside other libraries and ResNets",
@@ -27,7 +27,7 @@ SUITES: dict[str, str] = {
     "quality": "what the growth rate does to accuracy, and parity with the naive network",
     "finetune": "a new classifier on pretrained weights: torchvision, converted, and ours",
     "kernels": "every kernel against this machine's measured peak and PyTorch's own operators",
-    "gate": "a few ratios with generous floors: has a change made something much worse?",
+    "gate": "three small networks: has a change lost memory or speed?",
 }
 DEFAULT_SUITE = "training"
 

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from math import isfinite
+from typing import Any
 
 from benchmarks import datasets
 from benchmarks.networks import densenet_bc
@@ -38,6 +39,7 @@ ACCURACY = Column("test accuracy", at("training", "test_accuracy"), percent)
 COLUMNS = (
     Column("parameters", at("training", "parameters"), "{:,}".format),
     ACCURACY,
+    Column("standard error", lambda row: standard_error(row["training"]), percent),
     Column("test loss", at("training", "test_loss"), four_digits),
     Column("seconds", lambda row: sum(row["training"]["seconds"]) or None, plain),
     Column("fastest step", fastest("training"), plain, ratio="speed"),
@@ -134,8 +136,7 @@ class Quality(Suite):
 
     def findings(self, record: Record) -> list[str]:
         test_images = record["settings"]["test_images"]
-        growth = [row for row in _of_part(record, "growth") if trained(row)]
-        found = [growth_verdict(growth, test_images)] if growth else []
+        found = []
         peers = record["settings"]["parity_peers"]
         reference = next(name for name in peers if PEERS[name].naive)
         for name in peers if "parity" in record["settings"]["parts"] else ():
@@ -162,27 +163,10 @@ def _of_part(record: Record, part: str) -> list[Row]:
 # ---- What chance allows
 
 
-def standard_error(row: Row, test_images: int) -> float:
+def standard_error(figures: dict[str, Any]) -> float:
     """Of an accuracy measured on that many images."""
-    accuracy = float(row["training"]["test_accuracy"])
-    return (accuracy * (1 - accuracy) / test_images) ** 0.5
-
-
-def growth_verdict(rows: Sequence[Row], test_images: int) -> str:
-    """The best growth rate, and the smallest that may be as good; of at least one row."""
-    error = {row["growth_rate"]: standard_error(row, test_images) for row in rows}
-    best = max(rows, key=ACCURACY.figure)
-    least = min(
-        row["growth_rate"]
-        for row in rows
-        if ACCURACY.figure(best) - ACCURACY.figure(row)
-        <= 2 * (error[best["growth_rate"]] ** 2 + error[row["growth_rate"]] ** 2) ** 0.5
-    )
-    return (
-        f"**Most accurate: k={best['growth_rate']}; the smallest within two standard errors of it: "
-        f"k={least}.** An accuracy on {test_images:,} images has one of up to "
-        f"{percent(max(error.values()))}, and each network was trained once."
-    )
+    accuracy = float(figures["test_accuracy"])
+    return float((accuracy * (1 - accuracy) / figures["test_images"]) ** 0.5)
 
 
 def accuracies(record: Record, peer: str) -> list[float]:

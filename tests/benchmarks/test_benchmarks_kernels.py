@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from benchmarks import cli
 from benchmarks.kernels import cases, machine
 from benchmarks.kernels.machine import Machine
 from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
@@ -158,31 +157,6 @@ def test_suite_on_small_networks(run: Any) -> None:
         for part in ("Products", "Bound by memory"):
             assert f"## {part}, threads: {threads}" in text
     assert all(text.count(f"| {kernel}, ") >= 2 for kernel in KERNELS)
-
-
-@pytest.mark.usefixtures("tiny", "one_thread")
-def test_parts_are_kernels_and_an_interrupt_keeps_what_there_is(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bursts = []
-
-    class Interrupted(kernels.Timer):
-        def blocked_autorange(self, *given: Any, **named: Any) -> Any:
-            bursts.append(self)
-            if len(bursts) == 4:  # PyTorch's call of the second case
-                raise KeyboardInterrupt
-            return super().blocked_autorange(*given, **named)
-
-    chosen = ["--networks", "tiny", "--rounds", "1", "--parts", "finish_gradient"]
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "Timer", Interrupted)
-        record, text = run("kernels", *chosen, status=cli.INTERRUPTED)
-    times = [row["seconds"]["torch"] for row in record["rows"] if "seconds" in row]
-    assert [len(found) for found in times] == [1, 0]
-    assert "the results below are partial" in text and "GFLOP/s |" not in text
-    again, _ = run("kernels", *chosen, "--resume")
-    assert again["rows"][0] == record["rows"][0]
-    assert {row["kernel"] for row in again["rows"]} == {"finish_gradient"}
 
 
 def test_a_gpu_has_one_table() -> None:

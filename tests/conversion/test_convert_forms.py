@@ -170,6 +170,7 @@ def test_copies_and_files(form: str) -> None:
         assert not any("converted_from" in type(part).__dict__ for part in other.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["newest first", "units", "lists"])
 def test_compiled_exported_and_traced(form: str) -> None:
     network, reference, x = with_reference(form)

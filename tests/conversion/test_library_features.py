@@ -182,6 +182,7 @@ def test_a_checkpoint_of_training(library: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @every_library
 def test_compiled_as_one_graph(library: str) -> None:
     model, reference = pair(library)
@@ -198,6 +199,7 @@ def test_compiled_as_one_graph(library: str) -> None:
         torch.testing.assert_close(compiled(images()), reference(images()), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @every_library
 def test_onnx(library: str) -> None:
     pytest.importorskip("onnxscript")
@@ -292,11 +294,13 @@ def _compiled_and_synchronised() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_exchanges_between_ranks_leave_the_graph() -> None:
     run_on_ranks(_compiled_and_synchronised)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_two_processes_against_one() -> None:
     libraries = []

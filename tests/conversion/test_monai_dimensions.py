@@ -187,6 +187,7 @@ def test_weights_for_our_network(dims: int, tmp_path: Path) -> None:
     torch.testing.assert_close(ours(images(dims)), expected(images(dims)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @DIMENSIONS
 def test_compiled(dims: int) -> None:
     torch._dynamo.reset()
@@ -195,6 +196,7 @@ def test_compiled(dims: int) -> None:
     assert_same_step(compiled, expected, images(dims))
 
 
+@pytest.mark.slow
 @DIMENSIONS
 def test_compiled_dropout(dims: int) -> None:
     torch._dynamo.reset()

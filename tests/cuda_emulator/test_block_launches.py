@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from dispatched import run
+from dispatched import Run
 
 COUNT = """
 import host_build
@@ -23,9 +23,9 @@ def launches(direction, depth, **options):
 DEPTHS = (1, 2, 3, 7, 16)
 
 
-def counted(library: Path, direction: str, options: str = "") -> list[int]:
+def counted(run: Run, library: Path, direction: str, options: str = "") -> list[int]:
     code = f"for depth in {DEPTHS}: print(launches({direction!r}, depth, {options}))"
-    return [int(n) for n in run(library, COUNT.format(library=str(library)) + code).split()]
+    return [int(n) for n in run(COUNT.format(library=str(library)) + code).split()]
 
 
 @pytest.mark.parametrize(
@@ -53,20 +53,22 @@ def counted(library: Path, direction: str, options: str = "") -> list[int]:
         ("backward", "channels=1, growths=(1,) * depth, widths=(0,) * depth", 5),
     ],
 )
-def test_kernels_of_a_layer(library: Path, direction: str, options: str, layer: int) -> None:
-    assert counted(library, direction, options) == [layer * depth + 2 for depth in DEPTHS]
+def test_kernels_of_a_layer(
+    run: Run, library: Path, direction: str, options: str, layer: int
+) -> None:
+    assert counted(run, library, direction, options) == [layer * depth + 2 for depth in DEPTHS]
 
 
-def test_more_weights_and_norms_than_a_launch_takes(library: Path) -> None:
+def test_more_weights_and_norms_than_a_launch_takes(run: Run, library: Path) -> None:
     code = "print(launches('forward', 25), launches('backward', 25), launches('backward', 17))"
     # 50 weights and one norm; 75 weights and 50 norms; 51 weights and 34 norms.
     expected = [4 * 25 + 3, 9 * 25 + 4, 9 * 17 + 3]
-    out = run(library, COUNT.format(library=str(library)) + code)
+    out = run(COUNT.format(library=str(library)) + code)
     assert [int(n) for n in out.split()] == expected
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_no_memory_is_noticed_before_anything_changes(library: Path, direction: str) -> None:
+def test_no_memory_is_noticed_before_anything_changes(run: Run, direction: str) -> None:
     """A block whose packed weights need 50 MB at least, of which one number exists."""
     code = f"""
 import resource
@@ -96,4 +98,4 @@ resource.setrlimit(resource.RLIMIT_AS, limit)
 for name, tensor in tensors(written):
     torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 """
-    assert "CUDA out of memory: no room for a workspace of" in run(library, code)
+    assert "CUDA out of memory: no room for a workspace of" in run(code)

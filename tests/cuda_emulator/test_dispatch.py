@@ -5,18 +5,16 @@ A process of its own: there the dispatch replaces the CPU kernels of the operato
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from block_operator_cases import CASES
-from dispatched import run
+from dispatched import Run
 from ops_arguments import ARGUMENTS
 
 TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_every_operator_agrees_with_its_definition(library: Path, dtype: str) -> None:
+def test_every_operator_agrees_with_its_definition(run: Run, dtype: str) -> None:
     code = f"""
 dtype = torch.{dtype}
 eps = torch.finfo(dtype).eps
@@ -31,23 +29,23 @@ for op in ARGUMENTS:
         torch.testing.assert_close(results[name], value, rtol=0, atol=40 * eps * size, msg=text)
     print(op)
 """
-    assert len(run(library, code).split()) == len(ARGUMENTS)
+    assert len(run(code).split()) == len(ARGUMENTS)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_blocks(library: Path, dtype: str, direction: str) -> None:
+def test_blocks(run: Run, dtype: str, direction: str) -> None:
     """C++'s loop launches what Python's does, and the definition agrees in float64."""
     code = f"""
 for name, case in CASES.items():
     check(replace(case, dtype=torch.{dtype}), "{direction}", same_bits=False)
     print(name)
 """
-    assert len(run(library, code).splitlines()) == len(CASES)
+    assert len(run(code).splitlines()) == len(CASES)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_float32_weights_go_with_narrower_features(library: Path, dtype: str) -> None:
+def test_float32_weights_go_with_narrower_features(run: Run, dtype: str) -> None:
     code = f"""
 for op in ARGUMENTS:
     given, rounded = wide(arguments(op, torch.{dtype})), arguments(op, torch.{dtype})
@@ -60,12 +58,11 @@ for op in ARGUMENTS:
         assert torch.equal(results[name].to(value.dtype), value), (op, name)
     print(op)
 """
-    assert len(run(library, code).split()) == 8
+    assert len(run(code).split()) == 8
 
 
-def test_absent_results(library: Path) -> None:
+def test_absent_results(run: Run) -> None:
     run(
-        library,
         """
 for op, absent in (
     ("conv1x1_forward", ["mean", "var"]),
@@ -92,7 +89,7 @@ for op, absent in (
     )
 
 
-def test_wrong_arguments_are_errors(library: Path) -> None:
+def test_wrong_arguments_are_errors(run: Run) -> None:
     code = """
 def attempt(op, **wrong):
     given = {**arguments(op), **wrong}
@@ -147,13 +144,13 @@ attempt("conv1x1_forward", weight=torch.empty(1).expand(1 << 20, 9))
         "at most 1048560 channels",
         "weights of at most 1048560 channels",
     ]
-    lines = run(library, code).splitlines()
+    lines = run(code).splitlines()
     assert len(lines) == len(expected), lines
     for line, words in zip(lines, expected, strict=True):
         assert words in line, line
 
 
-def test_no_memory_for_the_workspace_is_said(library: Path) -> None:
+def test_no_memory_for_the_workspace_is_said(run: Run) -> None:
     """A product that needs 64 GiB for its packed weight, of which one number exists."""
     code = """
 import resource
@@ -165,4 +162,4 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "CUDA out of memory: no room for a workspace of 68719476736 bytes" in run(library, code)
+    assert "CUDA out of memory: no room for a workspace of 68719476736 bytes" in run(code)

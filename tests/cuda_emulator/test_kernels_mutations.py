@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import host_build
 import pytest
-from dispatched import build_dispatch, run
+from dispatched import Run, build_dispatch, serving
 from emulation import build_kernels
 from host_build import Patch
 
@@ -419,13 +419,13 @@ print("passed")
 
 
 @pytest.mark.slow
-def test_blocks_without_faults_pass() -> None:
-    assert run(build_dispatch(), BLOCKS) == "passed\n"
+def test_blocks_without_faults_pass(run: Run) -> None:
+    assert run(BLOCKS) == "passed\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", some(BLOCK_FAULTS))
 def test_fault_is_noticed_by_a_block(name: str) -> None:
     library = build_dispatch(patches=(BLOCK_FAULTS[name],))
-    with pytest.raises(AssertionError):
-        run(library, BLOCKS)
+    with serving(library) as run, pytest.raises(AssertionError):
+        run(BLOCKS)

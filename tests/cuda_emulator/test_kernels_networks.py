@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from devices import device
-from dispatched import run
+from dispatched import Run
 from emulated_ops import EmulatedOps
 from emulation import Emulator
 from ops_arguments import loop_in_python
@@ -159,7 +159,7 @@ def inference(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def emulated(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def emulated(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the steps and inference give on emulated kernels, in C++'s loop over the layers."""
     file = tmp_path_factory.mktemp("emulated") / "results"
     code = f"""
@@ -168,7 +168,7 @@ results = {{str(step): step.run() for step in STEPS}}
 results |= {{str(dtype): inference(dtype) for dtype in (torch.float32, torch.bfloat16)}}
 torch.save(results, {str(file)!r})
 """
-    run(library, code)
+    run(code)
     loaded: dict[str, Any] = torch.load(file)
     return loaded
 
@@ -204,7 +204,7 @@ def test_inference(emulated: dict[str, Any], dtype: torch.dtype) -> None:
     assert error(emulated[str(dtype)], exact) <= 2 * error(plain, exact) + floor
 
 
-def test_a_step_repeats_its_bits_in_another_order(library: Path) -> None:
+def test_a_step_repeats_its_bits_in_another_order(run: Run, library: Path) -> None:
     code = f"""
 import host_build
 from test_kernels_networks import network, step
@@ -217,4 +217,4 @@ for other in results[1:]:
         assert torch.equal(other[name], value), name
 print(len(results))
 """
-    assert run(library, code) == "3\n"
+    assert run(code) == "3\n"

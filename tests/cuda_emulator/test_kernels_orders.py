@@ -167,6 +167,7 @@ def test_shared_memory_that_no_device_has(emulator: Emulator) -> None:
         call.run(emulator.ops)
 
 
+@pytest.mark.slow
 def test_sm_75() -> None:
     """Tensor cores of half the depth for float16; plain arithmetic for bfloat16 and tf32."""
     turing = emulate(defines=[TURING])

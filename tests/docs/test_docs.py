@@ -9,7 +9,6 @@ import io
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -56,13 +55,10 @@ for example in page.examples():
 
 def run(command: Sequence[str], folder: Path) -> None:
     """Run a program in another folder, with this one's sources, as torchrun would for one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **alone, "MASTER_PORT": str(port)}
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any that is free
+    environment = {**os.environ, **alone, **address}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
@@ -70,6 +66,7 @@ def run(command: Sequence[str], folder: Path) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 @EVERY_PAGE
 def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     """In order, as one program of one process; those that are not run are Python all the same."""
@@ -88,6 +85,7 @@ def test_a_page_with_a_mistake_fails_at_its_line(tmp_path: Path) -> None:
         run([sys.executable, "-c", RUN, str(page)], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", COMMANDS)
 def test_first_commands_run(page: str, tmp_path: Path) -> None:
     command, short = COMMANDS[page]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,9 @@ PROGRAM = Path(__file__).resolve().parents[2] / "docs" / "images" / "draw_memory
 
 def test_picture() -> None:
     """Numbers within five percent: kernels' scratch differs a little between processors."""
-    spec = importlib.util.spec_from_file_location("draw_memory", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    program = runpy.run_path(str(PROGRAM))
     number = re.compile(r"\d+(?:\.\d+)?")
-    kept, drawn = program.PICTURE.read_text(encoding="utf-8"), program.picture()
+    kept, drawn = program["PICTURE"].read_text(encoding="utf-8"), program["picture"]()
     assert number.sub("#", kept) == number.sub("#", drawn)
     found, expected = (list(map(float, number.findall(text))) for text in (kept, drawn))
     assert found == pytest.approx(expected, rel=0.05, abs=1)

@@ -107,6 +107,7 @@ def test_evaluation_is_the_same(grad: bool) -> None:
         assert_equal(module, images())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
 def test_autocast_is_the_same(checkpoint: Checkpoint, backend: Setting) -> None:
@@ -115,11 +116,13 @@ def test_autocast_is_the_same(checkpoint: Checkpoint, backend: Setting) -> None:
         assert "block_forward" in assert_equal(module, images(), amp=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["bottleneck", "block"])
 def test_dropout_drops_the_same_values(checkpoint: Checkpoint) -> None:
     assert_equal(network(checkpoint=checkpoint, drop_rate=0.3), images())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "kwargs"),
     [
@@ -134,6 +137,7 @@ def test_types_and_budgets(dtype: torch.dtype, kwargs: dict[str, Any]) -> None:
     assert_equal(network(**kwargs).to(dtype), input, steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "marked"])
 def test_other_batches_need_no_other_graph(dynamic: bool | None) -> None:
     module = network(block_config=(1, 1))
@@ -148,6 +152,7 @@ def test_other_batches_need_no_other_graph(dynamic: bool | None) -> None:
     same_parameters_and_buffers(module, eager)
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_take_turns() -> None:
     module = network()
     eager = copy.deepcopy(module)
@@ -159,6 +164,7 @@ def test_training_and_evaluation_take_turns() -> None:
     same_parameters_and_buffers(module, eager)
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     """Its own arithmetic is in the classifier alone; it drops the same values on request."""
     module = network(drop_rate=0.2)
@@ -220,6 +226,7 @@ UNUSUAL: dict[str, tuple[Callable[[EfficientDenseNet], None], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_networks(name: str) -> None:
     """What cannot be fused is called as a module, in the same graph."""
@@ -231,6 +238,7 @@ def test_unusual_networks(name: str) -> None:
     assert len(assert_equal(module, images(), steps=1, rtol=rtol)) == fused
 
 
+@pytest.mark.slow
 def test_cumulative_averages_break_the_graph_as_anywhere() -> None:
     module = DenseBlock(2, 3, 2, 4, 0.0)
     module.denselayer1.norm2.momentum = None
@@ -247,6 +255,7 @@ def test_no_graph_breaks() -> None:
     assert torch._dynamo.explain(module)(images()).graph_break_count == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
 def test_as_much_is_saved_as_in_eager_mode(checkpoint: Checkpoint) -> None:
     module = network(checkpoint=checkpoint, block_config=(3, 3))

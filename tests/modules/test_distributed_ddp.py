@@ -157,6 +157,7 @@ def every_case(cases: Sequence[Case]) -> None:
                 assert_near(buffer, buffers[name], name, case, 1e-3)
 
 
+@pytest.mark.slow
 def test_two_ranks_like_one_process() -> None:
     run_on_ranks(every_case, CASES)
 

@@ -161,5 +161,6 @@ def every_case() -> None:
     distributed_tensors(mesh)
 
 
+@pytest.mark.slow
 def test_two_ranks_like_one_process() -> None:
     run_on_ranks(every_case)

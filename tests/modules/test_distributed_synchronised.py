@@ -382,6 +382,7 @@ def errors(living: Any) -> None:
         network.eval()(part)  # takes no statistics
 
 
+@pytest.mark.slow
 def test_two_ranks() -> None:
     run_on_ranks(networks_on_two_ranks)
 

@@ -72,7 +72,9 @@ def counted(network: EfficientDenseNet, before: EfficientDenseNet) -> list[set[b
     ]
 
 
-@pytest.mark.parametrize("backend", ["reference", CPU], indirect=True)
+@pytest.mark.parametrize(
+    "backend", [pytest.param("reference", marks=pytest.mark.slow), CPU], indirect=True
+)
 @pytest.mark.parametrize(
     ("checkpoint", "error"),
     list(zip(CHECKPOINT_MODES, (RuntimeError, MemoryError, KeyboardInterrupt), strict=True)),

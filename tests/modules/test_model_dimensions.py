@@ -147,6 +147,7 @@ def test_modules_of_other_dimensions_are_named() -> None:
 # Graphs
 
 
+@pytest.mark.slow
 @DIMENSIONS
 def test_compiled(dims: int) -> None:
     ours = network(dims)
@@ -168,9 +169,10 @@ def test_compiled(dims: int) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.slow
 @DIMENSIONS
 def test_compiled_for_any_size(dims: int) -> None:
-    ours = network(dims).eval()
+    ours = network(dims, block_config=(1, 1)).eval()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
     for edge in (12, 17):
         input = torch.randn(2, 2, *[edge] * dims, dtype=torch.float64)

@@ -60,6 +60,7 @@ def supports(cxx: list[str], flags: list[str], folder: Path) -> bool:
     return built.returncode == 0 and run([str(program)]).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sanitizers", "cases"),
     # Races need several tasks, not odd sizes, and ThreadSanitizer is slow: no chosen shapes for it.

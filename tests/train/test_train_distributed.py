@@ -83,6 +83,7 @@ def _emulated(folder: Path, epochs: int) -> tuple[dict[str, torch.Tensor], list[
     return first.state_dict(), means
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers through /proc")
 def test_killed_worker_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
     """One worker is killed in the second epoch; what comes out is what two processes compute."""

@@ -113,6 +113,7 @@ def test_largest_seed(folder: Path, tmp_path: Path) -> None:
     assert train(folder, tmp_path, "--seed", str(2**63 - 1), "--epochs", "2") == 0
 
 
+@pytest.mark.slow
 def test_network_larger_than_the_machine(
     folder: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ def _module(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_package_is_the_command(folder: Path, tmp_path: Path) -> None:
     """With arguments; without them it says what is installed."""
     wrong = _module("tune", "--lr", "1")

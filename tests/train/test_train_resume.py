@@ -170,6 +170,7 @@ def _wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(process.communicate()[1])
 
 
+@pytest.mark.slow
 def test_terminated_process(folder: Path, tmp_path: Path) -> None:
     """With workers, all of which get the signal too, as from a terminal or a batch system."""
     flags = ("--epochs", "400", "--workers", "1", "--save-steps", "1000")
@@ -190,6 +191,7 @@ def test_terminated_process(folder: Path, tmp_path: Path) -> None:
     assert_same(comparable(tmp_path / "again"), comparable(tmp_path))
 
 
+@pytest.mark.slow
 def test_killed_process(folder: Path, tmp_path: Path) -> None:
     """Nothing can be done at SIGKILL: training goes on from what was saved before."""
     with _start(folder, tmp_path, "--epochs", "400", "--save-steps", "4") as process:
