@@ -248,9 +248,10 @@ class Block:
         self.coefficients = torch.cat(pairs)
         self.widest = max(self.sizes[1::2])
         self.packed: dict[tuple[int, ...], Tensor] = {}  # by the images' size
-        norm, conv, _ = tail
-        self.tail_norm = _coefficients(norm_spec(norm, []), like)
-        self.conv = None if conv is None else conv.weight.flatten(1)  # None: the average
+        self.linear = tail.linear
+        self.tail_norm = _coefficients(norm_spec(tail.norm, []), like)
+        # None: the average.
+        self.conv = None if tail.conv is None else tail.conv.weight.flatten(1)
         if self.conv is not None:
             self.tail_packed = _packed(images, [self.conv], [0] * (images.dim() - 2))
 
@@ -279,9 +280,8 @@ class Block:
             operators.norm_relu_avgpool_forward(features, *self.tail_norm, out)
             return out
         out = room((count, *halved(size)))
-        _operators.transition_forward(
-            features, *self.tail_norm, self.conv, out, None, None, packed=self.tail_packed
-        )
+        given = (features, *self.tail_norm, self.conv, out, None, None, self.linear)
+        _operators.transition_forward(*given, self.tail_packed)
         return None
 
 

@@ -1,6 +1,7 @@
 // Untyped arguments become typed ones; the element type and the arithmetic pick the policy.
 #pragma once
 
+#include <limits>
 #include <stdexcept>
 
 #include "epilogue.cuh"
@@ -54,14 +55,19 @@ Image<E> image(const ImageArgument& a) {
 }
 
 template <class A>
+A floor_of(const NormArgument& norm) {
+  return norm.linear ? std::numeric_limits<A>::quiet_NaN() : A(0);
+}
+
+template <class A>
 Activation<A> activation(const NormArgument& a) {
-  return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift)};
+  return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift), floor_of<A>(a)};
 }
 
 template <class A>
 Norm<A> norm(const NormArgument& a) {
   return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift),
-          static_cast<const A*>(a.mean), static_cast<const A*>(a.rstd)};
+          static_cast<const A*>(a.mean), static_cast<const A*>(a.rstd), floor_of<A>(a)};
 }
 
 }  // namespace densenet_fast::cuda

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int c = v < at.valid ? at.channel + v : at.channel;
-      sum[v] += relu(multiply_add(act.scale[c], A(widen(piece.element[v])), act.shift[c]));
+      sum[v] +=
+          relu(multiply_add(act.scale[c], A(widen(piece.element[v])), act.shift[c]), act.floor);
     }
   });
   Piece<E> result;
@@ -56,6 +57,7 @@ PooledVolumes pool(const Context& context, const ImageArgument& features, const 
   A* const unit = static_cast<A*>(context.workspace->allocate(sizeof(A) * 3 * ones));
   result.identity.scale = unit + ones - features.c;
   result.identity.shift = unit + ones;
+  result.identity.linear = true;
   result.gradient_map = unit + ones - out.c;
   const auto x = image<const E>(features);
   launch(&pool_kernel<E>, pieces<E>(context, "pool", to.rows(), to.c), x, activation<A>(act),

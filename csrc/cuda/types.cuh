@@ -57,16 +57,16 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 
-// NaN stays NaN, as in PyTorch's relu.
+// NaN stays NaN, as in PyTorch's relu; above a floor of NaN everything stays.
 template <class A>
-__device__ __forceinline__ A relu(A x) {
-  return x <= A(0) ? A(0) : x;
+__device__ __forceinline__ A relu(A x, A floor = 0) {
+  return x <= floor ? floor : x;
 }
 
-// The gradient passes unless x <= 0: PyTorch's threshold_backward, NaN included.
+// The gradient passes unless x <= floor: PyTorch's threshold_backward, NaN included.
 template <class A>
-__device__ __forceinline__ A where_positive(A x, A gradient) {
-  return x <= A(0) ? A(0) : gradient;
+__device__ __forceinline__ A where_positive(A x, A gradient, A floor = 0) {
+  return x <= floor ? A(0) : gradient;
 }
 
 template <class E>
@@ -251,10 +251,12 @@ struct PooledPixels {
   }
 };
 
+// Rectified at `floor`: 0, or NaN where everything passes.
 template <class A>
 struct Activation {
   const A* scale;
   const A* shift;
+  A floor = 0;
 };
 
 template <class A>
@@ -263,6 +265,7 @@ struct Norm {
   const A* shift;
   const A* mean;
   const A* rstd;
+  A floor = 0;
 };
 
 }  // namespace densenet_fast::cuda

@@ -81,11 +81,12 @@ class LayerSpec(NamedTuple):
 class TransitionTail(NamedTuple):
     """norm, ReLU, 1x1 convolution `[Cout, C, 1, 1]`, 2x2 average pooling behind the block.
 
-    In one and three dimensions one size less or more.
+    In one and three dimensions one size less or more. A `linear` one has no ReLU.
     """
 
     norm: NormSpec
     conv_weight: Tensor
+    linear: bool = False
 
 
 class MaxTransition(NamedTuple):
@@ -124,6 +125,7 @@ class Settings(NamedTuple):
     dropout: Sequence[float]
     whole_channels: Sequence[bool]
     tail: str  # "none", "transition" or "average"
+    linear: bool  # of a transition: it has no ReLU
     checkpoint: Checkpoint = "bottleneck"
     hold: int = 0  # last layers whose bottleneck is held for the backward
 
@@ -170,5 +172,6 @@ def flattened(
             [layer.dropout for layer in layers],
             [layer.whole_channels for layer in layers],
             kind,
+            isinstance(tail, TransitionTail) and tail.linear,
         ),
     )

@@ -90,12 +90,13 @@ class LayerParts(NamedTuple):
 class TailParts(NamedTuple):
     """What computes behind a block: a transition's norm and convolution, or a final norm.
 
-    `order` is that of a layer.
+    `order` is that of a layer. A `linear` transition has no ReLU.
     """
 
     norm: Norm
     conv: Conv | None = None
     order: Sequence[int] | None = None
+    linear: bool = False
 
 
 def transition_obstacle(

@@ -105,7 +105,10 @@ class Reordering:
 
     def transition(self, spec: TransitionTail, order: Sequence[int] | None) -> TransitionTail:
         """The transition, likewise."""
-        return spec if order is None else TransitionTail(*self._reordered(*spec, order))
+        if order is None:
+            return spec
+        norm, weight = self._reordered(spec.norm, spec.conv_weight, order)
+        return spec._replace(norm=norm, conv_weight=weight)
 
     def _reordered(
         self, norm: NormSpec, weight: Tensor, order: Sequence[int]
@@ -325,7 +328,8 @@ class DenseStep:
             if tail.conv is None:
                 behind = AvgPoolTail(norm)
             else:
-                behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
+                weight = parameter(tail.conv.__dict__, "weight")
+                behind = TransitionTail(norm, weight, tail.linear)
                 behind = reorder.transition(behind, tail.order)
         flat = FlatBlock(layers, behind)
         averaging = any(getattr(norm, "momentum", 0.0) is None for norm in norms)

@@ -24,6 +24,7 @@ from forms import (
     Unit,
     UnitTransition,
     WithoutBottleneck,
+    biased_linear_transition,
     biased_transition,
     kinds,
     layers_of,
@@ -216,6 +217,10 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "stages without bottleneck": lambda: StageWithTransition(WithoutBottleneck),
     "stages with maxima": lambda: StageWithTransition(SharedReLU, maximum_transition),
     "newest first, maxima": lambda: StageWithTransition(NewestFirst, maximum_transition),
+    "newest first, linear": lambda: StageWithTransition(NewestFirst, biased_linear_transition),
+    "linear maximum": lambda: Small(
+        Functional, lambda *sizes: linear_transition(*sizes, nn.MaxPool2d)
+    ),
     "units": units,
     "lists": Backbone,
     "lists, frugal": lambda: Backbone(frugal=True),

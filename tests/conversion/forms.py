@@ -89,9 +89,13 @@ class Bottle(nn.Module):
         return torch.cat([x, self.bottle_neck(x)], 1)
 
 
-def linear_transition(channels: int, out: int) -> nn.Module:
-    parts = [nn.BatchNorm2d(channels), nn.Conv2d(channels, out, 1, bias=False), nn.AvgPool2d(2, 2)]
-    return nn.Sequential(*parts)
+def linear_transition(channels: int, out: int, pool: type[nn.Module] = nn.AvgPool2d) -> nn.Module:
+    conv = nn.Conv2d(channels, out, 1, bias=False)
+    return nn.Sequential(nn.BatchNorm2d(channels), conv, pool(2, stride=2))
+
+
+def biased_linear_transition(channels: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, out, 1), nn.AvgPool2d(2))
 
 
 class SharedReLU(nn.Module):

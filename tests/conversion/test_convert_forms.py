@@ -34,7 +34,7 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "functional": (("dense1", "trans1", "dense2"), {}),
     "newest first": (("dense1", "trans1", "dense2"), {}),
     "without bottleneck": (("dense1", "trans1", "dense2"), {}),
-    "bottles": (("features.layers_0", "features.layers_1"), {"features.down_0": NO_RELU}),
+    "bottles": (("features.layers_0", "features.down_0", "features.layers_1"), {}),
     "wrapped": (("dense1.layer", "trans1", "dense2.layer"), {}),
     "wrapped, dropout": (("dense1.layer", "trans1", "dense2.layer"), {}),
     "sequentials": (("features.block0", "features.down0", "features.block1"), {}),
@@ -44,6 +44,8 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "stages without bottleneck": (("stage1", "stage2"), {}),
     "stages with maxima": (("stage1", "stage2"), {}),
     "newest first, maxima": (("stage1", "stage2"), {}),
+    "newest first, linear": (("stage1", "stage2"), {}),
+    "linear maximum": (("dense1", "dense2"), {"trans1": NO_RELU}),
     "units": (("0.stage1", "0.stage2"), {}),
     "lists": (("stages.0", "stages.1", "transitions.0"), {}),
     "lists, frugal": (("stages.0", "stages.1", "transitions.0"), {}),
@@ -96,7 +98,9 @@ def test_a_step_is_the_same(form: str, checkpoint: Any) -> None:
     assert all("norm" in row.name or row.name.endswith("bn") for row in plain), plain
 
 
-@pytest.mark.parametrize("form", ["newest first", "units", "sequentials in 1-D"])
+@pytest.mark.parametrize(
+    "form", ["newest first", "newest first, linear", "bottles", "units", "sequentials in 1-D"]
+)
 def test_training_and_frozen_norms(form: str) -> None:
     network, reference, x = with_reference(form)
     assert_same_training(network, reference, x)  # and are in evaluation then
@@ -170,7 +174,7 @@ def test_copies_and_files(form: str) -> None:
         assert not any("converted_from" in type(part).__dict__ for part in other.modules())
 
 
-@pytest.mark.parametrize("form", ["newest first", "units", "lists"])
+@pytest.mark.parametrize("form", ["newest first", "bottles", "units", "lists"])
 def test_compiled_exported_and_traced(form: str) -> None:
     network, reference, x = with_reference(form)
     graph = torch.compile(First(network), backend="aot_eager", fullgraph=True)

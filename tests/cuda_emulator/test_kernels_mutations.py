@@ -309,6 +309,12 @@ FAULTS: dict[str, Fault] = {
         "result.gradient_map = unit + ones - out.c;",
         "result.gradient_map = unit + ones - features.c;",
     ),
+    "averages of volumes without ReLU are rectified": fault(
+        "transition.cu", "  result.identity.linear = true;\n", ""
+    ),
+    "gradients without ReLU are masked": fault(
+        "epilogue.cuh", "kUnpools ? norm.floor : A(0)", "A(0)"
+    ),
     "maxima of volumes are those of one slice": fault(
         "pooling.cu", "const int z = 2 * oz + kd - 1;", "const int z = 2 * oz + kd;"
     ),
