@@ -26,7 +26,8 @@ class NormSpec(NamedTuple):
     None leaves them alone. BatchNorm's own `momentum=None` (a cumulative average) must be turned
     into a number by the caller. `counter` is `num_batches_tracked`, where the step counts there.
     The batch's statistics are those of all ranks of the process group of the name `group`; "": of
-    this process's batch alone.
+    this process's batch alone. `offset` [C], if there is one, is in the mean that `running_mean`
+    follows, but not in what is normalised.
     """
 
     weight: Tensor | None
@@ -38,6 +39,7 @@ class NormSpec(NamedTuple):
     momentum: float | None
     group: str = ""
     counter: Tensor | None = None
+    offset: Tensor | None = None
 
 
 class ConvGeometry(NamedTuple):

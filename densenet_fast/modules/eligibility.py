@@ -220,11 +220,8 @@ def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | N
     return None
 
 
-def conv(module: nn.Module, taps: int, expected: Expected, *, biased: bool = False) -> str | None:
-    """Obstacle to computing a convolution of this width that keeps the size.
-
-    It may have a bias if `biased`.
-    """
+def conv(module: nn.Module, taps: int, expected: Expected) -> str | None:
+    """Obstacle to computing a convolution of this width that keeps the size."""
     obstacle = exactly(module, MODULES[expected.dims].conv)
     if obstacle is not None:
         return obstacle
@@ -233,11 +230,8 @@ def conv(module: nn.Module, taps: int, expected: Expected, *, biased: bool = Fal
         weight, bias = parameter(state, "weight"), parameter(state, "bias")
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
-    if bias is not None:
-        if not biased:
-            return "has a bias"
-        if (found := _tensor(bias, expected)) is not None:
-            return found
+    if bias is not None and (found := _tensor(bias, expected)) is not None:
+        return found
     actual = tuple(setting(state, name) for name in _SETTINGS)
     if actual != _KEEPING[taps, expected.dims]:
         return "has " + ", ".join(map("{} {}".format, _SETTINGS, actual))

@@ -46,6 +46,15 @@ class NewestFirst(Functional):
     newest_first = True
 
 
+class BiasedBottleneck(Functional):
+    """Every convolution with the bias that it has by default."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.conv1 = nn.Conv2d(channels, WIDTH, 1)
+        self.conv2 = nn.Conv2d(WIDTH, GROWTH, 3, padding=1)
+
+
 class WithoutBottleneck(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "lists, frugal": (("stages.0", "stages.1", "transitions.0"), {}),
     "maximum": (("dense1", "trans1", "dense2"), {}),
     "functional maximum": (("dense1", "trans1", "dense2"), {}),
+    "biased": (("dense1", "trans1", "dense2"), {}),
     "biased transition": (("dense1", "trans1", "dense2"), {}),
     "segmentation": SEGMENTATION,
     "segmentation, dropout": SEGMENTATION,

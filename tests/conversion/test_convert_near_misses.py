@@ -28,6 +28,7 @@ CHAINS = (
     "frozen",
     "sync",
     "bias",
+    "bottleneck's bias",
 )
 LAYERS = (
     "no first ReLU",
@@ -38,7 +39,6 @@ LAYERS = (
     "groups",
     "dilation",
     "5×5",
-    "bottleneck's bias",
     "reflect",
     "group norm",
     "scaled",
@@ -189,6 +189,8 @@ class Network(nn.Module):
 @example(["no statistics", "affine", "wide"], "newest first", False, 0)
 @example(["as usual", "frozen", "as usual"], "reversed", False, 1)
 @example(["as usual", "as usual"], "shared layers", False, 1)
+@example(["bottleneck's bias", "frozen", "bottleneck's bias"], "shared layers", False, 1)
+@example(["bottleneck's bias", "no statistics", "bottleneck's bias"], "reversed", True, 1)
 @example(["as usual", "as usual"], "features kept", False, 1)
 def test_any_block_runs_as_before(
     layers: list[str], block: str, evaluating: bool, seed: int
