@@ -106,6 +106,7 @@ _TRANSITION = re.compile("nrcd*[am]|ncd*a")
 # What is of the family, and not fused.
 _OTHERS = (
     (re.compile("ncd*m"), "it has no ReLU between its norm and its convolution"),
+    (re.compile("nr?$"), "it has a norm without a convolution behind it"),
     (
         re.compile("c?nr?c?n?r?"),
         "its operations come in another order than norm, ReLU, convolution",
@@ -194,14 +195,17 @@ def _chain(traced: Trace) -> Chain:
 
 
 def _is_dense(traced: Trace) -> bool:
-    """Whether what a convolution gives is concatenated to what it, norms and ReLUs have read."""
+    """Whether what convolutions, norms and ReLUs give is concatenated to what they have read."""
     for value in (*(op.input for op in traced.operations), traced.output):
         for piece in value if len(value) > 1 else ():
-            if piece == INPUT or traced.operations[piece].kind not in "cd":
+            if piece == INPUT or traced.operations[piece].kind not in "cdnr":
                 continue
             source: tuple[int, ...] = (piece,)
             while len(source) == 1 and source[0] != INPUT:
-                source = traced.operations[source[0]].input
+                operation = traced.operations[source[0]]
+                if operation.kind in "am":
+                    break  # what was pooled is no part of the same features
+                source = operation.input
                 if set(source) < set(value):
                     return True
     return False

@@ -11,17 +11,24 @@ from forms import (
     GROWTH,
     LAYERS,
     START,
+    AllAtOnce,
     BiasedBottleneck,
     Bottle,
+    Dashed,
+    Decoder,
     Functional,
     FunctionalMaximum,
     FunctionalTransition,
+    Grouped,
+    LazyBlock,
     ListBlock,
     NewestFirst,
+    SamePadding,
     SegmentationBlock,
     SequentialBlock,
     SequentialTransition,
     SharedReLU,
+    TwoWays,
     Unit,
     UnitTransition,
     WithoutBottleneck,
@@ -183,6 +190,27 @@ class Backbone(nn.Module):
         return tuple(found)
 
 
+def layers_alone(layer: type[nn.Module]) -> nn.Module:
+    stem = nn.Conv2d(3, START, 3, padding=1, bias=False)
+    return nn.Sequential(stem, nn.Sequential(*layers_of(layer, 2, START)))
+
+
+def lazy() -> nn.Module:
+    """Everything in one Sequential, of modules that have learned their sizes."""
+    channels = (START + GROWTH * LAYERS[0]) // 2
+    conv = nn.LazyConv2d(channels, kernel_size=1)
+    network = nn.Sequential(
+        nn.LazyConv2d(START, kernel_size=3, padding=1),
+        LazyBlock(LAYERS[0]),
+        nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU(), conv, nn.AvgPool2d(2, stride=2)),
+        LazyBlock(LAYERS[1]),
+        *(nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
+        nn.LazyLinear(5),
+    )
+    network(torch.zeros(1, 3, 8, 8))
+    return network
+
+
 class Segmentation(nn.Module):
     """A path down, one up, and the features in between handed over."""
 
@@ -229,6 +257,13 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "functional maximum": lambda: Small(WithoutBottleneck, FunctionalMaximum),
     "biased": lambda: Small(BiasedBottleneck, biased_transition),
     "biased transition": lambda: Small(NewestFirst, biased_transition),
+    "dashed": lambda: StageWithTransition(Dashed),
+    "lazy": lazy,
+    "same padding": lambda: Small(SamePadding, FunctionalTransition),
+    "grouped": lambda: layers_alone(Grouped),
+    "two ways": lambda: layers_alone(TwoWays),
+    "all at once": lambda: layers_alone(AllAtOnce),
+    "decoder": lambda: layers_alone(Decoder),
     "segmentation": lambda: Segmentation(0.0),
     "segmentation, dropout": lambda: Segmentation(0.2),
 }

@@ -27,6 +27,11 @@ from densenet_fast.modules import eligibility
 from densenet_fast.operators.torch_internals import BatchNorm
 
 NO_RELU = "it has no ReLU between its norm and its convolution"
+ORDER = "its operations come in another order than norm, ReLU, convolution"
+GROUPED = (
+    "0: conv1 has kernel_size (1, 1), stride (1, 1), padding (0, 0), dilation (1, 1), groups 2, "
+    "padding_mode zeros"
+)
 SEGMENTATION: tuple[tuple[str, ...], dict[str, str]]
 SEGMENTATION = ("down", "transition", "middle", "behind"), {}
 # What is found in each form: names of what is converted, and of what is left alone and why.
@@ -53,6 +58,13 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "functional maximum": (("dense1", "trans1", "dense2"), {}),
     "biased": (("dense1", "trans1", "dense2"), {}),
     "biased transition": (("dense1", "trans1", "dense2"), {}),
+    "dashed": (("stage1", "stage2"), {}),
+    "lazy": (("1", "2", "3"), {}),
+    "same padding": (("dense1", "trans1", "dense2"), {}),
+    "grouped": ((), {"1": GROUPED}),
+    "two ways": ((), {"1.0": ORDER, "1.1": ORDER}),
+    "all at once": ((), {"1.0": ORDER, "1.1": ORDER}),
+    "decoder": ((), {"1": "it has a norm without a convolution behind it"}),
     "segmentation": SEGMENTATION,
     "segmentation, dropout": SEGMENTATION,
 }
@@ -347,6 +359,19 @@ def test_a_class_with_names_of_ours_is_left_alone() -> None:
         "it has an attribute 'checkpoint', which converted modules have: rename it"
     )
     assert type(block) is Runner
+
+
+def test_modules_that_have_seen_no_input() -> None:
+    network = nn.Sequential(nn.LazyConv2d(6, 1), forms.LazyBlock(3))
+    [row] = convert(network)
+    assert row.name == "1"
+    assert row.reason == (
+        "net.0.0 is a LazyBatchNorm2d without parameters yet: call the network once before"
+    )
+    x = torch.randn(2, 3, 4, 4)
+    expected = network(x)
+    assert convert(network).complete
+    torch.testing.assert_close(network(x), expected)
 
 
 def test_memory_kept_is_that_of_the_features() -> None:
