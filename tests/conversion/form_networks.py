@@ -199,13 +199,19 @@ def lazy() -> nn.Module:
     """Everything in one Sequential, of modules that have learned their sizes."""
     channels = (START + GROWTH * LAYERS[0]) // 2
     conv = nn.LazyConv2d(channels, kernel_size=1)
+    down = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU(), conv, nn.AvgPool2d(2, stride=2))
     network = nn.Sequential(
-        nn.LazyConv2d(START, kernel_size=3, padding=1),
-        LazyBlock(LAYERS[0]),
-        nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU(), conv, nn.AvgPool2d(2, stride=2)),
-        LazyBlock(LAYERS[1]),
-        *(nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
-        nn.LazyLinear(5),
+        OrderedDict(
+            stem=nn.LazyConv2d(START, kernel_size=3, padding=1),
+            block0=LazyBlock(LAYERS[0]),
+            down0=down,
+            block1=LazyBlock(LAYERS[1]),
+            norm=nn.LazyBatchNorm2d(),
+            relu=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d((1, 1)),
+            flat=nn.Flatten(),
+            last=nn.LazyLinear(5),
+        )
     )
     network(torch.zeros(1, 3, 8, 8))
     return network

@@ -59,7 +59,7 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "biased": (("dense1", "trans1", "dense2"), {}),
     "biased transition": (("dense1", "trans1", "dense2"), {}),
     "dashed": (("stage1", "stage2"), {}),
-    "lazy": (("1", "2", "3"), {}),
+    "lazy": (("block0", "down0", "block1"), {}),
     "same padding": (("dense1", "trans1", "dense2"), {}),
     "grouped": ((), {"1": GROUPED}),
     "two ways": ((), {"1.0": ORDER, "1.1": ORDER}),
