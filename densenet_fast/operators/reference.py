@@ -259,7 +259,7 @@ def finish_gradient(
     out.copy_(_wide(grad_features) - correction)
 
 
-# What may follow a block: transition, or the final norm and average
+# What may follow a block: transition, or the final norm and average; and the stem's pooling
 
 
 def _pooled_activation(features: Tensor, scale: Tensor, shift: Tensor, *, linear: bool) -> Tensor:
@@ -315,8 +315,7 @@ def transition_backward(
         covered = covered.narrow(axis, 0, 2 * windows).unflatten(axis, (windows, 2))
         spread = spread.unsqueeze(axis + 1)
     covered.copy_(spread)
-    if not linear:
-        grad_norm = _masked(grad_norm, features, scale, shift)
+    grad_norm = grad_norm if linear else _masked(grad_norm, features, scale, shift)
     _norm_sums(grad_norm, features, mean, rstd, grad_gamma, grad_beta)
     grad_features.copy_(grad_norm.mul_(scale))
 
@@ -343,9 +342,6 @@ def norm_relu_avgpool_backward(
     grad_norm = _masked(grad_activation, features, scale, shift)
     _norm_sums(grad_norm, features, mean, rstd, grad_gamma, grad_beta)
     grad_features.copy_(grad_norm.mul_(scale))
-
-
-# Stem
 
 
 def norm_relu_maxpool_forward(
