@@ -55,19 +55,16 @@ Image<E> image(const ImageArgument& a) {
 }
 
 template <class A>
-A floor_of(const NormArgument& norm) {
-  return norm.linear ? std::numeric_limits<A>::quiet_NaN() : A(0);
-}
-
-template <class A>
 Activation<A> activation(const NormArgument& a) {
-  return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift), floor_of<A>(a)};
+  return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift),
+          a.linear ? -std::numeric_limits<A>::infinity() : A(0)};
 }
 
 template <class A>
 Norm<A> norm(const NormArgument& a) {
   return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift),
-          static_cast<const A*>(a.mean), static_cast<const A*>(a.rstd), floor_of<A>(a)};
+          static_cast<const A*>(a.mean), static_cast<const A*>(a.rstd),
+          a.linear ? std::numeric_limits<A>::quiet_NaN() : A(0)};
 }
 
 }  // namespace densenet_fast::cuda

@@ -74,8 +74,8 @@ struct ActivatedSource {
     Piece<E> value = *piece;
 #pragma unroll
     for (int v = 0; v < kPieceElements<E>; ++v) {
-      value.element[v] = operand<P>(relu(
-          multiply_add(c.of[0].value[v], A(widen(value.element[v])), c.of[1].value[v]), act.floor));
+      value.element[v] = operand<P>(
+          relu(multiply_add(c.of[0].value[v], A(widen(value.element[v])), c.of[1].value[v])));
     }
     *piece = value;
   }

@@ -57,13 +57,20 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 
-// NaN stays NaN, as in PyTorch's relu; above a floor of NaN everything stays.
+// NaN stays NaN, as in PyTorch's relu.
 template <class A>
-__device__ __forceinline__ A relu(A x, A floor = 0) {
-  return x <= floor ? floor : x;
+__device__ __forceinline__ A relu(A x) {
+  return x <= A(0) ? A(0) : x;
 }
 
-// The gradient passes unless x <= floor: PyTorch's threshold_backward, NaN included.
+// At a floor, 0 or -infinity, that only a transition has: the compiler makes more of a known one.
+template <class A>
+__device__ __forceinline__ A relu(A x, A floor) {
+  return ptx::maximum(x, floor);
+}
+
+// The gradient passes unless x <= floor: PyTorch's threshold_backward, NaN included. Where the
+// floor is NaN, it passes everywhere.
 template <class A>
 __device__ __forceinline__ A where_positive(A x, A gradient, A floor = 0) {
   return x <= floor ? A(0) : gradient;
@@ -251,7 +258,7 @@ struct PooledPixels {
   }
 };
 
-// Rectified at `floor`: 0, or NaN where everything passes.
+// Rectified at `floor`: 0, or -infinity.
 template <class A>
 struct Activation {
   const A* scale;
@@ -265,7 +272,7 @@ struct Norm {
   const A* shift;
   const A* mean;
   const A* rstd;
-  A floor = 0;
+  A floor = 0;  // of `where_positive`: 0, or NaN
 };
 
 }  // namespace densenet_fast::cuda

@@ -304,13 +304,8 @@ FAULTS: dict[str, Fault] = {
         " || places.slices.remainder(slice, places.slices.quotient(slice)) >= d) {",
         ") {",
     ),
-    "the ones are not as many as the gradient's channels": fault(
-        "transition.cu",
-        "result.gradient_map = unit + ones - out.c;",
-        "result.gradient_map = unit + ones - features.c;",
-    ),
     "averages of volumes without ReLU are rectified": fault(
-        "transition.cu", "  result.identity.linear = true;\n", ""
+        "transition.cu", "act.shift[c]), act.floor)", "act.shift[c]), A(0))"
     ),
     "gradients without ReLU are masked": fault(
         "epilogue.cuh", "kUnpools ? norm.floor : A(0)", "A(0)"
