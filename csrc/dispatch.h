@@ -116,14 +116,16 @@ struct Operators {
 
   static void transition_forward(const Tensor& features, const Tensor& scale, const Tensor& shift,
                                  const Tensor& w, const Tensor& out, const OptionalTensor& mean,
-                                 const OptionalTensor& var, bool allow_tf32,
-                                 const OptionalTensor& packed) {
+                                 const OptionalTensor& var, bool linear,
+                                 const OptionalTensor& packed, bool allow_tf32) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
+    auto act = call.activation(scale, shift, x.c);
+    act.linear = linear;
     auto weight = call.weight(w, 1, x.c, x.dims);
     if (packed) weight.packed[0] = Device::packed_weight(call, *packed, weight);
     const auto to = call.mutable_image(out, "out", halved(x), weight.out);
-    Device::transition_forward(call.context(), x, call.activation(scale, shift, x.c), weight, to,
+    Device::transition_forward(call.context(), x, act, weight, to,
                                call.statistics(mean, var, to.c));
   }
 
@@ -131,14 +133,16 @@ struct Operators {
                                   const Tensor& scale, const Tensor& shift, const Tensor& mean,
                                   const Tensor& rstd, const Tensor& w, const Tensor& grad_features,
                                   const Tensor& grad_gamma, const Tensor& grad_beta,
-                                  const OptionalTensor& grad_weight, bool allow_tf32) {
+                                  const OptionalTensor& grad_weight, bool linear, bool allow_tf32) {
     const Call<Device> call(features, allow_tf32);
     const auto x = call.image(features, "features");
+    auto norm = call.norm(scale, shift, mean, rstd, x.c);
+    norm.linear = linear;
     const auto weight = call.weight(w, 1, x.c, x.dims);
     const auto g = call.image(grad_out, "grad_out", halved(x), weight.out);
     const auto gx = call.mutable_image(grad_features, "grad_features", x, x.c);
-    Device::transition_backward(call.context(), g, x, call.norm(scale, shift, mean, rstd, x.c),
-                                weight, gx, call.norm_gradient(grad_gamma, grad_beta, true, x.c),
+    Device::transition_backward(call.context(), g, x, norm, weight, gx,
+                                call.norm_gradient(grad_gamma, grad_beta, true, x.c),
                                 call.weight_gradient(grad_weight, w));
   }
 

@@ -26,12 +26,14 @@ struct ImageArgument {
   int64_t rows() const { return n * d * h * w; }
 };
 
-// relu(scale * x + shift), and what its backward needs for x-hat = (x - mean) * rstd.
+// relu(scale * x + shift), and what its backward needs for x-hat = (x - mean) * rstd. A
+// transition's may be `linear`, without the ReLU.
 struct NormArgument {
   const void* scale = nullptr;
   const void* shift = nullptr;
   const void* mean = nullptr;
   const void* rstd = nullptr;
+  bool linear = false;
 };
 
 // A norm to be made of mean and variance.

@@ -40,12 +40,13 @@ STABLE_TORCH_LIBRARY(densenet_fast, m) {
 
   m.def(
       "transition_forward(Tensor features, Tensor scale, Tensor shift, Tensor weight, "
-      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, bool allow_tf32=False, "
-      "Tensor? packed=None) -> ()");
+      "Tensor(a!) out, Tensor(b!)? mean, Tensor(c!)? var, bool linear=False, "
+      "Tensor? packed=None, bool allow_tf32=False) -> ()");
   m.def(
       "transition_backward(Tensor grad_out, Tensor features, Tensor scale, Tensor shift, "
       "Tensor mean, Tensor rstd, Tensor weight, Tensor(a!) grad_features, Tensor(b!) grad_gamma, "
-      "Tensor(c!) grad_beta, Tensor(d!)? grad_weight, bool allow_tf32=False) -> ()");
+      "Tensor(c!) grad_beta, Tensor(d!)? grad_weight, bool linear=False, "
+      "bool allow_tf32=False) -> ()");
 
   m.def(
       "norm_relu_avgpool_forward(Tensor features, Tensor scale, Tensor shift, Tensor(a!) out) -> "

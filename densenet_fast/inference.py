@@ -18,14 +18,21 @@ from torch import Tensor, nn
 from densenet_fast import operators
 from densenet_fast.blocks import autocast, norms, stem_convolution
 from densenet_fast.blocks.forward import halved
-from densenet_fast.blocks.specs import NormSpec
+from densenet_fast.blocks.specs import NO_NORM, NormSpec
 from densenet_fast.blocks.stem import pooled
 from densenet_fast.conversion.parts import ConvertedNetwork
 from densenet_fast.modules import eligibility
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.dimensions import MODULES, Conv
 from densenet_fast.modules.layer_parts import LayerParts, TailParts
-from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step, norm_spec
+from densenet_fast.modules.steps import (
+    ConvStep,
+    DenseStep,
+    StemStep,
+    Step,
+    layer_spec,
+    norm_spec,
+)
 from densenet_fast.operators import extension, winograd
 from densenet_fast.operators.backends import select
 from densenet_fast.operators.rows import (
@@ -188,7 +195,7 @@ def _stage(step: Step, before: list[Any], images: Tensor) -> list[Any] | None:
 
 
 def _packable(layers: Sequence[LayerParts], tail: TailParts) -> bool:
-    """Whether features are read in the order they are stored in, and no convolution has a bias."""
+    """Whether features are read in the order they are stored in, and no bias is added to any."""
     convolutions = [*(layer.conv2 for layer in layers), tail.conv]
     biased = any(conv is not None and conv.bias is not None for conv in convolutions)
     orders = [*(layer.order for layer in layers), tail.order]
@@ -239,18 +246,16 @@ class Block:
         growths = [(part.width, len(part.conv2.weight)) for part in layers]
         self.sizes = [self.weights[0].shape[1], *(size for both in growths for size in both)]
         self.channels = self.sizes[0] + sum(self.sizes[2::2])
-        pairs = [
-            vector
-            for part in layers
-            for norm in part.norms
-            for vector in _coefficients(norm_spec(norm, []), like)
-        ]
-        self.coefficients = torch.cat(pairs)
+        specs = [layer_spec(part, []) for part in layers]
+        of_layers = [norm for spec in specs for norm in (spec.norm1, spec.norm2)]
+        pairs = [_coefficients(norm, like) for norm in of_layers if norm is not NO_NORM]
+        self.coefficients = torch.cat([vector for pair in pairs for vector in pair])
         self.widest = max(self.sizes[1::2])
         self.packed: dict[tuple[int, ...], Tensor] = {}  # by the images' size
-        norm, conv, _ = tail
-        self.tail_norm = _coefficients(norm_spec(norm, []), like)
-        self.conv = None if conv is None else conv.weight.flatten(1)  # None: the average
+        self.linear = tail.linear
+        self.tail_norm = _coefficients(norm_spec(tail.norm, []), like)
+        # None: the average.
+        self.conv = None if tail.conv is None else tail.conv.weight.flatten(1)
         if self.conv is not None:
             self.tail_packed = _packed(images, [self.conv], [0] * (images.dim() - 2))
 
@@ -279,9 +284,8 @@ class Block:
             operators.norm_relu_avgpool_forward(features, *self.tail_norm, out)
             return out
         out = room((count, *halved(size)))
-        _operators.transition_forward(
-            features, *self.tail_norm, self.conv, out, None, None, packed=self.tail_packed
-        )
+        given = (features, *self.tail_norm, self.conv, out, None, None, self.linear)
+        _operators.transition_forward(*given, self.tail_packed)
         return None
 
 

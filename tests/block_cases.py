@@ -20,7 +20,7 @@ from densenet_fast.blocks.specs import (
     flattened,
 )
 
-TAILS = (None, "transition", "avgpool")
+TAILS = (None, "transition", "linear", "avgpool")
 
 
 @dataclass
@@ -157,8 +157,9 @@ def make_block(
         layers.append(LayerSpec(*first, *second, dropout, whole_channels, bias))
         channels += growth
     behind: Tail | None = None
-    if tail == "transition":
-        behind = TransitionTail(norm(channels), weight((channels + 1) // 2, channels, *one))
+    if tail in ("transition", "linear"):
+        of_conv = weight((channels + 1) // 2, channels, *one)
+        behind = TransitionTail(norm(channels), of_conv, tail == "linear")
     elif tail == "avgpool":
         behind = AvgPoolTail(norm(channels))
     input = torch.randn(shape, generator=generator, dtype=dtype).to(device())

@@ -95,6 +95,7 @@ ARGUMENTS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
         "weight": make.weight(B, C),
         "out": make.rows(SMALL, B),
         **make.vectors(B, "mean", "var"),
+        "linear": True,
     },
     "transition_backward": lambda make: {
         "grad_out": make.rows(SMALL, B),
@@ -104,6 +105,7 @@ ARGUMENTS: dict[str, Callable[[_Maker], dict[str, Any]]] = {
         "grad_features": make.rows(PIXELS, C),
         **make.vectors(C, *_SUMS),
         "grad_weight": make.weight(B, C),
+        "linear": True,
     },
     "norm_relu_avgpool_forward": lambda make: {
         "features": make.rows(PIXELS, C),

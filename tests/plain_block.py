@@ -42,8 +42,10 @@ def plain_block(
     `normalised` collects what the ReLUs are given.
     """
 
-    def activation(input: Tensor, norm: NormSpec) -> Tensor:
+    def activation(input: Tensor, norm: NormSpec, linear: bool = False) -> Tensor:
         output = plain_norm(input, norm)
+        if linear:
+            return output
         if normalised is not None:
             normalised.append(output)
         return F.relu(output)
@@ -60,7 +62,7 @@ def plain_block(
         features = torch.cat([features, growth], 1)
     if tail is None:
         return features
-    output = activation(features, tail.norm)
+    output = activation(features, tail.norm, isinstance(tail, TransitionTail) and tail.linear)
     if isinstance(tail, TransitionTail):
         return AVERAGE[input.dim()](convolution(output, tail.conv_weight), 2)
     return output.flatten(2).mean(2)

@@ -121,6 +121,21 @@ def test_converted_networks(library: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_transition_without_relu_and_a_bias_in_a_bottleneck(dtype: torch.dtype) -> None:
+    model: Any = make("torchvision").eval()
+    usual = model.features.transition1
+    model.features.transition1 = nn.Sequential(usual.norm, usual.conv, usual.pool)
+    conv = model.features.denseblock2.denselayer1.conv1
+    conv.bias = nn.Parameter(torch.randn(conv.out_channels))
+    model.to(dtype)
+    assert densenet_fast.convert(model).complete
+    optimized = optimize_for_inference(model)
+    assert_same(optimized, model, images(2, 3, 64, 64, dtype=dtype))
+    assert runs_prepared(optimized)
+
+
+@needs_kernels
 def test_sizes_share_packed_weights() -> None:
     optimized = optimize_for_inference(network(growth_rate=32))
     for side in range(32, 64):

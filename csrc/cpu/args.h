@@ -20,11 +20,13 @@ struct Image {
   int64_t rows() const { return n * d * h * w; }
 };
 
-// Normalise-and-rectify of C channels: relu(scale * x + shift).
+// Normalise-and-rectify of C channels: relu(scale * x + shift). Transitions rectify at `floor`:
+// where it is NaN, everything passes.
 template <class T>
 struct Activation {
   const T* scale = nullptr;
   const T* shift = nullptr;
+  T floor = 0;
 };
 
 // The same, with what the backward needs for x-hat = (x - mean) * rstd.
@@ -34,6 +36,7 @@ struct Norm {
   const T* shift = nullptr;
   const T* mean = nullptr;
   const T* rstd = nullptr;
+  T floor = 0;
 };
 
 template <class T>

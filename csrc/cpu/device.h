@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -22,14 +23,19 @@ void convert(const ImageArgument& from, Image<S>& to) {
 }
 
 template <class T>
+T floor_of(const NormArgument& norm) {
+  return norm.linear ? std::numeric_limits<T>::quiet_NaN() : T(0);
+}
+
+template <class T>
 void convert(const NormArgument& from, Activation<T>& to) {
-  to = {static_cast<const T*>(from.scale), static_cast<const T*>(from.shift)};
+  to = {static_cast<const T*>(from.scale), static_cast<const T*>(from.shift), floor_of<T>(from)};
 }
 
 template <class T>
 void convert(const NormArgument& from, Norm<T>& to) {
   to = {static_cast<const T*>(from.scale), static_cast<const T*>(from.shift),
-        static_cast<const T*>(from.mean), static_cast<const T*>(from.rstd)};
+        static_cast<const T*>(from.mean), static_cast<const T*>(from.rstd), floor_of<T>(from)};
 }
 
 template <class T>

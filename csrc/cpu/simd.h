@@ -131,40 +131,41 @@ DF_INLINE void store_partial(T* p, Vec<T> v, int64_t n) {
 #endif
 }
 
-// relu as PyTorch's: NaN stays NaN (the x86 maximum returns its second operand when unordered).
+// relu as PyTorch's, at `floor`: NaN stays NaN (the x86 maximum returns its second operand when
+// unordered), and above a floor of NaN everything stays.
 template <class T>
-DF_INLINE Vec<T> relu(Vec<T> x) {
+DF_INLINE Vec<T> relu(Vec<T> x, Vec<T> floor = zero<T>()) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+    return (Vec<T>)_mm512_max_ps((__m512)floor, (__m512)x);
   } else {
-    return (Vec<T>)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)x);
+    return (Vec<T>)_mm512_max_pd((__m512d)floor, (__m512d)x);
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    return (Vec<T>)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x);
+    return (Vec<T>)_mm256_max_ps((__m256)floor, (__m256)x);
   } else {
-    return (Vec<T>)_mm256_max_pd(_mm256_setzero_pd(), (__m256d)x);
+    return (Vec<T>)_mm256_max_pd((__m256d)floor, (__m256d)x);
   }
 #else
-  return x < zero<T>() ? zero<T>() : x;
+  return x < floor ? floor : x;
 #endif
 }
 
-// `g` where `x > 0`, else zero; a NaN in x stops the gradient's flow as PyTorch's threshold does
-// not: threshold_backward keeps g unless x <= 0, so the unordered case keeps it here as well.
+// `g` where `x > floor`, else zero; a NaN in x stops the gradient's flow as PyTorch's threshold
+// does not: threshold_backward keeps g unless x <= 0, so the unordered case keeps it here as well.
 template <class T>
-DF_INLINE Vec<T> where_positive(Vec<T> x, Vec<T> g) {
+DF_INLINE Vec<T> where_positive(Vec<T> x, Vec<T> g, Vec<T> floor = zero<T>()) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+    const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, (__m512)floor, _CMP_NLE_UQ);
     return (Vec<T>)_mm512_maskz_mov_ps(keep, (__m512)g);
   } else {
-    const __mmask8 keep = _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NLE_UQ);
+    const __mmask8 keep = _mm512_cmp_pd_mask((__m512d)x, (__m512d)floor, _CMP_NLE_UQ);
     return (Vec<T>)_mm512_maskz_mov_pd(keep, (__m512d)g);
   }
 #else
-  return x <= zero<T>() ? zero<T>() : g;
+  return x <= floor ? zero<T>() : g;
 #endif
 }
 

@@ -37,6 +37,7 @@ struct UnpoolSink {
   const PaddedNorm<T>& norm;
   Image<S> gradient;
   PooledPixels pixels;
+  T floor;
 
   void prefetch(int64_t row, int64_t rows, int64_t c, int64_t columns,
                 PrefetchStream& stream) const {
@@ -48,7 +49,7 @@ struct UnpoolSink {
     constexpr int L = kLanes<T>;
     int64_t sources[kBackwardTile];  // of all columns: each costs divisions
     for (int64_t r = 0; r < b.rows; ++r) sources[r] = pixels.first(b.row + r);
-    const Vec<T> share = splat<T>(T(1) / static_cast<T>(pixels.count));
+    const Vec<T> share = splat<T>(T(1) / static_cast<T>(pixels.count)), lowest = splat<T>(floor);
     for (int j = 0; j < b.nv; ++j) {
       const int64_t c = b.column + j * L, n = b.columns - j * L;
       const Vec<T> scale = load<T>(norm.scale() + c), shift = load<T>(norm.shift() + c);
@@ -62,9 +63,9 @@ struct UnpoolSink {
           const int64_t pixel = first + pixels.corners[corner];
           const Vec<T> value = load_upto<T>(x.data + pixel * x.pitch + c, n);
           const Vec<T> y = fma<T>(scale, value, shift);
-          pooled += relu<T>(y);
+          pooled += relu<T>(y, lowest);
           if (!b.product) continue;
-          const Vec<T> dn = where_positive<T>(y, d);
+          const Vec<T> dn = where_positive<T>(y, d, lowest);
           sum += dn;
           sum_centred = fma<T>(dn, value - mean, sum_centred);
           if (gradient.data) {
@@ -104,10 +105,10 @@ void transition_backward(Image<const S> grad_out, Image<const S> features, Norm<
   const BackwardShape shape{grad_out.rows(), weight.out, weight.in, kPanel};
   const PaddedNorm<T> padded_norm(norm, features.c);
   if (grad_features.data) clear_cut_pixels(grad_features);
-  product_backward<T>(shape, grad_affine.beta != nullptr, grad_weight.wanted(),
-                      MatrixWeight<S>{weight, grad_weight}, norm, grad_affine,
-                      PlainSource<S>{grad_out},
-                      UnpoolSink<S>{features, padded_norm, grad_features, PooledPixels(features)});
+  product_backward<T>(
+      shape, grad_affine.beta != nullptr, grad_weight.wanted(),
+      MatrixWeight<S>{weight, grad_weight}, norm, grad_affine, PlainSource<S>{grad_out},
+      UnpoolSink<S>{features, padded_norm, grad_features, PooledPixels(features), norm.floor});
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ void transition_forward(Image<const S> features, Activation<Compute<S>> act, Wei
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const PooledPixels pixels(features);
-  const Vec<T> share = splat<T>(T(1) / static_cast<T>(pixels.count));
+  const Vec<T> share = splat<T>(T(1) / static_cast<T>(pixels.count)), floor = splat<T>(act.floor);
   product_forward<S>(
       out.rows(), features.c, weight, out, statistics,
       [&](int64_t row, int64_t rows, int64_t c0, int64_t width, T* panel) {
@@ -64,8 +64,8 @@ void transition_forward(Image<const S> features, Activation<Compute<S>> act, Wei
             const Vec<T> b = load_upto<T>(act.shift + c0 + c, n);
             const auto pair = [&](int64_t corner) {
               const S* p = x + pixels.corners[corner] * features.pitch + c;
-              return relu<T>(fma<T>(a, load_upto<T>(p, n), b)) +
-                     relu<T>(fma<T>(a, load_upto<T>(p + features.pitch, n), b));
+              return relu<T>(fma<T>(a, load_upto<T>(p, n), b), floor) +
+                     relu<T>(fma<T>(a, load_upto<T>(p + features.pitch, n), b), floor);
             };
             Vec<T> sum = pair(0);
             if (pixels.count > 2) sum += pair(2);

@@ -1,6 +1,7 @@
 // Untyped arguments become typed ones; the element type and the arithmetic pick the policy.
 #pragma once
 
+#include <limits>
 #include <stdexcept>
 
 #include "epilogue.cuh"
@@ -55,13 +56,15 @@ Image<E> image(const ImageArgument& a) {
 
 template <class A>
 Activation<A> activation(const NormArgument& a) {
-  return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift)};
+  return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift),
+          a.linear ? -std::numeric_limits<A>::infinity() : A(0)};
 }
 
 template <class A>
 Norm<A> norm(const NormArgument& a) {
   return {static_cast<const A*>(a.scale), static_cast<const A*>(a.shift),
-          static_cast<const A*>(a.mean), static_cast<const A*>(a.rstd)};
+          static_cast<const A*>(a.mean), static_cast<const A*>(a.rstd),
+          a.linear ? std::numeric_limits<A>::quiet_NaN() : A(0)};
 }
 
 }  // namespace densenet_fast::cuda

@@ -290,7 +290,8 @@ struct MaskedGradient {
           for (int v = 0; v < V; ++v) {
             const A xv = widen(value.element[v]);
             const A share = kUnpools ? A(pooled.share) * slice.value[i][v] : slice.value[i][v];
-            const A d = where_positive(multiply_add(scale.value[v], xv, shift.value[v]), share);
+            const A y = multiply_add(scale.value[v], xv, shift.value[v]);
+            const A d = where_positive(y, share, kUnpools ? norm.floor : A(0));
             sum[v] += d;
             centred[v] = multiply_add(d, xv - mean.value[v], centred[v]);
             if (adds()) {

@@ -29,6 +29,20 @@ __device__ __forceinline__ void keep([[maybe_unused]] int& x) {
 #endif
 }
 
+// The larger one, NaN where x is: an instruction of sm_80 and newer. `other` is a number.
+__device__ __forceinline__ float maximum(float x, float other) {
+#if !defined(DENSENET_FAST_EMULATOR) && __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(other));
+  return result;
+#else
+  return x <= other ? other : x;
+#endif
+}
+__device__ __forceinline__ double maximum(double x, double other) {
+  return !(x <= other) ? x : other;
+}
+
 // ---- Tensor cores: d += a * b, fragments as in the PTX ISA ("Matrix fragments for mma")
 // ----------
 

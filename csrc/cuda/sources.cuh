@@ -117,8 +117,8 @@ struct PooledSource {
       const auto value = *reinterpret_cast<const Piece<E>*>(raw[corner]);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        sum[v] +=
-            relu(multiply_add(c.of[0].value[v], A(widen(value.element[v])), c.of[1].value[v]));
+        sum[v] += relu(multiply_add(c.of[0].value[v], A(widen(value.element[v])), c.of[1].value[v]),
+                       act.floor);
       }
     }
     Piece<E> out;

@@ -5,20 +5,14 @@
 namespace densenet_fast::cuda {
 namespace {
 
-// The mean of the activation over each window. `unit` becomes as many ones, and twice as many
-// zeros.
+// The mean of the activation over each window.
 template <class E>
 __global__ void __launch_bounds__(kThreads)
-    pool_kernel(Image<const E> x, Activation<Accumulator<E>> act, PooledPixels pooled, Image<E> out,
-                Accumulator<E>* unit, int ones) {
+    pool_kernel(Image<const E> x, Activation<Accumulator<E>> act, PooledPixels pooled,
+                Image<E> out) {
   using A = Accumulator<E>;
   constexpr int V = kPieceElements<E>;
   const PieceIndex<E> at(out.rows(), out.c);
-  const int64_t across = int64_t{gridDim.y} * blockDim.x;
-  const int64_t threads = across * gridDim.x * blockDim.y;
-  for (int64_t i = at.row * across + at.channel / V; i < 3 * int64_t{ones}; i += threads) {
-    unit[i] = i < ones ? A(1) : A(0);
-  }
   if (at.valid <= 0) return;
   A sum[V] = {};
   pooled.for_each_corner(at.row, [&](int64_t pixel) {
@@ -26,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int c = v < at.valid ? at.channel + v : at.channel;
-      sum[v] += relu(multiply_add(act.scale[c], A(widen(piece.element[v])), act.shift[c]));
+      sum[v] +=
+          relu(multiply_add(act.scale[c], A(widen(piece.element[v])), act.shift[c]), act.floor);
     }
   });
   Piece<E> result;
@@ -35,32 +30,20 @@ __global__ void __launch_bounds__(kThreads)
   store_piece<E>(out.data + at.in(out), result, at.valid, out.alignment);
 }
 
-// Volumes pooled for the 1x1 convolution's kernels, with coefficients that change nothing. Of fewer
-// dimensions a product pools while it loads; eight pieces a piece would leave it no shared memory.
-struct PooledVolumes {
-  ImageArgument image;
-  NormArgument identity;
-  const void* gradient_map;
-};
-
-template <class E>
-PooledVolumes pool(const Context& context, const ImageArgument& features, const NormArgument& act,
-                   const ImageArgument& out) {
-  using A = Accumulator<E>;
-  PooledVolumes result{out, {}, nullptr};
-  ImageArgument& to = result.image;
+// Volumes are pooled into memory, for pixels as those of `out`. Of fewer dimensions a product pools
+// while it loads; eight pieces a piece would leave it no shared memory.
+template <class P>
+PlainSource<P> pooled_volumes(const Context& context, const ImageArgument& features,
+                              const NormArgument& act, const ImageArgument& out) {
+  using E = typename P::Element;
+  ImageArgument to = out;
   to.c = features.c;
   to.pitch = ceil_div(features.c, kPieceElements<E>) * kPieceElements<E>;
   to.data = context.workspace->allocate(sizeof(E) * to.rows() * to.pitch);
-  const int64_t ones = out.c > features.c ? out.c : features.c;
-  A* const unit = static_cast<A*>(context.workspace->allocate(sizeof(A) * 3 * ones));
-  result.identity.scale = unit + ones - features.c;
-  result.identity.shift = unit + ones;
-  result.gradient_map = unit + ones - out.c;
   const auto x = image<const E>(features);
-  launch(&pool_kernel<E>, pieces<E>(context, "pool", to.rows(), to.c), x, activation<A>(act),
-         PooledPixels(features.dims, x.d, x.h, x.w), image<E>(to), unit, static_cast<int>(ones));
-  return result;
+  launch(&pool_kernel<E>, pieces<E>(context, "pool", to.rows(), to.c), x,
+         activation<Accumulator<E>>(act), PooledPixels(features.dims, x.d, x.h, x.w), image<E>(to));
+  return {image<const E>(to)};
 }
 
 template <class P>
@@ -79,21 +62,19 @@ void transition_forward(const Context& context, const ImageArgument& features,
   with_policy(context, [&](auto policy) {
     using P = decltype(policy);
     using E = typename P::Element;
-    if (features.dims > 2) {
-      const PooledVolumes pooled = pool<E>(context, features, act, out);
-      return conv1x1_forward(context, pooled.image, pooled.identity, weight, out, statistics);
-    }
     const int64_t rows = out.rows();
     const auto packed = packed_weight<P>(context, weight, 1, false);
     const auto x = image<const E>(features);
     const Cut cut = cut_rows(tiles_of<P, kPooledTiles>(), rows, weight.out, 1,
                              current_device_limits().multiprocessors);
-    store_with_statistics<P>(context, out, cut, statistics, [&](const auto& sink) {
-      run_rows_product<P, kPooledTiles>(
-          "transition_forward",
-          pooled_source<P>(features, act, PooledPixels(features.dims, x.d, x.h, x.w)), packed, sink,
-          rows, cut, context.stream);
-    });
+    const auto run = [&](const auto& source) {
+      store_with_statistics<P>(context, out, cut, statistics, [&](const auto& sink) {
+        run_rows_product<P, kPooledTiles>("transition_forward", source, packed, sink, rows, cut,
+                                          context.stream);
+      });
+    };
+    if (features.dims > 2) return run(pooled_volumes<P>(context, features, act, out));
+    run(pooled_source<P>(features, act, PooledPixels(features.dims, x.d, x.h, x.w)));
   });
 }
 
@@ -121,14 +102,13 @@ void transition_backward(const Context& context, const ImageArgument& grad_out,
     run_finish_sums<A>(context, sink.partial, cut.tiles, cut.parts, weight.in, norm_argument,
                        grad_affine);
     if (!grad_weight.data) return;
-    if (features.dims > 2) {
-      const PooledVolumes volumes = pool<E>(context, features, norm_argument, grad_out);
-      return conv1x1_backward(context, grad_out, grad_out, volumes.gradient_map, volumes.image,
-                              volumes.identity, weight, {}, {}, grad_weight);
-    }
-    run_pixel_gradient<P>(context, "transition_wgrad", source,
-                          pooled_source<P>(features, norm_argument, pooled), rows, weight.out,
-                          weight.in, grad_weight);
+    const auto run = [&](const auto& activated) {
+      run_pixel_gradient<P>(context, "transition_wgrad", source, activated, rows, weight.out,
+                            weight.in, grad_weight);
+    };
+    if (features.dims > 2)
+      return run(pooled_volumes<P>(context, features, norm_argument, grad_out));
+    run(pooled_source<P>(features, norm_argument, pooled));
   });
 }
 

@@ -63,10 +63,17 @@ __device__ __forceinline__ A relu(A x) {
   return x <= A(0) ? A(0) : x;
 }
 
-// The gradient passes unless x <= 0: PyTorch's threshold_backward, NaN included.
+// At a floor, 0 or -infinity, that only a transition has: the compiler makes more of a known one.
 template <class A>
-__device__ __forceinline__ A where_positive(A x, A gradient) {
-  return x <= A(0) ? A(0) : gradient;
+__device__ __forceinline__ A relu(A x, A floor) {
+  return ptx::maximum(x, floor);
+}
+
+// The gradient passes unless x <= floor: PyTorch's threshold_backward, NaN included. Where the
+// floor is NaN, it passes everywhere.
+template <class A>
+__device__ __forceinline__ A where_positive(A x, A gradient, A floor = 0) {
+  return x <= floor ? A(0) : gradient;
 }
 
 template <class E>
@@ -251,10 +258,12 @@ struct PooledPixels {
   }
 };
 
+// Rectified at `floor`: 0, or -infinity.
 template <class A>
 struct Activation {
   const A* scale;
   const A* shift;
+  A floor = 0;
 };
 
 template <class A>
@@ -263,6 +272,7 @@ struct Norm {
   const A* shift;
   const A* mean;
   const A* rstd;
+  A floor = 0;  // of `where_positive`: 0, or NaN
 };
 
 }  // namespace densenet_fast::cuda

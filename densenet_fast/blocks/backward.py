@@ -154,6 +154,7 @@ class BlockBackward:
                 grad_gamma,
                 grad_beta,
                 grad_weight,
+                block.settings.linear,
             )
             if grad_weight is not None and of_conv is not None:
                 grad_weight = grad_weight.view(of_conv.shape)

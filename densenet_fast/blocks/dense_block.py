@@ -71,7 +71,8 @@ __all__ = [
 
 _BLOCK = (
     "Tensor?[] parameters, Tensor?[] buffers, Tensor? seeds, float[] eps, bool[] batch_statistics, "
-    "str[] groups, float[] dropout, bool[] whole_channels, str tail, str checkpoint, int hold"
+    "str[] groups, float[] dropout, bool[] whole_channels, str tail, bool linear, str checkpoint, "
+    "int hold"
 )
 
 

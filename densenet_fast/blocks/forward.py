@@ -348,7 +348,8 @@ def _tail(block: Block, features: Tensor, statistics: Statistics) -> Tensor:
         return out
     weight = matrix(block.parameters[-1])
     out = empty_channels_last((images, len(weight), *halved(size)), features)
-    operators.transition_forward(features, scale, shift, weight, rows_of(out), None, None)
+    linear = block.settings.linear
+    operators.transition_forward(features, scale, shift, weight, rows_of(out), None, None, linear)
     return out
 
 

@@ -71,9 +71,11 @@ def record(statistics: Tensor, updates: norms.Updates, count: int) -> None:
 
     Everything, or nothing.
     """
-    running, counters, _, _ = updates
-    if running or counters:
-        count_step(statistics, *updates, count)
+    *lists, offsets = updates
+    if updates.running or updates.counters:
+        count_step(statistics, *lists, count)
+    for mean, offset, weight in offsets:
+        mean.add_(offset.detach(), alpha=weight)
 
 
 Finish = Callable[[Tensor], None]

@@ -37,6 +37,28 @@ def coefficients(
     return Coefficients(scale, shift, mean, rstd)
 
 
+def behind_bias(norm: NormSpec, bias: Tensor | None) -> NormSpec:
+    """The norm of z + bias, of a convolution's `bias` [C] or None, as a norm of z.
+
+    The batch's mean has the bias in it, which so cancels: its gradient is zeros. A frozen mean has
+    not: there the bias shifts the norm's output.
+    """
+    if bias is None:
+        return norm
+    dtype = statistics_dtype(bias.dtype)
+    shift = bias.to(dtype)
+    if norm.batch_statistics:
+        shift = 0 * shift
+    else:
+        assert norm.running_var is not None
+        shift = shift * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            shift = shift * norm.weight.to(dtype)
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(dtype)
+    return norm._replace(bias=shift, offset=bias)
+
+
 # A norm that is the only one in its node: its statistics are mean, variance and, if it is
 # synchronised, the number of values that they are of, in one vector.
 
@@ -108,23 +130,30 @@ def place(norm: NormSpec, channels: int) -> Place:
     return Place(norm, 0, channels, 2 * channels if norm.group else -1, channels)
 
 
-# Running statistics, counters, places and momenta, as `operators.update_running_statistics_` takes
-# them.
-Updates = tuple[list[Tensor], list[Tensor], list[int], list[float]]
+class Updates(NamedTuple):
+    """What `operators.update_running_statistics_` takes, and what running means get behind it."""
+
+    running: list[Tensor]
+    counters: list[Tensor]
+    places: list[int]
+    momenta: list[float]
+    offsets: list[tuple[Tensor, Tensor, float]]  # a running mean, an offset and its weight
 
 
 def updates(places: Iterable[Place]) -> Updates:
     """What a step changes of these norms. One that was used twice is there twice."""
-    running: list[Tensor] = []
-    counters: list[Tensor] = []
-    flat: list[int] = []
-    momenta: list[float] = []
+    found = Updates([], [], [], [], [])
     for norm, *place in places:
         if norm.counter is not None:
-            counters.append(norm.counter)
+            found.counters.append(norm.counter)
         momentum, mean, var = norm.momentum, norm.running_mean, norm.running_var
         if norm.batch_statistics and momentum is not None and mean is not None and var is not None:
-            running += (mean, var)
-            flat += place
-            momenta.append(momentum)
-    return running, counters, flat, momenta
+            found.running.extend((mean, var))
+            found.places.extend(place)
+            found.momenta.append(momentum)
+            for at, (other, offset, weight) in enumerate(found.offsets):
+                if other is mean:  # which forgets them, too
+                    found.offsets[at] = other, offset, weight * (1 - momentum)
+            if norm.offset is not None:
+                found.offsets.append((mean, norm.offset, momentum))
+    return found

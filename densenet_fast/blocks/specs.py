@@ -26,7 +26,8 @@ class NormSpec(NamedTuple):
     None leaves them alone. BatchNorm's own `momentum=None` (a cumulative average) must be turned
     into a number by the caller. `counter` is `num_batches_tracked`, where the step counts there.
     The batch's statistics are those of all ranks of the process group of the name `group`; "": of
-    this process's batch alone.
+    this process's batch alone. `offset` [C], if there is one, is in the mean that `running_mean`
+    follows, but not in what is normalised.
     """
 
     weight: Tensor | None
@@ -38,6 +39,7 @@ class NormSpec(NamedTuple):
     momentum: float | None
     group: str = ""
     counter: Tensor | None = None
+    offset: Tensor | None = None
 
 
 class ConvGeometry(NamedTuple):
@@ -81,11 +83,12 @@ class LayerSpec(NamedTuple):
 class TransitionTail(NamedTuple):
     """norm, ReLU, 1x1 convolution `[Cout, C, 1, 1]`, 2x2 average pooling behind the block.
 
-    In one and three dimensions one size less or more.
+    In one and three dimensions one size less or more. A `linear` one has no ReLU.
     """
 
     norm: NormSpec
     conv_weight: Tensor
+    linear: bool = False
 
 
 class MaxTransition(NamedTuple):
@@ -124,6 +127,7 @@ class Settings(NamedTuple):
     dropout: Sequence[float]
     whole_channels: Sequence[bool]
     tail: str  # "none", "transition" or "average"
+    linear: bool  # of a transition: it has no ReLU
     checkpoint: Checkpoint = "bottleneck"
     hold: int = 0  # last layers whose bottleneck is held for the backward
 
@@ -170,5 +174,6 @@ def flattened(
             [layer.dropout for layer in layers],
             [layer.whole_channels for layer in layers],
             kind,
+            isinstance(tail, TransitionTail) and tail.linear,
         ),
     )

@@ -57,13 +57,14 @@ class ChainLayer(NamedTuple):
 class ChainTail(NamedTuple):
     """Paths of a transition's modules; of the pooling None where it is a function.
 
-    Its pooling is an average or a `maximum`.
+    Its pooling is an average or a `maximum`. A `linear` one has no ReLU.
     """
 
     norm: Path
     conv: Path
     pool: Path | None
     maximum: bool
+    linear: bool
     relus: tuple[Path, ...]
     dropouts: tuple[Dropout, ...]
     order: Order
@@ -101,10 +102,11 @@ class NoChainError(Exception):
 
 _LAYER = re.compile("nrc(d*)nrc(d*)")
 _WITHOUT_BOTTLENECK = re.compile("nrc(d*)$")
-_TRANSITION = re.compile("nrc(d*)[am]")
+_TRANSITION = re.compile("nrcd*[am]|ncd*a")
 # What is of the family, and not fused.
 _OTHERS = (
-    (re.compile("ncd*[am]"), "it has no ReLU between its norm and its convolution"),
+    (re.compile("ncd*m"), "it has no ReLU between its norm and its convolution"),
+    (re.compile("nr?$"), "it has a norm without a convolution behind it"),
     (
         re.compile("c?nr?c?n?r?"),
         "its operations come in another order than norm, ReLU, convolution",
@@ -193,14 +195,17 @@ def _chain(traced: Trace) -> Chain:
 
 
 def _is_dense(traced: Trace) -> bool:
-    """Whether what a convolution gives is concatenated to what it, norms and ReLUs have read."""
+    """Whether what convolutions, norms and ReLUs give is concatenated to what they have read."""
     for value in (*(op.input for op in traced.operations), traced.output):
         for piece in value if len(value) > 1 else ():
-            if piece == INPUT or traced.operations[piece].kind not in "cd":
+            if piece == INPUT or traced.operations[piece].kind not in "cdnr":
                 continue
             source: tuple[int, ...] = (piece,)
             while len(source) == 1 and source[0] != INPUT:
-                source = traced.operations[source[0]].input
+                operation = traced.operations[source[0]]
+                if operation.kind in "am":
+                    break  # what was pooled is no part of the same features
+                source = operation.input
                 if set(source) < set(value):
                     return True
     return False
@@ -243,10 +248,18 @@ def _layer(parts: Sequence[Operation], match: re.Match[str], order: Order) -> Ch
 
 
 def _tail(parts: Sequence[Operation], order: Order) -> ChainTail:
-    norm, relu, conv, *dropouts, pool = parts
-    relus = () if relu.path is None else (relu.path,)
-    paths = _path(norm), _path(conv), pool.path
-    return ChainTail(*paths, pool.kind == "m", relus, _dropouts(dropouts), order)
+    relus, dropouts = ([part for part in parts if part.kind == kind] for kind in "rd")
+    norm, conv, pool = (part for part in parts if part.kind not in "rd")
+    return ChainTail(
+        _path(norm),
+        _path(conv),
+        pool.path,
+        maximum=pool.kind == "m",
+        linear=not relus,
+        relus=tuple(relu.path for relu in relus if relu.path is not None),
+        dropouts=_dropouts(dropouts),
+        order=order,
+    )
 
 
 def _path(operation: Operation) -> Path:
@@ -268,7 +281,7 @@ def _no_chain(operation: Operation, kinds: str) -> NoChainError:
     for pattern, reason in _OTHERS:
         if pattern.match(kinds):
             error = NoChainError(reason)
-            error.like = pattern.pattern.endswith("]")
+            error.like = pattern.pattern.endswith("m")
             return error
     if "?" in kinds:
         return NoChainError(f"it calls {operation.words}")

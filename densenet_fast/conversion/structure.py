@@ -244,7 +244,7 @@ def _tail_step(
         return MaxTransitionStep(norm, conv, *dropping)
     if dropping[0] > 0:
         return "it drops out in front of its pooling"
-    return TailParts(norm, conv, tail.order)
+    return TailParts(norm, conv, tail.order, tail.linear)
 
 
 def _dropping(root: nn.Module, dropouts: Sequence[Dropout], dims: int) -> tuple[float, bool] | str:

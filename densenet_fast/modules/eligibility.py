@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from densenet_fast.blocks.autocast import CAST_TYPES
 from densenet_fast.blocks.autocast import enabled as autocast_enabled
@@ -26,8 +27,11 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, torch_internals.FakeTensor)
 
 _SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 # Of convolutions that keep the size, by their taps in each dimension and the dimensions.
-_KEEPING: dict[tuple[int, int], tuple[Any, ...]] = {
-    (taps, dims): ((taps,) * dims, (1,) * dims, (taps // 2,) * dims, (1,) * dims, 1, "zeros")
+_KEEPING: dict[tuple[int, int], list[tuple[Any, ...]]] = {
+    (taps, dims): [
+        ((taps,) * dims, (1,) * dims, padding, (1,) * dims, 1, "zeros")
+        for padding in ((taps // 2,) * dims, "same")
+    ]
     for taps in (1, 3)
     for dims in MODULES
 }
@@ -76,6 +80,8 @@ def other_type(module: nn.Module | None, kind: type[nn.Module]) -> str:
         return "is missing"
     if hasattr(module, "parametrizations"):
         return "is parametrised"
+    if isinstance(module, LazyModuleMixin):
+        return f"is a {type(module).__name__} without parameters yet: call the network once before"
     if isinstance(module, kind):
         return f"is a subclass of {kind.__name__} ({type(module).__name__})"
     return f"is a {type(module).__name__}, not a {kind.__name__}"
@@ -220,11 +226,8 @@ def norm(module: nn.Module, channels: int | None, expected: Expected) -> str | N
     return None
 
 
-def conv(module: nn.Module, taps: int, expected: Expected, *, biased: bool = False) -> str | None:
-    """Obstacle to computing a convolution of this width that keeps the size.
-
-    It may have a bias if `biased`.
-    """
+def conv(module: nn.Module, taps: int, expected: Expected) -> str | None:
+    """Obstacle to computing a convolution of this width that keeps the size."""
     obstacle = exactly(module, MODULES[expected.dims].conv)
     if obstacle is not None:
         return obstacle
@@ -233,13 +236,10 @@ def conv(module: nn.Module, taps: int, expected: Expected, *, biased: bool = Fal
         weight, bias = parameter(state, "weight"), parameter(state, "bias")
     except KeyError as missing:
         return f"has no registered {missing.args[0]}"
-    if bias is not None:
-        if not biased:
-            return "has a bias"
-        if (found := _tensor(bias, expected)) is not None:
-            return found
+    if bias is not None and (found := _tensor(bias, expected)) is not None:
+        return found
     actual = tuple(setting(state, name) for name in _SETTINGS)
-    if actual != _KEEPING[taps, expected.dims]:
+    if actual not in _KEEPING[taps, expected.dims]:
         return "has " + ", ".join(map("{} {}".format, _SETTINGS, actual))
     return _tensor(weight, expected)
 

@@ -76,7 +76,7 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | MaxTransitionStep | str)
         obstacle = "the layer before it runs plain"
     if isinstance(tail, str) or tail.tail is None:
         return obstacle or str(tail)
-    norm, conv, _ = tail.tail
+    norm, conv = tail.tail[:2]
     if isinstance(block, DenseStep) and obstacle is None:
         layers, order = block.segments[-1], block.order
         assert isinstance(layers, list)

@@ -15,8 +15,8 @@ from densenet_fast.modules.eligibility import Expected, named
 class LayerParts(NamedTuple):
     """What a layer computes with: norm1, ReLU, conv1, norm2, ReLU, conv2 and dropout.
 
-    Without a bottleneck norm1 and conv1 are None: norm2, ReLU and conv2 read the features. conv2
-    may have a bias.
+    Without a bottleneck norm1 and conv1 are None: norm2, ReLU and conv2 read the features. The
+    convolutions may have a bias.
     `activations` are modules that must be a ReLU each, by name; a norm may have its own inside.
     `dropout` is the probability of zeroing an element of the layer's output now, or with
     `whole_channels` a whole channel of an image. `order` are the pieces of the features (0 is the
@@ -68,7 +68,7 @@ class LayerParts(NamedTuple):
         """Why they cannot be fused on an input of so many channels (None: of norm1's), or None."""
         norm1, conv1, norm2, conv2, activations, *_ = self
         found = None if conv1 is None else named("conv1", eligibility.conv(conv1, 1, expected))
-        found = found or named("conv2", eligibility.conv(conv2, 3, expected, biased=True))
+        found = found or named("conv2", eligibility.conv(conv2, 3, expected))
         if found is not None:
             return found
         if channels is None:
@@ -90,19 +90,20 @@ class LayerParts(NamedTuple):
 class TailParts(NamedTuple):
     """What computes behind a block: a transition's norm and convolution, or a final norm.
 
-    `order` is that of a layer.
+    `order` is that of a layer. A `linear` transition has no ReLU.
     """
 
     norm: Norm
     conv: Conv | None = None
     order: Sequence[int] | None = None
+    linear: bool = False
 
 
 def transition_obstacle(
     norm: Any, conv: Any, channels: int | None, expected: Expected
 ) -> str | None:
     """Why a transition's norm and convolution cannot be fused on so many channels, or None."""
-    if (found := eligibility.conv(conv, 1, expected, biased=True)) is not None:
+    if (found := eligibility.conv(conv, 1, expected)) is not None:
         return f"conv {found}"
     read = eligibility.weight_shape(conv)[1]
     if channels is not None and read != channels:

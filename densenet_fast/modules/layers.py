@@ -335,17 +335,16 @@ class Transition(FusedModule, nn.Sequential):
         if obstacle is not None:
             return obstacle
         parts: Any = self._modules
-        names = list(parts)
-        # A norm with its own ReLU has none behind it.
-        relu = "relu" in parts or not eligibility.norm_with_relu(parts.get("norm"))
-        if names != (["norm", "relu", "conv", "pool"] if relu else ["norm", "conv", "pool"]):
-            return f"its submodules are {', '.join(names)}"
+        relu = "relu" in parts
+        if list(parts) != ["norm", *(["relu"] if relu else []), "conv", "pool"]:
+            return f"its submodules are {', '.join(parts)}"
         norm, conv, pool = parts["norm"], parts["conv"], parts["pool"]
         found = layer_parts.transition_obstacle(norm, conv, channels, expected)
         if relu:
             found = found or named("relu", eligibility.exactly(parts["relu"], nn.ReLU))
         found = found or named("pool", eligibility.average_pool(pool, expected.dims))
-        return found or DenseStep([], "bottleneck", TailParts(norm, conv))
+        linear = not relu and not eligibility.norm_with_relu(norm)
+        return found or DenseStep([], "bottleneck", TailParts(norm, conv, linear=linear))
 
 
 def _parts(layer: nn.Module) -> LayerParts | str:

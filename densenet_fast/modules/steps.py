@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from densenet_fast.blocks import stem_convolution, synchronized
+from densenet_fast.blocks import norms, stem_convolution, synchronized
 from densenet_fast.blocks.dense_block import (
     FlatBlock,
     conv_stem,
@@ -105,7 +105,10 @@ class Reordering:
 
     def transition(self, spec: TransitionTail, order: Sequence[int] | None) -> TransitionTail:
         """The transition, likewise."""
-        return spec if order is None else TransitionTail(*self._reordered(*spec, order))
+        if order is None:
+            return spec
+        norm, weight = self._reordered(spec.norm, spec.conv_weight, order)
+        return spec._replace(norm=norm, conv_weight=weight)
 
     def _reordered(
         self, norm: NormSpec, weight: Tensor, order: Sequence[int]
@@ -308,28 +311,30 @@ class DenseStep:
     ) -> tuple[FlatBlock, Reordering | None]:
         """The specs of a run; made once, as the step is only kept while its modules stay the same.
 
-        But for averages over all steps, as the weight of a step in these changes, and for layers
-        that read the features in an order of their own, from copies of their parameters.
+        But for averages over all steps, as the weight of a step in these changes, for layers that
+        read the features in an order of their own, from copies of their parameters, and for biases
+        in front of a norm, which is another one for each of their values.
         """
         found = self._specs.get(id(run))
         if found is not None:
             return found, None
         counted: list[Tensor] = []
         reorder = Reordering(_widths(channels, run))
-        layers = [reorder.layer(_layer_spec(layer, counted), layer.order) for layer in run]
-        norms = [norm for layer in run for norm in layer.norms]
+        layers = [reorder.layer(layer_spec(layer, counted), layer.order) for layer in run]
+        momenta = [getattr(norm, "momentum", 0.0) for layer in run for norm in layer.norms]
         behind: Tail | None = None
         if tail is not None:
-            norms.append(tail.norm)
+            momenta.append(getattr(tail.norm, "momentum", 0.0))
             norm = norm_spec(tail.norm, counted)
             if tail.conv is None:
                 behind = AvgPoolTail(norm)
             else:
-                behind = TransitionTail(norm, parameter(tail.conv.__dict__, "weight"))
+                weight = parameter(tail.conv.__dict__, "weight")
+                behind = TransitionTail(norm, weight, tail.linear)
                 behind = reorder.transition(behind, tail.order)
         flat = FlatBlock(layers, behind)
-        averaging = any(getattr(norm, "momentum", 0.0) is None for norm in norms)
-        if reorder.unused and not averaging:
+        biased = any(layer.norm2.offset is not None for layer in layers)
+        if reorder.unused and None not in momenta and not biased:
             self._specs[id(run)] = flat
         return flat, reorder
 
@@ -346,12 +351,16 @@ def _widths(channels: int, run: FusedRun) -> list[int]:
     return [channels, *(weight_shape(layer.conv2)[0] for layer in run)]
 
 
-def _layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
+def layer_spec(layer: LayerParts, counted: list[Tensor]) -> LayerSpec:
+    """What the layer would do if it were called now; `counted` as of `norm_spec`."""
     norm1, conv1 = layer.norm1, layer.conv1
+    weight = bias = None
+    if conv1 is not None:
+        weight, bias = parameter(conv1.__dict__, "weight"), parameter(conv1.__dict__, "bias")
     return LayerSpec(
         norm1=NO_NORM if norm1 is None else norm_spec(norm1, counted),
-        conv1_weight=None if conv1 is None else parameter(conv1.__dict__, "weight"),
-        norm2=norm_spec(layer.norm2, counted),
+        conv1_weight=weight,
+        norm2=norms.behind_bias(norm_spec(layer.norm2, counted), bias),
         conv2_weight=parameter(layer.conv2.__dict__, "weight"),
         dropout=layer.dropout,
         whole_channels=layer.whole_channels,

@@ -5,7 +5,8 @@ channel slices of wider buffers, results written into tensors the caller owns. A
 floating-point type. Statistics and sums are float32 (float64 for float64 storage); with float16 or
 bfloat16 storage they are of the rounded values, read again later. Weights may be float32 then.
 
-Below, act(x) = relu(scale * x + shift) and xhat = (x - mean) * rstd.
+Below, act(x) = relu(scale * x + shift), or scale * x + shift where a transition is `linear`, and
+xhat = (x - mean) * rstd.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def _normalised(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, _wide(features), scale)
 
 
-def _activation(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return _normalised(features, scale, shift).relu_()
+def _activation(features: Tensor, scale: Tensor, shift: Tensor, *, linear: bool = False) -> Tensor:
+    normalised = _normalised(features, scale, shift)
+    return normalised if linear else normalised.relu_()
 
 
 def _masked(grad: Tensor, features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -257,11 +259,11 @@ def finish_gradient(
     out.copy_(_wide(grad_features) - correction)
 
 
-# What may follow a block: transition, or the final norm and average
+# What may follow a block: transition, or the final norm and average; and the stem's pooling
 
 
-def _pooled_activation(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    activation = images_of(_activation(features, scale, shift))
+def _pooled_activation(features: Tensor, scale: Tensor, shift: Tensor, *, linear: bool) -> Tensor:
+    activation = images_of(_activation(features, scale, shift, linear=linear))
     pooled = _AVERAGE[activation.dim()](activation, 2)
     return rows_of(pooled).contiguous().to(features.dtype)
 
@@ -274,12 +276,13 @@ def transition_forward(
     out: Tensor,
     mean: Tensor | None,
     var: Tensor | None,
+    linear: bool = False,
 ) -> None:
     """`out` = avgpool2(act(features)) @ weight.T, and its statistics.
 
     Pooling commutes with the 1x1 convolution, so it comes first: of images a quarter remains.
     """
-    pooled = _pooled_activation(features, scale, shift)
+    pooled = _pooled_activation(features, scale, shift, linear=linear)
     torch.mm(_rows(pooled), weight.to(features.dtype).t(), out=_rows(out))
     _optional_statistics(out, mean, var)
 
@@ -296,10 +299,11 @@ def transition_backward(
     grad_gamma: Tensor,
     grad_beta: Tensor,
     grad_weight: Tensor | None,
+    linear: bool = False,
 ) -> None:
     """`grad_features` = scale * grad_norm at all pixels, 0 at those that pooling cut off."""
     if grad_weight is not None:
-        pooled = _pooled_activation(features, scale, shift)
+        pooled = _pooled_activation(features, scale, shift, linear=linear)
         grad_weight.copy_(_rows(grad_out).t() @ _rows(pooled))
         del pooled
     grad_pooled = _wide(_rows(grad_out) @ weight.to(features.dtype))
@@ -311,7 +315,7 @@ def transition_backward(
         covered = covered.narrow(axis, 0, 2 * windows).unflatten(axis, (windows, 2))
         spread = spread.unsqueeze(axis + 1)
     covered.copy_(spread)
-    grad_norm = _masked(grad_norm, features, scale, shift)
+    grad_norm = grad_norm if linear else _masked(grad_norm, features, scale, shift)
     _norm_sums(grad_norm, features, mean, rstd, grad_gamma, grad_beta)
     grad_features.copy_(grad_norm.mul_(scale))
 
@@ -338,9 +342,6 @@ def norm_relu_avgpool_backward(
     grad_norm = _masked(grad_activation, features, scale, shift)
     _norm_sums(grad_norm, features, mean, rstd, grad_gamma, grad_beta)
     grad_features.copy_(grad_norm.mul_(scale))
-
-
-# Stem
 
 
 def norm_relu_maxpool_forward(

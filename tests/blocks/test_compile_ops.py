@@ -66,9 +66,10 @@ def block_call(checkpoint: Checkpoint, tail: str, frozen: bool = False) -> Tenso
         for layer in block.values()
     ]
     behind: Tail | None = None
-    if tail == "transition":
+    if tail in ("transition", "linear"):
         weight = nn.Parameter(torch.randn(5, 14, 1, 1))
-        behind = TransitionTail(norm_spec(nn.BatchNorm2d(14), counted), weight)
+        norm = norm_spec(nn.BatchNorm2d(14), counted)
+        behind = TransitionTail(norm, weight, tail == "linear")
     elif tail == "average":
         behind = AvgPoolTail(norm_spec(nn.BatchNorm2d(14), counted))
     input = torch.randn(2, 6, 5, 4, requires_grad=True)
@@ -100,7 +101,7 @@ CASES = {
     **{
         f"{checkpoint}-{tail}": lambda c=checkpoint, t=tail: block_call(c, t)
         for checkpoint in CHECKPOINT_MODES
-        for tail in ("none", "transition", "average")
+        for tail in ("none", "transition", "linear", "average")
     },
     "frozen": lambda: block_call("bottleneck", "transition", frozen=True),
     "stem": lambda: stem_call(False),

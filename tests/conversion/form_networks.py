@@ -11,19 +11,28 @@ from forms import (
     GROWTH,
     LAYERS,
     START,
+    AllAtOnce,
+    BiasedBottleneck,
     Bottle,
+    Dashed,
+    Decoder,
     Functional,
     FunctionalMaximum,
     FunctionalTransition,
+    Grouped,
+    LazyBlock,
     ListBlock,
     NewestFirst,
+    SamePadding,
     SegmentationBlock,
     SequentialBlock,
     SequentialTransition,
     SharedReLU,
+    TwoWays,
     Unit,
     UnitTransition,
     WithoutBottleneck,
+    biased_linear_transition,
     biased_transition,
     kinds,
     layers_of,
@@ -181,6 +190,33 @@ class Backbone(nn.Module):
         return tuple(found)
 
 
+def layers_alone(layer: type[nn.Module]) -> nn.Module:
+    stem = nn.Conv2d(3, START, 3, padding=1, bias=False)
+    return nn.Sequential(stem, nn.Sequential(*layers_of(layer, 2, START)))
+
+
+def lazy() -> nn.Module:
+    """Everything in one Sequential, of modules that have learned their sizes."""
+    channels = (START + GROWTH * LAYERS[0]) // 2
+    conv = nn.LazyConv2d(channels, kernel_size=1)
+    down = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU(), conv, nn.AvgPool2d(2, stride=2))
+    network = nn.Sequential(
+        OrderedDict(
+            stem=nn.LazyConv2d(START, kernel_size=3, padding=1),
+            block0=LazyBlock(LAYERS[0]),
+            down0=down,
+            block1=LazyBlock(LAYERS[1]),
+            norm=nn.LazyBatchNorm2d(),
+            relu=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d((1, 1)),
+            flat=nn.Flatten(),
+            last=nn.LazyLinear(5),
+        )
+    )
+    network(torch.zeros(1, 3, 8, 8))
+    return network
+
+
 class Segmentation(nn.Module):
     """A path down, one up, and the features in between handed over."""
 
@@ -216,12 +252,24 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "stages without bottleneck": lambda: StageWithTransition(WithoutBottleneck),
     "stages with maxima": lambda: StageWithTransition(SharedReLU, maximum_transition),
     "newest first, maxima": lambda: StageWithTransition(NewestFirst, maximum_transition),
+    "newest first, linear": lambda: StageWithTransition(NewestFirst, biased_linear_transition),
+    "linear maximum": lambda: Small(
+        Functional, lambda *sizes: linear_transition(*sizes, nn.MaxPool2d)
+    ),
     "units": units,
     "lists": Backbone,
     "lists, frugal": lambda: Backbone(frugal=True),
     "maximum": lambda: Small(Functional, maximum_transition),
     "functional maximum": lambda: Small(WithoutBottleneck, FunctionalMaximum),
+    "biased": lambda: Small(BiasedBottleneck, biased_transition),
     "biased transition": lambda: Small(NewestFirst, biased_transition),
+    "dashed": lambda: StageWithTransition(Dashed),
+    "lazy": lazy,
+    "same padding": lambda: Small(SamePadding, FunctionalTransition),
+    "grouped": lambda: layers_alone(Grouped),
+    "two ways": lambda: layers_alone(TwoWays),
+    "all at once": lambda: layers_alone(AllAtOnce),
+    "decoder": lambda: layers_alone(Decoder),
     "segmentation": lambda: Segmentation(0.0),
     "segmentation, dropout": lambda: Segmentation(0.2),
 }

@@ -46,6 +46,15 @@ class NewestFirst(Functional):
     newest_first = True
 
 
+class BiasedBottleneck(Functional):
+    """Every convolution with the bias that it has by default."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.conv1 = nn.Conv2d(channels, WIDTH, 1)
+        self.conv2 = nn.Conv2d(WIDTH, GROWTH, 3, padding=1)
+
+
 class WithoutBottleneck(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -89,9 +98,13 @@ class Bottle(nn.Module):
         return torch.cat([x, self.bottle_neck(x)], 1)
 
 
-def linear_transition(channels: int, out: int) -> nn.Module:
-    parts = [nn.BatchNorm2d(channels), nn.Conv2d(channels, out, 1, bias=False), nn.AvgPool2d(2, 2)]
-    return nn.Sequential(*parts)
+def linear_transition(channels: int, out: int, pool: type[nn.Module] = nn.AvgPool2d) -> nn.Module:
+    conv = nn.Conv2d(channels, out, 1, bias=False)
+    return nn.Sequential(nn.BatchNorm2d(channels), conv, pool(2, stride=2))
+
+
+def biased_linear_transition(channels: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, out, 1), nn.AvgPool2d(2))
 
 
 class SharedReLU(nn.Module):
@@ -267,6 +280,113 @@ class SegmentationBlock(nn.Module):
             new.append(layer(x))
             x = torch.cat([x, new[-1]], 1)
         return torch.cat(new, 1) if self.only_new else x
+
+
+class Dashed(nn.Sequential):
+    """A layer that is a Sequential of names that are no identifiers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        parts = norm_relu_conv(channels, WIDTH, 1) + norm_relu_conv(WIDTH, GROWTH, 3)
+        for at, part in enumerate(parts):
+            self.add_module(f"{('norm', 'relu', 'conv')[at % 3]}-{1 + at // 3}", part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, super().forward(x)], 1)
+
+
+class LazyBlock(nn.Module):
+    """Layers without bottleneck that learn their sizes from the first input."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential()
+        for _ in range(count):
+            conv = nn.LazyConv2d(GROWTH, kernel_size=3, padding=1)
+            self.net.append(nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU(), conv))
+
+    def forward(self, X: Tensor) -> Tensor:
+        for layer in self.net:
+            Y = layer(X)
+            X = torch.cat((X, Y), dim=1)
+        return X
+
+
+class SamePadding(Functional):
+    """A layer with the paddings and eps of Keras."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.bn1 = nn.BatchNorm2d(channels, eps=1.001e-5)
+        self.conv1 = nn.Conv2d(channels, WIDTH, 1, padding="same", bias=False)
+        self.bn2 = nn.BatchNorm2d(WIDTH, eps=1.001e-5)
+        self.conv2 = nn.Conv2d(WIDTH, GROWTH, 3, padding="same", bias=False)
+
+
+# Of the family, and not fused.
+
+
+class Grouped(Functional):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.conv1 = nn.Conv2d(channels, WIDTH, 1, groups=2, bias=False)
+
+
+def conv_norm_relu(channels: int, out: int, taps: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, out, taps, padding=taps // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+
+
+class TwoWays(nn.Module):
+    """A layer of two branches, of convolutions with their norm and ReLU behind."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = GROWTH // 2
+        self.near = nn.Sequential(
+            conv_norm_relu(channels, WIDTH, 1), conv_norm_relu(WIDTH, half, 3)
+        )
+        self.far = nn.Sequential(
+            conv_norm_relu(channels, WIDTH, 1),
+            conv_norm_relu(WIDTH, half, 3),
+            conv_norm_relu(half, half, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.near(x), self.far(x)], 1)
+
+
+class AllAtOnce(nn.Module):
+    """Convolutions one behind another, whose outputs are concatenated at the end alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        widths = [channels, *[GROWTH] * 3]
+        self.layers = nn.ModuleList(conv_norm_relu(width, GROWTH, 3) for width in widths[:-1])
+        self.concat = conv_norm_relu(sum(widths), channels + GROWTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [x]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1]))
+        return self.concat(torch.cat(outputs, dim=1))
+
+
+class Decoder(nn.Module):
+    """A layer with a grouped 5×5 convolution, and a norm and ReLU behind it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        conv = nn.Conv2d(WIDTH, GROWTH, 5, padding=2, groups=4, bias=False)
+        norm, relu, _ = norm_relu_conv(WIDTH, GROWTH, 1)
+        self.units = nn.ModuleList()
+        self.units.append(nn.Sequential(*norm_relu_conv(channels, WIDTH, 1), norm, relu, conv))
+        self.blk_bna = nn.Sequential(nn.BatchNorm2d(channels + GROWTH), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for unit in self.units:
+            x = torch.cat([x, unit(x)], 1)
+        return self.blk_bna(x)
 
 
 def maximum_transition(channels: int, out: int) -> nn.Module:

@@ -27,6 +27,11 @@ from densenet_fast.modules import eligibility
 from densenet_fast.operators.torch_internals import BatchNorm
 
 NO_RELU = "it has no ReLU between its norm and its convolution"
+ORDER = "its operations come in another order than norm, ReLU, convolution"
+GROUPED = (
+    "0: conv1 has kernel_size (1, 1), stride (1, 1), padding (0, 0), dilation (1, 1), groups 2, "
+    "padding_mode zeros"
+)
 SEGMENTATION: tuple[tuple[str, ...], dict[str, str]]
 SEGMENTATION = ("down", "transition", "middle", "behind"), {}
 # What is found in each form: names of what is converted, and of what is left alone and why.
@@ -34,7 +39,7 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "functional": (("dense1", "trans1", "dense2"), {}),
     "newest first": (("dense1", "trans1", "dense2"), {}),
     "without bottleneck": (("dense1", "trans1", "dense2"), {}),
-    "bottles": (("features.layers_0", "features.layers_1"), {"features.down_0": NO_RELU}),
+    "bottles": (("features.layers_0", "features.down_0", "features.layers_1"), {}),
     "wrapped": (("dense1.layer", "trans1", "dense2.layer"), {}),
     "wrapped, dropout": (("dense1.layer", "trans1", "dense2.layer"), {}),
     "sequentials": (("features.block0", "features.down0", "features.block1"), {}),
@@ -44,12 +49,22 @@ FOUND: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "stages without bottleneck": (("stage1", "stage2"), {}),
     "stages with maxima": (("stage1", "stage2"), {}),
     "newest first, maxima": (("stage1", "stage2"), {}),
+    "newest first, linear": (("stage1", "stage2"), {}),
+    "linear maximum": (("dense1", "dense2"), {"trans1": NO_RELU}),
     "units": (("0.stage1", "0.stage2"), {}),
     "lists": (("stages.0", "stages.1", "transitions.0"), {}),
     "lists, frugal": (("stages.0", "stages.1", "transitions.0"), {}),
     "maximum": (("dense1", "trans1", "dense2"), {}),
     "functional maximum": (("dense1", "trans1", "dense2"), {}),
+    "biased": (("dense1", "trans1", "dense2"), {}),
     "biased transition": (("dense1", "trans1", "dense2"), {}),
+    "dashed": (("stage1", "stage2"), {}),
+    "lazy": (("block0", "down0", "block1"), {}),
+    "same padding": (("dense1", "trans1", "dense2"), {}),
+    "grouped": ((), {"1": GROUPED}),
+    "two ways": ((), {"1.0": ORDER, "1.1": ORDER}),
+    "all at once": ((), {"1.0": ORDER, "1.1": ORDER}),
+    "decoder": ((), {"1": "it has a norm without a convolution behind it"}),
     "segmentation": SEGMENTATION,
     "segmentation, dropout": SEGMENTATION,
 }
@@ -96,7 +111,9 @@ def test_a_step_is_the_same(form: str, checkpoint: Any) -> None:
     assert all("norm" in row.name or row.name.endswith("bn") for row in plain), plain
 
 
-@pytest.mark.parametrize("form", ["newest first", "units", "sequentials in 1-D"])
+@pytest.mark.parametrize(
+    "form", ["newest first", "newest first, linear", "bottles", "units", "sequentials in 1-D"]
+)
 def test_training_and_frozen_norms(form: str) -> None:
     network, reference, x = with_reference(form)
     assert_same_training(network, reference, x)  # and are in evaluation then
@@ -171,7 +188,7 @@ def test_copies_and_files(form: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["newest first", "units", "lists"])
+@pytest.mark.parametrize("form", ["newest first", "bottles", "units", "lists"])
 def test_compiled_exported_and_traced(form: str) -> None:
     network, reference, x = with_reference(form)
     graph = torch.compile(First(network), backend="aot_eager", fullgraph=True)
@@ -343,6 +360,19 @@ def test_a_class_with_names_of_ours_is_left_alone() -> None:
         "it has an attribute 'checkpoint', which converted modules have: rename it"
     )
     assert type(block) is Runner
+
+
+def test_modules_that_have_seen_no_input() -> None:
+    network = nn.Sequential(nn.LazyConv2d(6, 1), forms.LazyBlock(3))
+    [row] = convert(network)
+    assert row.name == "1"
+    assert row.reason == (
+        "net.0.0 is a LazyBatchNorm2d without parameters yet: call the network once before"
+    )
+    x = torch.randn(2, 3, 4, 4)
+    expected = network(x)
+    assert convert(network).complete
+    torch.testing.assert_close(network(x), expected)
 
 
 def test_memory_kept_is_that_of_the_features() -> None:

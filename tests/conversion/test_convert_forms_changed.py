@@ -41,9 +41,10 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
         "is no chain of dense layers any more: it calls 1.1 (Tanh)",
     ),
     "another layer": (lambda block: setattr(block, "1", forms.Bottle(10).double()), ""),
-    "a bias": (
-        lambda block: setattr(block[1], "conv1", nn.Conv2d(10, 8, 1).double()),
-        "conv1 has a bias",
+    "a bias": (lambda block: setattr(block[1], "conv1", nn.Conv2d(10, 8, 1).double()), ""),
+    "groups": (
+        lambda block: setattr(block[1], "conv1", nn.Conv2d(10, 8, 1, groups=2).double()),
+        "conv1 has kernel_size (1, 1)",
     ),
 }
 

@@ -9,13 +9,32 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import GROWTH, START, WIDTH, Functional, layers_of
+from forms import GROWTH, START, WIDTH, Functional, conv_norm_relu, layers_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from library_networks import assert_same_step, images
 from torch import Tensor, nn
 
 from densenet_fast import convert
+
+
+class Skipping(nn.Module):
+    """Features of two sizes, concatenated: no dense connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = conv_norm_relu(START, GROWTH, 3)
+        self.up = conv_norm_relu(GROWTH, GROWTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.down(F.max_pool2d(x, 2))
+        return torch.cat([x, self.up(F.interpolate(small, scale_factor=2))], 1)
+
+
+def test_another_kind_of_network_is_not_of_the_family() -> None:
+    with pytest.raises(ValueError, match="convert found no dense block in Skipping"):
+        convert(Skipping())
+
 
 # What a layer may do otherwise, and what a block may. Those of the first tuples are still chains.
 CHAINS = (
@@ -28,6 +47,7 @@ CHAINS = (
     "frozen",
     "sync",
     "bias",
+    "bottleneck's bias",
 )
 LAYERS = (
     "no first ReLU",
@@ -38,7 +58,6 @@ LAYERS = (
     "groups",
     "dilation",
     "5×5",
-    "bottleneck's bias",
     "reflect",
     "group norm",
     "scaled",
@@ -189,6 +208,8 @@ class Network(nn.Module):
 @example(["no statistics", "affine", "wide"], "newest first", False, 0)
 @example(["as usual", "frozen", "as usual"], "reversed", False, 1)
 @example(["as usual", "as usual"], "shared layers", False, 1)
+@example(["bottleneck's bias", "frozen", "bottleneck's bias"], "shared layers", False, 1)
+@example(["bottleneck's bias", "no statistics", "bottleneck's bias"], "reversed", True, 1)
 @example(["as usual", "as usual"], "features kept", False, 1)
 def test_any_block_runs_as_before(
     layers: list[str], block: str, evaluating: bool, seed: int

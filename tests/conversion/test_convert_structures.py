@@ -88,6 +88,18 @@ def test_dropout_of_monai_that_is_another_module(change: str) -> None:
     assert_one_layer_is_plain(model, DROPOUT[change][0], f"{LAYER}.layers", DROPOUT[change][1])
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_transition_whose_relu_is_gone(library: str) -> None:
+    model: Any = make(library)
+    transition = model.features.transition1
+    if "relu" in transition._modules:
+        del transition.relu
+    reference = copy.deepcopy(model)
+    convert(model)
+    assert fusion_report(model)["features.transition1"].fused
+    assert_same_step(model, reference, images())
+
+
 # Layers that take a list of features
 
 

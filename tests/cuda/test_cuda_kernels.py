@@ -96,8 +96,9 @@ def test_conv3x3(gpu: OnDevice, kind: Kind, shape: tuple[Pixels, int, int]) -> N
 @kinds
 @pytest.mark.parametrize("shape", SHAPES_TRANSITION, ids=str)
 def test_transition(gpu: OnDevice, kind: Kind, shape: tuple[Pixels, int, int]) -> None:
-    run(gpu, kind, forward("transition_forward", *shape), shape)
-    run(gpu, kind, transition_backward(*shape), shape)
+    for linear in (False, True):
+        run(gpu, kind, forward("transition_forward", *shape, linear=linear), shape)
+        run(gpu, kind, transition_backward(*shape, linear=linear), shape)
 
 
 @kinds

@@ -31,7 +31,10 @@ class ImageArgument(Structure):
 class NormArgument(Structure):
     """`densenet_fast::NormArgument`."""
 
-    _fields_ = [(name, pointer) for name in ("scale", "shift", "mean", "rstd")]
+    _fields_ = [
+        *((name, pointer) for name in ("scale", "shift", "mean", "rstd")),
+        ("linear", c_bool),
+    ]
 
 
 class Pair(Structure):
@@ -107,8 +110,8 @@ def _image(tensor: Tensor | None) -> ImageArgument:
     return ImageArgument(tensor.data_ptr(), n, *ones, *size, c, pitch, len(size))
 
 
-def _norm(*vectors: Tensor) -> NormArgument:
-    return NormArgument(*(v.data_ptr() for v in vectors))
+def _norm(*vectors: Tensor, linear: bool = False) -> NormArgument:
+    return NormArgument(*(v.data_ptr() for v in vectors), linear)
 
 
 def _pair(first: Tensor | None, second: Tensor | None) -> Pair:
@@ -224,8 +227,9 @@ class EmulatedOps:
         out: Tensor,
         mean: Tensor | None,
         var: Tensor | None,
+        linear: bool = False,
     ) -> None:
-        act = NormArgument(scale.data_ptr(), shift.data_ptr(), None, None)
+        act = NormArgument(scale.data_ptr(), shift.data_ptr(), None, None, linear)
         statistics = _pair(mean, var)
         self._call(op, features, _image(features), act, _weight(weight), _image(out), statistics)
 
@@ -235,7 +239,7 @@ class EmulatedOps:
     def conv3x3_forward(self, *arguments: Tensor) -> None:
         self._forward("conv3x3_forward", *arguments)
 
-    def transition_forward(self, *arguments: Tensor) -> None:
+    def transition_forward(self, *arguments: Any) -> None:
         self._forward("transition_forward", *arguments)
 
     def conv1x1_backward(
@@ -282,26 +286,26 @@ class EmulatedOps:
         grad_gamma: Tensor | None,
         grad_beta: Tensor | None,
         grad_weight: Tensor | None,
-        *more: Any,
+        flag: bool = False,
     ) -> None:
+        accumulates = op == "conv3x3_backward"
         self._call(
             op,
             features,
             _image(grad),
             _image(features),
-            _norm(scale, shift, mean, rstd),
+            _norm(scale, shift, mean, rstd, linear=flag and not accumulates),
             _weight(weight),
             _image(grad_features),
             _pair(grad_gamma, grad_beta),
             _weight_gradient(grad_weight),
-            *more,
+            *([c_int(flag)] if accumulates else []),
         )
 
     def conv3x3_backward(self, *arguments: Any) -> None:
-        *tensors, accumulate = arguments if len(arguments) > 11 else (*arguments, False)
-        self._backward("conv3x3_backward", *tensors, c_int(accumulate))
+        self._backward("conv3x3_backward", *arguments)
 
-    def transition_backward(self, *arguments: Tensor) -> None:
+    def transition_backward(self, *arguments: Any) -> None:
         self._backward("transition_backward", *arguments)
 
     def dropout_(self, growth: Tensor, seed: int, p: float, channels: bool = False) -> None:

@@ -175,10 +175,12 @@ def forward(
     *,
     statistics: bool = True,
     wide_weight: bool = False,
+    linear: bool = False,
 ) -> Calls:
-    """`op` is conv1x1_forward, conv3x3_forward or transition_forward."""
+    """`op` is conv1x1_forward, conv3x3_forward or transition_forward, which may be `linear`."""
     kernel = taps(pixels) if op == "conv3x3_forward" else ()
-    out_pixels = averaged(pixels) if op == "transition_forward" else pixels
+    transition = op == "transition_forward"
+    out_pixels = averaged(pixels) if transition else pixels
     source, out = {
         "conv1x1_forward": ("features", "bottleneck"),
         "conv3x3_forward": ("bottleneck", "growth"),
@@ -193,6 +195,7 @@ def forward(
             "weight": _weight(maker, wide_weight, outputs, channels, *kernel),
             out: maker.result(out_pixels, outputs),
             **(maker.results(outputs, "mean", "var") if statistics else _none("mean", "var")),
+            **({"linear": linear} if transition else {}),
         }
         rows = math.prod(out_pixels)
         lengths = {out: channels * math.prod(kernel), "mean": rows, "var": rows}
@@ -299,6 +302,7 @@ def transition_backward(
     *,
     wanted: str = "data weight",
     wide_weight: bool = False,
+    linear: bool = False,
 ) -> Calls:
     pooled = averaged(pixels)
 
@@ -313,6 +317,7 @@ def transition_backward(
             "grad_features": maker.result(pixels, channels),
             **maker.results(channels, "grad_gamma", "grad_beta"),
             **_weight_gradient(maker, wanted, weight),
+            "linear": linear,
         }
         rows = math.prod(pixels)
         sums = {"grad_gamma": rows * outputs, "grad_beta": rows * outputs}

@@ -112,9 +112,10 @@ def test_conv3x3_of_features(emulator: Emulator, kind: Kind, shape: Shape) -> No
 
 @kinds
 @pytest.mark.parametrize("shape", SHAPES_TRANSITION, ids=str)
-def test_transition(emulator: Emulator, kind: Kind, shape: Shape) -> None:
-    run(emulator, kind, forward("transition_forward", *shape), shape)
-    run(emulator, kind, transition_backward(*shape), shape)
+@pytest.mark.parametrize("linear", [False, True], ids=["relu", "linear"])
+def test_transition(emulator: Emulator, kind: Kind, shape: Shape, linear: bool) -> None:
+    run(emulator, kind, forward("transition_forward", *shape, linear=linear), shape)
+    run(emulator, kind, transition_backward(*shape, linear=linear), shape)
 
 
 @kinds

@@ -304,10 +304,11 @@ FAULTS: dict[str, Fault] = {
         " || places.slices.remainder(slice, places.slices.quotient(slice)) >= d) {",
         ") {",
     ),
-    "the ones are not as many as the gradient's channels": fault(
-        "transition.cu",
-        "result.gradient_map = unit + ones - out.c;",
-        "result.gradient_map = unit + ones - features.c;",
+    "averages of volumes without ReLU are rectified": fault(
+        "transition.cu", "act.shift[c]), act.floor)", "act.shift[c]), A(0))"
+    ),
+    "gradients without ReLU are masked": fault(
+        "epilogue.cuh", "kUnpools ? norm.floor : A(0)", "A(0)"
     ),
     "maxima of volumes are those of one slice": fault(
         "pooling.cu", "const int z = 2 * oz + kd - 1;", "const int z = 2 * oz + kd;"

@@ -53,6 +53,8 @@ PRODUCTS: dict[str, Calls] = {
     "transition_forward, volumes": forward("transition_forward", (2, 5, 6, 7), 40, 36),
     "transition_backward, volumes": transition_backward((2, 5, 6, 7), 72, 36),
     "transition_backward, sequences": transition_backward((3, 75), 72, 36),
+    "transition_forward, linear": forward("transition_forward", (2, 5, 6, 7), 40, 36, linear=True),
+    "transition_backward, linear": transition_backward((3, 16, 14), 72, 36, linear=True),
 }
 OTHERS: dict[str, Calls] = {
     "channel_statistics": channel_statistics((2, 17, 16), 40),

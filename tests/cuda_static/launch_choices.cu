@@ -80,16 +80,20 @@ void all(const std::string& p, const Device& d) {
   rows<P, ActivatedSource<P>, kRowsTiles>(p + ", " + activated + stored, d);
   rows<P, NormGradientSource<P>, kRowsTiles>(p + ", " + gradient + masked(", (Into)0"), d);
   rows<P, PooledSource<P>, kPooledTiles>(p + ", " + pooled + stored, d);
+  rows<P, PlainSource<P>, kPooledTiles>(p + ", " + plain + stored, d);
   rows<P, PlainSource<P>, kPooledTiles>(p + ", " + plain + masked(", (Into)2"), d);
   conv3x3<P, ActivatedSource<P>, kForwardTiles>(p + ", " + activated + stored, d);
   conv3x3<P, PlainSource<P>, kRowsTiles>(p + ", " + plain + masked(", (Into)1"), d);
   const std::string wgrad = p + ", " + gradient + ", " + activated;
   const std::string transition = p + ", " + plain + ", " + pooled;
+  const std::string volumes = p + ", " + plain + ", " + plain;
   pixels<P, NormGradientSource<P>, ActivatedSource<P>, true>(wgrad, d);
   pixels<P, PlainSource<P>, PooledSource<P>, true>(transition, d);
+  pixels<P, PlainSource<P>, PlainSource<P>, true>(volumes, d);
   if constexpr (sizeof(typename P::Element) == 2) {
     pixels<P, NormGradientSource<P>, ActivatedSource<P>, false>(wgrad, d);
     pixels<P, PlainSource<P>, PooledSource<P>, false>(transition, d);
+    pixels<P, PlainSource<P>, PlainSource<P>, false>(volumes, d);
   }
   // The largest halos, which have the most shared memory.
   const auto taps = [&](const char* lines, const TileShape& shape, const ImageArgument& x) {

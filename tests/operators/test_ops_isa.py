@@ -68,7 +68,8 @@ def test_convolutions(
 def test_pooling(
     isa: str, dtype: torch.dtype, pixels: tuple[int, ...], channels: int, outputs: int
 ) -> None:
-    check_transition(pixels, channels, outputs, dtype)
+    check_transition(pixels, channels, outputs, dtype, False)
+    check_transition(pixels, channels, outputs, dtype, True)
     check_average(pixels, channels, dtype)
     check_maxpool(pixels, channels, True, dtype)
     check_maxpool(pixels, channels, False, dtype)

@@ -25,11 +25,12 @@ MAXIMA = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 CHANNELS = ((1, 1), (17, 9), (100, 50))
 
 
-def leaf_and_activation(rows: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """The rows as a float64 leaf, and relu(scale * x + shift) of it as [N, C, H, W]."""
+def leaf_and_activation(rows: Tensor, norm: Norm, *, linear: bool = False) -> tuple[Tensor, Tensor]:
+    """The rows as a float64 leaf, and its activation as [N, C, H, W], without ReLU if `linear`."""
     exact = norm.exact()
     leaf = rows.double().clone().requires_grad_()
-    return leaf, nchw(torch.relu(exact.scale * leaf + exact.shift))
+    normalised = exact.scale * leaf + exact.shift
+    return leaf, nchw(normalised if linear else torch.relu(normalised))
 
 
 def check_gradient(
@@ -52,7 +53,7 @@ def check_gradient(
 
 
 def check_transition(
-    pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype, seed: int = 0
+    pixels: Pixels, channels: int, outputs: int, dtype: torch.dtype, linear: bool, seed: int = 0
 ) -> None:
     case = Case(dtype, seed)
     norm = case.norm(channels)
@@ -60,8 +61,8 @@ def check_transition(
     small = (pixels[0], *(size // 2 for size in pixels[1:]))
     out, grad_out = case.rows(small, outputs), case.rows(small, outputs)
     mean, var = case.vector(outputs), case.vector(outputs)
-    operators.transition_forward(rows, norm.scale, norm.shift, weight, out, mean, var)
-    leaf, activation = leaf_and_activation(rows, norm)
+    operators.transition_forward(rows, norm.scale, norm.shift, weight, out, mean, var, linear)
+    leaf, activation = leaf_and_activation(rows, norm, linear=linear)
     exact_weight = weight.double().clone().requires_grad_()
     multiplied = nchw(nhwc(activation) @ exact_weight.t())
     exact = AVERAGES[len(pixels) - 2](multiplied, 2)
@@ -76,14 +77,14 @@ def check_transition(
     sums = case.vector(channels), case.vector(channels)
     grad_weight = torch.empty_like(weight)
     arguments = (grad_out, rows, *norm, weight, grad_features, *sums)
-    operators.transition_backward(*arguments, None)
-    operators.transition_backward(*arguments, grad_weight)
+    operators.transition_backward(*arguments, None, linear)
+    operators.transition_backward(*arguments, grad_weight, linear)
     exact_features, exact_grad_weight = torch.autograd.grad(
         exact, [leaf, exact_weight], nchw(grad_out.double())
     )
     check_gradient(case, (grad_features, *sums), exact_features, rows, norm, outputs)
     count = out[..., 0].numel()
-    size = grad_out.double().abs().amax() * activation.detach().amax() * count**0.5
+    size = grad_out.double().abs().amax() * activation.detach().abs().amax() * count**0.5
     assert_close("grad_weight", grad_weight, exact_grad_weight, dtype, count, magnitude=size)
     case.assert_guards()
 
@@ -160,10 +161,11 @@ def check_maxpool(
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("pixels", PIXELS, ids=str)
 @pytest.mark.parametrize(("channels", "outputs"), CHANNELS)
+@pytest.mark.parametrize("linear", [False, True], ids=["relu", "linear"])
 def test_transition(
-    backend: str, dtype: torch.dtype, pixels: Pixels, channels: int, outputs: int
+    backend: str, dtype: torch.dtype, pixels: Pixels, channels: int, outputs: int, linear: bool
 ) -> None:
-    check_transition(pixels, channels, outputs, dtype)
+    check_transition(pixels, channels, outputs, dtype, linear)
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
@@ -197,7 +199,8 @@ def test_maxpool_takes_the_first_of_equal_values_and_the_nan(backend: str) -> No
 
 @pytest.mark.parametrize(("backend", "dtype"), HALF_TYPES, indirect=["backend"], ids=str)
 def test_half_types(backend: str, dtype: torch.dtype) -> None:
-    check_transition((2, 5, 6), 17, 9, dtype)
+    check_transition((2, 5, 6), 17, 9, dtype, False)
+    check_transition((2, 5, 6), 17, 9, dtype, True)
     check_average((2, 5, 6), 17, dtype)
     check_maxpool((2, 5, 6), 17, True, dtype)
 
@@ -225,6 +228,6 @@ def test_any_shape(
     seed: int,
 ) -> None:
     with on(name):
-        check_transition(pixels, channels, outputs, dtype, seed)
+        check_transition(pixels, channels, outputs, dtype, batch, seed)
         check_average(pixels, channels, dtype, seed)
         check_maxpool(pixels, channels, batch, dtype, seed)

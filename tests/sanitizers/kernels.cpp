@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -203,8 +204,9 @@ class Tester {
 
   // A forward with weights as they are, then packed beforehand: the same bits.
   void with_and_without(auto forward, Image<const S> from, Weight<S> weight, const T* packed,
-                        Image<S> to) {
-    const Activation<T> act = activation(from.c);
+                        Image<S> to, T floor = 0) {
+    Activation<T> act = activation(from.c);
+    act.floor = floor;
     forward(from, act, weight, to, statistics(to.c));
     keep(to);
     weight.packed = packed;
@@ -236,7 +238,10 @@ class Tester {
       keep(growth);
     }
     if (half.d * half.h * half.w == 0) return;
-    with_and_without(kernels_.transition_forward, features, w1, packed1, output(half, out));
+    for (T floor : {T(0), std::numeric_limits<T>::quiet_NaN()}) {
+      with_and_without(kernels_.transition_forward, features, w1, packed1, output(half, out),
+                       floor);
+    }
   }
 
   void backward() {
@@ -268,10 +273,14 @@ class Tester {
       keep(to);
     }
     if (half.d * half.h * half.w == 0) return;
-    const Image<S> to = output(size, c);
-    kernels_.transition_backward(input(half, out), features, norm(c), weight(out, c, 1), to,
-                                 affine(c), weight_gradient(out * c, s_.optional));
-    keep(to);
+    for (T floor : {T(0), std::numeric_limits<T>::quiet_NaN()}) {
+      const Image<S> to = output(size, c);
+      Norm<T> above = norm(c);
+      above.floor = floor;
+      kernels_.transition_backward(input(half, out), features, above, weight(out, c, 1), to,
+                                   affine(c), weight_gradient(out * c, s_.optional));
+      keep(to);
+    }
   }
 
   void pooling() {
