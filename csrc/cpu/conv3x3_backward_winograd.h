@@ -155,7 +155,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const int prefer = points > 1 ? 2 : kBackwardVectors;
   const auto panel_vectors = [&](int64_t c0) { return vectors<T>(smaller(kPanel, channels - c0)); };
   const bool narrow = channels <= kNarrowVolume;
-  const EqualParts parts(tiles.count(), points > 1 && narrow ? 8 : 16,
+  const EqualParts parts(tiles.count(), points > 1 && narrow ? 4 : 16,
                          points == 1 ? 64
                          : narrow    ? 32
                                      : 128);

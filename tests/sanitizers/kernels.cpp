@@ -76,6 +76,7 @@ class Tester {
     forward();
     backward();
     pooling();
+    stem();
     for (const Owned& o : images_) check_gaps(o);
     for (const Image<S>& i : dense_) keep(i);
     for (const auto& [data, size] : outputs_) result_.insert(result_.end(), data, data + size);
@@ -159,7 +160,8 @@ class Tester {
   Weight<S> weight(int64_t out, int64_t in, int64_t kernel) {
     Weight<S> w;
     w.dims = s_.dims;
-    const int64_t taps = kernel == 1 ? 1 : w.taps();
+    int64_t taps = 1;
+    for (int i = 0; i < s_.dims; ++i) taps *= kernel;
     if (wide_weights()) {
       w.wide = coefficients(out * in * taps, 0);
     } else {
@@ -307,6 +309,20 @@ class Tester {
                                           batch_statistics, gradient, affine(c));
       keep(gradient);
     }
+  }
+
+  void stem() {
+    const Size size = s_.size, halves = halved(true);
+    const int64_t c = std::min<int64_t>(s_.channels, 2), out = s_.out;
+    const Image<const S> images = input(size, c);
+    const Weight<S> w = weight(out, c, 7);
+    const Image<S> to = output(halves, out);
+    kernels_.stem_convolution_forward(images, w, to);
+    keep(to);
+    int64_t elements = out * c;
+    for (int i = 0; i < s_.dims; ++i) elements *= 7;
+    kernels_.stem_convolution_backward(input(halves, out), images, w,
+                                       weight_gradient(elements, true));
   }
 
   const Kernels<S>& kernels_;
