@@ -192,7 +192,7 @@ def _packable(layers: Sequence[LayerParts], tail: TailParts) -> bool:
     convolutions = [*(layer.conv2 for layer in layers), tail.conv]
     biased = any(conv is not None and conv.bias is not None for conv in convolutions)
     orders = [*(layer.order for layer in layers), tail.order]
-    return not biased and orders == [None] * len(orders)
+    return not (biased or tail.kept) and orders == [None] * len(orders)
 
 
 def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +248,7 @@ class Block:
         self.coefficients = torch.cat(pairs)
         self.widest = max(self.sizes[1::2])
         self.packed: dict[tuple[int, ...], Tensor] = {}  # by the images' size
-        norm, conv, _ = tail
+        norm, conv, *_ = tail
         self.tail_norm = _coefficients(norm_spec(norm, []), like)
         self.conv = None if conv is None else conv.weight.flatten(1)  # None: the average
         if self.conv is not None:

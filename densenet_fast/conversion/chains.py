@@ -57,16 +57,19 @@ class ChainLayer(NamedTuple):
 class ChainTail(NamedTuple):
     """Paths of a transition's modules; of the pooling None where it is a function.
 
-    Its pooling is an average or a `maximum`.
+    Its pooling is an average or a `maximum`. Without a convolution there are norm, ReLU and the
+    average over all pixels of images of `averaged` dimensions, which stay where they are `kept`.
     """
 
     norm: Path
-    conv: Path
+    conv: Path | None
     pool: Path | None
     maximum: bool
     relus: tuple[Path, ...]
     dropouts: tuple[Dropout, ...]
     order: Order
+    averaged: int = 0
+    kept: bool = False
 
 
 class Stage(NamedTuple):
@@ -102,6 +105,7 @@ class NoChainError(Exception):
 _LAYER = re.compile("nrc(d*)nrc(d*)")
 _WITHOUT_BOTTLENECK = re.compile("nrc(d*)$")
 _TRANSITION = re.compile("nrc(d*)[am]")
+_AVERAGE = re.compile("nrgf?$")
 # What is of the family, and not fused.
 _OTHERS = (
     (re.compile("ncd*[am]"), "it has no ReLU between its norm and its convolution"),
@@ -165,11 +169,13 @@ def _chain(traced: Trace) -> Chain:
         if at in taken:
             at += 1
             continue
+        if stages and stages[-1].tail is not None and stages[-1].tail.conv is None:
+            raise NoChainError("it goes on behind its average over all pixels")
         run = _run(operations, readers, at)
         kinds = "".join(operations[place].kind for place in run)
         layer, transition = _LAYER.match(kinds), _TRANSITION.match(kinds)
         layer = layer or _WITHOUT_BOTTLENECK.match(kinds)
-        match = layer or transition
+        match = layer or transition or _AVERAGE.match(kinds)
         if match is None:
             raise _no_chain(operations[at], kinds)
         run = run[: match.end()]
@@ -180,7 +186,8 @@ def _chain(traced: Trace) -> Chain:
             layers.append(_layer(parts, layer, order))
             pieces.append(run[-1])
         else:
-            stages.append(Stage(tuple(layers), _tail(parts, order)))
+            tail = _tail(parts, order) if transition else _average(parts, order)
+            stages.append(Stage(tuple(layers), tail))
             layers, pieces = [], [run[-1]]
     if layers:
         stages.append(Stage(tuple(layers), None))
@@ -247,6 +254,16 @@ def _tail(parts: Sequence[Operation], order: Order) -> ChainTail:
     relus = () if relu.path is None else (relu.path,)
     paths = _path(norm), _path(conv), pool.path
     return ChainTail(*paths, pool.kind == "m", relus, _dropouts(dropouts), order)
+
+
+def _average(parts: Sequence[Operation], order: Order) -> ChainTail:
+    norm, relu, average, *flattened = parts
+    if order is not None:
+        raise NoChainError("its last norm reads the features in another order")
+    relus = () if relu.path is None else (relu.path,)
+    return ChainTail(
+        _path(norm), None, None, False, relus, (), None, average.dims, kept=not flattened
+    )
 
 
 def _path(operation: Operation) -> Path:

@@ -90,12 +90,14 @@ class LayerParts(NamedTuple):
 class TailParts(NamedTuple):
     """What computes behind a block: a transition's norm and convolution, or a final norm.
 
-    `order` is that of a layer.
+    `order` is that of a layer. Behind a final norm are ReLU and the average over all pixels, whose
+    dimensions go or are `kept` with one pixel each.
     """
 
     norm: Norm
     conv: Conv | None = None
     order: Sequence[int] | None = None
+    kept: bool = False
 
 
 def transition_obstacle(

@@ -137,7 +137,8 @@ def segmentation_size(
     # The gradient of the input of a block on the way up has that of the skip in it, and stays until
     # the block on the way down has taken that.
     levels = len(skips)
-    skipping = [size.input_gradient * itemsize for size in reversed(sizes[levels + 1 :])]
+    above = reversed(sizes[levels + 1 :])
+    skipping = [block.input_gradient * itemsize for block in above]
     waiting = [0, *accumulate(skipping)]
     for at, block in enumerate(sizes):
         transition = block.transition
