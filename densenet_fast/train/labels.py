@@ -97,10 +97,6 @@ def read_table(path: Path, reading: Reading, classes: Sequence[str] | None = Non
         lines[row[0]] = line
         cells = dict(zip(header, row, strict=True))
         groups.append(_patient(row[0]) if group is None else cells[group])
-        if not groups[-1]:
-            _refuse(
-                path, line, f"expected a value in column {group!r}, which keeps images together"
-            )
         if listed:
             named.append([name.strip() for name in cells[FINDINGS].split(BETWEEN)])
             continue
@@ -214,12 +210,17 @@ def open_labels(
 
     Raises:
         DataError: what is wrong, with the line and the value; a label that no image of training
-            has; an image of both tables; no label of validation of which some images have it and
-            some not.
+            has; an image or a patient of both tables; an image of no patient where others are; no
+            label of validation of which some images have it and some not.
     """
     train = held = read_table(path, reading, classes)
     if isinstance(val, Path):
         held = read_table(val, reading, train.classes)
+    for table in (train, held) if val is not None else ():
+        if "" in table.groups:
+            file = table.files[table.groups.index("")]
+            raise DataError(f"{table.path}: expected a value in {table.grouped}, {file} has none")
+    if isinstance(val, Path):
         if both := sorted(set(held.files).intersection(train.files)):
             raise DataError(f"{both[0]} is in {path} and in {val}: expected other images in each")
         if train.grouped and (both := sorted(set(held.groups).intersection(train.groups))):

@@ -348,7 +348,10 @@ def test_columns_of_patients_are_whole(xrays: Path, tmp_path: Path, capsys: Capt
     rows[4][-1] = ""
     table = write_table(tmp_path / "all.csv", [(*HEADER, "Patient ID"), *rows])
     assert run(xrays, tmp_path / "out", "--labels", str(table), *flags) == 2
-    assert "line 6: expected a value in column 'Patient ID'" in capsys.readouterr().err
+    said = f"all.csv: expected a value in column 'Patient ID', {xrays / '4.png'} has none"
+    assert said in capsys.readouterr().err
+    trained = ("--checkpoint", str(tmp_path / "Hospital" / "last.pt"))
+    assert main(["evaluate", *trained, "--labels", str(table), "--data-path", str(xrays)]) == 0
     table = write_table(tmp_path / "all.csv", [HEADER, *(row[:-1] for row in rows)])
     assert run(xrays, tmp_path / "out", "--labels", str(table), *flags) == 0
     assert "nothing tells patients apart" in capsys.readouterr().out
