@@ -79,7 +79,7 @@ def one_number_of(name: str, value: Any, choices: Collection[int]) -> int:
     return number
 
 
-def memory_budget(mode: str, value: Any) -> int | None:
+def memory_budget(mode: str | None, value: Any) -> int | None:
     """`value` in bytes, which "auto" needs and no other mode reads."""
     if value is not None:
         return integer("memory_budget", value)

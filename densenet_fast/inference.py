@@ -199,7 +199,7 @@ def _packable(layers: Sequence[LayerParts], tail: TailParts) -> bool:
     convolutions = [*(layer.conv2 for layer in layers), tail.conv]
     biased = any(conv is not None and conv.bias is not None for conv in convolutions)
     orders = [*(layer.order for layer in layers), tail.order]
-    return not biased and orders == [None] * len(orders)
+    return not (biased or tail.kept) and orders == [None] * len(orders)
 
 
 def _coefficients(norm: NormSpec, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from densenet_fast.fusion import fusion_report
 from densenet_fast.modules import input_checks
 from densenet_fast.modules.densenet import EfficientDenseNet
 from densenet_fast.modules.eligibility import Expected
+from densenet_fast.modules.fc_densenet import FCDenseNet
 from densenet_fast.modules.layers import DenseBlock
-from densenet_fast.modules.step_sizes import network_size
 from densenet_fast.reports import table
 
 __all__ = ["DoesNotFitError", "MemoryEstimate", "PartMemory", "estimate"]
@@ -67,14 +67,14 @@ def _mib(size: int) -> str:
 
 
 def estimate(
-    model: EfficientDenseNet,
+    model: EfficientDenseNet | FCDenseNet,
     input_size: Sequence[int],
     dtype: torch.dtype | None = None,
     checkpoint: str | None = None,
     *,
     memory_budget: int | None = None,
 ) -> MemoryEstimate:
-    """Memory of a training step: forward, cross entropy and backward.
+    """Memory of a training step: forward, cross entropy (of pixels in an FCDenseNet) and backward.
 
     Nothing runs, so the model may be on the meta device. Gradients count as the model is now: those
     of parameters without a gradient are new and stay, others are added to what is there. On CUDA
@@ -86,7 +86,9 @@ def estimate(
         input_size: images' shape, (N, C, H, W) in two dimensions.
         dtype: what features are stored in: the parameters' type, or autocast's; None for that of
             the parameters under the autocast that is on now.
-        checkpoint: "none", "bottleneck", "block" or "auto"; None for the model's own setting.
+        checkpoint: "none", "bottleneck", "block" or "auto"; None for the model's own setting. In an
+            `FCDenseNet` that is one of its blocks, and "auto" finds nothing to choose between: it
+            tells whether a step keeps to the budget.
         memory_budget: bytes for "auto"; None for the model's own.
 
     Raises:
@@ -94,30 +96,32 @@ def estimate(
         DoesNotFitError: "auto" with a budget that no choice of modes keeps to.
         RuntimeError: some part of the model does not run fused.
     """
-    if not isinstance(model, EfficientDenseNet):
-        raise TypeError(f"estimate expects an EfficientDenseNet, got {type(model).__name__}")
+    if not isinstance(model, (EfficientDenseNet, FCDenseNet)):
+        kind = type(model).__name__
+        raise TypeError(f"estimate expects an EfficientDenseNet or FCDenseNet, got {kind}")
     shape = _shape(model, input_size)
     parameter = model.classifier.weight
     if dtype is None:
         dtype = computed_type(parameter.dtype, parameter.device.type)
     elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type of torch, got {dtype!r}")
-    mode = (
-        model.checkpoint
-        if checkpoint is None
-        else arguments.one_of("checkpoint", checkpoint, NETWORK_MODES)
-    )
-    budget = model.memory_budget if memory_budget is None else memory_budget
+    mode = None if checkpoint is None else arguments.one_of("checkpoint", checkpoint, NETWORK_MODES)
+    budget = memory_budget
+    if isinstance(model, EfficientDenseNet):
+        mode = mode or model.checkpoint
+        budget = model.memory_budget if budget is None else budget
     arguments.memory_budget(mode, budget)
 
     blocks = {
-        name: part for name, part in model.features.named_children() if isinstance(part, DenseBlock)
+        name.removeprefix("features."): part
+        for name, part in model.named_modules()
+        if isinstance(part, DenseBlock)
     }
     network = _network(model, shape, dtype, recompute=mode != "none")
     if mode == "auto":
         assert budget is not None
         plans = within_budget(network, budget)
-    elif checkpoint is None:  # blocks may have modes of their own
+    elif mode is None or checkpoint is None:  # blocks may have modes of their own
         plans = held_below_peak(network, [block.checkpoint for block in blocks.values()])
     else:
         plans = held_below_peak(network, [mode] * len(blocks))
@@ -126,7 +130,7 @@ def estimate(
     )
 
 
-def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, ...]:
+def _shape(model: EfficientDenseNet | FCDenseNet, input_size: Sequence[int]) -> tuple[int, ...]:
     expected = f"({SHAPES[model.spatial_dims][1:-1]})"
     if isinstance(input_size, (str, bytes)) or not isinstance(input_size, Sequence):
         raise TypeError(f"input_size must be {expected}, got {input_size!r}")
@@ -134,17 +138,20 @@ def _shape(model: EfficientDenseNet, input_size: Sequence[int]) -> tuple[int, ..
     if len(sizes) != 2 + model.spatial_dims:
         raise ValueError(f"input_size must be {expected}, got {sizes}")
     images = torch.empty(sizes, device="meta")
-    input_checks.chain("estimate", model.features, images)
+    input_checks.chain("estimate", model.to_smallest(), images)
     return sizes
 
 
 def _network(
-    model: EfficientDenseNet, shape: Sequence[int], dtype: torch.dtype, *, recompute: bool
+    model: EfficientDenseNet | FCDenseNet,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    recompute: bool,
 ) -> NetworkSize:
     parameter = model.classifier.weight
     expected = Expected(parameter.dtype, parameter.device, len(shape) - 2)
-    steps = model.whole_steps(expected, recompute=recompute)
-    network = steps and network_size(steps, model.classifier, shape, dtype, parameter.device)
+    network = model.step_size(shape, dtype, expected, recompute=recompute)
     if not network:
         plain = [row for row in fusion_report(model) if not row.fused]
         why = f": {plain[0].name} {plain[0].reason}" if plain else ""
@@ -162,5 +169,5 @@ def _parts(
     for name, block, plan, peak in zip(names, network.blocks, plans, peaks, strict=True):
         sizes = block.kept(plan), block.backward(plan), peak
         yield PartMemory(name, plan.mode, plan.hold, *sizes)
-    peak = network.kept(plans) + head.weights
-    yield PartMemory("classifier", None, None, head.kept, head.weights, peak)
+    peak = network.kept(plans) + head.scratch
+    yield PartMemory("classifier", None, None, head.kept, head.scratch, peak)

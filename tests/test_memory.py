@@ -212,7 +212,7 @@ def test_auto_plans_whole_fused_networks_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"model": nn.Linear(2, 2)}, TypeError, "EfficientDenseNet, got Linear"),
+        ({"model": nn.Linear(2, 2)}, TypeError, "EfficientDenseNet or FCDenseNet, got Linear"),
         ({"input_size": 224}, TypeError, r"\(N, C, H, W\), got 224"),
         ({"input_size": (2, 3, 64)}, ValueError, r"\(N, C, H, W\), got \(2, 3, 64\)"),
         ({"input_size": (2, 3, 64, 0)}, ValueError, r"input_size\[3\] must be at least 1, got 0"),

@@ -52,6 +52,10 @@ class BlockSize:
     workspace: int = 0  # bytes that the kernels of its backward need for partial results
     taps: int = 9  # of the second convolutions
     gradient: int = 0  # elements that the incoming gradient occupies, if more than `output`
+    returned: bool = False  # whether the features are the output, which others read and keep
+    beside: int = 0  # bytes that are kept besides: seeds, and what a transition behind it keeps
+    transition: int = 0  # bytes that the backward of such a transition, by itself, needs
+    waiting: int = 0  # bytes of gradients that wait, meanwhile, for blocks before this one
 
     @property
     def buffer(self) -> int:
@@ -92,24 +96,33 @@ class BlockSize:
     def kept(self, plan: Plan) -> int:
         """Bytes kept between forward and backward."""
         statistics = statistics_bytes(self.end + sum(self.widths), self.itemsize) + self.itemsize
+        kept = statistics + self.beside
         if plan.mode == "block":
-            return self.input + statistics
-        return self.buffer + self.bottlenecks(plan.hold) + statistics
+            return kept + self.input + (self.buffer if self.returned else 0)
+        return kept + self.buffer + self.bottlenecks(plan.hold)
 
     def forward(self, plan: Plan) -> int:
         """Bytes that the forward needs besides what is kept."""
+        if self.returned:
+            return self.input
         others = self.buffer if plan.mode == "block" else self.input
         scratch = self.widths if plan.mode == "block" else self._recomputed(plan)
         widest = self.pixels * max(scratch, default=0) * self.itemsize
         return others + max(widest, self.output * self.itemsize)
 
     def backward(self, plan: Plan) -> int:
-        """Bytes that the backward needs besides what is kept: buffers, scratch and gradients."""
-        again = self.buffer + self.bottlenecks(plan.hold) if plan.mode == "block" else 0
+        """Bytes that the backward needs besides what is kept: buffers, scratch and gradients.
+
+        That of a transition by itself, which comes before the block's own, included.
+        """
+        again = 0
+        if plan.mode == "block":  # what others read is free by now
+            again = self.bottlenecks(plan.hold) + (0 if self.returned else self.buffer)
         widest = max(self.widths, default=0) + max(self._recomputed(plan), default=0)
         given = 0 if self.in_place else self.channels
         scratch = self.pixels * max(widest + self.growth, given) * self.itemsize
-        return again + self.buffer + scratch + self.workspace + self.incoming + self.weights
+        own = again + self.buffer + scratch + self.workspace + self.incoming + self.weights
+        return self.waiting + max(own, self.transition)
 
     def recomputed_products(self, plan: Plan) -> int:
         """Multiplications that the backward does a second time."""
@@ -162,8 +175,8 @@ class HeadSize:
     """What is behind the last block; all in bytes."""
 
     kept: int = 0  # with what cross entropy keeps
-    weights: int = 0  # the classifier's gradient
-    lasting: int = 0
+    scratch: int = 0  # that its backward needs besides: the classifier's gradient, and the scores'
+    lasting: int = 0  # the classifier's gradient, if it stays
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,7 @@ class NetworkSize:
         for block, plan in zip(self.blocks, plans, strict=True):
             now += block.kept(plan)
             yield now + block.forward(plan)
-        yield now + self.head.kept + self.head.weights
+        yield now + self.head.kept + self.head.scratch
         yield from self.backwards(plans)
         yield self.stem_backward(plans)
 

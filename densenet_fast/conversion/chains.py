@@ -57,17 +57,21 @@ class ChainLayer(NamedTuple):
 class ChainTail(NamedTuple):
     """Paths of a transition's modules; of the pooling None where it is a function.
 
-    Its pooling is an average or a `maximum`. A `linear` one has no ReLU.
+    Its pooling is an average or a `maximum`. A `linear` one has no ReLU. Without a convolution
+    there are norm, ReLU and the average over all pixels of images of `averaged` dimensions, which
+    stay where they are `kept`.
     """
 
     norm: Path
-    conv: Path
+    conv: Path | None
     pool: Path | None
     maximum: bool
     linear: bool
     relus: tuple[Path, ...]
     dropouts: tuple[Dropout, ...]
     order: Order
+    averaged: int = 0
+    kept: bool = False
 
 
 class Stage(NamedTuple):
@@ -103,6 +107,7 @@ class NoChainError(Exception):
 _LAYER = re.compile("nrc(d*)nrc(d*)")
 _WITHOUT_BOTTLENECK = re.compile("nrc(d*)$")
 _TRANSITION = re.compile("nrcd*[am]|ncd*a")
+_AVERAGE = re.compile("nrgf?$")
 # What is of the family, and not fused.
 _OTHERS = (
     (re.compile("ncd*m"), "it has no ReLU between its norm and its convolution"),
@@ -167,11 +172,13 @@ def _chain(traced: Trace) -> Chain:
         if at in taken:
             at += 1
             continue
+        if stages and stages[-1].tail is not None and stages[-1].tail.conv is None:
+            raise NoChainError("it goes on behind its average over all pixels")
         run = _run(operations, readers, at)
         kinds = "".join(operations[place].kind for place in run)
         layer, transition = _LAYER.match(kinds), _TRANSITION.match(kinds)
         layer = layer or _WITHOUT_BOTTLENECK.match(kinds)
-        match = layer or transition
+        match = layer or transition or _AVERAGE.match(kinds)
         if match is None:
             raise _no_chain(operations[at], kinds)
         run = run[: match.end()]
@@ -182,7 +189,8 @@ def _chain(traced: Trace) -> Chain:
             layers.append(_layer(parts, layer, order))
             pieces.append(run[-1])
         else:
-            stages.append(Stage(tuple(layers), _tail(parts, order)))
+            tail = _tail(parts, order) if transition else _average(parts, order)
+            stages.append(Stage(tuple(layers), tail))
             layers, pieces = [], [run[-1]]
     if layers:
         stages.append(Stage(tuple(layers), None))
@@ -259,6 +267,25 @@ def _tail(parts: Sequence[Operation], order: Order) -> ChainTail:
         relus=tuple(relu.path for relu in relus if relu.path is not None),
         dropouts=_dropouts(dropouts),
         order=order,
+    )
+
+
+def _average(parts: Sequence[Operation], order: Order) -> ChainTail:
+    norm, relu, average, *flattened = parts
+    if order is not None:
+        raise NoChainError("its last norm reads the features in another order")
+    relus = () if relu.path is None else (relu.path,)
+    return ChainTail(
+        _path(norm),
+        None,
+        None,
+        maximum=False,
+        linear=False,
+        relus=relus,
+        dropouts=(),
+        order=None,
+        averaged=average.dims,
+        kept=not flattened,
     )
 
 

@@ -52,7 +52,7 @@ def _find(name: str, module: nn.Module, known: Collection[nn.Module]) -> list[Ma
     ]
     match = _match(name, module) if _promising(module, known) else None
     if match is not None and match.reason is None:
-        whole = [child for child in children if _convs(child[1]) == _convs(module)]
+        whole = [child for child in children if _parts(child[1]) == _parts(module)]
         inner = _find(*whole[0], known) if whole else []
         same = len(inner) == 1 and inner[0].reason is None and inner[0].dense == match.dense
         return inner if same else [match]
@@ -76,6 +76,7 @@ def _match(name: str, module: nn.Module) -> Match | None:
         called = type(module).__name__.lower()
         dense = error.dense or "dense" in called
         like = dense or error.like or "transition" in called
+        like = like and any(isinstance(part, CONVS) for part in module.modules())
         return Match(name, module, None, str(error), dense) if like else None
     dense = any(stage.layers for stage in found.stages)
     return Match(name, module, found, _refusal(module, found), dense)
@@ -86,7 +87,7 @@ def _promising(module: nn.Module, known: Collection[nn.Module]) -> bool:
     parts = list(module.modules())
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    if any(part in known for part in parts) or not _convs(module):
+    if any(part in known for part in parts) or not (module._modules and _parts(module)):
         return False
     return all(isinstance(part, _KNOWN) for part in parts if part._parameters)
 
@@ -94,8 +95,9 @@ def _promising(module: nn.Module, known: Collection[nn.Module]) -> bool:
 _KNOWN = (*CONVS, BatchNorm, *INSTANCE_NORMS, nn.GroupNorm, nn.PReLU)
 
 
-def _convs(module: nn.Module) -> int:
-    return sum(isinstance(part, CONVS) for part in module.modules())
+def _parts(module: nn.Module) -> int:
+    """How many convolutions and norms there are in it."""
+    return sum(isinstance(part, _KNOWN) for part in module.modules())
 
 
 def _refusal(module: nn.Module, found: Chain) -> str | None:
@@ -143,6 +145,8 @@ def _refusal(module: nn.Module, found: Chain) -> str | None:
 
 
 def _dims(root: nn.Module, found: Chain) -> int:
-    stage = found.stages[-1]
-    last = stage.layers[-1].conv2 if stage.tail is None else stage.tail.conv
+    layers, tail = found.stages[-1]
+    if tail is not None and tail.conv is None:
+        return tail.averaged
+    last: Any = layers[-1].conv2 if tail is None else tail.conv
     return OF_TYPE.get(type(at(root, last)), 2)

@@ -19,7 +19,7 @@ from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.dense_block import released
 from densenet_fast.conversion import tensor_subclasses
 from densenet_fast.modules import eligibility, fusing, input_checks
-from densenet_fast.modules.dimensions import CONVS, MODULES
+from densenet_fast.modules.dimensions import CONVS
 from densenet_fast.modules.eligibility import routed
 from densenet_fast.modules.layers import FusedBlock, FusedChain, FusedModule
 from densenet_fast.modules.layers import Transition as FusedTransition
@@ -229,9 +229,8 @@ def averages(features: nn.Module, pool: Any, flatten: nn.Module | None) -> bool:
     dims = input_checks.dimensions(features)
     return (
         dims is not None
-        and type(pool) is MODULES[dims].whole
+        and eligibility.whole_average(pool, dims) is None
         and type(flatten) is nn.Flatten
-        and not (eligibility.touched(pool) or eligibility.touched(flatten))
-        and pool.output_size in (1, (1,) * dims)
+        and not eligibility.touched(flatten)
         and (flatten.start_dim, flatten.end_dim) == (1, -1)
     )

@@ -195,8 +195,8 @@ def _steps(
 
 
 def _name(part: ChainLayer | ChainTail) -> str:
-    """The module that a layer or transition is, or the convolution that it ends with."""
-    last = part.conv2 if isinstance(part, ChainLayer) else part.conv
+    """The module that a layer or transition is, or the convolution or norm that it ends with."""
+    last = part.conv2 if isinstance(part, ChainLayer) else part.conv or part.norm
     first = part.first if isinstance(part, ChainLayer) else part.norm
     shared = 0
     while last[shared] == first[shared] and shared < min(len(last), len(first)) - 1:
@@ -225,8 +225,13 @@ def _tail_step(
     root: nn.Module, tail: ChainTail, channels: int | None, expected: Expected
 ) -> TailParts | MaxTransitionStep | str:
     norm: Any = at(root, tail.norm)
-    conv: Any = at(root, tail.conv)
-    found = transition_obstacle(norm, conv, channels, expected)
+    conv: Any = tail.conv and at(root, tail.conv)
+    if conv is None:
+        found = named("norm", eligibility.norm(norm, channels, expected))
+        if tail.averaged != expected.dims:
+            found = f"it averages images of {tail.averaged} dimensions"
+    else:
+        found = transition_obstacle(norm, conv, channels, expected)
     for path in tail.relus:
         found = found or named(".".join(path), eligibility.exactly(at(root, path), nn.ReLU))
     if tail.pool is not None:
@@ -244,7 +249,7 @@ def _tail_step(
         return MaxTransitionStep(norm, conv, *dropping)
     if dropping[0] > 0:
         return "it drops out in front of its pooling"
-    return TailParts(norm, conv, tail.order, tail.linear)
+    return TailParts(norm, conv, tail.order, tail.linear, tail.kept)
 
 
 def _dropping(root: nn.Module, dropouts: Sequence[Dropout], dims: int) -> tuple[float, bool] | str:
@@ -283,5 +288,7 @@ def _readers(steps: Sequence[DenseStep | MaxTransitionStep], dims: int) -> list[
             assert isinstance(segment, list)
             readers += [norm for layer in segment for norm in layer.norms]
         if step.tail is not None:
-            readers += (step.tail.norm, MODULES[dims].average(2))
+            readers.append(step.tail.norm)
+            if step.tail.conv is not None:
+                readers.append(MODULES[dims].average(2))
     return readers

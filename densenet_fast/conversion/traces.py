@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from densenet_fast.conversion.parts import OWN_ATTRIBUTES, original
 from densenet_fast.modules import eligibility
-from densenet_fast.modules.dimensions import AVERAGES, CONVS, DROPOUTS, MAXIMA, NORMS
+from densenet_fast.modules.dimensions import AVERAGES, CONVS, DROPOUTS, MAXIMA, MODULES, NORMS
 from densenet_fast.modules.eligibility import HOOKS
 from densenet_fast.operators.torch_internals import BatchNorm
 
@@ -52,6 +52,7 @@ class Operation(NamedTuple):
     within: Sequence[Path]
     words: str
     dropping: Dropping | None = None
+    dims: int = 0  # of the images that an average over all pixels is of
 
 
 class Trace(NamedTuple):
@@ -70,6 +71,8 @@ KINDS = {
     "d": "dropout",
     "a": "2-fold average",
     "m": "maximum pooling",
+    "g": "average over all pixels",
+    "f": "flattening",
     "?": "anything else",
 }
 _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
@@ -81,18 +84,23 @@ _MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "m": MAXIMA,
     "": (nn.Identity,),
 }
+# Called as what they compute, with settings that are facts of theirs.
+_ENTERED = (nn.Flatten, *(kinds.whole for kinds in MODULES.values()))
 _LEAVES = tuple(kind for kinds in _MODULES.values() for kind in kinds)
 _EXACT_LEAVES = {*_LEAVES, *NORMS}
 _DROPOUTS = {F.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 _AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _MAXIMA = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_WHOLE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "r"),
     **dict.fromkeys(_AVERAGES, "a"),
     **dict.fromkeys(_MAXIMA, "m"),
     **dict.fromkeys(_DROPOUTS, "d"),
+    **dict.fromkeys((*_WHOLE, torch.mean), "g"),
+    torch.flatten: "f",
 }
-_METHODS = {"relu": "r", "relu_": "r", "contiguous": "", "clone": ""}
+_METHODS = {"relu": "r", "relu_": "r", "contiguous": "", "clone": "", "mean": "g", "flatten": "f"}
 _CATS = (torch.cat, torch.concat, torch.concatenate)
 _POOLING = {
     "a": ("input", "kernel_size", "stride", "padding", "ceil_mode", "", "divisor_override"),
@@ -117,6 +125,8 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in _ENTERED:
+            return False
         known = isinstance(m, _LEAVES) or eligibility.is_norm(m)
         return known or super().is_leaf_module(m, module_qualified_name)
 
@@ -259,8 +269,9 @@ def _canonical(root: nn.Module, graph: fx.Graph, tracer: _Tracer) -> Trace:
 
     def add(kind: str, source: Value, node: fx.Node, path: Path | None, words: str) -> Value:
         dropping = _dropping(root, node, path) if kind == "d" else None
+        dims = _averaged(node)[0] if kind == "g" else 0
         within = tracer.within[node]
-        operations.append(Operation(kind, source, path, within, words, dropping))
+        operations.append(Operation(kind, source, path, within, words, dropping, dims))
         return (len(operations) - 1,)
 
     for node in graph.nodes:
@@ -289,6 +300,8 @@ def _canonical(root: nn.Module, graph: fx.Graph, tracer: _Tracer) -> Trace:
                 tracer.entered[str(node.target)] = None
             continue
         result = add(kind, source, node, path, _words(root, node))
+        if kind == "g" and not _averaged(node)[1]:
+            result = add("f", result, node, None, "its flattening")
         if kind == "n" and path is not None and eligibility.norm_with_relu(at(root, path)):
             result = add("r", result, node, None, "its ReLU")
         values[node] = result
@@ -318,13 +331,15 @@ def _kind(root: nn.Module, node: fx.Node) -> tuple[str, Path | None]:
     kind = table.get(node.target, "?")
     if kind in _POOLING and not _is_transitions_pooling(node, kind):
         kind = "?"
+    if (kind == "g" and not _averaged(node)[0]) or (kind == "f" and not _flattens(node)):
+        kind = "?"
     return kind, None
 
 
 def _is_transitions_pooling(node: fx.Node, kind: str) -> bool:
     functions: Any = _AVERAGES if kind == "a" else _MAXIMA
     dims = functions.index(node.target) + 1
-    given: dict[str, Any] = {**dict(zip(_POOLING[kind], node.args, strict=False)), **node.kwargs}
+    given = _given(node, *_POOLING[kind])
     return bool(
         _each(given.get("kernel_size"), dims) == (2,) * dims
         and _each(given.get("stride") or 2, dims) == (2,) * dims
@@ -336,6 +351,30 @@ def _is_transitions_pooling(node: fx.Node, kind: str) -> bool:
     )
 
 
+def _averaged(node: fx.Node) -> tuple[int, bool]:
+    """Of how many dimensions it averages all pixels, or 0, and whether these dimensions stay."""
+    if node.target in _WHOLE:
+        dims = 1 + _WHOLE.index(node.target)
+        size = _each(_given(node, "input", "output_size")["output_size"], dims)
+        return dims * (size == (1,) * dims), True
+    given = {"keepdim": False, **_given(node, "input", "dim", "keepdim")}
+    axes = _each(given.get("dim"), 1)
+    whole = axes in (tuple(range(2, 2 + len(axes))), tuple(range(-len(axes), 0)))
+    known = whole and len(axes) in MODULES and given.keys() == {"input", "dim", "keepdim"}
+    return len(axes) * known, bool(given["keepdim"])
+
+
+def _flattens(node: fx.Node) -> bool:
+    """Whether it flattens all but the images."""
+    given = {"start_dim": 0, "end_dim": -1, **_given(node, "input", "start_dim", "end_dim")}
+    return (given["start_dim"], given["end_dim"]) == (1, -1)
+
+
+def _given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """What a function of these arguments is called with."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
 def _each(value: Any, dims: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * dims
 
@@ -345,8 +384,7 @@ def _dropping(root: nn.Module, node: fx.Node, path: Path | None) -> Dropping:
         module: Any = at(root, path)
         dims = 0 if isinstance(module, nn.Dropout) else 1 + _place(module, DROPOUTS)
         return Dropping(module.p, dims, module.training)
-    names = ("input", "p", "training")
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = _given(node, "input", "p", "training")
     function: Any = node.target
     return Dropping(given.get("p", 0.5), _DROPOUTS[function], given.get("training", True))
 

@@ -16,7 +16,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from densenet_fast import arguments
 from densenet_fast.blocks import synchronized
 from densenet_fast.blocks.autocast import computed_type
-from densenet_fast.blocks.memory_plan import Plan, within_budget
+from densenet_fast.blocks.memory_plan import NetworkSize, Plan, within_budget
 from densenet_fast.blocks.nodes import planned_shape
 from densenet_fast.blocks.specs import NETWORK_MODES, Checkpoint, NetworkMode
 from densenet_fast.modules import dimensions, eligibility, fusing, input_checks
@@ -193,6 +193,24 @@ class EfficientDenseNet(LoadedWhole):
             return None
         steps, pooled = fusing.steps(list(self.features), expected, recompute=recompute)
         return steps if pooled else None
+
+    def step_size(
+        self,
+        shape: Sequence[int],
+        stored: torch.dtype,
+        expected: eligibility.Expected,
+        *,
+        recompute: bool,
+    ) -> NetworkSize | None:
+        """Sizes of a training step on images of `shape`, if all of it is fused."""
+        steps = self.whole_steps(expected, recompute=recompute)
+        if steps is None:
+            return None
+        return network_size(steps, self.classifier, shape, stored, expected.device)
+
+    def to_smallest(self) -> list[nn.Module]:
+        """The modules that the smallest features come from."""
+        return list(self.features)
 
     def _plans(self, steps: Sequence[Step], pooled: bool, x: Tensor) -> list[Plan]:
         """What recomputes least within the budget."""

@@ -9,6 +9,7 @@ from torch import nn
 from densenet_fast import arguments
 from densenet_fast.blocks.stem_convolution import Conv as Conv  # for all modules
 
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
@@ -16,7 +17,7 @@ class Modules(NamedTuple):
     """The types for one number of dimensions."""
 
     conv: type[Conv]
-    transposed: type[nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d]
+    transposed: type[Transposed]
     norm: type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]
     average: type[nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d]
     maximum: type[nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d]

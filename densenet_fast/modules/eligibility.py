@@ -275,11 +275,24 @@ def average_pool(module: nn.Module, dims: int) -> str | None:
     return exactly(module, MODULES[dims].average) or _pool(module, _AVERAGE, dims, what)
 
 
+def whole_average(module: nn.Module, dims: int) -> str | None:
+    """Obstacle to computing an average over all pixels."""
+    found = exactly(module, MODULES[dims].whole)
+    size = module.__dict__.get("output_size")
+    size = tuple(size) if isinstance(size, list) else size
+    return found or (None if size in (1, (1,) * dims) else f"has output_size={size}, not 1")
+
+
 def max_pool(module: nn.Module, width: int, dims: int) -> str | None:
     """Obstacle to computing the max-pooling of stride 2 of a stem (3×3) or transition (2×2)."""
     what = f"a {'×'.join(str(width) * dims)} maximum of stride 2"
     settings = {**_MAXIMUM, "kernel_size": width, "padding": width - 2}
     return exactly(module, MODULES[dims].maximum) or _pool(module, settings, dims, what)
+
+
+def stem_pool(module: nn.Module, dims: int) -> str | None:
+    """Obstacle to computing a stem's max-pooling."""
+    return max_pool(module, 3, dims)
 
 
 def _pool(module: nn.Module, settings: dict[str, Any], dims: int, what: str) -> str | None:

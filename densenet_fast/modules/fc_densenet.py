@@ -12,10 +12,12 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from densenet_fast import arguments
 from densenet_fast.blocks import synchronized
+from densenet_fast.blocks.memory_plan import NetworkSize
 from densenet_fast.modules import dimensions, eligibility, fusing, input_checks, layer_parts
 from densenet_fast.modules.eligibility import Expected, named, routed
 from densenet_fast.modules.kept_plans import kept
 from densenet_fast.modules.layers import DenseBlock, Transition
+from densenet_fast.modules.step_sizes import segmentation_size
 from densenet_fast.modules.steps import MaxTransitionStep, Step
 from densenet_fast.weights.load import LoadedWhole
 
@@ -190,7 +192,7 @@ class FCDenseNet(LoadedWhole):
         """The checked forward, fused where nothing is in the way."""
         input_checks.images(self, x)
         synchronized.check_modules(self, x.device)
-        input_checks.chain(type(self).__name__, self._way_down(), x)
+        input_checks.chain(type(self).__name__, self.to_smallest(), x)
         input_checks.parameters(self, self, x)
         if eligibility.input(x) is not None:
             return self.plain(x)
@@ -198,12 +200,7 @@ class FCDenseNet(LoadedWhole):
 
         def call(input: Tensor, *modules: nn.Module) -> Tensor:
             """As calling them, but that nobody gets a copy of a block's features."""
-
-            def make() -> Sequence[Step]:
-                return fusing.steps(modules, expected, head=None)[0]
-
-            steps = kept(self, (expected, *map(id, modules)), make)
-            return fusing.run(steps, input, hold=False)
+            return fusing.run(self._steps(modules, expected), input, hold=False)
 
         skips: list[Tensor] = []
         stem: tuple[nn.Module, ...] = (self.conv0,)
@@ -220,10 +217,44 @@ class FCDenseNet(LoadedWhole):
             x = call(up(*given), block)
         return call(x, self.classifier)
 
-    def _way_down(self) -> list[nn.Module]:
+    def _steps(self, modules: Sequence[nn.Module], expected: Expected) -> Sequence[Step]:
+        """The steps of modules that are called one after another."""
+
+        def make() -> Sequence[Step]:
+            return fusing.steps(modules, expected, head=None)[0]
+
+        return kept(self, (expected, *map(id, modules)), make)
+
+    def to_smallest(self) -> list[nn.Module]:
         """The modules that the smallest features come from."""
         pairs = zip(self.down_blocks, self.transitions_down, strict=True)
         return [self.conv0, *(module for pair in pairs for module in pair), self.bottleneck]
+
+    def step_size(
+        self,
+        shape: Sequence[int],
+        stored: torch.dtype,
+        expected: Expected,
+        *,
+        recompute: bool,
+    ) -> NetworkSize | None:
+        """Sizes of a training step on images of `shape`, if all of it is fused.
+
+        There is nothing in front of the blocks to `recompute`.
+        """
+        if eligibility.any_conv(self.classifier) is not None:
+            return None
+        transposed = dimensions.MODULES[expected.dims].transposed
+        up: list[tuple[Any, Step]] = []
+        for upsampling, block in zip(self.transitions_up, self.up_blocks, strict=True):
+            if eligibility.exactly(upsampling, TransitionUp) is not None:
+                return None
+            conv: Any = upsampling.conv
+            if eligibility.exactly(conv, transposed) is not None:
+                return None
+            up.append((conv, self._steps([block], expected)[0]))
+        down = self._steps(self.to_smallest(), expected)
+        return segmentation_size(down, up, self.classifier, shape, stored, expected.device)
 
 
 def fcdensenet56(num_classes: int, **kwargs: Any) -> FCDenseNet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
@@ -30,8 +30,13 @@ from densenet_fast.modules.steps import (
 Head = Literal["relu and average", "average"] | None
 
 
-def _stem_obstacle(modules: Sequence[nn.Module], length: int, expected: Expected) -> str | None:
-    """Why the first `length` modules are no stem's norm, ReLU and max-pooling to fuse, or None."""
+def _pooled_obstacle(
+    modules: Sequence[nn.Module],
+    length: int,
+    expected: Expected,
+    pooling: Callable[[nn.Module, int], str | None],
+) -> str | None:
+    """Why the first `length` modules are no norm, ReLU and such pooling to fuse, or None."""
     if len(modules) < length:
         return "is not followed by a ReLU and a max-pooling"
     norm, *relu, pool = modules[:length]
@@ -40,7 +45,7 @@ def _stem_obstacle(modules: Sequence[nn.Module], length: int, expected: Expected
     found = named("the norm", eligibility.norm(norm, None, expected))
     for module in relu:
         found = found or named("the ReLU", eligibility.exactly(module, nn.ReLU))
-    return found or named("the pooling", eligibility.max_pool(pool, 3, expected.dims))
+    return found or named("the pooling", pooling(pool, expected.dims))
 
 
 def _block_obstacle(block: nn.Module) -> str | None:
@@ -76,7 +81,7 @@ def _fuse_behind(planned: list[Step], tail: DenseStep | MaxTransitionStep | str)
         obstacle = "the layer before it runs plain"
     if isinstance(tail, str) or tail.tail is None:
         return obstacle or str(tail)
-    norm, conv = tail.tail[:2]
+    norm, conv, *_ = tail.tail
     if isinstance(block, DenseStep) and obstacle is None:
         layers, order = block.segments[-1], block.order
         assert isinstance(layers, list)
@@ -167,6 +172,7 @@ def steps(
     is told why modules are called as such, by their places.
     """
     planned: list[Step] = []
+    pooled = False
     at = 0
     while at < len(modules):
         module = modules[at]
@@ -194,10 +200,11 @@ def steps(
                 memory_format = averaged_format(memory_format, expected.dims)
         elif isinstance(module, Transition) or at + 1 == len(modules):
             obstacle = _fuse_behind(planned, _tail(module, head, expected))
+            pooled = obstacle is None and not isinstance(module, Transition)
             memory_format = averaged_format(memory_format, expected.dims)
         else:
             length = 2 if eligibility.norm_with_relu(module) else 3
-            obstacle = _stem_obstacle(modules[at:], length, expected)
+            obstacle = _pooled_obstacle(modules[at:], length, expected, eligibility.stem_pool)
             if obstacle is None:
                 _channels_innermost(planned)
                 taken = length
@@ -205,14 +212,16 @@ def steps(
                 again = _recomputes(block) if recompute is None else recompute
                 conv = _recomputable_conv(planned) if again else None
                 planned.append(StemStep(module, conv))  # type: ignore[arg-type]
+            elif not _pooled_obstacle(modules[at:], length, expected, eligibility.whole_average):
+                tail = TailParts(module, kept=True)  # type: ignore[arg-type]
+                obstacle = _fuse_behind(planned, DenseStep([], "bottleneck", tail))
+                taken = length if obstacle is None else 1
         if obstacle is not None:
             planned.append(ModuleStep(module, memory_format))
             if obstacles is not None:
                 obstacles[at] = obstacle
         at += taken
-    end = planned[-1] if planned else None
-    tail = end.tail if isinstance(end, DenseStep) else None
-    return planned, tail is not None and tail.conv is None
+    return planned, pooled
 
 
 def averaged_format(memory_format: torch.memory_format, dims: int) -> torch.memory_format:

@@ -90,13 +90,15 @@ class LayerParts(NamedTuple):
 class TailParts(NamedTuple):
     """What computes behind a block: a transition's norm and convolution, or a final norm.
 
-    `order` is that of a layer. A `linear` transition has no ReLU.
+    `order` is that of a layer. A `linear` transition has no ReLU. Behind a final norm are ReLU and
+    the average over all pixels, whose dimensions go or are `kept` with one pixel each.
     """
 
     norm: Norm
     conv: Conv | None = None
     order: Sequence[int] | None = None
     linear: bool = False
+    kept: bool = False
 
 
 def transition_obstacle(

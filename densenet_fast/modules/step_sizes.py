@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise, repeat
+from itertools import accumulate, pairwise, repeat
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,18 @@ from densenet_fast.blocks.memory_plan import (
 from densenet_fast.blocks.nodes import planned_shape
 from densenet_fast.blocks.stem import in_place, pooled
 from densenet_fast.modules import eligibility, input_checks
-from densenet_fast.modules.steps import ConvStep, DenseStep, StemStep, Step
+from densenet_fast.modules.dimensions import Conv, Transposed
+from densenet_fast.modules.steps import (
+    ConvStep,
+    DenseStep,
+    MaxTransitionStep,
+    StemStep,
+    Step,
+)
 from densenet_fast.operators.rows import row_pitch, rows_of
 from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 
-_LABEL = 8  # bytes
+_LABEL = _SEED = 8  # bytes
 _MOST_PARTS = 16  # of the CPU kernels' backward, each with a weight gradient of its own
 _NARROW_VOLUME = 48  # channels
 _NARROW, _WIDE = (32, 8), (128, _MOST_PARTS)  # least tiles of volumes, most parts
@@ -87,11 +94,108 @@ def network_size(
         )
         for size in sizes
     ]
-    return NetworkSize(stem[0], sizes, _head(classifier, shape[0], sizes[-1].end, stored))
+    head = _head(classifier, shape[0], stored)
+    pooled = shape[0] * sizes[-1].end * stored.itemsize
+    return NetworkSize(stem[0], sizes, replace(head, kept=head.kept + pooled))
+
+
+def segmentation_size(
+    down: Sequence[Step],
+    up: Sequence[tuple[Transposed, Step]],
+    classifier: Conv,
+    shape: Sequence[int],
+    stored: torch.dtype,
+    device: torch.device,
+) -> NetworkSize | None:
+    """Sizes of a step of a network with a way down and up, likewise.
+
+    `up` are its blocks with the transposed convolutions before them, which PyTorch computes.
+    """
+    stem = _stem(down[:1], shape, stored, device)
+    if stem is None:
+        return None
+    images, channels, *size = stem[1]
+    itemsize, sizes = stored.itemsize, list[BlockSize]()
+    skips: list[tuple[int, list[int]]] = []  # channels, and the images' size
+    for step in down[1:]:
+        if isinstance(step, MaxTransitionStep) and len(sizes) > len(skips):
+            skips.append((sizes[-1].end, size))
+            channels, size = eligibility.weight_shape(step.conv)[0], halved(size)
+            sizes[-1] = _with_maximum(sizes[-1], step, math.prod(size) * images, device)
+            continue
+        found = _block_sizes([step], (images, channels, *size), itemsize)
+        if found is None or len(sizes) > len(skips):
+            return None
+        sizes += found
+    for (transposed, step), (skip, larger) in zip(up, reversed(skips), strict=True):
+        sizes[-1] = _with_transposed(sizes[-1], transposed, (images, *size), stored)
+        channels, size = transposed.out_channels + skip, larger
+        found = _block_sizes([step], (images, channels, *size), itemsize)
+        if found is None:
+            return None
+        sizes += found
+    # The gradient of the input of a block on the way up has that of the skip in it, and stays until
+    # the block on the way down has taken that.
+    levels = len(skips)
+    above = reversed(sizes[levels + 1 :])
+    skipping = [block.input_gradient * itemsize for block in above]
+    waiting = [0, *accumulate(skipping)]
+    for at, block in enumerate(sizes):
+        transition = block.transition
+        if at < levels:
+            transition += skipping[at] + sizes[at + 1].input_gradient * itemsize
+        sizes[at] = replace(
+            block,
+            returned=True,
+            workspace=cpu_workspace(block) if device.type == "cpu" else 0,
+            transition=transition,
+            waiting=waiting[min(at, 2 * levels - at)],
+        )
+    return NetworkSize(stem[0], sizes, _pixels_head(classifier, (images, *size), sizes[-1], stored))
+
+
+def _with_maximum(
+    block: BlockSize, step: MaxTransitionStep, pixels: int, device: torch.device
+) -> BlockSize:
+    """The block with a transition behind it whose output has so many pixels."""
+    outputs, read, *_ = eligibility.weight_shape(step.conv)
+    weights, lasting = _gradient_bytes([step.conv.weight])
+    kept = pixels * outputs + statistics_bytes(read, block.itemsize) + _SEED * (step.dropout > 0)
+    backward = block.pixels * (outputs + read) * block.itemsize + weights
+    if device.type == "cpu":
+        backward += _pointwise(block.pixels, read, outputs) * max(4, block.itemsize)
+    return replace(
+        block,
+        weights=block.weights + weights,
+        lasting=block.lasting + lasting,
+        beside=block.beside + kept,
+        transition=backward,
+    )
+
+
+def _with_transposed(
+    block: BlockSize, conv: Transposed, pixels: Sequence[int], stored: torch.dtype
+) -> BlockSize:
+    """The block with a transposed convolution behind it, of a part of its features."""
+    images, *size = pixels
+    weights, lasting = _gradient_bytes([conv.weight])
+    rounded = conv.weight.numel() * stored.itemsize if conv.weight.dtype != stored else 0
+    edges = zip(size, conv.stride, conv.kernel_size, strict=True)
+    larger = math.prod((n - 1) * stride + taps for n, stride, taps in edges)
+    written = images * larger * conv.out_channels
+    # PyTorch has both, and the weight, in other layouts too.
+    copied = 2 * (written + block.pixels * conv.in_channels) * stored.itemsize
+    return replace(
+        block,
+        weights=block.weights + weights,
+        lasting=block.lasting + lasting,
+        beside=block.beside + rounded,
+        transition=copied + 4 * conv.weight.numel() * stored.itemsize,
+    )
 
 
 def _block_sizes(
-    steps: Sequence[DenseStep], shape: Sequence[int], itemsize: int
+    steps: Sequence[Step], shape: Sequence[int], itemsize: int
 ) -> list[BlockSize] | None:
     """Sizes of blocks behind one another, the first one's input [N, C, *size] being `shape`.
 
@@ -100,6 +204,8 @@ def _block_sizes(
     images, channels, *size = shape
     sizes: list[BlockSize] = []
     for step in steps:
+        if not isinstance(step, DenseStep):
+            return None
         layers = step.segments[0] if len(step.segments) == 1 else None
         if not isinstance(layers, list):
             return None
@@ -127,6 +233,7 @@ def _block_sizes(
                 weights,
                 lasting,
                 taps=3 ** len(size),
+                beside=_SEED * sum(layer.dropout > 0 for layer in layers),
             )
         )
         channels = behind
@@ -228,13 +335,29 @@ def _stem(
     return stem, (images, out, *behind)
 
 
-def _head(classifier: nn.Linear, images: int, channels: int, stored: torch.dtype) -> HeadSize:
-    """The classifier's input, its weight where autocast rounds it, and what cross entropy keeps."""
+def _head(classifier: nn.Linear | Conv, labels: int, stored: torch.dtype) -> HeadSize:
+    """The classifier's weight where autocast rounds it, and what cross entropy keeps."""
     parameter = classifier.weight
     rounded = parameter.numel() * stored.itemsize if parameter.dtype != stored else 0
-    loss = images * (classifier.out_features * parameter.itemsize + _LABEL) + parameter.itemsize
-    kept = images * channels * stored.itemsize + loss + rounded
-    return HeadSize(kept, *_gradient_bytes([parameter]))
+    loss = labels * (len(parameter) * parameter.itemsize + _LABEL) + parameter.itemsize
+    return HeadSize(loss + rounded, *_gradient_bytes([parameter]))
+
+
+def _pixels_head(
+    classifier: Conv, pixels: Sequence[int], behind: BlockSize, stored: torch.dtype
+) -> HeadSize:
+    """A classifier of pixels, a convolution by PyTorch, which reads a block's features."""
+    count = math.prod(pixels)
+    head = _head(classifier, count, stored)
+    scores = count * classifier.out_channels * max(4, stored.itemsize)
+    copies = 0.0  # of features with channels innermost, which PyTorch takes as images alone
+    if len(pixels) == 4:
+        copies = 1
+    elif len(pixels) == 2:  # contiguous, and reordered by oneDNN, or once more for each thread
+        reordered = stored == torch.bfloat16
+        copies = 2 if reordered else 1 + min(1, torch.get_num_threads() / pixels[0])
+    convolution = scores + int((1 + copies) * behind.buffer) - head.kept
+    return replace(head, scratch=head.scratch + max(2 * scores, convolution))
 
 
 def cpu_workspace(block: BlockSize) -> int:
@@ -243,11 +366,10 @@ def cpu_workspace(block: BlockSize) -> int:
     Or Winograd's, in tiles of two pixels along each dimension where there are more than one: four
     weights for each three.
     """
-    pointwise_parts = _parts(block.pixels, _LEAST_ROWS)
-    pointwise = (pointwise_parts + 1) * max(block.widths, default=0) * (block.end - block.growth)
+    pointwise = _pointwise(block.pixels, block.end - block.growth, max(block.widths, default=0))
     spatial = 0
     for read in {read for _, read in block.reads}:
-        parts, packed = pointwise_parts, block.taps
+        parts, packed = _parts(block.pixels, _LEAST_ROWS), block.taps
         if block.taps == 9:
             parts, packed = _parts(block.pixels // 4, _LEAST_TILES), 16
         elif block.taps == 27:
@@ -255,6 +377,11 @@ def cpu_workspace(block: BlockSize) -> int:
             packed = 64
         spatial = max(spatial, (parts * block.taps + packed) * read * block.growth)
     return max(pointwise, spatial) * max(4, block.itemsize)
+
+
+def _pointwise(pixels: int, read: int, outputs: int) -> int:
+    """Elements of that of a 1×1 convolution."""
+    return (_parts(pixels, _LEAST_ROWS) + 1) * read * outputs
 
 
 def _parts(total: int, least: int, most: int = _MOST_PARTS) -> int:

@@ -301,6 +301,8 @@ class DenseStep:
             bias = parameter(tail.conv.__dict__, "bias")
             if bias is not None:  # behind the average as in front of it
                 output = output + bias.to(output.dtype).view(-1, *[1] * (output.dim() - 2))
+        if tail is not None and tail.kept:
+            return output.view(*output.shape, *[1] * (input.dim() - 2))
         if order is None:
             return output
         pieces = output.split(_widths(input.shape[1], run), 1)

@@ -189,13 +189,14 @@ def _train_data(group: argparse._ArgumentGroup) -> None:
         "--val-split",
         type=real(0, 0.99, above=True),
         metavar="SHARE",
-        help="hold out so much of the images for validation, where there is no other",
+        help="hold out so much of the images, and of each class or label, for validation, where "
+        "there is no other",
     )
     group.add_argument(
         "--group-column",
         metavar="NAME",
-        help="of --labels: what --val-split keeps together, such as a patient's images (default: "
-        "Patient ID, where there is one)",
+        help="of --labels: training and validation share none of its values, such as patients "
+        "(default: Patient ID, or the folders patientNNNNN, where there are some)",
     )
     group.add_argument(
         "--in-chans", type=int, choices=(1, 3), help="channels (default: the data's)"
@@ -242,6 +243,14 @@ def _augmentation(parser: argparse.ArgumentParser) -> None:
         metavar=("LEAST", "MOST"),
         help="shares of the image's area that are cut out (default: 0.08 1; images of one small "
         "size are shifted instead)",
+    )
+    group.add_argument(
+        "--ratio",
+        type=real(0, above=True),
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="width / height of what is cut out (default: 3/4 and 4/3), also of images of one "
+        "small size then",
     )
     group.add_argument(
         "--hflip", type=SHARE, metavar="P", help="default: 0.5, 0 for digits and for IDX files"

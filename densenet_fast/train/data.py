@@ -17,10 +17,11 @@ from densenet_fast.train.architecture import BC
 from densenet_fast.train.batches import Plain, loader
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.errors import DataError, UsageError, flag
-from densenet_fast.train.folders import FileSamples, ImageCheck, Split, open_folder
+from densenet_fast.train.folders import FileSamples, ImageCheck, open_folder
 from densenet_fast.train.images import left_out, mode_of, some_sizes
 from densenet_fast.train.labels import Reading, open_labels
 from densenet_fast.train.sources import Samples, Source, open_source
+from densenet_fast.train.splits import Split
 from densenet_fast.train.transforms import Preprocessing, preprocessing, with_sizes
 
 MOST_WORKERS = 8  # by default
@@ -105,8 +106,9 @@ def open_data(
             print(f"{found.name}: {left_out(found.left_out)}", file=where)
         if found.skipped:
             print(f"{found.name}: {found.skipped} corrupt images left out", file=where)
-        if own:
-            print(own, file=where)
+        for said in (found.note, own):
+            if said:
+                print(said, file=where)
     return Setting(found, with_sizes(plain, arguments), workers, edge=plain.crop)
 
 

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from densenet_fast.train.batches import mixed_seed, read_batches
+from densenet_fast.train.batches import read_batches
 from densenet_fast.train.distributed import Processes
 from densenet_fast.train.errors import DataError
 from densenet_fast.train.images import decoding_error, find_images, is_hidden, read_image
 from densenet_fast.train.signals import leave_signals_to_parent
 from densenet_fast.train.sources import IMAGENET_MEAN, IMAGENET_STD, Source
+from densenet_fast.train.splits import Split
 
 PARTS = ("train", "val")
 
@@ -37,25 +38,6 @@ class FileSamples:
     def __getitem__(self, index: int) -> tuple[Any, Tensor]:
         """One image and its label or labels."""
         return read_image(self.paths[index], self.mode), self.labels[index]
-
-
-class Split(NamedTuple):
-    """A share of the images, held out for validation; the seed and their names choose them."""
-
-    share: float
-    seed: int
-
-    def held_out(self, keys: Sequence[str]) -> list[bool]:
-        """Which ones are; those of one key stay together.
-
-        Raises:
-            DataError: there is one key alone.
-        """
-        groups = sorted(set(keys), key=lambda key: mixed_seed(self.seed, "split", key))
-        if len(groups) < 2:
-            raise DataError(f"--val-split cannot share {groups[0]} alone: expected two at least")
-        chosen = set(groups[: min(max(1, round(self.share * len(groups))), len(groups) - 1)])
-        return [key in chosen for key in keys]
 
 
 class ImageCheck(NamedTuple):
@@ -216,7 +198,8 @@ def _divided(folder: Path, split: Split) -> tuple[_Part, _Part]:
     for name, group in groupby(part.samples, key=lambda row: row[1]):
         rows = list(group)
         try:
-            chosen = split.held_out([os.path.relpath(path, where) for path, _ in rows])
+            names = [os.path.relpath(path, where) for path, _ in rows]
+            chosen = split.held_out(names, torch.empty(len(names), 0))
         except DataError as error:
             raise DataError(f"{where / name}: {error}") from error
         for row, inside in zip(rows, chosen, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from densenet_fast.train.entries import MULTILABEL
 from densenet_fast.train.errors import DataError
-from densenet_fast.train.folders import FileSamples, ImageCheck, Split
+from densenet_fast.train.folders import FileSamples, ImageCheck
 from densenet_fast.train.images import find_images
 from densenet_fast.train.sources import IMAGENET_MEAN, IMAGENET_STD, Source
+from densenet_fast.train.splits import Split
 
 FINDINGS, NO_FINDING, BETWEEN = "Finding Labels", "No Finding", "|"
-PATIENT = "Patient ID"  # NIH's: a patient's images stay together
+PATIENT = "Patient ID"  # NIH's column; CheXpert's files are in a folder for each patient
+PATIENT_FOLDER = re.compile(r"patient\d+")
 # CheXpert's columns that say something of the image or the patient, not what is seen.
 NO_LABELS = ("Sex", "Age", "Frontal/Lateral", "AP/PA")
 # What --uncertain and --missing make of a label; nan does not count.
@@ -36,7 +39,7 @@ class Reading(NamedTuple):
     root: Path | None  # None: the table's folder
     uncertain: str
     missing: str
-    group: str | None = None  # a column: images of one value stay together when a part is held out
+    group: str | None = None  # a column: training and validation share none of its values
     others: bool = False  # whether findings may be there that are no labels
 
     def values(self) -> Mapping[str, float]:
@@ -48,13 +51,17 @@ class Reading(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a table says: its classes; of each row the file, the labels and the group."""
+    """What a table says: its classes; of each row the file, the labels and the group.
+
+    `grouped` says what the groups go by; "" where each image is one by itself.
+    """
 
     path: Path
     classes: tuple[str, ...]
     files: list[str]
     labels: Tensor
     groups: list[str]
+    grouped: str
 
     def part(self, chosen: Sequence[bool]) -> Table:
         """Some of the rows."""
@@ -89,7 +96,7 @@ def read_table(path: Path, reading: Reading, classes: Sequence[str] | None = Non
             _refuse(path, line, f"{row[0]!r} is in line {lines[row[0]]} already")
         lines[row[0]] = line
         cells = dict(zip(header, row, strict=True))
-        groups.append(cells[group])
+        groups.append(_patient(row[0]) if group is None else cells[group])
         if listed:
             named.append([name.strip() for name in cells[FINDINGS].split(BETWEEN)])
             continue
@@ -112,18 +119,26 @@ def read_table(path: Path, reading: Reading, classes: Sequence[str] | None = Non
                 _refuse(path, line, f"{odd[0]!r} is none of the labels {', '.join(columns)}")
         marked = [[float(name in names) for name in columns] for names in named]
     files = _files(path, reading.root or path.parent, lines)
-    return Table(path, tuple(columns), files, torch.tensor(marked), groups)
+    grouped = f"column {group!r}"
+    if group is None:
+        grouped = "" if groups == list(lines) else "folders patientNNNNN"
+    return Table(path, tuple(columns), files, torch.tensor(marked), groups, grouped)
+
+
+def _patient(file: str) -> str:
+    """The folder of a patient that the file is in, or else the file."""
+    return next(filter(PATIENT_FOLDER.fullmatch, Path(file).parts), file)
 
 
 def _columns(
     path: Path, line: int, header: Sequence[str], reading: Reading, classes: Sequence[str] | None
-) -> tuple[list[str], str]:
-    """The columns with labels, and that of the groups, by the table's first line."""
+) -> tuple[list[str], str | None]:
+    """The columns with labels, and that of the groups if there is one, by the first line."""
     if len(header) < 2:
         _refuse(path, line, f"expected a column of files and columns of labels, got {header}")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         _refuse(path, line, f"two columns are called {twice[0]!r}")
-    group = reading.group or (PATIENT if PATIENT in header else header[0])
+    group = reading.group or (PATIENT if PATIENT in header else None)
     columns = [name for name in header[1:] if name not in (*NO_LABELS, PATIENT, group)]
     if FINDINGS in header:
         columns = [FINDINGS]
@@ -132,7 +147,7 @@ def _columns(
     if not columns:
         _refuse(path, line, f"no column is a label: there are {', '.join(header)}")
     for name in (*columns, group):
-        if name not in header:
+        if name is not None and name not in header:
             _refuse(path, line, f"there is no column {name!r}, but {', '.join(header)}")
     return columns, group
 
@@ -195,16 +210,26 @@ def open_labels(
 
     Raises:
         DataError: what is wrong, with the line and the value; a label that no image of training
-            has; an image of both tables; no label of validation of which some images have it and
-            some not.
+            has; an image or a patient of both tables; an image of no patient where others are; no
+            label of validation of which some images have it and some not.
     """
     train = held = read_table(path, reading, classes)
     if isinstance(val, Path):
-        held = read_table(val, reading._replace(group=None), train.classes)
+        held = read_table(val, reading, train.classes)
+    for table in (train, held) if val is not None else ():
+        if "" in table.groups:
+            file = table.files[table.groups.index("")]
+            raise DataError(f"{table.path}: expected a value in {table.grouped}, {file} has none")
+    if isinstance(val, Path):
         if both := sorted(set(held.files).intersection(train.files)):
             raise DataError(f"{both[0]} is in {path} and in {val}: expected other images in each")
+        if train.grouped and (both := sorted(set(held.groups).intersection(train.groups))):
+            raise DataError(
+                f"{both[0]!r} (by {train.grouped}) is in {path} and in {val}: expected others in "
+                "each; --group-column names what they must not share"
+            )
     elif val is not None:
-        chosen = val.held_out(train.groups)
+        chosen = val.held_out(train.groups, train.labels)
         train, held = train.part([not inside for inside in chosen]), train.part(chosen)
     tables = [held] if val is None else [train, held]
     corrupt = check.corrupt([file for table in tables for file in table.files])
@@ -235,4 +260,19 @@ def open_labels(
         flip=True,
         task=MULTILABEL,
         skipped=len(corrupt),
+        note="" if val is None else _separated(train, held),
+    )
+
+
+def _separated(train: Table, held: Table) -> str:
+    """What training and validation do not share."""
+    if not train.grouped:
+        return (
+            f"{train.path}: nothing tells patients apart, training and validation may share some; "
+            "--group-column names a column that does"
+        )
+    counts = [len(set(table.groups)) for table in (train, held)]
+    return (
+        f"{train.path}: by {train.grouped}, {counts[0]} in training and {counts[1]} others in "
+        "validation"
     )

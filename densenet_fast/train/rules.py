@@ -34,9 +34,7 @@ DEPENDENT = (
     Dependent("missing", "ignore", "--labels", lambda a: a.labels),
     Dependent("label_names", None, "--labels", lambda a: a.labels),
     Dependent("val_labels", None, "--labels", lambda a: a.labels),
-    Dependent(
-        "group_column", None, "--labels with --val-split", lambda a: a.labels and a.val_split
-    ),
+    Dependent("group_column", None, "--labels", lambda a: a.labels),
     Dependent("amp_dtype", "bfloat16", "--amp", lambda a: a.amp),
     Dependent("momentum", 0.9, "--opt sgd, sgd_nesterov or rmsprop", lambda a: a.opt != "adamw"),
     Dependent("lr_step_size", 30, "--lr-scheduler steplr", lambda a: a.lr_scheduler == "steplr"),
@@ -101,7 +99,8 @@ def _given(arguments: Namespace, name: str) -> str:
 
 # What changes images, and what is of one class an image: neither is there where its flag is 0.
 _MIXING = ("mixup_alpha", "cutmix_alpha")
-_AUGMENTING = ("scale", "hflip", "vflip", "color_jitter", "auto_augment", "random_erase", *_MIXING)
+_RANGES = ("scale", "ratio")
+_AUGMENTING = (*_RANGES, "hflip", "vflip", "color_jitter", "auto_augment", "random_erase", *_MIXING)
 _ONE_CLASS = (*_MIXING, "label_smoothing", "class_map")
 
 
@@ -110,8 +109,10 @@ def _complete_data(arguments: Namespace) -> None:
         if getattr(arguments, name):
             given = _given(arguments, name)
             raise UsageError(f"{given} applies to training without --no-aug alone")
-    if arguments.scale is not None and arguments.scale[0] > arguments.scale[1]:
-        raise UsageError(f"--scale: {arguments.scale[0]} is above {arguments.scale[1]}")
+    for name in _RANGES:
+        least, most = getattr(arguments, name) or (0, 0)
+        if least > most:
+            raise UsageError(f"{flag(name)}: {least} is above {most}")
     if arguments.labels is None:
         return
     for name in _ONE_CLASS:

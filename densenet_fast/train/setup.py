@@ -23,6 +23,7 @@ from densenet_fast.train.optimization import amp_type
 from densenet_fast.train.sources import DIGITS, Source
 from densenet_fast.train.tasks import Criterion, Task
 from densenet_fast.train.transforms import (
+    RATIO,
     SCALE,
     Augmentation,
     Transform,
@@ -148,14 +149,16 @@ def training_transform(arguments: Namespace, setting: Setting, crop: int) -> Tra
     if arguments.no_aug:
         resize = plain.resize if plain.crop == crop else crop
         return replace(plain, resize=resize, crop=crop).transform()
+    shifted = source.size is not None and arguments.ratio is None
     augmentation = Augmentation(
         crop,
-        arguments.scale or (None if source.size is not None else SCALE),
+        arguments.scale or (None if shifted else SCALE),
         hflip=(0.5 if source.flip else 0.0) if arguments.hflip is None else arguments.hflip,
         vflip=arguments.vflip,
         jitter=arguments.color_jitter,
         policy=arguments.auto_augment,
         erase=arguments.random_erase,
+        ratio=arguments.ratio or RATIO,
     )
     return augmentation.transform(plain, source.size)
 

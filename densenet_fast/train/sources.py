@@ -50,6 +50,7 @@ class Source:
     task: str = MULTICLASS
     skipped: int = 0  # images left out because they are corrupt
     left_out: int = 0  # entries of folders that are hidden or no regular files
+    note: str = ""  # what else there is to say
 
     @property
     def channels(self) -> int:

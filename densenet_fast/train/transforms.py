@@ -16,6 +16,7 @@ from densenet_fast.train.errors import UsageError
 
 CROP = 224  # of photographs, by default
 SCALE = (0.08, 1.0)  # torchvision's, of the area
+RATIO = (3 / 4, 4 / 3)  # the same, of width / height
 Transform = Callable[[Any], torch.Tensor]
 
 POLICIES: Mapping[str, Callable[[], torch.nn.Module]] = {
@@ -109,8 +110,9 @@ def with_sizes(plain: Preprocessing, arguments: Namespace) -> Preprocessing:
 class Augmentation:
     """What is random in training, in this order.
 
-    `scale` are the least and the largest share of an image's area that is cut out and resized to
-    `crop` pixels; None: the whole image, shifted by up to an eighth. `hflip`, `vflip` and `erase`
+    `scale` are the least and the largest share of an image's area that is cut out, with a width /
+    height within `ratio`, and resized to `crop` pixels; None: the whole image, shifted by up to an
+    eighth. `hflip`, `vflip` and `erase`
     are probabilities, `jitter` is how much brightness, contrast and saturation vary.
     """
 
@@ -121,13 +123,14 @@ class Augmentation:
     jitter: float = 0.0
     policy: str | None = None
     erase: float = 0.0
+    ratio: tuple[float, float] = RATIO
 
     def transform(self, plain: Preprocessing, size: int | None) -> Transform:
         """From an image, of that size if all have one, to the network's input."""
         mode = InterpolationMode(plain.interpolation)
         steps = plain.first()
         if self.scale is not None:
-            steps.append(v2.RandomResizedCrop(self.crop, self.scale, interpolation=mode))
+            steps.append(v2.RandomResizedCrop(self.crop, self.scale, self.ratio, mode))
         else:
             if self.crop != size:
                 steps.append(plain.resized((self.crop, self.crop)))

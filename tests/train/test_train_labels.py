@@ -19,12 +19,13 @@ pytest.importorskip("sklearn")
 
 from PIL import Image
 from sklearn import metrics
+from torch import Tensor
 from training_runs import TINY, assert_same, comparable, content
 
 from densenet_fast.train.command import main
 from densenet_fast.train.errors import DataError
-from densenet_fast.train.folders import Split
 from densenet_fast.train.labels import Reading, read_table
+from densenet_fast.train.splits import Split
 from densenet_fast.train.tasks import Multilabel, auroc, make_task, masked_bce
 
 Captured = pytest.CaptureFixture[str]
@@ -241,14 +242,128 @@ def test_styles_of_tables(tmp_path: Path) -> None:
     assert table.classes == ("Hernia", "Mass")
     assert table.labels.tolist() == [[1, 1], [0, 0], [0, 1]]
     assert table.files[1] == str(folder / "below" / "3.png")
-    assert table.groups == ["7", "8", "7"]
-    assert Split(0.3, 0).held_out(table.groups)[0] == Split(0.3, 0).held_out(table.groups)[2]
+    assert (table.groups, table.grouped) == (["7", "8", "7"], "column 'Patient ID'")
     with pytest.raises(DataError, match="line 2: 'Hernia' is none of the labels Mass"):
         read_table(nih, IGNORE, ["Mass"])
     assert read_table(nih, IGNORE._replace(others=True), ["Mass"]).labels.sum() == 2
     nih.write_text(nih.read_text().replace("No Finding", "Mass|"))
     with pytest.raises(DataError, match="line 3: '' is none of the labels Hernia, Mass"):
         read_table(nih, IGNORE._replace(others=True))
+
+
+def shares_of(labels: Tensor, chosen: Sequence[bool]) -> list[float]:
+    """Of the images and of each label's positives, what is held out."""
+    held = torch.tensor(chosen)
+    positives = labels == 1
+    return [held.double().mean().item(), *(positives[held].sum(0) / positives.sum(0)).tolist()]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_label_keeps_its_share(seed: int) -> None:
+    """Labels as rare as Hernia in NIH's; more nearly than images drawn by lot."""
+    generator = torch.Generator().manual_seed(seed)
+    rates = torch.tensor([0.3, 0.1, 0.02, 0.005])
+    labels = (torch.rand(4000, 4, generator=generator) < rates).float()
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = math.nan
+    names = [f"{n}.png" for n in range(len(labels))]
+    chosen = Split(0.2, seed).held_out(names, labels)
+    counts = [4000, *(labels == 1).sum(0).tolist()]
+    for share, count in zip(shares_of(labels, chosen), counts, strict=True):
+        assert share == pytest.approx(0.2, abs=1 / count)  # to an image
+    assert Split(0.2, seed).held_out(names[::-1], labels.flip(0)) == chosen[::-1]
+    assert Split(0.2, seed + 1).held_out(names, labels) != chosen
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
+def test_patients_stay_together_and_labels_keep_their_shares(share: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(1, 12, (600,), generator=generator)
+    ill = torch.rand(600, 3, generator=generator) < torch.tensor([0.3, 0.1, 0.03])
+    patients = [f"{n}" for n, count in enumerate(images.tolist()) for _ in range(count)]
+    labels = ill.float().repeat_interleave(images, 0)
+    chosen = Split(share, 0).held_out(patients, labels)
+    assert len(set(zip(patients, chosen, strict=True))) == 600
+    for found, count in zip(shares_of(labels, chosen), (600, *ill.sum(0).tolist()), strict=True):
+        assert found == pytest.approx(share, abs=2 / count)  # to two patients
+    largest = [float(images[n]) for n in range(600) if chosen[patients.index(f"{n}")]]
+    if share > 0.05:  # patients of many images are in both parts
+        assert np.mean(largest) == pytest.approx(images.double().mean().item(), rel=0.15)
+
+
+def test_neither_part_is_without_images() -> None:
+    for share in (0.001, 0.5, 0.99):
+        for labels in (torch.empty(3, 0), torch.ones(3, 2)):
+            chosen = Split(share, 0).held_out(["a", "b", "b"], labels)
+            assert chosen[0] != chosen[1] == chosen[2]
+    with pytest.raises(DataError, match="cannot share a alone: expected two at least"):
+        Split(0.5, 0).held_out(["a", "a"], torch.ones(2, 1))
+
+
+def by_patient(rows: list[list[str]], folder: Path, start: int = 0) -> list[list[str]]:
+    """CheXpert's paths: two images for each patient."""
+    moved = []
+    for n, (name, *cells) in enumerate(rows):
+        file = f"patient{start + n // 2:05}/study1/view{n % 2 + 1}_frontal.png"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).rename(folder / file)
+        moved.append([file, *cells])
+    return moved
+
+
+def test_patients_by_folder_are_never_on_both_sides(
+    xrays: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    folder = tmp_path / "images"
+    rows = by_patient(write_xrays(folder), folder)
+    table = write_table(folder / "all.csv", [HEADER, *rows])
+    flags = ("--labels", str(table), "--epochs", "1", "--steps", "1")
+    assert run(xrays, tmp_path / "a", *flags, "--val-split", "0.25") == 0
+    said = "all.csv: by folders patientNNNNN, 9 in training and 3 others in validation"
+    assert said in capsys.readouterr().out
+    found = content(tmp_path / "a")["data"]
+    assert (found["train"], found["val"]) == (18, 6)
+    one = ("--group-column", "Path")
+    assert run(xrays, tmp_path / "b", *flags, "--val-split", "0.25", *one) == 0
+    assert "by column 'Path', 18 in training and 6 others" in capsys.readouterr().out
+    first, other = (
+        write_table(folder / f"{n}.csv", [HEADER, *part])
+        for n, part in enumerate((rows[:15], rows[15:]))
+    )
+    flags = ("--labels", str(first), "--val-labels", str(other), "--epochs", "1", "--steps", "1")
+    assert run(xrays, tmp_path / "c", *flags) == 2
+    assert "'patient00007' (by folders patientNNNNN) is in " in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+    assert run(xrays, tmp_path / "c", *flags, *one) == 0
+
+
+def test_columns_of_patients_are_whole(xrays: Path, tmp_path: Path, capsys: Captured) -> None:
+    rows = [[name, *cells, f"P{n // 3}"] for n, (name, *cells) in enumerate(write_rows(xrays))]
+    flags = ("--data-path", str(xrays), "--val-split", "0.3", "--epochs", "1", "--steps", "1")
+    for name, column in (("Patient ID", ()), ("Hospital", ("--group-column", "Hospital"))):
+        table = write_table(tmp_path / "all.csv", [(*HEADER, name), *rows])
+        output = tmp_path / name
+        assert run(xrays, output, "--labels", str(table), *flags, *column) == 0
+        assert f"by column {name!r}, " in capsys.readouterr().out
+        assert content(output)["classes"] == list(NAMES)
+    rows[4][-1] = ""
+    table = write_table(tmp_path / "all.csv", [(*HEADER, "Patient ID"), *rows])
+    assert run(xrays, tmp_path / "out", "--labels", str(table), *flags) == 2
+    said = f"all.csv: expected a value in column 'Patient ID', {xrays / '4.png'} has none"
+    assert said in capsys.readouterr().err
+    trained = ("--checkpoint", str(tmp_path / "Hospital" / "last.pt"))
+    assert main(["evaluate", *trained, "--labels", str(table), "--data-path", str(xrays)]) == 0
+    table = write_table(tmp_path / "all.csv", [HEADER, *(row[:-1] for row in rows)])
+    assert run(xrays, tmp_path / "out", "--labels", str(table), *flags) == 0
+    assert "nothing tells patients apart" in capsys.readouterr().out
+
+
+def write_rows(xrays: Path) -> list[list[str]]:
+    """The rows of both tables of the fixture."""
+    rows = []
+    for name in ("train.csv", "val.csv"):
+        with (xrays / name).open(newline="") as file:
+            rows += list(csv.reader(file))[1:]
+    return rows
 
 
 def changed(row: int, column: int, value: str) -> Callable[[list[list[str]]], object]:
@@ -301,7 +416,7 @@ def test_flags_that_do_not_fit_labels(
     wrong: dict[tuple[str, ...], str] = {
         ("--mixup-alpha", "1"): "--mixup-alpha 1.0 applies to one class an image, not to --labels",
         ("--label-smoothing", "0.1"): "--label-smoothing 0.1 applies to one class an image",
-        ("--group-column", "Path"): "--group-column Path applies to --labels with --val-split",
+        ("--group-column", "Pat"): "line 1: there is no column 'Pat', but Path, Upper",
         ("--label-names", "Upper", "Lower"): "line 1: there is no column 'Lower', but Path, Upper",
         ("--label-names", "Upper", "Upper"): "--label-names: 'Upper' is given twice",
         ("--data", "digits"): "--data digits does not go with --labels: --data-path says",
@@ -319,6 +434,7 @@ def test_flags_that_do_not_fit_labels(
         (("--labels", str(xrays / "train.csv")), "--labels needs --val-labels CSV, or --val-split"),
         (("--uncertain", "ones"), "--uncertain ones applies to --labels alone"),
         (("--label-names", "a", "b"), "--label-names a b applies to --labels alone"),
+        (("--group-column", "Path"), "--group-column Path applies to --labels alone"),
     ):
         assert main([*main_flags, *flags]) == 2
         assert said in capsys.readouterr().err

@@ -143,6 +143,25 @@ def test_weight_decay_of_norms_and_biases(
     assert found == expected
 
 
+@pytest.mark.parametrize("size", [None, 40])
+def test_ratio_of_what_is_cut_out(size: int | None) -> None:
+    """As torchvision cuts it."""
+    image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    plain = preprocessing(size, (0.0,) * 3, (1.0,) * 3)
+    arguments = parsed("--ratio", "0.5", "0.5", "--hflip", "0", "--scale", "0.5", "0.5")
+    setting = Setting(Namespace(size=size, flip=True), plain, 0, 40)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    found = setup.training_transform(arguments, setting, 20)(image)
+    torch.manual_seed(0)
+    expected = v2.RandomResizedCrop(20, (0.5, 0.5), (0.5, 0.5))(image) / 255
+    torch.testing.assert_close(found, expected)
+    arguments.scale = None  # with the usual shares then, also of images of one size
+    torch.manual_seed(0)
+    found = setup.training_transform(arguments, setting, 20)(image)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, v2.RandomResizedCrop(20, ratio=(0.5, 0.5))(image) / 255)
+
+
 def test_flips_jitter_and_none() -> None:
     image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
     plain = preprocessing(None, (0.5,) * 3, (0.25,) * 3)
