@@ -89,6 +89,12 @@ def columns(conv: Conv, images: int, output: Size, dtype: torch.dtype, device: t
     return images * columns * math.prod(output) * dtype.itemsize
 
 
+def workspace(conv: Conv, slices: int, itemsize: int) -> int:
+    """Bytes that the kernel's gradient needs besides: weights of 13 points in up to eight parts."""
+    lines = conv.weight[0].numel() // reference_stem.KERNEL
+    return 13 * lines * conv.out_channels * min(8, slices) * max(4, itemsize)
+
+
 def _fast_type(tensor: Tensor) -> torch.dtype:
     return fast_type(tensor.dtype, tensor.device, tensor.dim() - 2)
 
@@ -240,18 +246,18 @@ _VOLUMES = ConvGeometry(
 )
 
 
-def _kernel_forward_fake(input: Tensor, weight: Tensor) -> Tensor:
+def _forward_fake(input: Tensor, weight: Tensor) -> Tensor:
     found = convolution(input, weight, None, _VOLUMES)
     return empty_channels_last(found.shape, found)
 
 
-@nodes.node("(Tensor input, Tensor weight) -> Tensor", _kernel_forward_fake)
-def kernel_forward(input: Tensor, weight: Tensor) -> Tensor:
+@nodes.node("(Tensor input, Tensor weight) -> Tensor", _forward_fake)
+def stem_convolution_forward(input: Tensor, weight: Tensor) -> Tensor:
     """What has a kernel, by itself."""
     return forward(input, _VOLUMES, weight, None, input.dtype)
 
 
-def _kernel_backward_fake(
+def _backward_fake(
     grad_output: Tensor, input: Tensor, weight: Tensor, needs: list[bool]
 ) -> list[Tensor]:
     likes = [empty_channels_last(input.shape, input), empty_gradient(weight)]
@@ -260,9 +266,9 @@ def _kernel_backward_fake(
 
 @nodes.node(
     "(Tensor grad_output, Tensor input, Tensor weight, bool[] needs) -> Tensor[]",
-    _kernel_backward_fake,
+    _backward_fake,
 )
-def kernel_backward(
+def stem_convolution_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, needs: list[bool]
 ) -> list[Tensor]:
     """The gradients of input and weight that `needs` asks for."""
@@ -280,13 +286,13 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(input, weight)
-        return cast(Tensor, kernel_forward(input, weight))
+        return cast(Tensor, stem_convolution_forward(input, weight))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved = ctx.saved_tensors
         needs = list(ctx.needs_input_grad)
-        found = nodes.spread(kernel_backward(grad_output, *saved, needs), needs)
+        found = nodes.spread(stem_convolution_backward(grad_output, *saved, needs), needs)
         behind = [grad_output, *saved]
         return tuple(nodes.first_order_only("the stem's convolution", found, behind))
 
@@ -294,7 +300,7 @@ class _Kernel(torch.autograd.Function):
 def _kernel(input: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return cast(Tensor, _Kernel.apply(input, weight))
-    return cast(Tensor, kernel_forward(input, weight))
+    return cast(Tensor, stem_convolution_forward(input, weight))
 
 
 def module_forward(module: Conv, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ from densenet_fast.operators.torch_internals import GRADIENT_HOOKS
 _LABEL = _SEED = 8  # bytes
 _MOST_PARTS = 16  # of the CPU kernels' backward, each with a weight gradient of its own
 _NARROW_VOLUME = 48  # channels
-_NARROW, _WIDE = (32, 8), (128, _MOST_PARTS)  # least tiles of volumes, most parts
+_NARROW, _WIDE = (32, 4), (128, _MOST_PARTS)  # least tiles of volumes, most parts
 _LEAST_ROWS, _LEAST_TILES = 384, 64  # of a part: pixels, and Winograd's 2×2 tiles
 
 
@@ -301,14 +301,16 @@ def _stem(
     weights, lasting = _gradient_bytes([conv.weight])
     e, out = stored.itemsize, conv.out_channels
     image, pixels = channels * math.prod(before), math.prod(size) * out
-    copies, wide = 0, 0
-    computed = stored
-    if not stem_convolution.has_kernel(shape, conv, conv.weight, conv.bias, stored, device):
+    copies, computed = 0, stored
+    own = stem_convolution.has_kernel(shape, conv, conv.weight, conv.bias, stored, device)
+    if own:
+        wide = stem_convolution.workspace(conv, images * size[0], e)
+    else:
         computed = stem_convolution.fast_type(stored, device, conv.weight.dim() - 2)
         wide = stem_convolution.columns(conv, images, size, stored, device)
     if {conv.weight.dtype, computed} != {stored}:
         copies = (images * image + conv.weight.numel()) * computed.itemsize
-    elif not rows_of(conv.weight).is_contiguous():
+    elif not own and not rows_of(conv.weight).is_contiguous():
         copies = conv.weight.numel() * e
     if norm is None:
         if computed != stored:
@@ -363,8 +365,7 @@ def _pixels_head(
 def cpu_workspace(block: BlockSize) -> int:
     """The CPU kernels' packed weights and partial gradients, as product_backward.h cuts them.
 
-    Or Winograd's, in tiles of two pixels along each dimension where there are more than one: four
-    weights for each three.
+    Or Winograd's, in tiles of 2×2 pixels and 2×2×4, which are scratch where there is but one part.
     """
     pointwise = _pointwise(block.pixels, block.end - block.growth, max(block.widths, default=0))
     spatial = 0
@@ -373,9 +374,10 @@ def cpu_workspace(block: BlockSize) -> int:
         if block.taps == 9:
             parts, packed = _parts(block.pixels // 4, _LEAST_TILES), 16
         elif block.taps == 27:
-            parts = _parts(block.pixels // 8, *(_NARROW if read <= _NARROW_VOLUME else _WIDE))
-            packed = 64
-        spatial = max(spatial, (parts * block.taps + packed) * read * block.growth)
+            parts = _parts(block.pixels // 16, *(_NARROW if read <= _NARROW_VOLUME else _WIDE))
+            packed = 96
+        if parts > 1 or block.taps == 3:
+            spatial = max(spatial, (parts * block.taps + packed) * read * block.growth)
     return max(pointwise, spatial) * max(4, block.itemsize)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from densenet_fast import DenseBlock, EfficientDenseNet
-from densenet_fast.blocks import nodes
+from densenet_fast.blocks import nodes, stem_convolution
 from densenet_fast.blocks.dense_block import dense_block
 from densenet_fast.blocks.max_transition import max_transition
 from densenet_fast.blocks.specs import (
@@ -26,7 +26,7 @@ from densenet_fast.blocks.specs import (
 from densenet_fast.blocks.stem import conv_stem, stem_norm_relu_maxpool
 from densenet_fast.modules.steps import norm_spec
 
-KINDS = ("block", "stem", "max_transition")
+KINDS = ("block", "stem_convolution", "stem", "max_transition")
 OPERATORS = {f"{kind}_{way}" for kind in KINDS for way in ("forward", "backward")} | {"count_step"}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -89,6 +89,13 @@ def stem_call(convolution: bool) -> Tensor:
     return conv_stem(input, weight, bias, geometry, norm)
 
 
+def stem_convolution_call() -> Tensor:
+    torch.manual_seed(0)
+    conv = nn.Conv3d(1, 6, 7, 2, 3, bias=False)
+    input = torch.randn(2, 1, 17, 12, 16, requires_grad=True)
+    return stem_convolution.module_forward(conv, input, conv.weight, None)
+
+
 def max_transition_call() -> Tensor:
     torch.manual_seed(0)
     norm = norm_spec(nn.BatchNorm2d(6), [])
@@ -106,6 +113,7 @@ CASES = {
     "frozen": lambda: block_call("bottleneck", "transition", frozen=True),
     "stem": lambda: stem_call(False),
     "conv-stem": lambda: stem_call(True),
+    "stem_convolution": stem_convolution_call,
     "max_transition": max_transition_call,
 }
 
@@ -128,7 +136,9 @@ def test_opcheck(case: str) -> None:
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem", "max_transition"])
+@pytest.mark.parametrize(
+    "case", ["bottleneck-transition", "conv-stem", "stem_convolution", "max_transition"]
+)
 def test_opcheck_of_graphs_for_any_size(case: str) -> None:
     with Recorder() as recorder:
         CASES[case]().sum()
@@ -152,7 +162,9 @@ def test_eager_mode_does_not_use_them() -> None:
     assert not recorder.calls
 
 
-@pytest.mark.parametrize("case", ["bottleneck-transition", "conv-stem", "max_transition"])
+@pytest.mark.parametrize(
+    "case", ["bottleneck-transition", "conv-stem", "stem_convolution", "max_transition"]
+)
 def test_second_derivatives_are_refused(case: str) -> None:
     output = CASES[case]()
     wanted = [tensor for tensor in _leaves(output.grad_fn) if tensor.requires_grad]

@@ -78,7 +78,6 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "subclassed norm": (replace("norm2", lambda m: ScaledNorm(m.num_features)), "subclass"),
     "other activation": (replace("relu1", lambda m: nn.SiLU()), "relu1 is a SiLU"),
     "inplace activation": (replace("relu2", lambda m: nn.ELU(inplace=True)), "relu2 is a ELU"),
-    "bias": (replace("conv1", lambda m: seeded_conv(m.in_channels, m.out_channels, 1)), "bias"),
     "groups": (
         replace("conv2", lambda m: seeded_conv(8, 4, 3, padding=1, groups=2, bias=False)),
         "groups 2",

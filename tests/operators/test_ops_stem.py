@@ -113,12 +113,12 @@ def test_any_shape(pixels: Pixels, channels: int, outputs: int, seed: int) -> No
         check(pixels, channels, outputs, torch.float64, seed)
 
 
-@pytest.mark.parametrize("pixels", [(1, 24, 24, 24), (8, 32, 32, 32), (9, 7, 8, 33)], ids=str)
+@pytest.mark.parametrize("pixels", [(1, 24, 24, 24), (8, 32, 32, 32), (2, 20, 18, 34)], ids=str)
 @pytest.mark.parametrize("outputs", [24, 64])
 def test_as_accurate_as_plain_float32(pixels: Pixels, outputs: int) -> None:
     """Root mean square errors are at most twice those of PyTorch, whose sums are direct.
 
-    Of shapes that PyTorch computes: with [2, 2, 5, 9, 11] and 20 outputs oneDNN ends the process.
+    Of shapes that PyTorch computes: oneDNN's gradients of few slices are NaN, or end the process.
     """
     channels = 1
     _, of = operands(pixels, channels, outputs, torch.float32)
