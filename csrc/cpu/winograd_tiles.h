@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kWinogradTiles = 48;  // of one run, at most
 
 // Columns of a tile; all are two rows high, those of volumes two slices thick. In images the errors
-// of four columns would be twice as large as those of direct sums.
+// of four columns would be larger than those of direct sums.
 constexpr int tile_width(int dims) { return dims > 2 ? 4 : 2; }
 // Products of a slice of a tile: point j of a row and i of a column is number 4 * j + i.
 constexpr int64_t slice_points(int dims) { return 4 * (tile_width(dims) + 2); }

@@ -10,8 +10,8 @@ makes sixteen outputs with 96 multiplications for 432, where
 
     48 * ceil(H / 2) * ceil(W / 4) * (k + 6)  <  27 * H * W * k.
 
-Rounding errors are those of plain float32 convolutions; of volumes, whose tiles are wider, up to
-three times those where sums are short, in weights' gradients above all. A NaN or infinity reaches
+Rounding errors are those of plain float32 convolutions; of small volumes, where sums are short, up
+to three or four times those, in weights' gradients above all. A NaN or infinity reaches
 all outputs of the tiles that touch it.
 """
 
