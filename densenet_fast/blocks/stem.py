@@ -20,7 +20,6 @@ from densenet_fast.blocks.specs import ConvGeometry, NormSpec, Tensors
 from densenet_fast.operators.rows import (
     as_rows,
     empty_channels_last,
-    gradient_format,
     images_of,
     rows_of,
     statistics_dtype,
@@ -196,16 +195,9 @@ def stem_backward(
     del features, rows  # the largest tensors there are
     before: list[Tensor | None] = [grad_features, None, None]
     if stem.conv is not None and stem.weight is not None and any(needs[:3]):
-        grad_input, *others = stem_convolution.backward(
+        before = stem_convolution.backward(
             grad_features, input, stem.conv, stem.weight, stem.bias, list(needs[:3])
         )
-        # In the layouts that a graph was promised, whichever the convolution has chosen.
-        if grad_input is not None:
-            grad_input = images_of(as_rows(grad_input))
-        for at, (grad, of) in enumerate(zip(others, args[0], strict=False)):
-            if grad is not None and of is not None:
-                others[at] = grad.contiguous(memory_format=gradient_format(of))
-        before = [grad_input, *others]
     return nodes.wanted([*before, grad_gamma, grad_beta], [input, *args[0]], needs)
 
 

@@ -196,7 +196,10 @@ def backward(
     bias: Tensor | None,
     wanted: list[bool],
 ) -> list[Tensor | None]:
-    """The wanted gradients of input, weight and bias of `forward`, whose type `grad_output` has."""
+    """The wanted gradients of input, weight and bias of `forward`, whose type `grad_output` has.
+
+    Channels innermost, or in the layout of the weight, whichever the convolution has chosen.
+    """
     stored, dtype = grad_output.dtype, _fast_type(grad_output)
     if not wanted[0] and has_kernel(input.shape, conv, weight, bias, stored, input.device):
         rounded = weight.to(stored)
@@ -231,14 +234,15 @@ def backward(
             sums[at] = gradient if total is None else total.add_(gradient)
     grad_input = None
     if images:
-        grad_input = images[0] if len(images) == 1 else torch.cat(images)
-    return [
-        grad_input,
-        *(
-            None if gradient is None or operand is None else gradient.to(stored).to(operand.dtype)
-            for gradient, operand in zip(sums, (weight, bias), strict=True)
-        ),
-    ]
+        grad_input = images_of(as_rows(images[0] if len(images) == 1 else torch.cat(images)))
+
+    def stored_as(operand: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+        if operand is None or gradient is None:
+            return None
+        gradient = gradient.to(stored).to(operand.dtype)
+        return gradient.contiguous(memory_format=gradient_format(operand))
+
+    return [grad_input, *map(stored_as, (weight, bias), sums)]
 
 
 _VOLUMES = ConvGeometry(
@@ -272,14 +276,8 @@ def stem_convolution_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, needs: list[bool]
 ) -> list[Tensor]:
     """The gradients of input and weight that `needs` asks for."""
-    grad_input, grad_weight, _ = backward(
-        grad_output, input, _VOLUMES, weight, None, [*needs, False]
-    )
-    if grad_input is not None:
-        grad_input = images_of(as_rows(grad_input))
-    if grad_weight is not None:
-        grad_weight = grad_weight.contiguous(memory_format=gradient_format(weight))
-    return nodes.wanted([grad_input, grad_weight], [input, weight], needs)
+    *found, _ = backward(grad_output, input, _VOLUMES, weight, None, [*needs, False])
+    return nodes.wanted(found, [input, weight], needs)
 
 
 class _Kernel(torch.autograd.Function):
