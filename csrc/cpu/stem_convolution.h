@@ -6,36 +6,13 @@
 #pragma once
 
 #include "blocking.h"
-#include "toom_cook.h"
+#include "stem_filter.h"
 
 namespace densenet_fast::cpu {
 namespace {
 
-constexpr int64_t kStemKernel = 7, kStemTile = 4;
 constexpr int64_t kMostStemParts = 16;  // runs of slices
 constexpr int64_t kStemProduct = 64;    // tiles in one product, at most
-// Of finite points +-p these make about the smallest errors.
-struct EvenPoints {
-  static constexpr double kAt[] = {-1.75, -0.875, -0.28125, 0.28125, 0.875, 1.75};
-};
-struct OddPoints {
-  static constexpr double kAt[] = {-1.5, -0.625, 0, 0.625, 1.5};
-};
-using StemEven = ToomCook<4, 4, EvenPoints>;
-using StemOdd = ToomCook<4, 3, OddPoints>;
-constexpr int kEvenPoints = StemEven::kPoints, kOddPoints = StemOdd::kPoints;
-constexpr int kStemPoints = kEvenPoints + kOddPoints;
-
-// The sums of both filters.
-template <class T>
-DF_INLINE void stem_outputs(const Vec<T> (&m)[kStemPoints], Vec<T> (&y)[kStemTile]) {
-  Vec<T> even[kEvenPoints], odd[kOddPoints], of_odd[kStemTile];
-  for (int p = 0; p < kEvenPoints; ++p) even[p] = m[p];
-  for (int p = 0; p < kOddPoints; ++p) odd[p] = m[kEvenPoints + p];
-  StemEven::template output<T>(even, y);
-  StemOdd::template output<T>(odd, of_odd);
-  for (int i = 0; i < kStemTile; ++i) y[i] += of_odd[i];
-}
 
 // Slices of outputs one after another: the input slices that they read, transformed along rows, and
 // operands made of those.
@@ -157,15 +134,11 @@ class StemSlices {
   // L rows of all tiles: tile i reads 13 pixels from 8 * i on.
   void transform_rows(T* to) const {
     for (int64_t i = 0; i < tiles; ++i) {
-      const auto pixel = [&](int64_t j) { return load<T>(columns_ + (8 * i + j) * L); };
-      Vec<T> even[kEvenPoints], odd[kOddPoints], of_even[kEvenPoints], of_odd[kOddPoints];
-      for (int j = 0; j < kEvenPoints; ++j) even[j] = pixel(2 * j);
-      for (int j = 0; j < kOddPoints; ++j) odd[j] = pixel(2 * j + 1);
-      StemEven::template input<T>(even, of_even);
-      StemOdd::template input<T>(odd, of_odd);
+      Vec<T> pixels[kStemPoints], points[kStemPoints];
+      for (int j = 0; j < kStemPoints; ++j) pixels[j] = load<T>(columns_ + (8 * i + j) * L);
+      StemFilter<T>::input(pixels, points);
       for (int p = 0; p < kStemPoints; ++p) {
-        store<T>(to + (p * tiles + i) * tile_size(),
-                 p < kEvenPoints ? of_even[p] : of_odd[p - kEvenPoints]);
+        store<T>(to + (p * tiles + i) * tile_size(), points[p]);
       }
     }
   }
@@ -210,15 +183,11 @@ void pack_stem(const Weight<S>& weight, int64_t lines, Compute<S>* packed) {
           taps[t][i] = weight_at(weight, (o + i) * weight.stride_out + first + t * weight.stride_w);
         }
       }
-      const Vec<T> even[4] = {load<T>(taps[0]), load<T>(taps[2]), load<T>(taps[4]),
-                              load<T>(taps[6])};
-      const Vec<T> odd[3] = {load<T>(taps[1]), load<T>(taps[3]), load<T>(taps[5])};
-      Vec<T> of_even[kEvenPoints], of_odd[kOddPoints];
-      StemEven::template kernel<T>(even, of_even);
-      StemOdd::template kernel<T>(odd, of_odd);
+      Vec<T> kernel[kStemKernel], points[kStemPoints];
+      for (int t = 0; t < kStemKernel; ++t) kernel[t] = load<T>(taps[t]);
+      StemFilter<T>::kernel(kernel, points);
       for (int p = 0; p < kStemPoints; ++p) {
-        store<T>(packed + (p * lines + line) * width + o,
-                 p < kEvenPoints ? of_even[p] : of_odd[p - kEvenPoints]);
+        store<T>(packed + (p * lines + line) * width + o, points[p]);
       }
     }
   });
@@ -277,7 +246,7 @@ void stem_convolution_forward(Image<const S> images, Weight<S> weight, Image<S> 
             for (int p = 0; p < kStemPoints; ++p) {
               m[p] = load<T>(result + (p * count + i) * width + c);
             }
-            stem_outputs<T>(m, values);
+            StemFilter<T>::output(m, values);
             for (int64_t j = 0; j < wide; ++j) {
               store_upto<T>(to + j * out.pitch + c, values[j], out.c - c);
             }
@@ -302,16 +271,13 @@ void transform_stem_gradients(const Image<const S>& grad, int64_t slice, int64_t
     for_each_block(vectors<T>(grad.c), 2, [&](int64_t v, int nv) {
       for (int u = 0; u < nv; ++u) {
         const int64_t c = (v + u) * L;
-        Vec<T> values[kStemTile] = {}, even[kEvenPoints], odd[kOddPoints];
+        Vec<T> values[kStemTile] = {}, points[kStemPoints];
         for (int64_t j = 0; j < smaller(kStemTile, grad.w - x); ++j) {
           values[j] = load_upto<T>(from + j * grad.pitch + c, grad.c - c);
         }
-        StemEven::template output_adjoint<T>(values, even);
-        StemOdd::template output_adjoint<T>(values, odd);
+        StemFilter<T>::output_adjoint(values, points);
         T* at = to + v * L * count + (i * nv + u) * L;
-        for (int p = 0; p < kStemPoints; ++p) {
-          store<T>(at + p * count * width, p < kEvenPoints ? even[p] : odd[p - kEvenPoints]);
-        }
+        for (int p = 0; p < kStemPoints; ++p) store<T>(at + p * count * width, points[p]);
       }
     });
   }
@@ -368,23 +334,19 @@ void stem_convolution_backward(Image<const S> grad, Image<const S> images, Weigh
   for_each_task(lines, [&](int64_t line) {
     const StemLine<S> at(weight, line);
     for (int64_t o = 0; o < grad.c; o += L) {
-      Vec<T> even[kEvenPoints] = {}, odd[kOddPoints] = {}, of_even[4], of_odd[3];
+      Vec<T> points[kStemPoints] = {}, kernel[kStemKernel];
       for (int64_t part = 0; part < parts.count; ++part) {
         const T* from = partial.get() + part * size + line * width + o;
-        for (int p = 0; p < kStemPoints; ++p) {
-          (p < kEvenPoints ? even[p] : odd[p - kEvenPoints]) += load<T>(from + p * lines * width);
-        }
+        for (int p = 0; p < kStemPoints; ++p) points[p] += load<T>(from + p * lines * width);
       }
-      StemEven::template kernel_adjoint<T>(even, of_even);
-      StemOdd::template kernel_adjoint<T>(odd, of_odd);
+      StemFilter<T>::kernel_adjoint(points, kernel);
       for (int64_t t = 0; t < kStemKernel; ++t) {
-        const Vec<T> values = t % 2 ? of_odd[t / 2] : of_even[t / 2];
         for (int64_t i = 0; i < smaller(L, grad.c - o); ++i) {
           const int64_t tap = at.tap + t;
           const int64_t to = grad_weight.channels_last
                                  ? ((o + i) * taps + tap) * weight.in + at.channel
                                  : ((o + i) * weight.in + at.channel) * taps + tap;
-          store_gradient(grad_weight, to, splat<T>(values[i]), 1);
+          store_gradient(grad_weight, to, splat<T>(kernel[t][i]), 1);
         }
       }
     }
