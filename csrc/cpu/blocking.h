@@ -44,6 +44,13 @@ struct BlockGroup {
       ++index;
     });
   }
+  // One of its blocks alone.
+  BlockGroup block(int64_t v, int nv) const {
+    BlockGroup one = *this;
+    one.begin = v;
+    one.end = v + nv;
+    return one;
+  }
 };
 
 template <class F>

@@ -34,8 +34,8 @@ template <class S>
 void pack_conv3x3(int64_t h, int64_t w, Weight<S> weight, Compute<S>* packed) {
   switch (forward_way(h, w, weight)) {
     case Conv3x3::kWinograd:
-      return weight.dims > 2 ? pack_winograd<tile_width(3)>(weight, packed)
-                             : pack_winograd<tile_width(2)>(weight, packed);
+      return weight.dims > 2 ? pack_winograd<tile_size(3)>(weight, packed)
+                             : pack_winograd<tile_size(2)>(weight, packed);
     case Conv3x3::kTaps:
       return pack_taps(weight, packed);
     default:
@@ -49,9 +49,9 @@ void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weig
   const int64_t h = bottleneck.h, w = bottleneck.w;
   const Conv3x3 way = forward_way(h, w, weight);
   if (way == Conv3x3::kWinograd) {
-    return (weight.dims > 2 ? conv3x3_forward_winograd<tile_width(3), S>
-                            : conv3x3_forward_winograd<tile_width(2), S>)(bottleneck, act, weight,
-                                                                          growth, statistics);
+    return (weight.dims > 2 ? conv3x3_forward_winograd<tile_size(3), S>
+                            : conv3x3_forward_winograd<tile_size(2), S>)(bottleneck, act, weight,
+                                                                         growth, statistics);
   }
   const CallMemory<Compute<S>> memory(weight.packed ? 0 : packed_conv3x3_size(h, w, weight));
   const Compute<S>* packed = weight.packed;
@@ -70,11 +70,11 @@ void conv3x3_backward(Image<const S> grad_growth, Image<const S> bottleneck, Nor
                       Weight<S> weight, Image<S> grad_norm, NormGradient<Compute<S>> grad_affine,
                       WeightGradient<S> grad_weight, bool accumulate) {
   if (use_winograd(bottleneck.h, bottleneck.w, weight)) {
-    return (weight.dims > 2 ? conv3x3_backward_winograd<tile_width(3), S>
-                            : conv3x3_backward_winograd<tile_width(2), S>)(grad_growth, bottleneck,
-                                                                           norm, weight, grad_norm,
-                                                                           grad_affine, grad_weight,
-                                                                           accumulate);
+    return (weight.dims > 2 ? conv3x3_backward_winograd<tile_size(3), S>
+                            : conv3x3_backward_winograd<tile_size(2), S>)(grad_growth, bottleneck,
+                                                                          norm, weight, grad_norm,
+                                                                          grad_affine, grad_weight,
+                                                                          accumulate);
   }
   (accumulate ? conv3x3_backward_direct<S, true>
               : conv3x3_backward_direct<S, false>)(grad_growth, bottleneck, norm, weight, grad_norm,
