@@ -10,6 +10,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC's own headers start some intrinsics from an undefined register.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #endif

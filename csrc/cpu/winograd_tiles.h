@@ -102,8 +102,8 @@ struct WinogradTiles {
 };
 
 // The rule, where the user allows it. Products saved must outweigh tiles cut by the border: 16
-// multiplications for each tile against 9 for each pixel, of volumes 108 for 27, and what the
-// transforms cost. Where the image has less than three rows or columns the direct way adds so few
+// multiplications for each tile against 9 for each pixel, of volumes 36, and what the transforms
+// cost. Where the image has less than three rows or columns the direct way adds so few
 // terms that its rounding errors are smaller by more than half.
 template <class S>
 DF_INLINE bool use_winograd(int64_t h, int64_t w, const Weight<S>& weight) {

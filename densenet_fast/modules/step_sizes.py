@@ -365,7 +365,7 @@ def _pixels_head(
 def cpu_workspace(block: BlockSize) -> int:
     """The CPU kernels' packed weights and partial gradients, as product_backward.h cuts them.
 
-    Or Winograd's, in tiles of 2×2 pixels and 2×2×4, which are scratch where there is but one part.
+    Or Winograd's, in tiles of 2×2 pixels and, in volumes, 4×4, which are scratch where there is but one part.
     """
     pointwise = _pointwise(block.pixels, block.end - block.growth, max(block.widths, default=0))
     spatial = 0
@@ -375,7 +375,7 @@ def cpu_workspace(block: BlockSize) -> int:
             parts, packed = _parts(block.pixels // 4, _LEAST_TILES), 16
         elif block.taps == 27:
             parts = _parts(block.pixels // 16, *(_NARROW if read <= _NARROW_VOLUME else _WIDE))
-            packed = 96
+            packed = 108
         if parts > 1 or block.taps == 3:
             spatial = max(spatial, (parts * block.taps + packed) * read * block.growth)
     return max(pointwise, spatial) * max(4, block.itemsize)
