@@ -97,6 +97,7 @@ def test_sanitizers_see_faults_of_kernels(sanitized: Path, fault: str, report: s
 
 
 # The product's own compiler; what the emulator cannot know of its headers.
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["75", "80", "90", "120"])
 def test_headers_compile_for_devices(tmp_path: Path, architecture: str):
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
