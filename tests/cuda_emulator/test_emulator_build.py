@@ -75,11 +75,13 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_emulator_is_clean_under_sanitizers(sanitized: Path):
     result = run(sanitized)
     assert (result.returncode, result.stdout) == (0, "passed\n"), result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
