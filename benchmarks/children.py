@@ -21,6 +21,20 @@ BOOTSTRAP = (
 )
 
 
+def ended(
+    request: str, environment: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """A child process that has done what is asked for."""
+    return subprocess.run(
+        [sys.executable, "-c", BOOTSTRAP, request],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 def call_in_child(
     function: str,
     arguments: dict[str, Any],
@@ -33,15 +47,9 @@ def call_in_child(
     module, _, name = function.partition(":")
     path = [entry or os.getcwd() for entry in sys.path]
     request = {"path": path, "module": module, "function": name, "arguments": arguments}
+    own = {**(environment or {}), "OMP_NUM_THREADS": str(threads)}
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", BOOTSTRAP, json.dumps(request)],
-            env={**os.environ, **(environment or {}), "OMP_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        child = ended(json.dumps(request), own, timeout)
     except subprocess.TimeoutExpired as error:
         raise MeasurementError(f"no result within {timeout:.0f} s") from error
     if child.returncode == -9:

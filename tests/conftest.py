@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 
 import hypothesis
 import pytest
 import torch
 from devices import BACKENDS, CUDA, on
+from forks import Forks, forking
 
+from benchmarks import children
 from densenet_fast.build_info import build_info
 from densenet_fast.operators import cuda_device
 
@@ -22,6 +26,12 @@ hypothesis.settings.load_profile("densenet_fast")
 # Tests in parallel share the processors: more threads than those wait for each other, spinning.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // _WORKERS))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files in parallel (`--dist loadfile`) in order: those with the fewest tests take longest."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_report_header() -> list[str]:
@@ -49,6 +59,35 @@ def everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs a test of whole networks on the CPU and on a GPU."""
     with on(request.param):
         yield
+
+
+@pytest.fixture(scope="session")
+def importing_once() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """`children.ended` in forks of one process for each environment."""
+    servers: dict[frozenset[tuple[str, str]], Forks] = {}
+    with ExitStack() as stack:
+
+        def ended(
+            request: str, environment: Mapping[str, str], timeout: float
+        ) -> subprocess.CompletedProcess[str]:
+            key = frozenset(environment.items())
+            if key not in servers:
+                server = forking("import pytest, benchmarks.peers", {**os.environ, **environment})
+                servers[key] = stack.enter_context(server)
+            code = f"import sys; sys.argv[1:] = [{request!r}]; {children.BOOTSTRAP}"
+            done = servers[key](code)
+            return subprocess.CompletedProcess([], done.status, done.printed, done.errors)
+
+        yield ended
+
+
+@pytest.fixture
+def forked_children(
+    importing_once: Callable[..., subprocess.CompletedProcess[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Measures in children that need not import what they need."""
+    monkeypatch.setattr(children, "ended", importing_once)
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def measured_modes(name: str, amp: str, dtype: str) -> dict[str, dict[str, int]]
 
 
 @LINUX
+@pytest.mark.usefixtures("forked_children")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
@@ -157,6 +158,8 @@ def test_auto_trains_the_same_network_within_the_budget(share: float) -> None:
 
 
 @LINUX
+@pytest.mark.usefixtures("forked_children")
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_auto_takes_no_more_than_its_budget(share: float) -> None:
     """Measured as the plan counts it: in this process, behind a step that made all scratch."""

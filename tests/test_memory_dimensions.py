@@ -43,6 +43,7 @@ def peak(dims: int, dtype: str, mode: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
+@pytest.mark.usefixtures("forked_children")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dims", "dtype", "mode"),

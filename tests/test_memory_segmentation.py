@@ -62,6 +62,8 @@ def peaks(kind: str, shape: tuple[int, ...], mode: str, amp: str, dtype: str) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
+@pytest.mark.usefixtures("forked_children")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dims", "mode", "amp", "dtype"),
     [

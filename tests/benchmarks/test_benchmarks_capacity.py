@@ -225,6 +225,7 @@ def test_a_search_that_stops_leaves_the_largest_open(
 
 @pytest.mark.slow
 @PROC
+@pytest.mark.usefixtures("forked_children")
 def test_small_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = densenet_bc(10, 4, batch_size=2, image_size=32)
     monkeypatch.setitem(NETWORKS, "tiny", replace(tiny, image_size=32))

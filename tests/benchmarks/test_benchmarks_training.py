@@ -97,7 +97,7 @@ def test_missing_data_stops_the_command_before_any_work(
 
 @pytest.mark.slow
 @PROC
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "forked_children")
 def test_main_job_writes_its_results_and_the_losses_agree(run: Any, tmp_path: Path) -> None:
     chosen = ["--growth-rates", "12", "--rounds", "3", "--threads", "1"]
     chosen += ["--peers", "naive-channels-last,ours-bottleneck"]

@@ -73,6 +73,7 @@ def test_gradient(norm: str) -> None:
         assert bool((bias.grad == 0).all()) is NORMS[norm][1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("norm", ["usual", "in evaluation"])
 def test_in_a_graph(norm: str) -> None:

@@ -347,6 +347,7 @@ def test_a_norm_of_any_dimensions_averages_those_of_the_trace() -> None:
     assert found.shape == (2, CHANNELS, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("form", ["method", "Sequential, kept", "in the network's"])
 def test_files_and_graphs(form: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import cycle
 from typing import Any
 
@@ -516,13 +517,24 @@ def _of_stored_values(kind: Kind, name: str, actual: Tensor, rows: Tensor) -> It
         yield f"{name}: {error:.3g} off the {name} of the stored values"
 
 
-def check(ops: Any, kind: Kind, make: Calls, seed: int = 0, layout: str = "mixed") -> None:
+@lru_cache(maxsize=128)
+def _defined(
+    kind: Kind, make: Calls, seed: int, layout: str, _: torch.device
+) -> list[dict[str, Tensor]]:
+    """What the definitions make of a call, in its type and in float64."""
+    types = (None, torch.float64)
+    return [_converted(make(Maker(kind, seed, layout)), t).run(DEFINITIONS) for t in types]
+
+
+def check(
+    ops: Any, kind: Kind, make: Calls, seed: int = 0, layout: str = "mixed"
+) -> dict[str, Tensor]:
     """Run a call with `ops` and hold it against the reference; raises AssertionError."""
     ops.allow_tf32 = kind.tf32
     call = make(Maker(kind, seed, layout))
     actual = call.run(ops)
-    plain = _converted(make(Maker(kind, seed, layout)), None).run(DEFINITIONS)
-    exact = _converted(make(Maker(kind, seed, layout)), torch.float64).run(DEFINITIONS)
+    plain, exact = _defined(kind, make, seed, layout, device())
     found = list(differences(kind, call, actual, plain, exact))
     assert not found, f"{call.op}: " + "; ".join(found)
     call.maker.assert_guards()
+    return actual

@@ -75,11 +75,13 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_emulator_is_clean_under_sanitizers(sanitized: Path):
     result = run(sanitized)
     assert (result.returncode, result.stdout) == (0, "passed\n"), result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
@@ -97,6 +99,7 @@ def test_sanitizers_see_faults_of_kernels(sanitized: Path, fault: str, report: s
 
 
 # The product's own compiler; what the emulator cannot know of its headers.
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["75", "80", "90", "120"])
 def test_headers_compile_for_devices(tmp_path: Path, architecture: str):
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import host_build
 import pytest
 from dispatched import Run, build_dispatch, serving
 from emulation import build_kernels
+from forks import Forks, forking
 from host_build import Patch
 
 from densenet_fast.operators.fingerprint import CUDA_FOLDERS, fingerprint
-
-HERE = Path(__file__).resolve().parent
-TESTS = HERE.parent
 
 # Faulty kernels are built for one type only: a fifth of the work.
 _CASES = """    case Dtype::kBfloat16:
@@ -370,30 +365,27 @@ def some(names: Iterable[str]) -> list[str]:
     return order[: -(-len(names) // 6)]
 
 
-def verdict(kind: str, *patches: Patch, check_accesses: bool = False) -> str:
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Runs code behind the imports of the selection of tests."""
+    with forking("import selection") as function:
+        yield function
+
+
+def verdict(forks: Forks, kind: str, *patches: Patch) -> str:
     """The first failure of the selection of tests with these faults; empty without any."""
-    library = build_kernels(
-        patches=(ONLY[kind], *patches), check_accesses=check_accesses, flags=("-g0",)
-    )
-    path = os.pathsep.join([str(HERE), str(TESTS), *sys.path])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "selection.py"), str(library), kind],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    if done.returncode < 0:
-        return f"ended by signal {-done.returncode}"
-    assert done.returncode in (0, 1), done.stderr
-    return done.stdout.strip() if done.returncode else ""
+    library = build_kernels(patches=(ONLY[kind], *patches), flags=("-g0",))
+    done = forks(f"print(selection.failure({str(library)!r}, {kind!r}))")
+    if done.status < 0:
+        return f"ended by signal {-done.status}"
+    assert done.status == 0, done.errors
+    return done.printed.strip()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ONLY)
-def test_kernels_without_faults_pass(kind: str) -> None:
-    assert verdict(kind) == ""
+def test_kernels_without_faults_pass(forks: Forks, kind: str) -> None:
+    assert verdict(forks, kind) == ""
 
 
 @pytest.mark.parametrize("name", [*FAULTS, *BLOCK_FAULTS])
@@ -404,9 +396,9 @@ def test_faults_are_of_lines_that_are_there(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", some(FAULTS))
-def test_fault_is_noticed(name: str) -> None:
+def test_fault_is_noticed(forks: Forks, name: str) -> None:
     patch, kind = FAULTS[name]
-    found = verdict(kind, patch)
+    found = verdict(forks, kind, patch)
     print(f"{name}: {found}")
     assert found
 

@@ -7,13 +7,12 @@ exactly the size that was asked for.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 
 import host_build
 import pytest
 from emulation import build_kernels
+from forks import Done, Forks, forking
 from host_build import Patch
 from ops_arguments import ARGUMENTS, BLOCKS
 from test_kernels_orders import STEPS
@@ -54,36 +53,36 @@ FAULTS = {
 }
 
 
-def run(*patches: Patch) -> subprocess.CompletedProcess[str]:
-    """All operators on kernels with these faults, under both sanitizers."""
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Runs code behind the imports of `sanitized`, in processes with the sanitizers' runtime."""
     for sanitizer in ("address", "undefined"):
         if not host_build.supports(sanitizer):
             pytest.skip(f"the compiler builds no programs with -fsanitize={sanitizer}")
-    library = build_kernels(sanitize=("address", "undefined"), patches=patches)
-    path = os.pathsep.join([str(host_build.HERE), str(host_build.HERE.parent), *sys.path])
-    return subprocess.run(
-        [sys.executable, str(host_build.HERE / "sanitized.py"), str(library)],
-        env={**host_build.sanitized_environment(), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    with forking("import sanitized", host_build.sanitized_environment()) as function:
+        yield function
 
 
-def test_all_kernels() -> None:
-    result = run()
-    where = "\n".join([*result.stdout.splitlines()[-2:], result.stderr[-6000:]])
-    assert result.returncode == 0, where
+def run(forks: Forks, *patches: Patch) -> Done:
+    """All operators on kernels with these faults, under both sanitizers."""
+    # The compiler takes most of the time, less than for -O1.
+    library = build_kernels(sanitize=("address", "undefined"), patches=patches, optimize="-Og")
+    return forks(f"sanitized.main({str(library)!r})")
+
+
+def test_all_kernels(forks: Forks) -> None:
+    result = run(forks)
+    where = "\n".join([*result.printed.splitlines()[-2:], result.errors[-6000:]])
+    assert result.status == 0, where
     count = len(ARGUMENTS) - len(BLOCKS) + len(STEPS)
-    assert result.stdout.endswith(f"\n{count} operators passed\n"), where
-    assert "runtime error" not in result.stderr
-    assert "Sanitizer" not in result.stderr
+    assert result.printed.endswith(f"\n{count} operators passed\n"), where
+    assert "runtime error" not in result.errors
+    assert "Sanitizer" not in result.errors
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_reported(fault: str) -> None:
+def test_faults_are_reported(forks: Forks, fault: str) -> None:
     patch, report = FAULTS[fault]
-    result = run(patch)
-    assert result.returncode != 0
-    assert report in result.stderr, result.stdout[-200:] + result.stderr[-3000:]
+    result = run(forks, patch)
+    assert result.status != 0
+    assert report in result.errors, result.printed[-200:] + result.errors[-3000:]

@@ -100,6 +100,7 @@ def test_training_is_the_same(checkpoint: Checkpoint) -> None:
     assert int(module.features.norm5.num_batches_tracked) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_evaluation_is_the_same(grad: bool) -> None:
     module = network(drop_rate=0.5).eval()
@@ -181,6 +182,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_alone(part: str) -> None:
     input = torch.randn(2, 8, 7, 5, requires_grad=part != "block")

@@ -29,7 +29,7 @@ elif ARM:
     ISA_FLAGS |= {"neon": []}
 
 FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", "-pthread", f"-I{CSRC}"),
+    *("-std=c++20", "-Og", "-g1", "-fno-omit-frame-pointer", "-pthread", f"-I{CSRC}"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *(f"-DDENSENET_FAST_HAVE_{isa.upper()}=1" for isa in ISA_FLAGS),
 ]
