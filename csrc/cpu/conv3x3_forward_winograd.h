@@ -101,12 +101,13 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
       const int64_t end = smaller(task_end, begin + run), count = end - begin;
       PrefetchStream stream;
       const int64_t next_end = smaller(task_end, end + run);
-      if (end < task_end && !border) {
-        stream.add(bottleneck.data + tiles.first_pixel(end) * bottleneck.pitch,
-                   channels * sizeof(S), bottleneck.pitch * sizeof(S), tiles.pixels(end, next_end),
-                   false);
-        stream.add(growth.data + tiles.first_pixel(end) * growth.pitch, k * sizeof(S),
-                   growth.pitch * sizeof(S), tiles.pixels(end, next_end), true);
+      if (end < task_end) {
+        const int64_t next = tiles.first_pixel(end), pixels = tiles.pixels(end, next_end);
+        const int64_t slice = tiles.h * tiles.w * sizeof(S);
+        stream.add(bottleneck.data + next * bottleneck.pitch, channels * sizeof(S),
+                   bottleneck.pitch * sizeof(S), pixels, false, thick, slice * bottleneck.pitch);
+        stream.add(growth.data + next * growth.pitch, k * sizeof(S), growth.pitch * sizeof(S),
+                   pixels, true, thick, slice * growth.pitch);
       }
       stream.start(kPoints *
                    product_steps<T>(count * thick, packed_rows, k, kWinogradForwardVectors));

@@ -9,12 +9,15 @@ namespace {
 
 class PrefetchStream {
  public:
-  // `rows` rows of `row_bytes`, `pitch_bytes` apart.
-  void add(const void* data, int64_t row_bytes, int64_t pitch_bytes, int64_t rows, bool for_write) {
+  // `rows` rows of `row_bytes`, `pitch_bytes` apart, in each of `slices`, `slice_bytes` apart.
+  void add(const void* data, int64_t row_bytes, int64_t pitch_bytes, int64_t rows, bool for_write,
+           int64_t slices = 1, int64_t slice_bytes = 0) {
     if (rows <= 0 || row_bytes <= 0 || count_ == kMaxRanges) return;
     const int64_t lines = (row_bytes + kCacheLine - 1) / kCacheLine;
-    ranges_[count_++] = {static_cast<const char*>(data), pitch_bytes, lines, rows, for_write};
-    total_ += lines * rows;
+    ranges_[count_++] = {
+        static_cast<const char*>(data),  pitch_bytes, lines, rows, for_write, rows, slices,
+        slice_bytes - rows * pitch_bytes};
+    total_ += lines * rows * slices;
   }
 
   // Spreads all lines evenly over `steps` calls of issue().
@@ -45,7 +48,11 @@ class PrefetchStream {
       if (++line_ == r.lines) {
         line_ = 0;
         r.data += r.pitch;
-        if (--r.rows == 0) ++range_;
+        if (--r.left == 0) {
+          r.left = r.rows;
+          r.data += r.to_next_slice;
+          if (--r.slices == 0) ++range_;
+        }
       }
     }
   }
@@ -58,6 +65,8 @@ class PrefetchStream {
     int64_t lines;
     int64_t rows;
     bool for_write;
+    int64_t left;  // rows of this slice
+    int64_t slices, to_next_slice;
   };
   Range ranges_[kMaxRanges];
   int count_ = 0;

@@ -88,16 +88,17 @@ struct WinogradTiles {
   bool has_slice(const WinogradTile& tile, int64_t behind) const {
     return static_cast<uint64_t>(tile.z + behind) < static_cast<uint64_t>(d);
   }
-  // What the tiles [begin, end) of images read, but for their border: whole rows, and how many
-  // pixels there are in them.
+  // What the tiles [begin, end) read of a slice, but for their border: whole rows, and how many
+  // pixels there are in them. Of volumes those of the first one.
   int64_t first_pixel(int64_t begin) const {
     const WinogradTile tile = at(begin);
     return pixel(tile) - tile.x;
   }
   int64_t pixels(int64_t begin, int64_t end) const {
     if (begin >= end) return 0;
-    const WinogradTile last = at(end - 1);
-    return (last.image * h + smaller(last.y + size, h)) * w - first_pixel(begin);
+    const int64_t slab = down * across;
+    const WinogradTile last = at(smaller(end, border ? (begin / slab + 1) * slab : end) - 1);
+    return pixel(last) - last.x + smaller(size, h - last.y) * w - first_pixel(begin);
   }
 };
 

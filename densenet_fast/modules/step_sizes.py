@@ -365,7 +365,7 @@ def _pixels_head(
 def cpu_workspace(block: BlockSize) -> int:
     """The CPU kernels' packed weights and partial gradients, as product_backward.h cuts them.
 
-    Or Winograd's, in tiles of 2×2 pixels and, in volumes, 4×4, which are scratch where there is but one part.
+    Or Winograd's, in tiles of 2×2 pixels, of volumes 4×4, scratch where there is but one part.
     """
     pointwise = _pointwise(block.pixels, block.end - block.growth, max(block.widths, default=0))
     spatial = 0

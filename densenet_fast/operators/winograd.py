@@ -5,14 +5,15 @@ multiplications for 36. The CPU kernels use it where it is faster: where
 
     16 * ceil(H / 2) * ceil(W / 2) * (k + 6)  <  9 * H * W * k,
 
-for images of H x W, at least 3 x 3, and k output channels, at most 128. Of volumes it is F(4x4, 3x3)
-in each slice, and slices are summed directly: sixteen outputs with 108 multiplications for 432, where
+for images of H x W, at least 3 x 3, and k output channels, at most 128. Of volumes it is
+F(4x4, 3x3) in each slice, and slices are summed directly: sixteen outputs with 108 multiplications
+for 432, where
 
     36 * ceil(H / 4) * ceil(W / 4) * (k + 6)  <  9 * H * W * k.
 
-Rounding errors are those of plain float32 convolutions; of volumes about twice those, and up to five
-times where sums are short, in small volumes and with few channels. A NaN or infinity reaches all
-outputs of the tiles that touch it.
+Rounding errors are those of plain float32 convolutions; of volumes about twice those, and up to
+five times where sums are short, in small volumes and with few channels. A NaN or infinity reaches
+all outputs of the tiles that touch it.
 """
 
 from __future__ import annotations
