@@ -6,6 +6,7 @@ a size was measured to fit and the next larger one not to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -78,7 +79,7 @@ class Bracket:
         if guess <= self.low:
             return above
         if self.next.bytes is None or len(self.measured) % 4 == 0:  # guesses alone might creep
-            return (self.low + self.next.size) // 2
+            return max(above, math.isqrt(self.low * self.next.size))  # from far above soon
         return min(guess, self.next.size - self.resolution(self.next.size))
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: runs of the command line, records that are made up."""
+"""Runs of the benchmarks' command line, and a small network for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 Run = Callable[..., tuple[dict[str, Any], str]]
 
@@ -30,26 +29,17 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def planned() -> Callable[..., dict[str, Any]]:
-    """A record without figures of a suite, with what a page needs."""
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What is said of arguments that are refused."""
 
-    def plan(suite: str, **options: Any) -> dict[str, Any]:
+    def call(*arguments: str, output: Path = tmp_path) -> str:
         from benchmarks import cli
-        from benchmarks.suites import Options, load
 
-        record = cli.make_record(suite, load(suite), Options(**options), "the command")
-        return {**record, "complete": True}
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*arguments, "--output", str(output)])
+        return capsys.readouterr().err
 
-    return plan
-
-
-@pytest.fixture
-def page() -> Callable[[dict[str, Any]], str]:
-    """The page of a record."""
-    from benchmarks import cli
-    from benchmarks.suites import load
-
-    return lambda record: cli.page_of(record["suite"], load(record["suite"]), record)
+    return call
 
 
 @pytest.fixture
@@ -64,9 +54,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def one_thread() -> Any:
-    """One computes, whatever else the machine does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def tiny_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few layers and few small images for the suites of one number that varies."""
+    monkeypatch.setattr("benchmarks.suites.sweep.IMAGE_SIZES", {1: 64, 2: 8})
+    monkeypatch.setattr("benchmarks.suites.growth.DEPTH", 10)
+    monkeypatch.setattr("benchmarks.suites.growth.BATCH_SIZE", 2)
+    monkeypatch.setattr("benchmarks.suites.depth.GROWTH_RATE", 4)
+    monkeypatch.setattr("benchmarks.suites.depth.BATCH_SIZE", 3)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("torchvision")
+from made_up import CPU, MIB, PROC, cells
 
 from benchmarks import memory
 from benchmarks.environment import describe
@@ -20,10 +17,6 @@ from benchmarks.measure import MeasurementError, OutOfMemoryError, available_byt
 from benchmarks.networks import NETWORKS, densenet_bc
 from benchmarks.search import MOST_MEASUREMENTS, Bracket, search
 from benchmarks.suites import Options, capacity
-
-MIB = 2**20
-PROC = pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
-
 
 # ---- The search
 
@@ -101,24 +94,18 @@ def test_a_search_that_does_not_end_is_stopped_and_keeps_what_it_has() -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[memory.MemoryCase]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """Measurements that take no time: naive's are quadratic in depth."""
-    cases: list[memory.MemoryCase] = []
 
     def measured(case: memory.MemoryCase) -> memory.StepMemory:
-        cases.append(case)
         layers, images = sum(case.spec.block_config), case.spec.batch_size
         each = layers * layers if "naive" in case.peer else 4 * layers
         return memory.StepMemory(images * each * 2**12, None, None, None, 4 * 10**4 * layers)
 
-    monkeypatch.setattr(capacity, "measure_in_child", measured)
+    counted = Mock(wraps=measured)
+    monkeypatch.setattr(capacity, "measure_in_child", counted)
     monkeypatch.setattr(capacity, "available_bytes", lambda device: 64 * 2**30)
-    return cases
-
-
-def rows(text: str, label: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("|") and label in line]
-    return [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
+    return counted
 
 
 def test_plans() -> None:
@@ -135,31 +122,30 @@ def test_plans() -> None:
     assert network == "DenseNet-121"
 
 
-def test_quick_form_measures_every_case_and_the_next_one(
-    quick: list[memory.MemoryCase], run: Any
-) -> None:
+def test_quick_form_measures_every_case_and_the_next_one(quick: Mock, run: Any) -> None:
     record, text = run("capacity")
-    assert len(quick) == sum(row["found"]["measurements"] for row in record["rows"])
-    assert len(quick) <= 6 * len(record["rows"]) and all(case.peak_only for case in quick)
+    assert quick.call_count == sum(row["found"]["measurements"] for row in record["rows"])
+    assert quick.call_count <= 6 * len(record["rows"])
+    assert all(call.args[0].peak_only for call in quick.call_args_list)
     for row in record["rows"]:
         fits, larger = row["found"]["fits"], row["found"]["next"]
         assert fits["bytes"] <= 512 * MIB < larger["bytes"]
         step = max(1, larger["value"] // 100) if row["part"] == "batch" else 6
         assert 0 < larger["value"] - fits["value"] <= step
-    batch, depth = rows(text, '512 MiB, densenet_fast, checkpoint="bottleneck"')
-    naive_batch, naive_depth = rows(text, "512 MiB, naive, channels_last")
-    ratio = int(batch[0].replace(",", "")) / int(naive_batch[0])
-    assert float(batch[1][:-1]) == pytest.approx(ratio, abs=0.005)
-    assert float(depth[1][:-1]) > 1 and naive_depth[1] == naive_depth[4] == "1.00×"
-    layers = sum(densenet_bc(int(depth[0]), 12, batch_size=1).block_config)
-    assert float(depth[3]) == pytest.approx(layers / 100, rel=0.01)
+    batch, depth = cells(text, '512 MiB, densenet_fast, checkpoint="bottleneck"')
+    naive_batch, naive_depth = cells(text, "512 MiB, naive, channels_last")
+    ratio = int(batch[1].replace(",", "")) / int(naive_batch[1])
+    assert float(batch[2][:-1]) == pytest.approx(ratio, abs=0.005)
+    assert float(depth[2][:-1]) > 1 and naive_depth[2] == naive_depth[5] == "1.00×"
+    layers = sum(densenet_bc(int(depth[1]), 12, batch_size=1).block_config)
+    assert float(depth[4]) == pytest.approx(layers / 100, rel=0.01)
 
 
-def test_what_does_not_fit_at_all_is_said(quick: list[memory.MemoryCase], run: Any) -> None:
+def test_what_does_not_fit_at_all_is_said(quick: Mock, run: Any) -> None:
     chosen = ("--networks", "densenet121", "--peers", "ours-block", "--parts", "batch")
     record, text = run("capacity", *chosen, "--budgets", "1,64")
     assert ["fits" in row["found"] for row in record["rows"]] == [False, True]
-    assert rows(text, "1 MiB, densenet_fast")[0][-1] == "the smallest does not fit"
+    assert cells(text, "1 MiB, densenet_fast")[0][-1] == "the smallest does not fit"
 
 
 @pytest.mark.parametrize(
@@ -170,30 +156,21 @@ def test_what_does_not_fit_at_all_is_said(quick: list[memory.MemoryCase], run: A
     ],
 )
 def test_cases_that_cannot_be_measured(
-    error: Exception,
-    status: int,
-    shown: str,
-    run: Any,
-    quick: list[memory.MemoryCase],
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, status: int, shown: str, run: Any, quick: Mock
 ) -> None:
-    works = capacity.measure_in_child
-
-    def measured(case: memory.MemoryCase) -> memory.StepMemory:
+    def refused(case: memory.MemoryCase) -> Any:
         if case.peer == "naive":
             raise error
-        return works(case)
+        return DEFAULT
 
-    monkeypatch.setattr(capacity, "measure_in_child", measured)
+    quick.side_effect = refused
     chosen = ("--peers", "naive,ours-none", "--budgets", "8", "--parts", "depth")
     record, text = run("capacity", *chosen, status=status)
     assert shown in text
     assert record["rows"][1]["found"]["closed"]
 
 
-def test_what_the_machine_has_not_is_not_attempted(
-    quick: list[memory.MemoryCase], run: Any
-) -> None:
+def test_what_the_machine_has_not_is_not_attempted(quick: Mock, run: Any) -> None:
     chosen = ("--budgets", "500,1000000000", "--parts", "depth", "--peers", "ours-none")
     record, text = run("capacity", *chosen)
     small, large = (row["found"] for row in record["rows"])
@@ -202,21 +179,12 @@ def test_what_the_machine_has_not_is_not_attempted(
     assert "more than this machine has" in text
 
 
-def test_a_search_that_stops_leaves_the_largest_open(
-    quick: list[memory.MemoryCase], run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    works, count = capacity.measure_in_child, iter(range(3))
-
-    def measured(case: memory.MemoryCase) -> memory.StepMemory:
-        if next(count, None) is None:
-            raise MeasurementError("no more of that")
-        return works(case)
-
-    monkeypatch.setattr(capacity, "measure_in_child", measured)
+def test_a_search_that_stops_leaves_the_largest_open(quick: Mock, run: Any) -> None:
+    quick.side_effect = [*[DEFAULT] * 3, MeasurementError("no more of that")]
     chosen = ("--peers", "ours-none", "--budgets", "512", "--parts", "batch")
     _, text = run("capacity", *chosen, status=1)
-    (cells,) = rows(text, "512 MiB, densenet_fast")
-    assert int(cells[0].replace(",", "")) >= 4  # under "at least"
+    (row,) = cells(text, "512 MiB, densenet_fast")
+    assert int(row[1].replace(",", "")) >= 4  # under "at least"
     assert "| at least" in text and "| largest" not in text
 
 
@@ -227,8 +195,7 @@ def test_a_search_that_stops_leaves_the_largest_open(
 @PROC
 @pytest.mark.usefixtures("forked_children")
 def test_small_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = densenet_bc(10, 4, batch_size=2, image_size=32)
-    monkeypatch.setitem(NETWORKS, "tiny", replace(tiny, image_size=32))
+    monkeypatch.setitem(NETWORKS, "tiny", densenet_bc(10, 4, batch_size=2, image_size=32))
     chosen = ("--networks", "tiny", "--parts", "batch", "--peers", "ours-bottleneck")
     record, _ = run("capacity", *chosen, "--budgets", "48")
     (row,) = record["rows"]
@@ -238,7 +205,6 @@ def test_small_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @PROC
 def test_available_memory_is_below_the_machines() -> None:
-    cpu = torch.device("cpu")
-    assert 0 < available_bytes(cpu) < describe(cpu)["memory_mib"] * MIB
+    assert 0 < available_bytes(CPU) < describe(CPU)["memory_mib"] * MIB
     with pytest.raises(MeasurementError, match="has no field VmNothing"):
         resident_bytes("VmNothing")

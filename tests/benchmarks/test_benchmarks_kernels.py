@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("torchvision")
+from made_up import CPU, cells, page, planned
 
 from benchmarks.kernels import cases, machine
 from benchmarks.kernels.machine import Machine
@@ -16,7 +15,6 @@ from benchmarks.kernels.shapes import CONVOLUTIONS, MEMORY_BOUND, Shape, shapes
 from benchmarks.networks import NETWORKS, densenet_bc
 from benchmarks.suites import Options, kernels
 
-CPU = torch.device("cpu")
 KERNELS = (*CONVOLUTIONS, *MEMORY_BOUND)
 # Odd pixels, which no pooling and no tile fits, in a buffer whose rows are padded.
 SMALL = Shape(3, 7, 2, 12, 8, 1024)
@@ -76,7 +74,7 @@ def test_flops_and_bytes_by_hand() -> None:
     assert forward.moved == 4 * (rows * 12 + pixels + 2 * 12) + pixels  # indices are bytes
 
 
-def test_shapes_are_those_of_the_networks() -> None:
+def test_shapes_are_those_of_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     def labels(kernel: str, network: str) -> list[str]:
         return [shape.label for shape in shapes(kernel, network)]
 
@@ -100,14 +98,8 @@ def test_shapes_are_those_of_the_networks() -> None:
     assert labels("conv3x3_forward", "densenet121-3d")[0] == "2×16×16×16×128 → 32"
     assert labels("norm_relu_maxpool_forward", "densenet121-1d") == ["32×1024×64"]
     assert labels("channel_statistics", "densenet121")[:2] == ["8×112×112×64", "8×56×56×64"]
-    assert {shape.buffer for shape in shapes("finish_gradient", "densenet-bc-100")} == {
-        216,
-        300,
-        342,
-    }
-
-
-def test_any_network_has_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = {shape.buffer for shape in shapes("finish_gradient", "densenet-bc-100")}
+    assert buffers == {216, 300, 342}
     monkeypatch.setitem(NETWORKS, "other", densenet_bc(22, 4, batch_size=2))
     assert [shape.channels for shape in shapes("conv1x1_forward", "other")] == [12, 14, 15]
 
@@ -141,7 +133,8 @@ def test_limit(seconds: float, flops: int, moved: int, limit: str) -> None:
 # ---- The suite
 
 
-@pytest.mark.usefixtures("tiny", "one_thread")
+@pytest.mark.usefixtures("tiny", "threads")
+@pytest.mark.parametrize("threads", [1], indirect=True)
 def test_suite_on_small_networks(run: Any) -> None:
     chosen = ["--networks", "tiny,stem", "--threads", "2", "--rounds", "2"]
     record, text = run("kernels", *chosen)
@@ -164,7 +157,7 @@ def test_a_gpu_has_one_table() -> None:
     assert settings["threads"] == [torch.get_num_threads()]
 
 
-def test_rows_say_what_limits_a_kernel(planned: Any, page: Any) -> None:
+def test_rows_say_what_limits_a_kernel() -> None:
     record = planned("kernels")
     record["machine"] = [{"threads": 1, "flops": 100e9, "bandwidth": 10e9}]
     record["rows"] = [
@@ -184,13 +177,8 @@ def test_rows_say_what_limits_a_kernel(planned: Any, page: Any) -> None:
         )
     ]
     text = page(record)
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if ", small" in line and line.startswith("|")
-    ]
     usual = ["1", "3.00×", "3"]
-    assert rows == [
+    assert cells(text, ", small") == [
         ["conv1x1_forward, small", *usual, "80", "80.0 %", "1", "10.0 %", "arithmetic"],
         ["conv3x3_forward, small", *usual, "160", "160.0 %", "1", "10.0 %", "arithmetic"],
         ["conv3x3_backward, small", *usual, "40", "40.0 %", "1", "10.0 %", "overhead"],

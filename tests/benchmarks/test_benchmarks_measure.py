@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import mmap
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from made_up import CPU, MIB, PROC
 from torch import nn
-
-pytest.importorskip("torchvision")
 
 from benchmarks import children, measure, memory
 from benchmarks.networks import densenet_bc
 
-CPU = torch.device("cpu")
-MIB = 2**20
 TINY = densenet_bc(10, 4, batch_size=2, image_size=16)
-PROC = pytest.mark.skipif(sys.platform != "linux", reason="peak memory needs Linux's /proc")
 
 
 @PROC
@@ -56,26 +51,15 @@ def test_a_peak_that_cannot_be_reset_is_an_error_that_says_so(
         measure.reset_peak()
 
 
-def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
-    model = nn.Linear(64, 32)
-    inputs = torch.randn(16, 64)
-
-    def forward() -> torch.Tensor:
-        return model(inputs).exp().sin()
-
-    # exp saves its result and sin its input: the same storage.
-    assert measure.saved_for_backward(model, forward, inputs) == 16 * 32 * 4
-
-
-def test_saved_bytes_leave_out_what_the_graph_has_dropped() -> None:
-    model = nn.Linear(8, 8)
-    inputs = torch.randn(4, 8)
+def test_saved_bytes_count_each_storage_of_the_graph_once_and_no_parameters() -> None:
+    model, inputs = nn.Linear(64, 32), torch.randn(16, 64)
 
     def forward() -> torch.Tensor:
         model(inputs).exp()  # its graph dies here
-        return model(inputs).sin()
+        # exp saves its result and sin its input: the same storage.
+        return model(inputs).exp().sin()
 
-    assert measure.saved_for_backward(model, forward, inputs) == 4 * 8 * 4
+    assert measure.saved_for_backward(model, forward, inputs) == 16 * 32 * 4
 
 
 def test_interleaved_calls_take_turns() -> None:
@@ -106,11 +90,15 @@ def test_cudnn_tries_algorithms_on_cuda_devices_only(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @PROC
-def test_child_measures_a_step_in_proportion_to_the_batch() -> None:
-    spec = replace(TINY, image_size=32, batch_size=32)
-    small = memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1))
-    large = memory.measure_in_child(memory.MemoryCase(replace(spec, batch_size=64), "naive", 1))
+def test_child_measures_a_step_in_proportion_to_the_batch_and_under_autocast() -> None:
+    one = replace(TINY, image_size=32, batch_size=32)
+    two = replace(one, batch_size=64)
+    small, large, half = (
+        memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1, amp=amp))
+        for spec, amp in ((one, "none"), (two, "none"), (one, "bfloat16"))
+    )
     assert large.saved_for_backward == pytest.approx(2 * small.saved_for_backward, rel=0.01)
+    assert 0.45 < half.saved_for_backward / small.saved_for_backward < 0.6
     assert small.peak_gradients_allocated > 0.95 * small.saved_for_backward
     assert small.resident_after_forward == pytest.approx(small.saved_for_backward, rel=0.2)
     growth = large.peak_gradients_allocated - small.peak_gradients_allocated
@@ -130,14 +118,3 @@ def test_failing_child_says_why(end: str, message: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(children, "BOOTSTRAP", end)
     with pytest.raises(measure.MeasurementError, match=f"^{message}"):
         memory.measure_in_child(memory.MemoryCase(TINY, "naive", threads=1), timeout=2.0)
-
-
-@pytest.mark.slow
-@PROC
-def test_child_measures_under_autocast() -> None:
-    spec = replace(TINY, image_size=32, batch_size=32)
-    plain, half = (
-        memory.measure_in_child(memory.MemoryCase(spec, "naive", threads=1, amp=amp))
-        for amp in ("none", "bfloat16")
-    )
-    assert 0.45 < half.saved_for_backward / plain.saved_for_backward < 0.6

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-pytest.importorskip("torchvision")
+from made_up import CPU, cells
 
 from benchmarks import plots, report
 from benchmarks.environment import describe
@@ -21,10 +19,6 @@ LARGEST = Column("largest", at("fits"), ratio="this / naive", larger=True)
 
 def row(peer: str, *seconds: float, **more: Any) -> dict[str, Any]:
     return {"network": "N", "peer": peer, "time": {"seconds": list(seconds)}, **more}
-
-
-def cells(text: str) -> list[list[str]]:
-    return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
 
 
 def test_tables_line_up_and_compare_with_the_best_naive_layout() -> None:
@@ -92,7 +86,7 @@ def test_every_loss_is_listed_and_equal_is_none() -> None:
 
 @pytest.mark.parametrize("obstacle", [None, "no nvcc"])
 def test_pages_name_the_kernels_of_the_device(obstacle: str | None) -> None:
-    environment = describe(torch.device("cpu"))
+    environment = describe(CPU)
     own = environment["densenet_fast"]
     assert not any(key.rpartition("cuda_")[2] == "extension" for key in own)  # paths
     own.update(cuda_reason=obstacle, cuda_architectures=["8.0", "9.0"], cuda_nvcc="CUDA 13.0")
@@ -106,7 +100,7 @@ def test_a_page_has_settings_findings_and_what_went_wrong() -> None:
     record = {
         "command": "the command",
         "complete": False,
-        "environment": describe(torch.device("cpu")),
+        "environment": describe(CPU),
         "settings": {"batch_size": 4, "peers": ["a", "b"], "networks": [{"name": "N"}]},
     }
     table = Table("Tables", (TIME,), [row("naive", 1.0)])

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
+from made_up import CPU, MIB, cells, figures, page, planned
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-pytest.importorskip("torchvision")
-
-from benchmarks import cli, measure, memory, peers
+from benchmarks import measure, memory, peers
 from benchmarks.networks import MAIN_NETWORKS, NETWORKS, OTHER_NETWORKS, NetworkSpec, densenet_bc
 from benchmarks.suites import Options, depth, gate, growth, latency, load, networks, step, sweep
-
-CPU = torch.device("cpu")
-MIB = 2**20
 
 
 def seconds(record: dict[str, Any], part: str) -> list[int]:
     """Rounds of each row."""
     return [len(row[part]["seconds"]) for row in record["rows"] if part in row["parts"]]
-
-
-def figures(peak: int, **more: Any) -> dict[str, Any]:
-    """Memory of a step, made up."""
-    keys = ("peak_gradients_allocated", "peak_gradients_freed")
-    keys += ("saved_for_backward", "resident_after_forward", "parameters")
-    return {**dict.fromkeys(keys, peak), **more}
-
-
-def cells(text: str, label: str) -> list[str]:
-    """The first row of a page that begins so."""
-    row = next(line for line in text.splitlines() if line.startswith(f"| {label}"))
-    return [cell.strip() for cell in row.split("|")[2:-1]]
 
 
 # ---- One step
@@ -57,15 +42,13 @@ def test_under_autocast(
 ) -> None:
     seen = []
 
-    class Watched(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            on = torch.is_autocast_enabled("cpu")
-            seen.append(torch.get_autocast_dtype("cpu") if on else None)
-            return super().forward(input)
+    def note(*_: Any) -> None:
+        on = torch.is_autocast_enabled("cpu")
+        seen.append(torch.get_autocast_dtype("cpu") if on else None)
 
     def build(spec: NetworkSpec) -> nn.Module:
         model = peers.build_torchvision(spec, memory_efficient=False)
-        model.classifier = Watched(model.classifier.in_features, spec.num_classes)
+        model.classifier.register_forward_hook(note)
         return model
 
     monkeypatch.setitem(peers.PEERS, "naive", replace(peers.PEERS["naive"], build=build))
@@ -77,40 +60,28 @@ def test_under_autocast(
 def test_a_case_that_does_not_fit_is_reported_and_not_timed(
     run: Any, small: NetworkSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(case: memory.MemoryCase) -> dict[str, Any]:
-        if case.peer == "naive":
-            return {"error": "does not fit: killed"}
-        return figures(8 * MIB if case.peer == "ours-none" else 2**60)
-
-    monkeypatch.setattr(step, "figures_in_child", measured)
+    measured = {"naive": {"error": "does not fit: killed"}}
+    measured |= {"ours-none": figures(8 * MIB), "ours-block": figures(2**60)}
+    monkeypatch.setattr(step, "figures_in_child", lambda case: measured[case.peer])
     chosen = ["--networks", "small", "--peers", "naive,ours-none,ours-block", "--rounds", "1"]
     record, text = run("step", *chosen, "--parts", "memory,time", status=1)
     assert seconds(record, "time") == [0, 1, 0]
     assert "- memory of Small (k=32), 2×3×64×64, naive: does not fit: killed" in text
     assert "- time of Small (k=32), 2×3×64×64, naive: does not fit: nor did it" in text
     assert "ours-block: does not fit: a step needs 1,099,511,627,776 MiB" in text
-    assert cells(text, "densenet_fast")[1] == "8"
+    assert cells(text, "| densenet_fast")[0][2] == "8"
     run("step", *chosen, "--parts", "memory,time", "--resume", status=1)
 
 
 def test_a_peer_that_fails_is_reported_and_the_rest_is_timed(
     run: Any, small: NetworkSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, timed = 0, measure.timed
-
-    def fails_once(call: Callable[[], object], device: torch.device) -> float:
-        nonlocal count
-        count += 1
-        if count == 3:  # the first peer's second round
-            raise RuntimeError("no more of that")
-        return timed(call, device)
-
-    def build(spec: NetworkSpec) -> nn.Module:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
+    # The first peer's second round, and another's network.
+    third = chain([DEFAULT] * 2, [RuntimeError("no more of that")], repeat(DEFAULT))
+    build = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     broken = replace(peers.PEERS["resnet50"], build=build, applies=lambda spec: True)
     monkeypatch.setitem(peers.PEERS, "resnet50", broken)
-    monkeypatch.setattr(measure, "timed", fails_once)
+    monkeypatch.setattr(measure, "timed", Mock(wraps=measure.timed, side_effect=third))
     chosen = ["--networks", "small", "--peers", "naive,ours-none,resnet50", "--rounds", "3"]
     record, text = run("networks", *chosen, "--parts", "inference", status=1)
     assert seconds(record, "inference") == [1, 3, 0]
@@ -151,7 +122,7 @@ def test_peers_are_compared_where_they_can_build_the_network() -> None:
     assert set(every) - set(wide) == {"timm", "resnet50", "resnet101"}
 
 
-def test_forms_of_the_networks_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forms_of_the_networks_suite() -> None:
     full, quick = rows_of("networks", full=True), rows_of("networks")
     assert len({name for name, _ in full}) == len(NETWORKS) + len(OTHER_NETWORKS) - 1  # two 3-D
     compiled = {network for network, peer in full if peer == "compiled-ours"}
@@ -163,30 +134,13 @@ def test_forms_of_the_networks_suite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_peer_that_is_not_installed_is_left_out_or_refused(
-    monkeypatch: pytest.MonkeyPatch,
-    planned: Any,
-    page: Any,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, refused: Any
 ) -> None:
     monkeypatch.setitem(peers.PEERS, "timm", replace(peers.PEERS["timm"], requires="no_such"))
     record = planned("networks", networks=("densenet161",))
     assert "Not compared, as not installed: no_such." in page(record)
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["networks", "--peers", "naive,timm"])
-    assert "timm: not installed here: `pip install no_such`" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["monai", "timm"])
-def test_other_libraries_compute_the_same_function(name: str, small: NetworkSpec) -> None:
-    peer = peers.PEERS[name]
-    pytest.importorskip(peer.requires)
-    state, outputs = peers.initial_state(small, seed=3), []
-    images = torch.randn(small.input_shape)
-    for other in (peers.PEERS["naive"], peer):
-        model = peers.build(other, small, state, device=CPU).eval()
-        with torch.no_grad():
-            outputs.append(model(images))
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    said = refused("networks", "--peers", "naive,timm")
+    assert "timm: not installed here: `pip install no_such`" in said
 
 
 @pytest.mark.parametrize("name", OTHER_NETWORKS)
@@ -204,7 +158,7 @@ def test_other_networks(name: str, run: Any, monkeypatch: pytest.MonkeyPatch) ->
 # ---- The gate
 
 
-def test_the_gate_fails_for_memory_alone(planned: Any, page: Any) -> None:
+def test_the_gate_fails_for_memory_alone() -> None:
     def gated(ratio: float) -> dict[str, Any]:
         """A record of slow networks, the first with this ratio of memory."""
         record = planned("gate")
@@ -305,23 +259,22 @@ def test_parameters_and_flops_are_those_of_the_network(dims: int) -> None:
     assert sweep.counted(spec) == {"parameters": parameters, "flops": flops}
 
 
+@pytest.mark.usefixtures("tiny_sweeps")
 @pytest.mark.parametrize(
-    "chosen", [("growth", "4,6", ()), ("depth", "10,16", ("--dims", "1")), ("depth", "10,16", ())]
+    ("suite", "values", "dims", "first"),
+    [
+        ("growth", "--growth-rates 4,6", "", "| growth rate 4"),
+        ("depth", "--depths 10,16", "", "| depth 10"),
+        ("depth", "--depths 10,16", "--dims 1", "| depth 10"),
+    ],
 )
-def test_small_sweeps(chosen: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    suite, values, dims = chosen
-    monkeypatch.setattr(growth, "DEPTH", 10)
-    monkeypatch.setattr(growth, "BATCH_SIZE", 2)
-    monkeypatch.setattr(depth, "BATCH_SIZE", 3)
-    monkeypatch.setattr(depth, "GROWTH_RATE", 4)
-    flag = {"growth": "--growth-rates", "depth": "--depths"}[suite]
-    given = (flag, values, *dims, "--rounds", "1", "--parts", "time,inference")
-    record, text = run(suite, *given)
+def test_small_sweeps(suite: str, values: str, dims: str, first: str, run: Any) -> None:
+    chosen = (*values.split(), *dims.split(), "--rounds", "1")
+    record, text = run(suite, *chosen, "--parts", "time,inference")
     compared = record["settings"]["peers"]
     assert (len(compared) < len(peers.BASIC_PEERS)) == bool(dims)
     assert seconds(record, "time") == [1] * 2 * len(compared)
-    first = {"growth": "growth rate 4", "depth": "depth 10"}[suite]
-    assert cells(text, f"{first}, naive, contiguous")[1] == cells(text, first)[1]
+    assert cells(text, f"{first}, naive, contiguous")[0] == cells(text, first)[0]
     assert ("## Networks" in text and "of 12 comparisons" in text) or "all 12 comparisons" in text
 
 
@@ -333,15 +286,15 @@ def test_fits_tell_lines_from_parabolas() -> None:
     assert fit.endswith("+2·d²")
 
 
-def test_growth_with_depth_is_on_the_page(planned: Any, page: Any) -> None:
+def test_growth_with_depth_is_on_the_page() -> None:
     record = planned("depth", depths=(10, 16, 22, 40), peers=("naive", "ours-block"))
     values = {case["network"]: case["value"] for case in record["cases"]}
     for row in record["rows"]:
         value = values[row["network"]]
         row["memory"] = figures((value**2 if row["peer"] == "naive" else value) * 8 * MIB)
     text = page(record).split("## How it grows")[1]
-    assert cells(text, "peak memory, MiB, naive")[1] == "100.0 %"
-    assert cells(text, "peak memory, MiB, densenet_fast")[1].strip("-") == "0.0 %"
+    (naive,), (ours,) = (cells(text, f"peak memory, MiB, {name}") for name in ("naive", "densenet"))
+    assert (naive[2], ours[2].strip("-")) == ("100.0 %", "0.0 %")
 
 
 def test_networks_are_checked_and_plain_data() -> None:

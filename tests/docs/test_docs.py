@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import dropwhile, groupby, takewhile
 from pathlib import Path
 
 import pytest
@@ -33,12 +33,7 @@ from densenet_fast.train.errors import UsageError
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EVERY_PAGE = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-FOLDERS = (".ci", "benchmarks", "csrc", "densenet_fast", "docs", "examples", "tests")
-# What a page begins with, run for real; and flags that make it short.
-COMMANDS = {
-    "README.md": ("python -m benchmarks", "--parts parity --growth-rates 12 --rounds 1"),
-    "docs/training.md": ("densenet-fast train", "--epochs 1 --depth 10 --growth-rate 4"),
-}
+OURS = re.compile(r"(\.ci|benchmarks|csrc|densenet_fast|docs|examples|tests)/[\w.*/+-]+")
 RUN = """
 import sys, unittest
 from sybil.document import Document
@@ -53,13 +48,13 @@ for example in page.examples():
 """
 
 
-def run(command: Sequence[str], folder: Path) -> None:
-    """Run a program in another folder, with this one's sources, as torchrun would for one."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+def run(folder: Path, *arguments: str) -> None:
+    """Run Python in another folder, with this one's sources, as torchrun would for one."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any that is free
-    environment = {**os.environ, **alone, **address}
+    environment = {**os.environ, **address, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    command = [sys.executable, *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -74,7 +69,7 @@ def test_python_blocks_run(path: Path, tmp_path: Path) -> None:
     for block in blocks:
         compile(block.parsed, f"{path.name}, line {block.line}", "exec")
     if blocks:
-        run([sys.executable, "-c", RUN, str(path)], tmp_path)
+        run(tmp_path, "-c", RUN, str(path))
 
 
 def test_a_page_with_a_mistake_fails_at_its_line(tmp_path: Path) -> None:
@@ -82,17 +77,22 @@ def test_a_page_with_a_mistake_fails_at_its_line(tmp_path: Path) -> None:
     skipped = '<!-- skip: next "needs a GPU" -->\n```python\nraise SystemExit(3)\n```\n'
     page.write_text(f"{skipped}\n```python\nx = 1\n```\n\n```python\nassert x == 2, x\n```\n")
     with pytest.raises(AssertionError, match=r'page.md", line 11[^$]*AssertionError: 1'):
-        run([sys.executable, "-c", RUN, str(page)], tmp_path)
+        run(tmp_path, "-c", RUN, str(page))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", COMMANDS)
-def test_first_commands_run(page: str, tmp_path: Path) -> None:
-    command, short = COMMANDS[page]
+@pytest.mark.parametrize(
+    ("page", "command", "short"),
+    [
+        ("README.md", "python -m benchmarks", "--parts parity --growth-rates 12 --rounds 1"),
+        ("docs/training.md", "densenet-fast train", "--epochs 1 --depth 10 --growth-rate 4"),
+    ],
+)
+def test_first_commands_run(page: str, command: str, short: str, tmp_path: Path) -> None:
+    """What a page begins with, run for real, with flags that make it short."""
     assert command in [shlex.join(argv) for _, argv in commands(ROOT / page)]
-    program, *arguments = [*command.split(), *short.split()]
-    module = ["-m", "densenet_fast"] if program == "densenet-fast" else []
-    run([sys.executable, *module, *arguments], tmp_path)
+    program = command.removeprefix("python ").replace("densenet-fast", "-m densenet_fast")
+    run(tmp_path, *program.split(), *short.split())
 
 
 # ---- Commands, which are parsed by the programs they call
@@ -100,19 +100,14 @@ def test_first_commands_run(page: str, tmp_path: Path) -> None:
 
 def split(line: str) -> Iterator[list[str]]:
     """Commands of a line of a shell, without comments, assignments and redirections."""
-    lexer = shlex.shlex(
-        re.sub(r"(^|\s)#.*|\s\d?>&\d", "", line), posix=True, punctuation_chars=True
-    )
+    code = re.sub(r"(^|\s)#.*|\s\d?>&\d", "", line)
+    lexer = shlex.shlex(code, posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
-    words = list(lexer)
-    ends = [-1, *(i for i, w in enumerate(words) if re.fullmatch(r"[();|&]+", w)), len(words)]
-    for begin, end in pairwise(ends):
-        command = words[begin + 1 : end]
-        while command and re.match(r"[A-Za-z_]\w*=", command[0]):
-            command = command[1:]
-        redirected = next((i for i, w in enumerate(command) if re.fullmatch(r"[<>]+", w)), None)
-        if command[:redirected]:
-            yield command[:redirected]
+    for between, words in groupby(lexer, re.compile(r"[();|&]+$").match):
+        assigned = dropwhile(re.compile(r"[A-Za-z_]\w*=").match, words)
+        command = list(takewhile(lambda word: not re.fullmatch(r"[<>]+", word), assigned))
+        if command and not between:
+            yield command
 
 
 def commands(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -125,7 +120,7 @@ def commands(path: Path) -> Iterator[tuple[str, list[str]]]:
         words = " ".join(code.split())
         if re.match(r"(densenet-fast|python|pip install) \S|--[a-z]", words):
             yield from (("inline", argv) for argv in split(words))
-        elif "/" in words and words.partition("/")[0] in FOLDERS:
+        elif OURS.match(words):
             yield "inline", ["ls", words]
 
 
@@ -144,19 +139,17 @@ def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
 def known_flags() -> set[str]:
     """All flags that a text may name."""
     parsers = [cli.make_parser(), make_torchrun_parser(), make_parser()]
-    for action in parsers[-1]._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            parsers += action.choices.values()
-    of_first_run = {"--only"}
-    return of_first_run | {flag for parser in parsers for flag in parser._option_string_actions}
+    (parts,) = (a for a in parsers[-1]._actions if isinstance(a, argparse._SubParsersAction))
+    parsers += parts.choices.values()
+    of_first_run = "--only"
+    return {of_first_run, *(flag for parser in parsers for flag in parser._option_string_actions)}
 
 
 def check(argv: Sequence[str], folder: Path, *, inline: bool) -> None:
     """Raises `ValueError` if a command would not do what the page says."""
     for word in argv:
         name = word.partition("::")[0].rstrip("/")
-        of_ours = re.fullmatch(r"[\w.*/+-]+/[\w.*/+-]+", name) and not name.endswith(".so")
-        if of_ours and name.partition("/")[0] in FOLDERS and not any(ROOT.glob(name)):
+        if OURS.fullmatch(name) and not name.endswith(".so") and not any(ROOT.glob(name)):
             raise ValueError(f"there is no file {name!r}")
     text = shlex.join(argv)
     if argv[0].startswith("--"):
@@ -191,21 +184,19 @@ def check(argv: Sequence[str], folder: Path, *, inline: bool) -> None:
                 raise ValueError(f"unknown extra {extra!r}")
 
 
-def problems(path: Path, folder: Path) -> list[str]:
+def problems(path: Path, folder: Path) -> Iterator[str]:
     """The wrong commands of a page."""
-    found = []
     for where, argv in commands(path):
         try:
             check(argv, folder, inline=where == "inline")
         except (ValueError, UsageError) as error:
             if "not installed here" not in str(error):
-                found.append(f"{where}: {shlex.join(argv)}: {error}")
-    return found
+                yield f"{where}: {shlex.join(argv)}: {error}"
 
 
 @EVERY_PAGE
 def test_commands(path: Path, tmp_path: Path) -> None:
-    assert not problems(path, tmp_path)
+    assert not list(problems(path, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +220,7 @@ def test_wrong_commands_are_found(command: str, problem: str, tmp_path: Path) ->
     (found,) = problems(page, tmp_path)
     assert problem in found
     page.write_text("`python -m benchmarks\nstp` `docs/nothing.md` `--epoch 3` `--epochs 3`\n")
-    assert len(problems(page, tmp_path)) == 3
+    assert len(list(problems(page, tmp_path))) == 3
 
 
 # ---- What else a page may get wrong
@@ -238,12 +229,9 @@ def test_wrong_commands_are_found(command: str, problem: str, tmp_path: Path) ->
 @EVERY_PAGE
 def test_no_block_is_unchecked_and_links_outside_docs_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    languages = set(re.findall(r"(?m)^ *```(\S*)$", text)) - {""}
-    assert languages <= {"python", "bash", "text"}
-    for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
-        name, _, anchor = "".join(target).partition("#")
-        if re.match(r"[a-z]+:", name):
-            continue
+    assert set(re.findall(r"(?m)^ *```(\S*)$", text)) <= {"", "python", "bash", "text"}
+    for target in re.findall(r"(?:\]\(|src=\")(?![a-z]+:)([^)\s\"]+)", text):
+        name, _, anchor = target.partition("#")
         file = path.parent / name if name else path
         assert file.exists(), name
         if anchor:
