@@ -210,8 +210,8 @@ def load_into(
             lines.append(f"  the file holds several networks: prefix= must be one of {where}")
         raise WeightsError("\n".join(lines), found)
     # What is not loaded is "loaded" from the model itself, so that torch checks every key again.
-    with _unchanged_after_errors(model):
-        own.update({ours: values[theirs] for ours, theirs in found.pairs.items()})
+    own.update({ours: values[theirs] for ours, theirs in found.pairs.items()})
+    with _unchanged_after_errors(model, own):
         model.load_state_dict(own)
     return WeightsReport(
         source=state.path,
@@ -263,13 +263,43 @@ def _kind(names: key_layouts.Names, entry: str | None) -> str:
     return kind + within + (f" under {names.prefix}" if names.prefix else "")
 
 
+def _surely_loads(module: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Whether PyTorch finds every key, all it does is to copy values, and those fit."""
+    own = module.state_dict() if isinstance(state, Mapping) else {}
+    hooks = (
+        hooks
+        for part in module.modules()
+        for hooks in (part._load_state_dict_pre_hooks, part._load_state_dict_post_hooks)
+    )
+    return (
+        bool(own)
+        and not any(hooks)
+        and state.keys() == own.keys()
+        and all(_copies(value, own[key]) for key, value in state.items())
+    )
+
+
+def _copies(value: Any, to: Any) -> bool:
+    """Whether one plain tensor with values can be copied to another one."""
+    return (
+        {type(value), type(to)} <= {Tensor, nn.Parameter}
+        and value.shape == to.shape
+        and value.layout == to.layout
+        and not value.is_meta
+        and (value.dtype == to.dtype or value.is_floating_point() is to.is_floating_point() is True)
+    )
+
+
 @contextmanager
-def _unchanged_after_errors(module: nn.Module) -> Iterator[None]:
-    """Puts all parameters and buffers back if the `with` block raises.
+def _unchanged_after_errors(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Puts all parameters and buffers back if the `with` block, which loads `state`, raises.
 
     `nn.Module.load_state_dict` copies what fits before it complains about the rest: a network
-    would be left with half of another one's parameters.
+    would be left with half of another one's parameters. Where all fits nothing is kept aside.
     """
+    if _surely_loads(module, state):
+        yield
+        return
     held: list[Any] = [
         one for part in module.modules() for one in (part._parameters, part._buffers)
     ]
@@ -295,5 +325,5 @@ class LoadedWhole(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As `nn.Module.load_state_dict`, but a state dict that does not fit changes nothing."""
-        with _unchanged_after_errors(self):
+        with _unchanged_after_errors(self, state_dict):
             return super().load_state_dict(state_dict, strict, assign)

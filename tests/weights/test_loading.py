@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from comparison import SMALL, networks
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from weight_files import State, assert_unchanged, snapshot
 
 from densenet_fast.modules.densenet import EfficientDenseNet
@@ -84,3 +85,35 @@ def test_what_fits_is_loaded_as_ever() -> None:
     unborn.load_state_dict(expected.state_dict(), assign=True)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert torch.equal(unborn.eval()(images), ours.eval()(images))
+
+
+class Clones(TorchDispatchMode):
+    """Counts tensors that are kept aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cast", [Tensor.float, Tensor.double, Tensor.half])
+def test_what_surely_fits_is_loaded_without_a_copy_aside(cast: Callable[[Tensor], Tensor]) -> None:
+    network, given = small(), small().state_dict()
+    given.update({key: cast(value) for key, value in given.items() if value.is_floating_point()})
+    with Clones() as clones:
+        network.load_state_dict(given)
+    assert clones.count == 0
+    assert all(
+        torch.equal(value, given[key].to(value)) for key, value in network.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("bad", [Tensor.to_sparse, lambda bias: bias.to("meta")])
+def test_copies_that_fail_change_nothing(bad: Callable[[Tensor], Tensor]) -> None:
+    network, given = small(), small().state_dict()
+    given["classifier.bias"] = bad(given["classifier.bias"])
+    before = snapshot(network)
+    with pytest.raises(RuntimeError, match="While copying the parameter"):
+        network.load_state_dict(given)
+    assert_unchanged(network, before)
