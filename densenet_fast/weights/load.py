@@ -305,7 +305,9 @@ def _unchanged_after_errors(module: nn.Module, state: Mapping[str, Any]) -> Iter
     ]
     registered: list[dict[str, Tensor | None]] = [{**one} for one in held]
     tensors = {id(t): t for one in registered for t in one.values() if t is not None}
-    values = [(t, t.detach().clone()) for t in tensors.values() if not nn.parameter.is_lazy(t)]
+    values = [
+        (t, t.detach(), t.detach().clone()) for t in tensors.values() if not nn.parameter.is_lazy(t)
+    ]
     try:
         yield
     except BaseException:
@@ -313,7 +315,9 @@ def _unchanged_after_errors(module: nn.Module, state: Mapping[str, Any]) -> Iter
         for one, before in zip(held, registered, strict=True):
             one.update(before)
         with torch.no_grad():
-            for tensor, value in values:
+            for tensor, memory, value in values:
+                if torch.__future__.get_swap_module_params_on_conversion():
+                    tensor.data = memory  # not the given tensor's
                 tensor.copy_(value)
         raise
 

@@ -117,3 +117,16 @@ def test_copies_that_fail_change_nothing(bad: Callable[[Tensor], Tensor]) -> Non
     with pytest.raises(RuntimeError, match="While copying the parameter"):
         network.load_state_dict(given)
     assert_unchanged(network, before)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_errors_change_nothing_where_pytorch_swaps_parameters(
+    assign: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    network, given = small(), {**small().double().state_dict(), "more": torch.ones(1)}
+    before, kept = snapshot(network), copy.deepcopy(given)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        network.load_state_dict(given, assign=assign)
+    assert_unchanged(network, before)
+    assert all(torch.equal(value, kept[key]) for key, value in given.items())
