@@ -1,5 +1,5 @@
 // The same backward by Winograd's minimal filtering. A run of tiles makes, for a panel of
-// bottleneck channels, the weight gradient's 16 products (the adjoint of the forward's) and the
+// bottleneck channels, the weight gradient's products (the adjoint of the forward's) and the
 // data gradient as the convolution with flipped kernels, masked and summed on its way out of the
 // transform.
 #pragma once
@@ -12,13 +12,15 @@ namespace {
 
 constexpr int64_t kNarrowVolume = 48;  // channels of a volume that make one group of column blocks
 
-// A dY A' of tiles [begin, end), in the slice so many behind theirs; outside the image dY is zero.
+// A dY A' of the rows of tiles [begin, end); outside the image dY is zero.
 template <int M, class T, class S>
 void transform_output_gradients(const Image<const S>& g, const WinogradTiles& tiles, int64_t begin,
-                                int64_t end, int64_t behind, const PointPlaces places, T* to) {
+                                int64_t end, const PointPlaces places, T* to) {
   constexpr int L = kLanes<T>, P = Filter<T, M>::kPoints;
-  for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
-    const WinogradTile tile = tiles.at(index);
+  T* next = to;
+  for_each_row(tiles, begin, end, 0, [&](const WinogradTile& tile, int64_t behind) {
+    T* row = next;
+    next += kPanelPitch;
     const bool there = tiles.has_slice(tile, behind);
     const int64_t height = there ? smaller(M, g.h - tile.y) : 0, width = smaller(M, g.w - tile.x);
     const S* from = g.data + tiles.pixel(tile, there ? behind : 0) * g.pitch;
@@ -40,10 +42,10 @@ void transform_output_gradients(const Image<const S>& g, const WinogradTiles& ti
       for (int i = 0; i < P; ++i) {
         Vec<T> points[P];
         Filter<T, M>::output_adjoint(rows[i], points);
-        for (int j = 0; j < P; ++j) store<T>(to + places.at(P * j + i) + c, points[j]);
+        for (int j = 0; j < P; ++j) store<T>(row + places.at(P * j + i) + c, points[j]);
       }
     }
-  }
+  });
 }
 
 // G' S G: the gradient of L kernels, taps in order, from points `stride` apart.
@@ -64,23 +66,25 @@ DF_INLINE void transform_weight_gradient(const T* s, int64_t stride, Vec<T> (&ta
   }
 }
 
-// The data gradient of tiles [begin, end) in the slice so many behind theirs, of channels
-// [c0, c0 + columns), masked by the activation. Adds the sums of D and D * (x - mean) of whole
-// vectors. The gradient is D, or has scale * D added.
+// The data gradient of the rows of tiles [begin, end), of channels [c0, c0 + columns), masked by
+// the activation. Adds the sums of D and D * (x - mean) of whole vectors. The gradient is D, or has
+// scale * D added.
 template <int M, class T, class S>
 void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const WinogradTiles& tiles,
-                          int64_t begin, int64_t end, int64_t behind, const Image<const S>& x,
+                          int64_t begin, int64_t end, const Image<const S>& x,
                           const PaddedNorm<T>& norm, const Image<S>& gradient, int64_t c0,
                           int64_t columns, bool accumulate, T* sum, T* sum_centred) {
   constexpr int L = kLanes<T>;
-  for (int64_t index = begin; index < end; ++index, result += ldr) {
-    const WinogradTile tile = tiles.at(index);
-    if (!tiles.has_slice(tile, behind)) continue;
+  const T* next = result;
+  for_each_row(tiles, begin, end, 0, [&](const WinogradTile& tile, int64_t behind) {
+    const T* row = next;
+    next += ldr;
+    if (!tiles.has_slice(tile, behind)) return;
     const int64_t pixel = tiles.pixel(tile, behind);
     const int64_t height = smaller(M, tiles.h - tile.y), width = smaller(M, tiles.w - tile.x);
     for (int64_t c = 0; c < columns; c += L) {
       Vec<T> y[M][M];
-      transform_output<M, T>([&](int p) { return load<T>(result + p * pitch + c); }, y);
+      transform_output<M, T>([&](int p) { return load<T>(row + p * pitch + c); }, y);
       const int64_t n = columns - c;
       const Vec<T> scale = load<T>(norm.scale() + c0 + c), shift = load<T>(norm.shift() + c0 + c);
       const Vec<T> mean = load<T>(norm.mean() + c0 + c);
@@ -102,7 +106,7 @@ void finish_data_gradient(const T* result, int64_t ldr, int64_t pitch, const Win
       store<T>(sum + c, added);
       store<T>(sum_centred + c, added_centred);
     }
-  }
+  });
 }
 
 template <int M, class S>
@@ -120,8 +124,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
 
   // Tasks: equal parts of the tiles, each with its own sums and weight gradient, for one panel of
   // channels, in groups of column blocks where threads would be idle. In volumes a gradient's
-  // transforms cost as much as five tiles, so that parts are larger, but where a single part had
-  // but one group.
+  // transforms cost more, so that parts are larger, but where a single part had but one group.
   const WinogradTiles tiles(bottleneck);
   const int64_t border = tiles.border, thick = tiles.thick;
   const int prefer = border ? 2 : kBackwardVectors;
@@ -167,7 +170,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);
-    const int64_t rows = run * thick, read_rows = run * (thick + 2 * border);
+    const int64_t rows = run * thick, read_rows = run * tiles.read();
     const int64_t widest = smaller(panel, kMaxVectors * L);  // of a column block
     const int64_t pitch = result_pitch(rows, widest);
     const PointPlaces of_gradients(kPoints, read_rows, padded<T>(k));
@@ -181,17 +184,12 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     // Column block by column block, so that its products stay in the cache.
     const auto add_weight = [&](int64_t begin, int64_t end, PrefetchStream& stream) {
       const int64_t count = end - begin;
-      for (int64_t z = 0; z < thick; ++z) {
-        transform_output_gradients<M, T>(grad_growth, tiles, begin, end, z, of_gradients,
-                                         gradients + z * count * kPanelPitch);
-      }
+      transform_output_gradients<M, T>(grad_growth, tiles, begin, end, of_gradients, gradients);
       for_each_block(group, [&](int64_t v, int nv) {
         const int64_t column = (v - group.begin) * L;
-        for (int64_t z = 0; z < thick + 2 * border; ++z) {
-          transform_inputs<M, true, T>(
-              bottleneck, tiles, begin, end, z - border, {norm.scale, norm.shift}, c0 + column,
-              smaller(nv * L, columns - column), of_inputs, inputs + z * count * kPanelPitch);
-        }
+        transform_inputs<M, true, T>(bottleneck, tiles, begin, end, {norm.scale, norm.shift},
+                                     c0 + column, smaller(nv * L, columns - column), of_inputs,
+                                     inputs);
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t z = 0; z < depth; ++z) {
             for_each_row_tile(k, nv, [&](int64_t first, int outputs) {
@@ -211,21 +209,16 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     };
     const auto make_data = [&](int64_t begin, int64_t end, PrefetchStream& stream) {
       const int64_t count = end - begin;
-      for (int64_t z = 0; z < thick + 2 * border; ++z) {
-        transform_inputs<M, false, T>(grad_growth, tiles, begin, end, z - border, {}, 0, k,
-                                      of_gradients, gradients + z * count * kPanelPitch);
-      }
+      transform_inputs<M, false, T>(grad_growth, tiles, begin, end, {}, 0, k, of_gradients,
+                                    gradients);
       for_each_block(group, [&](int64_t v, int nv) {
         const int64_t column = (v - group.begin) * L, wide = nv * L;
         const PointProducts<T> to_data{kPoints, count * thick,     k, {tiles, count}, stride,
                                        pitch,   group.block(v, nv)};
         to_data.run(gradients, of_gradients, 0, k, b + column * packed_rows, inputs, stream);
-        for (int64_t z = 0; z < thick; ++z) {
-          finish_data_gradient<M, T>(inputs + z * count * wide, wide, pitch, tiles, begin, end, z,
-                                     bottleneck, padded_norm, grad_norm, c0 + column,
-                                     smaller(wide, columns - column), accumulate,
-                                     sums + c0 + column, sums + width + c0 + column);
-        }
+        finish_data_gradient<M, T>(inputs, wide, pitch, tiles, begin, end, bottleneck, padded_norm,
+                                   grad_norm, c0 + column, smaller(wide, columns - column),
+                                   accumulate, sums + c0 + column, sums + width + c0 + column);
       });
     };
 

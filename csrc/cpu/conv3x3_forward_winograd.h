@@ -16,10 +16,9 @@ constexpr int kWinogradForwardVectors = 2;
 // the growth has them.
 template <int M, class T, class S>
 DF_INLINE int64_t store_outputs(const T* result, int64_t pitch, const WinogradTiles& tiles,
-                                int64_t index, int64_t behind, const Image<S>& growth, T* copy,
-                                int64_t c0, int64_t width) {
+                                const WinogradTile& tile, int64_t behind, const Image<S>& growth,
+                                T* copy, int64_t c0, int64_t width) {
   constexpr int L = kLanes<T>;
-  const WinogradTile tile = tiles.at(index);
   if (!tiles.has_slice(tile, behind)) return 0;
   const int64_t rows = smaller(M, tiles.h - tile.y), columns = smaller(M, tiles.w - tile.x);
   S* out = growth.data + tiles.pixel(tile, behind) * growth.pitch + c0;
@@ -65,7 +64,7 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   const int64_t channels = bottleneck.c, k = growth.c, vecs = vectors<T>(k);
   const int64_t packed_rows = channels * weight.depth();
   const WinogradTiles tiles(bottleneck);
-  const int64_t border = tiles.border, thick = tiles.thick;
+  const int64_t thick = tiles.thick;
   const EqualParts tasks(tiles.count(), kMostTasks, ceil_div(kWinogradRows / 3, thick));
   const int64_t run = tiles.run(tasks.size);
   // Of a single part every task packs what it reads, some columns where threads would be idle; as
@@ -91,8 +90,7 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
       });
       packed = own;
     }
-    const PointPlaces places(kPoints, run * (thick + 2 * border),
-                             padded<T>(smaller(kPanel, channels)));
+    const PointPlaces places(kPoints, run * tiles.read(), padded<T>(smaller(kPanel, channels)));
     T* operand = scratch<T>(Scratch::kOperand, places.size());
     T* result = scratch<T>(Scratch::kResult, kPoints * pitch);
     T* pixels = scratch<T>(Scratch::kActivated, M * M * run * thick * width);
@@ -115,17 +113,17 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
                                       stride,  pitch,         group};
       for (int64_t c0 = 0; c0 < channels; c0 += kPanel) {
         const int64_t panel = smaller(kPanel, channels - c0);
-        for (int64_t z = 0; z < thick + 2 * border; ++z) {
-          transform_inputs<M, true, T>(bottleneck, tiles, begin, end, z - border, act, c0, panel,
-                                       places, operand + z * count * kPanelPitch);
-        }
+        transform_inputs<M, true, T>(bottleneck, tiles, begin, end, act, c0, panel, places,
+                                     operand);
         products.run(operand, places, c0, panel, packed, result, stream);
       }
       int64_t made = 0;  // pixels of this run, side by side for the statistics
-      for (int64_t row = 0; row < count * thick; ++row) {
-        made += store_outputs<M, T>(result + row * width, pitch, tiles, begin + row % count,
-                                    row / count, growth, pixels + made * width, k0, width);
-      }
+      const T* row = result;
+      for_each_row(tiles, begin, end, 0, [&](const WinogradTile& tile, int64_t behind) {
+        made += store_outputs<M, T>(row, pitch, tiles, tile, behind, growth, pixels + made * width,
+                                    k0, width);
+        row += width;
+      });
       if (statistics.mean) {
         accumulate_statistics<T>(pixels, width, made, 1, 0, width,
                                  partial.of(task, group_index, k0));

@@ -74,22 +74,24 @@ struct TileSpan {
   }
 };
 
-// Transforms channels [c0, c0 + width) of tiles [begin, end), in the slice so many behind theirs:
-// of relu(scale * x + shift), or of x itself. Whole vectors are stored, zero behind the last
-// channel, and of slices that there are not.
+// Transforms channels [c0, c0 + width) of the rows that tiles [begin, end) read: of
+// relu(scale * x + shift), or of x itself. Whole vectors are stored, zero behind the last channel,
+// and of slices that there are not.
 template <int M, bool kActivate, class T, class S>
 void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64_t begin,
-                      int64_t end, int64_t behind, Activation<T> act, int64_t c0, int64_t width,
+                      int64_t end, Activation<T> act, int64_t c0, int64_t width,
                       const PointPlaces places, T* to) {
   constexpr int L = kLanes<T>, P = Filter<T, M>::kPoints;
   const int64_t pitch = x.pitch, row_pitch = x.w * pitch;
-  for (int64_t index = begin; index < end; ++index, to += kPanelPitch) {
-    const WinogradTile tile = tiles.at(index);
+  T* next = to;
+  for_each_row(tiles, begin, end, tiles.border, [&](const WinogradTile& tile, int64_t behind) {
+    T* row = next;
+    next += kPanelPitch;
     if (!tiles.has_slice(tile, behind)) {
       for (int64_t c = 0; c < width; c += L) {
-        for (int p = 0; p < P * P; ++p) store<T>(to + places.at(p) + c, zero<T>());
+        for (int p = 0; p < P * P; ++p) store<T>(row + places.at(p) + c, zero<T>());
       }
-      continue;
+      return;
     }
     const S* first = x.data + tiles.pixel(tile, behind) * pitch + c0;
     const TileSpan<P> down(tile.y, x.h), across(tile.x, x.w);
@@ -115,19 +117,19 @@ void transform_inputs(const Image<const S>& x, const WinogradTiles& tiles, int64
 #pragma GCC unroll 6
             for (int j = 0; j < P; ++j) d[j] = zero<T>();
             if (!kInside && !down.has[i]) return;
-            const S* row = first + (i - 1) * row_pitch + c;
+            const S* pixels = first + (i - 1) * row_pitch + c;
 #pragma GCC unroll 6
             for (int j = 0; j < P; ++j) {
-              const Vec<T> v = get(row + (kInside ? (j - 1) * pitch : column[j]));
+              const Vec<T> v = get(pixels + (kInside ? (j - 1) * pitch : column[j]));
               d[j] = kActivate ? relu<T>(fma<T>(a[j], v, b[j])) : kInside ? v : a[j] * v;
             }
           },
-          places, to + c);
+          places, row + c);
     };
     int64_t c = 0;
     for (; inside && c + L <= width; c += L) transform.template operator()<true>(c, L);
     for (; c < width; c += L) transform.template operator()<false>(c, width - c);
-  }
+  });
 }
 
 // A' M A of one tile and vector: y[row][column], of load(point).

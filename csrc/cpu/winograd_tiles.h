@@ -71,6 +71,8 @@ struct WinogradTiles {
         across(ceil_div(image.w, size)) {}
 
   int64_t count() const { return n * deep * down * across; }
+  // Slices that a run reads.
+  int64_t read() const { return thick + 2 * border; }
   // Tiles of a run, where a part has so many.
   int64_t run(int64_t part) const {
     if (!border) return equal_tile(part, kWinogradRows);
@@ -101,6 +103,16 @@ struct WinogradTiles {
     return pixel(last) - last.x + smaller(size, h - last.y) * w - first_pixel(begin);
   }
 };
+
+// Calls body(tile, behind) for each row of a run: its tiles in the slices so many behind theirs,
+// one slice after the other, from `border` before the first on.
+template <class Body>
+DF_INLINE void for_each_row(const WinogradTiles& tiles, int64_t begin, int64_t end, int64_t border,
+                            const Body& body) {
+  for (int64_t behind = -border; behind < tiles.thick + border; ++behind) {
+    for (int64_t index = begin; index < end; ++index) body(tiles.at(index), behind);
+  }
+}
 
 // The rule, where the user allows it. Products saved must outweigh tiles cut by the border: 16
 // multiplications for each tile against 9 for each pixel, of volumes 36, and what the transforms
