@@ -265,15 +265,14 @@ def _kind(names: key_layouts.Names, entry: str | None) -> str:
 
 def _surely_loads(module: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether PyTorch finds every key, all it does is to copy values, and those fit."""
-    own = module.state_dict() if isinstance(state, Mapping) else {}
-    hooks = (
-        hooks
-        for part in module.modules()
-        for hooks in (part._load_state_dict_pre_hooks, part._load_state_dict_post_hooks)
-    )
+    for part in module.modules():
+        theirs = type(part)._load_from_state_dict.__module__
+        hooks = part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks
+        if hooks or not theirs.startswith(("torch.nn.modules.", "densenet_fast.modules.")):
+            return False
+    own = module.state_dict()
     return (
-        bool(own)
-        and not any(hooks)
+        isinstance(state, Mapping)
         and state.keys() == own.keys()
         and all(_copies(value, own[key]) for key, value in state.items())
     )
@@ -286,7 +285,7 @@ def _copies(value: Any, to: Any) -> bool:
         and value.shape == to.shape
         and value.layout == to.layout
         and not value.is_meta
-        and (value.dtype == to.dtype or value.is_floating_point() is to.is_floating_point() is True)
+        and (value.dtype == to.dtype or (value.is_floating_point() and to.is_floating_point()))
     )
 
 

@@ -72,6 +72,23 @@ def test_errors_of_hooks_change_nothing() -> None:
     assert_unchanged(network, before)
 
 
+class Refusing(nn.Linear):
+    """Another's module, with a loading of its own."""
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        raise ArithmeticError("refused")
+
+
+def test_errors_of_modules_that_load_otherwise_change_nothing() -> None:
+    network = small()
+    given = small().state_dict()
+    network.classifier = Refusing(network.classifier.in_features, network.classifier.out_features)
+    before = snapshot(network)
+    with pytest.raises(ArithmeticError, match="refused"):
+        network.load_state_dict(given)
+    assert_unchanged(network, before)
+
+
 def test_what_fits_is_loaded_as_ever() -> None:
     expected, ours = networks()
     given = without(expected.state_dict(), LAST)
