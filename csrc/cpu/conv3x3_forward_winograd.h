@@ -45,10 +45,11 @@ DF_INLINE int64_t packed_winograd_size(const Weight<S>& weight) {
 
 // One operand [slices of kernels, in, out] for each point, one after the other.
 template <int M, class S>
-void pack_winograd(const Weight<S>& weight, Compute<S>* packed) {
+void pack_winograd(const Weight<S>& weight, Compute<S>* packed,
+                   int prefer = kWinogradForwardVectors) {
   const int64_t rows = weight.in * weight.depth();
   const int64_t stride = packed_pitch(rows, padded<Compute<S>>(weight.out));
-  pack_blocks(weight.in, rows, weight.out, kWinogradForwardVectors, packed,
+  pack_blocks(weight.in, rows, weight.out, prefer, packed,
               [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
                 pack_points<M, false>(weight, 0, i, count, v, nv, block, stride);
               });
@@ -70,18 +71,20 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   // Of a single part every task packs what it reads, some columns where threads would be idle; as
   // scratch, which stays, so that features of any width do not.
   const bool single = tasks.count == 1 && !weight.packed && channels <= 2 * kPanel;
-  const int64_t groups = single ? smaller(vecs, thread_count()) : 1;
+  const bool short_tasks = !weight.packed && tasks.count <= 2 * thread_count();
+  const int64_t groups = single || short_tasks ? smaller(vecs, thread_count()) : 1;
   const int prefer = groups > 1 ? 1 : kWinogradForwardVectors;
   const CallMemory<T> memory(weight.packed || single ? 0 : packed_winograd_size(weight));
-  if (!weight.packed && !single) pack_winograd<M>(weight, memory.get());
+  if (!weight.packed && !single) pack_winograd<M>(weight, memory.get(), prefer);
   TaskStatistics<T> partial(tasks.count, k, groups);
   for_each_task(tasks.count * groups, [&](int64_t index) {
-    const int64_t task = index / groups, group_index = index % groups;
+    const int64_t task = index % tasks.count, group_index = index / tasks.count;
     const BlockGroup group(vecs, prefer, group_index, groups);
     const int64_t k0 = group.begin * L, width = (group.end - group.begin) * L;
     const int64_t pitch = result_pitch(run * thick, width);
-    const int64_t stride = packed_pitch(packed_rows, width);
-    const T* packed = weight.packed ? weight.packed : memory.get();
+    const int64_t stride = packed_pitch(packed_rows, single ? width : padded<T>(k));
+    const T* packed =
+        (weight.packed ? weight.packed : memory.get()) + (single ? 0 : k0 * packed_rows);
     if (single) {
       T* own = scratch<T>(Scratch::kWeight, kPoints * stride);
       for_each_block(group, [&](int64_t v, int nv) {
