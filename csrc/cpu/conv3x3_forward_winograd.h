@@ -71,8 +71,10 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   // Of a single part every task packs what it reads, some columns where threads would be idle; as
   // scratch, which stays, so that features of any width do not.
   const bool single = tasks.count == 1 && !weight.packed && channels <= 2 * kPanel;
-  const bool short_tasks = !weight.packed && tasks.count <= 2 * thread_count();
-  const int64_t groups = single || short_tasks ? smaller(vecs, thread_count()) : 1;
+  // Of a few, every thread packs and reads columns of its own, which stay in its cache.
+  const int64_t threads = thread_count();
+  const bool few = !weight.packed && tasks.count <= 2 * threads && threads <= vecs;
+  const int64_t groups = single || few ? smaller(vecs, threads) : 1;
   const int prefer = groups > 1 ? 1 : kWinogradForwardVectors;
   const CallMemory<T> memory(weight.packed || single ? 0 : packed_winograd_size(weight));
   if (!weight.packed && !single) pack_winograd<M>(weight, memory.get(), prefer);
