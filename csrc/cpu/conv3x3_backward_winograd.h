@@ -132,7 +132,9 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const bool narrow = channels <= kNarrowVolume;
   const EqualParts parts(tiles.count(), border && narrow ? 4 : 16,
                          border ? ceil_div(narrow ? 32 : 128, thick) : 64);
-  const int64_t run = tiles.run(parts.size);
+  // A volume's products, a gradient of three slices, are more than the cache: the longer a run is,
+  // the fewer times they are read and written.
+  const int64_t run = tiles.run(parts.size, (border && !narrow ? 2 : 1) * kWinogradRows);
   const int64_t groups = smaller(ceil_div(panel_vectors(0), prefer),
                                  ceil_div(2 * thread_count(), parts.count * panels));
   // Of a single part every task packs what it reads and stores what it makes.

@@ -73,10 +73,10 @@ struct WinogradTiles {
   int64_t count() const { return n * deep * down * across; }
   // Slices that a run reads.
   int64_t read() const { return thick + 2 * border; }
-  // Tiles of a run, where a part has so many.
-  int64_t run(int64_t part) const {
-    if (!border) return equal_tile(part, kWinogradRows);
-    return ceil_div(part, ceil_div(part, larger(1, kWinogradRows / thick)));
+  // Tiles of a run of so many rows at most, where a part has so many.
+  int64_t run(int64_t part, int64_t rows = kWinogradRows) const {
+    if (!border) return equal_tile(part, rows);
+    return ceil_div(part, ceil_div(part, larger(1, rows / thick)));
   }
   WinogradTile at(int64_t index) const {
     const int64_t slab = index / (down * across);
