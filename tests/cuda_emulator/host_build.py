@@ -280,22 +280,23 @@ def build(
         sources.append(API)
     if check_accesses:
         sources.append(ACCESS_CHECKS)
-    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        forced = FORCED
-        if len(sources) > 3:  # parsing it takes a second of every source
-            forced = _precompiled(cxx, [*common, "-isystem", str(cuda)])
-        objects = [str(o) for o in pool.map(compile_one, sources)]
     linking = [*sanitizing, "-pthread", *link]
     if not program:
         linking = ["-shared", *linking]
-    key = _hash(repr([*objects, *cxx, *linking]))
-    target = _cache() / f"{'program' if program else 'library'}-{key}{'' if program else '.so'}"
-    if target.exists():
-        os.utime(target)
-        return target
-    made = target.with_name(f"{os.getpid()}-{target.name}")
-    _run([*cxx, *objects, *linking, "-lrt", "-o", str(made)])
-    made.rename(target)
+    with _alone():
+        forced = FORCED
+        if len(sources) > 3:  # parsing it takes a second of every source
+            forced = _precompiled(cxx, [*common, "-isystem", str(cuda)])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [str(o) for o in pool.map(compile_one, sources)]
+        key = _hash(repr([*objects, *cxx, *linking]))
+        target = _cache() / f"{'program' if program else 'library'}-{key}{'' if program else '.so'}"
+        if target.exists():
+            os.utime(target)
+            return target
+        made = target.with_name(f"{os.getpid()}-{target.name}")
+        _run([*cxx, *objects, *linking, "-lrt", "-o", str(made)])
+        made.rename(target)
     return target
 
 
