@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+
+# Threads that wait for each other sleep: tests in parallel share the processors, which waiting in
+# a loop would keep from who is waited for. Read when PyTorch is loaded.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import hypothesis
 import pytest
@@ -32,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Files in parallel (`--dist loadfile`) in order: those with the fewest tests take longest."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported and collected stays: no later collection of garbage looks at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:
