@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.slow  # a compiler's seconds
+
 SAMPLES = [host_build.HERE / "samples" / "samples.cu"]
 ORDERS = [("forward", 0), ("reverse", 0), *(("random", seed) for seed in range(6))]
 orders = pytest.mark.parametrize(("order", "seed"), ORDERS)

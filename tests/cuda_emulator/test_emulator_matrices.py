@@ -13,6 +13,8 @@ import torch
 from test_emulator import SAMPLES, error_of, orders, pointer
 from torch import Tensor
 
+pytestmark = pytest.mark.slow  # a compiler's seconds
+
 # Elements of 32 lanes' fragments.
 FRAGMENTS = {"a16": 256, "b16": 128, "c16": 128, "a8": 128, "b8": 64, "c8": 128}
 FRAGMENTS |= {"a_tf32": 128, "b_tf32": 64, "c_tf32": 128}

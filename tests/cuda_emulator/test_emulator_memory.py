@@ -10,6 +10,8 @@ import torch
 from test_emulator import ORDERS, SAMPLES, error_of, orders, pointer
 from torch import Tensor
 
+pytestmark = pytest.mark.slow  # a compiler's seconds
+
 FAULTS = {"no wait": 1, "waits for too few": 2, "no barrier": 3, "leaves early": 4}
 
 
