@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
+
+# Threads that wait for each other sleep: tests in parallel share the processors, which waiting in
+# a loop would keep from who is waited for. Read when PyTorch is loaded.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import hypothesis
 import pytest
@@ -32,6 +37,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Files in parallel (`--dist loadfile`) in order: those with the fewest tests take longest."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """All that is imported and collected stays: collections of garbage need not look at it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_report_header() -> list[str]:

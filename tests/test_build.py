@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.machinery
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Done, forking
 
 import densenet_fast
 from densenet_fast.build_info import build_info
@@ -20,18 +21,38 @@ from densenet_fast.operators import extension
 from densenet_fast.operators.fingerprint import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
-STRICT = ("-W", "error::RuntimeWarning")
+STRICT = "import warnings; warnings.simplefilter('error', RuntimeWarning)\n"
 SHOW = (
     "import densenet_fast, densenet_fast._C as c; print(densenet_fast.__file__); print(c.__file__)"
 )
+MAIN = "import runpy; runpy.run_module('densenet_fast', run_name='__main__')"
 
 
-def run_python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    environment = {**os.environ, **env}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300
     )
+
+
+Fresh = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Fresh]:
+    """Runs code in a process that has PyTorch, but nothing of the package: found on `paths`."""
+    with forking("import torch") as forks:
+
+        def run(code: str, *paths: Path, **environment: str) -> Done:
+            names = [str(path) for path in paths]
+            return forks(
+                "import os\n"
+                f"os.environ.update({environment!r})\n"
+                "others = [p for p in sys.path if not os.path.isdir(f'{p}/densenet_fast')]\n"
+                f"sys.path[:] = [*{names!r}, *others]\n{code}"
+            )
+
+        yield run
 
 
 def module_file() -> Path:
@@ -63,30 +84,34 @@ def source_and_installed(tmp_path: Path) -> tuple[Path, Path]:
     return source, site
 
 
-def test_source_folder_borrows_the_installed_module(source_and_installed: tuple[Path, Path]):
+def test_source_folder_borrows_the_installed_module(
+    fresh: Fresh, source_and_installed: tuple[Path, Path]
+):
     source, site = source_and_installed
-    result = run_python(*STRICT, "-c", SHOW, cwd=source, PYTHONPATH=str(site))
-    assert result.returncode == 0, result.stderr
-    package, module = map(Path, result.stdout.split())
+    result = fresh(STRICT + SHOW, source, site)
+    assert result.status == 0, result.errors
+    package, module = map(Path, result.printed.split())
     assert package.is_relative_to(source)
     assert module.is_relative_to(site)
 
 
-def test_other_sources_than_the_compiled_ones_warn(source_and_installed: tuple[Path, Path]):
+def test_other_sources_than_the_compiled_ones_warn(
+    fresh: Fresh, source_and_installed: tuple[Path, Path]
+):
     source, site = source_and_installed
     with (source / "csrc" / "ops.cpp").open("a") as file:
         file.write("// edited after the installation\n")
-    result = run_python("-m", "densenet_fast", cwd=source, PYTHONPATH=str(site))
-    assert result.returncode == 0, result.stderr
-    assert "compiled from other sources" in result.stderr
-    assert re.search(r"extension_is_current:\s+False", result.stdout)
+    result = fresh(MAIN, source, site)
+    assert result.status == 0, result.errors
+    assert "compiled from other sources" in result.errors
+    assert re.search(r"extension_is_current:\s+False", result.printed)
 
 
-def test_installed_package_works_elsewhere(source_and_installed: tuple[Path, Path], tmp_path: Path):
+def test_installed_package_works_elsewhere(fresh: Fresh, source_and_installed: tuple[Path, Path]):
     _, site = source_and_installed
-    result = run_python(*STRICT, "-c", SHOW, cwd=tmp_path, PYTHONPATH=str(site))
-    assert result.returncode == 0, result.stderr
-    assert all(Path(line).is_relative_to(site) for line in result.stdout.split())
+    result = fresh(STRICT + SHOW, site)
+    assert result.status == 0, result.errors
+    assert all(Path(line).is_relative_to(site) for line in result.printed.split())
 
 
 def test_missing_module_is_explained(monkeypatch: pytest.MonkeyPatch):
@@ -147,17 +172,17 @@ def test_build_info_without_the_module(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("isa", build_info()["cpu_isa_usable"])
-def test_instruction_set_can_be_forced(isa: str):
+def test_instruction_set_can_be_forced(fresh: Fresh, isa: str):
     code = "import densenet_fast; print(densenet_fast.build_info()['cpu_isa'])"
-    result = run_python("-c", code, cwd=ROOT, DENSENET_FAST_ISA=isa)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == isa
+    result = fresh(code, ROOT, DENSENET_FAST_ISA=isa)
+    assert result.status == 0, result.errors
+    assert result.printed.strip() == isa
 
 
-def test_unknown_instruction_set_is_an_error():
-    result = run_python("-m", "densenet_fast", cwd=ROOT, DENSENET_FAST_ISA="mmx")
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
+def test_unknown_instruction_set_is_an_error(fresh: Fresh):
+    result = fresh(MAIN, ROOT, DENSENET_FAST_ISA="mmx")
+    assert result.status != 0
+    last = result.errors.strip().splitlines()[-1]
     assert "mmx" in last
     assert all(isa in last for isa in build_info()["cpu_isa_usable"])
 

@@ -175,6 +175,7 @@ def test_without_the_last_norm(library: str, checkpoint: Any) -> None:
     assert_same_step(model, reference, images())
 
 
+@pytest.mark.slow
 def test_a_graph_without_the_last_norm() -> None:
     model = make("torchvision")
     reference = copy.deepcopy(model)

@@ -37,6 +37,7 @@ def test_a_step_is_the_same(name: str) -> None:
     assert_same_step(network, reference, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision", "timm"])
 def test_compiled_and_for_inference(name: str) -> None:
     network, x = frozen(name)

@@ -230,8 +230,7 @@ def test_writes_to_converted_networks(
     model, expected = operate(model), operate(reference)
     if first == "operate":
         convert(model, checkpoint=checkpoint)
-    if not trains(copy.deepcopy(expected), images()):
-        assert library in READ_THE_INPUT
+    if library in READ_THE_INPUT and not trains(copy.deepcopy(expected), images()):
         trains(model, images())  # right or noticed
         return
     assert_same_step(model, expected, images())

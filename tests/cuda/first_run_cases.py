@@ -20,18 +20,9 @@ import devices
 import test_cuda_networks as network_tests
 import torch
 from comparison import assert_same_steps, networks
-from kernel_cases import (
-    KINDS,
-    LAYOUTS,
-    STORED,
-    Calls,
-    Kind,
-    check,
-    conv1x1_backward,
-    conv3x3_backward,
-    forward,
-    transition_backward,
-)
+from kernel_calls import KINDS, LAYOUTS, STORED, Calls, Kind
+from kernel_cases import conv1x1_backward, conv3x3_backward, forward, transition_backward
+from kernel_checks import check
 from test_cuda_kernels import Operators
 from test_cuda_runtime import test_a_training_step_in_a_graph as check_step_in_a_graph
 from test_cuda_runtime import test_blocks_in_a_graph as check_blocks_in_a_graph

@@ -11,22 +11,9 @@ from typing import Any
 import pytest
 import torch
 from devices import device, on, tf32
-from kernel_cases import (
-    HALVES,
-    KINDS,
-    LAYOUTS_MIXED,
-    STORED,
-    WANTED,
-    Calls,
-    Kind,
-    Maker,
-    Pixels,
-    check,
-    conv1x1_backward,
-    conv3x3_backward,
-    forward,
-    transition_backward,
-)
+from kernel_calls import HALVES, KINDS, LAYOUTS_MIXED, STORED, Calls, Kind, Maker, Pixels
+from kernel_cases import WANTED, conv1x1_backward, conv3x3_backward, forward, transition_backward
+from kernel_checks import check
 from ops_arguments import ARGUMENTS, arguments
 from test_kernels_conv import (
     SHAPES_1X1,

@@ -50,6 +50,7 @@ def test_every_case_on_the_cpu(tmp_path: Path, part: int) -> None:
     assert {file.name for file in folder.iterdir()} == {"results.jsonl", "log.txt", "first_run.md"}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_every_failure_is_in_the_page(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -126,6 +127,7 @@ def test_page_of_measured_figures() -> None:
     assert "conv1x1_forward, s, tf32 | 2000 | 3000 | 1000 | 0.5 (50%) | 0.5 (50%) | 2.00 |" in page
 
 
+@pytest.mark.slow
 def test_the_sanitizer_sees_every_product_in_two_types() -> None:
     command = compute_sanitizer.command("", "memcheck", ["-k", first_run.SANITIZED])
     pytest = [*command[command.index(sys.executable) :], "--collect-only"]
@@ -135,6 +137,7 @@ def test_the_sanitizer_sees_every_product_in_two_types() -> None:
             assert f"[{name}-dense-{kind}]" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_naive_network_is_torchvisions() -> None:
     """The same names, and with the same parameters the same outputs and gradients."""
     code = """

@@ -9,7 +9,6 @@ Objects and results are kept in a folder for temporary files, under a hash of wh
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from torch import Tensor
+from emulated_library import Library
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -280,22 +279,23 @@ def build(
         sources.append(API)
     if check_accesses:
         sources.append(ACCESS_CHECKS)
-    with _alone(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        forced = FORCED
-        if len(sources) > 3:  # parsing it takes a second of every source
-            forced = _precompiled(cxx, [*common, "-isystem", str(cuda)])
-        objects = [str(o) for o in pool.map(compile_one, sources)]
     linking = [*sanitizing, "-pthread", *link]
     if not program:
         linking = ["-shared", *linking]
-    key = _hash(repr([*objects, *cxx, *linking]))
-    target = _cache() / f"{'program' if program else 'library'}-{key}{'' if program else '.so'}"
-    if target.exists():
-        os.utime(target)
-        return target
-    made = target.with_name(f"{os.getpid()}-{target.name}")
-    _run([*cxx, *objects, *linking, "-lrt", "-o", str(made)])
-    made.rename(target)
+    with _alone():
+        forced = FORCED
+        if len(sources) > 3:  # parsing it takes a second of every source
+            forced = _precompiled(cxx, [*common, "-isystem", str(cuda)])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [str(o) for o in pool.map(compile_one, sources)]
+        key = _hash(repr([*objects, *cxx, *linking]))
+        target = _cache() / f"{'program' if program else 'library'}-{key}{'' if program else '.so'}"
+        if target.exists():
+            os.utime(target)
+            return target
+        made = target.with_name(f"{os.getpid()}-{target.name}")
+        _run([*cxx, *objects, *linking, "-lrt", "-o", str(made)])
+        made.rename(target)
     return target
 
 
@@ -329,105 +329,6 @@ def sanitized_environment() -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
-
-
-# ---- Using a library ----------------------------------------------------------------------------
-
-
-class EmulatorError(RuntimeError):
-    """A launch ended with an error; the text says which kernel, block and thread, and why."""
-
-
-class Counts(NamedTuple):
-    """Of all launches since the last reset. An arrival is one thread at one collective."""
-
-    launches: int
-    blocks: int
-    arrivals: int
-
-
-class Library:
-    """A shared library with kernels, their C entry points and the emulator under them.
-
-    Entry points are attributes, as of a `ctypes.CDLL`; `call` raises their error text.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Load the library that `build` made."""
-        self.path = path
-        self.cdll = ctypes.CDLL(str(path))
-        for name in ("set_order", "register_range", "last_error"):
-            getattr(self.cdll, f"emulator_{name}").restype = ctypes.c_char_p
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cdll, name)
-
-    def call(self, name: str, *arguments: object) -> None:
-        """Calls an entry point that returns null or the text of an error."""
-        function = getattr(self.cdll, name)
-        function.restype = ctypes.c_char_p
-        error = function(*arguments)
-        if error is not None:
-            raise EmulatorError(error.decode())
-
-    def set_order(self, order: str, seed: int = 0) -> None:
-        """The order of threads and blocks: "forward", "reverse" or "random"."""
-        self.call("emulator_set_order", order.encode(), ctypes.c_uint64(seed))
-
-    def set_device(
-        self,
-        major: int = 8,
-        minor: int = 0,
-        shared_bytes_per_block: int = 163 * 1024,
-        shared_bytes_per_multiprocessor: int = 164 * 1024,
-        multiprocessors: int = 108,
-    ) -> None:
-        """The device that launchers see; an A100 unless told."""
-        self.cdll.emulator_set_device(
-            major,
-            minor,
-            shared_bytes_per_block,
-            shared_bytes_per_multiprocessor,
-            multiprocessors,
-        )
-
-    def set_limits(
-        self, arrivals_per_block: int = 1 << 30, seconds_without_arrival: float = 10
-    ) -> None:
-        """When a kernel that goes on and on is ended with an error."""
-        self.cdll.emulator_set_limits(
-            ctypes.c_uint64(arrivals_per_block), ctypes.c_double(seconds_without_arrival)
-        )
-
-    @contextmanager
-    def buffers(self, **tensors: Tensor) -> Iterator[None]:
-        """Kernels may touch the memory of these tensors (their elements, gaps included) only."""
-        for name, tensor in tensors.items():
-            span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            size = span * tensor.element_size() if tensor.numel() else 0
-            address = ctypes.c_void_p(tensor.data_ptr())
-            self.call("emulator_register_range", address, ctypes.c_uint64(size), name.encode())
-        try:
-            yield
-        finally:
-            self.cdll.emulator_clear_ranges()
-
-    @property
-    def last_error(self) -> str:
-        """The error text of the last call; empty after a success."""
-        text: bytes = self.cdll.emulator_last_error()
-        return text.decode()
-
-    @property
-    def counts(self) -> Counts:
-        """Launches, blocks and arrivals since the last reset."""
-        result = (ctypes.c_uint64 * 3)()
-        self.cdll.emulator_counts(result)
-        return Counts(*result)
-
-    def reset_counts(self) -> None:
-        """Starts counting from zero."""
-        self.cdll.emulator_reset_counts()
 
 
 def load(sources: Sequence[Path], **options: Any) -> Library:

@@ -11,14 +11,8 @@ from pathlib import Path
 
 import torch
 from emulation import DEVICES, Emulator
+from kernel_calls import HALVES, KINDS, STORED, Calls, Kind, Maker, Pixels
 from kernel_cases import (
-    HALVES,
-    KINDS,
-    STORED,
-    Calls,
-    Kind,
-    Maker,
-    Pixels,
     avgpool_backward,
     avgpool_forward,
     channel_statistics,

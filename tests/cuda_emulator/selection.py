@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 from emulation import DEVICES, SM_80, Emulator
-from kernel_cases import KINDS, STORED, Calls, Kind, check, conv3x3_backward, forward
+from kernel_calls import KINDS, STORED, Calls, Kind
+from kernel_cases import conv3x3_backward, forward
+from kernel_checks import check
 from test_kernels_conv import check_where_not_finite
 from test_kernels_large import CALLS as LARGE
 from test_kernels_large import check_far_rows

@@ -10,20 +10,23 @@ from ctypes import c_int64
 import host_build
 import pytest
 import torch
+from emulated_library import Counts, EmulatorError, Library
 from torch import Tensor
 
-SAMPLES = [host_build.HERE / "samples" / "samples.cu"]
+pytestmark = pytest.mark.slow  # a compiler's seconds
+
+SAMPLES = [host_build.HERE / "samples" / name for name in ("samples.cu", "memory.cu")]
 ORDERS = [("forward", 0), ("reverse", 0), *(("random", seed) for seed in range(6))]
 orders = pytest.mark.parametrize(("order", "seed"), ORDERS)
 
 
 @pytest.fixture(scope="module")
-def built() -> host_build.Library:
+def built() -> Library:
     return host_build.load(SAMPLES)
 
 
 @pytest.fixture
-def library(built: host_build.Library) -> Iterator[host_build.Library]:
+def library(built: Library) -> Iterator[Library]:
     built.set_order("forward")
     built.set_device()
     built.set_limits()
@@ -46,8 +49,8 @@ def pointer(tensor: Tensor) -> Pointer:
     return result
 
 
-def error_of(library: host_build.Library, sample: str, *arguments: object) -> str:
-    with pytest.raises(host_build.EmulatorError) as caught:
+def error_of(library: Library, sample: str, *arguments: object) -> str:
+    with pytest.raises(EmulatorError) as caught:
         library.call(f"sample_{sample}", *arguments)
     text = str(caught.value)
     assert text.startswith(f"kernel {sample}")
@@ -59,9 +62,7 @@ def error_of(library: host_build.Library, sample: str, *arguments: object) -> st
 
 
 @orders
-def test_correct_kernels_give_the_same_bits_in_every_order(
-    library: host_build.Library, order: str, seed: int
-):
+def test_correct_kernels_give_the_same_bits_in_every_order(library: Library, order: str, seed: int):
     x = torch.randn(7 * 256, generator=torch.Generator().manual_seed(1))
     expected, total = torch.zeros(7), torch.full((7,), torch.nan)
     library.call("sample_tree_sum", 1, pointer(x), pointer(expected), 7, 256)
@@ -76,7 +77,7 @@ def test_correct_kernels_give_the_same_bits_in_every_order(
 
 
 @pytest.mark.parametrize("sample", ["tree_sum", "rotate"])
-def test_a_missing_barrier_shows_in_some_order(library: host_build.Library, sample: str):
+def test_a_missing_barrier_shows_in_some_order(library: Library, sample: str):
     results = []
     for order, seed in ORDERS:
         library.set_order(order, seed)
@@ -91,7 +92,7 @@ def test_a_missing_barrier_shows_in_some_order(library: host_build.Library, samp
     assert not all(results)
 
 
-def test_random_orders_repeat_and_differ(library: host_build.Library):
+def test_random_orders_repeat_and_differ(library: Library):
     def tickets(seed: int) -> list[int]:
         counter, taken = torch.zeros(1, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
         library.set_order("random", seed)
@@ -103,7 +104,7 @@ def test_random_orders_repeat_and_differ(library: host_build.Library):
     assert len({tuple(tickets(seed)) for seed in range(8)}) == 8
 
 
-def test_forward_and_reverse_run_threads_and_blocks_in_order(library: host_build.Library):
+def test_forward_and_reverse_run_threads_and_blocks_in_order(library: Library):
     for order in ("forward", "reverse"):
         counter, taken = torch.zeros(1, dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
         library.set_order(order)
@@ -112,8 +113,8 @@ def test_forward_and_reverse_run_threads_and_blocks_in_order(library: host_build
         assert torch.equal(taken, expected if order == "forward" else expected.flip(0))
 
 
-def test_unknown_orders_are_refused(library: host_build.Library):
-    with pytest.raises(host_build.EmulatorError, match=r"forward.*reverse.*random.*sideways"):
+def test_unknown_orders_are_refused(library: Library):
+    with pytest.raises(EmulatorError, match=r"forward.*reverse.*random.*sideways"):
         library.set_order("sideways")
 
 
@@ -122,7 +123,7 @@ def test_unknown_orders_are_refused(library: host_build.Library):
 
 @pytest.mark.parametrize("grid", [(3, 1, 1), (2, 3, 4)])
 @pytest.mark.parametrize("block", [(1, 1, 1), (33, 1, 1), (4, 3, 5), (1024, 1, 1)])
-def test_indices(library: host_build.Library, grid: tuple[int, ...], block: tuple[int, ...]):
+def test_indices(library: Library, grid: tuple[int, ...], block: tuple[int, ...]):
     blocks, threads = grid[0] * grid[1] * grid[2], block[0] * block[1] * block[2]
     out = torch.zeros(blocks, threads, dtype=torch.int32)
     library.call("sample_geometry", pointer(out), *grid, *block)
@@ -130,34 +131,30 @@ def test_indices(library: host_build.Library, grid: tuple[int, ...], block: tupl
     assert torch.equal(out.long(), expected)
 
 
-def test_launches_that_no_device_takes_are_refused(library: host_build.Library):
+def test_launches_that_no_device_takes_are_refused(library: Library):
     out = torch.zeros(64, dtype=torch.int32)
     for grid, block in [
         ((0, 1, 1), (32, 1, 1)),
         ((1, 70000, 1), (1, 1, 1)),
         ((1, 1, 1), (33, 32, 1)),
     ]:
-        with pytest.raises(
-            host_build.EmulatorError, match="kernel geometry: invalid launch geometry"
-        ):
+        with pytest.raises(EmulatorError, match="kernel geometry: invalid launch geometry"):
             library.call("sample_geometry", pointer(out), *grid, *block)
     library.set_device(7, 5, 64 << 10, 64 << 10, 40)
     library.call("sample_geometry_with_shared", pointer(out), c_int64(64 << 10))
-    with pytest.raises(
-        host_build.EmulatorError, match=r"65537 bytes of shared .* device has 65536"
-    ):
+    with pytest.raises(EmulatorError, match=r"65537 bytes of shared .* device has 65536"):
         library.call("sample_geometry_with_shared", pointer(out), c_int64((64 << 10) + 1))
 
 
-def test_counts(library: host_build.Library):
+def test_counts(library: Library):
     library.reset_counts()
     out = torch.zeros(64, dtype=torch.int32)
     library.call("sample_many_arrivals", pointer(out), 64, 3)
     library.call("sample_geometry", pointer(out), 2, 1, 1, 32, 1, 1)
-    assert library.counts == host_build.Counts(launches=2, blocks=3, arrivals=64 * 3 * 5)
+    assert library.counts == Counts(launches=2, blocks=3, arrivals=64 * 3 * 5)
 
 
-def test_a_million_arrivals_take_no_second(library: host_build.Library):
+def test_a_million_arrivals_take_no_second(library: Library):
     out = torch.zeros(256, dtype=torch.int32)
     before = time.process_time()
     library.call("sample_many_arrivals", pointer(out), 256, 782)
@@ -167,14 +164,14 @@ def test_a_million_arrivals_take_no_second(library: host_build.Library):
 # ---- Barriers -----------------------------------------------------------------------------------
 
 
-def test_votes_of_the_block(library: host_build.Library):
+def test_votes_of_the_block(library: Library):
     out = torch.zeros(48, dtype=torch.int32)
     library.call("sample_votes", pointer(out))
     assert out.tolist() == [24 * 4 + 2] * 48
 
 
 @orders
-def test_a_barrier_that_some_never_reach(library: host_build.Library, order: str, seed: int):
+def test_a_barrier_that_some_never_reach(library: Library, order: str, seed: int):
     library.set_order(order, seed)
     text = error_of(library, "some_skip_the_barrier", 40)
     assert ", block (" in text
@@ -184,16 +181,14 @@ def test_a_barrier_that_some_never_reach(library: host_build.Library, order: str
 
 
 @orders
-def test_barriers_in_different_places_do_not_meet(
-    library: host_build.Library, order: str, seed: int
-):
+def test_barriers_in_different_places_do_not_meet(library: Library, order: str, seed: int):
     library.set_order(order, seed)
     text = error_of(library, "barriers_in_both_branches")
     assert "thread" in text
     assert "reached __syncthreads" in text and "others wait at __syncthreads" in text
 
 
-def test_endless_kernels_end(library: host_build.Library):
+def test_endless_kernels_end(library: Library):
     library.set_limits(arrivals_per_block=1000)
     text = error_of(library, "barrier_after_barrier")
     assert "more than 1000 arrivals" in text
@@ -204,13 +199,13 @@ def test_endless_kernels_end(library: host_build.Library):
     assert "thread 33: runs on without end" in text
 
 
-def test_after_an_error_the_stacks_of_all_threads_unwind(library: host_build.Library):
+def test_after_an_error_the_stacks_of_all_threads_unwind(library: Library):
     destroyed = torch.zeros(1, dtype=torch.int32)
     assert "thread 7: __trap" in error_of(library, "one_thread_fails", pointer(destroyed))
     assert destroyed.item() == 8  # of the 64 those that had begun
 
 
-def test_floating_point_atomics_are_refused(library: host_build.Library):
+def test_floating_point_atomics_are_refused(library: Library):
     x = torch.zeros(1)
     assert "fixed order" in error_of(library, "adds_floats", pointer(x))
 
@@ -220,7 +215,7 @@ def test_floating_point_atomics_are_refused(library: host_build.Library):
 
 @orders
 @pytest.mark.parametrize("threads", [32, 96])
-def test_shuffles_and_votes(library: host_build.Library, order: str, seed: int, threads: int):
+def test_shuffles_and_votes(library: Library, order: str, seed: int, threads: int):
     library.set_order(order, seed)
     out = torch.zeros(threads, 8, dtype=torch.int32)
     library.call("sample_shuffles", pointer(out), threads)
@@ -240,7 +235,7 @@ def test_shuffles_and_votes(library: host_build.Library, order: str, seed: int, 
 
 
 @orders
-def test_divergence_in_a_warp(library: host_build.Library, order: str, seed: int):
+def test_divergence_in_a_warp(library: Library, order: str, seed: int):
     library.set_order(order, seed)
     text = error_of(library, "one_lane_skips_the_shuffle")
     assert "62 of 64 threads (0, ...) at __shfl_xor_sync" in text
@@ -250,7 +245,7 @@ def test_divergence_in_a_warp(library: host_build.Library, order: str, seed: int
     assert "__syncwarp" in text and "__ballot_sync" in text and "others of the warp wait" in text
 
 
-def test_masks(library: host_build.Library):
+def test_masks(library: Library):
     text = error_of(library, "not_in_its_own_mask")
     assert "thread 31: __syncwarp" in text and "not in its own mask" in text
     text = error_of(library, "more_lanes_than_threads")

@@ -14,6 +14,7 @@ from test_emulator import SAMPLES
 PROGRAM = [host_build.HERE / "samples" / "under_sanitizers.cpp"]
 
 
+@pytest.mark.slow
 def test_a_build_is_made_once():
     first = host_build.build(SAMPLES)
     made = first.stat().st_ino
@@ -21,6 +22,7 @@ def test_a_build_is_made_once():
     assert again == first and again.stat().st_ino == made
 
 
+@pytest.mark.slow
 def test_patches_apply_to_a_copy():
     launch = (host_build.CSRC / "cuda" / "launch.cuh").read_bytes()
     patch = host_build.Patch(

@@ -10,8 +10,11 @@ from pathlib import Path
 import host_build
 import pytest
 import torch
+from emulated_library import EmulatorError, Library
 from test_emulator import SAMPLES, error_of, orders, pointer
 from torch import Tensor
+
+pytestmark = pytest.mark.slow  # a compiler's seconds
 
 # Elements of 32 lanes' fragments.
 FRAGMENTS = {"a16": 256, "b16": 128, "c16": 128, "a8": 128, "b8": 64, "c8": 128}
@@ -19,12 +22,12 @@ FRAGMENTS |= {"a_tf32": 128, "b_tf32": 64, "c_tf32": 128}
 
 
 @pytest.fixture(scope="module")
-def built() -> host_build.Library:
+def built() -> Library:
     return host_build.load(SAMPLES)
 
 
 @pytest.fixture
-def library(built: host_build.Library) -> Iterator[host_build.Library]:
+def library(built: Library) -> Iterator[Library]:
     built.set_order("forward")
     yield built
     built.set_order("forward")
@@ -89,13 +92,13 @@ def test_16_bit_products(dtype: torch.dtype, architecture: int, order: str, seed
     torch.testing.assert_close(d.double(), expected, rtol=0, atol=1e-5)
 
 
-def error_of_product(library: host_build.Library, sample: str, *tensors: Tensor) -> str:
-    with pytest.raises(host_build.EmulatorError) as caught:
+def error_of_product(library: Library, sample: str, *tensors: Tensor) -> str:
+    with pytest.raises(EmulatorError) as caught:
         library.call(f"sample_{sample}", *map(pointer, tensors))
     return str(caught.value)
 
 
-def test_every_element_goes_where_it_belongs(library: host_build.Library):
+def test_every_element_goes_where_it_belongs(library: Library):
     for dtype, sample in [(torch.float16, "f16"), (torch.bfloat16, "bf16")]:
         b = torch.arange(128.0).view(16, 8)
         for row in range(16):
@@ -106,7 +109,7 @@ def test_every_element_goes_where_it_belongs(library: host_build.Library):
             assert d.count_nonzero() == b[15 - row].count_nonzero()
 
 
-def test_special_values(library: host_build.Library):
+def test_special_values(library: Library):
     """Subnormal numbers, infinities and NaNs of float16 count in full."""
     a, b, d = torch.zeros(16, 16).half(), torch.zeros(16, 8).half(), torch.zeros(16, 8)
     smallest = 2.0**-24
@@ -129,7 +132,7 @@ def tf32(x: Tensor, *, rounded: bool) -> Tensor:
 
 @pytest.mark.parametrize("rounded", [True, False])
 @orders
-def test_tf32_products(library: host_build.Library, rounded: bool, order: str, seed: int):
+def test_tf32_products(library: Library, rounded: bool, order: str, seed: int):
     library.set_order(order, seed)
     random = torch.Generator().manual_seed(4)
     a = torch.randn(16, 8, generator=random)
@@ -147,7 +150,7 @@ def test_tf32_products(library: host_build.Library, rounded: bool, order: str, s
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("pitch", [16, 80])
 @orders
-def test_ldmatrix(library: host_build.Library, transposed: bool, pitch: int, order: str, seed: int):
+def test_ldmatrix(library: Library, transposed: bool, pitch: int, order: str, seed: int):
     library.set_order(order, seed)
     x = torch.arange(32 * 8, dtype=torch.int16).view(4, 8, 8)
     out = torch.zeros(32, 4, dtype=torch.int32)
@@ -159,7 +162,7 @@ def test_ldmatrix(library: host_build.Library, transposed: bool, pitch: int, ord
 
 
 @pytest.mark.parametrize(("transposed", "name"), [(0, "ldmatrix"), (1, "ldmatrix.trans")])
-def test_unwritten_rows_of_ldmatrix(library: host_build.Library, transposed: int, name: str):
+def test_unwritten_rows_of_ldmatrix(library: Library, transposed: int, name: str):
     x, out = torch.zeros(32, 8, dtype=torch.int16), torch.zeros(128, dtype=torch.int32)
     text = error_of(library, "load_matrices", transposed, pointer(x), pointer(out), 32, 0, 30)
     assert (
@@ -168,7 +171,7 @@ def test_unwritten_rows_of_ldmatrix(library: host_build.Library, transposed: int
     assert "at offset 960 (row 6 of matrix 3)" in text
 
 
-def test_rows_of_ldmatrix_out_of_bounds_or_misaligned(library: host_build.Library):
+def test_rows_of_ldmatrix_out_of_bounds_or_misaligned(library: Library):
     x, out = torch.zeros(32, 8, dtype=torch.int16), torch.zeros(128, dtype=torch.int32)
     text = error_of(library, "load_matrices", 0, pointer(x), pointer(out), 16, 8, 32)
     assert "thread 0: ldmatrix: shared address not aligned to 16 bytes, at offset 8" in text

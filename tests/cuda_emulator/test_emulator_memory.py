@@ -7,23 +7,26 @@ from ctypes import c_int64
 import host_build
 import pytest
 import torch
+from emulated_library import EmulatorError, Library
 from test_emulator import ORDERS, SAMPLES, error_of, orders, pointer
 from torch import Tensor
+
+pytestmark = pytest.mark.slow  # a compiler's seconds
 
 FAULTS = {"no wait": 1, "waits for too few": 2, "no barrier": 3, "leaves early": 4}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "checked"])
-def library(request: pytest.FixtureRequest) -> host_build.Library:
+def library(request: pytest.FixtureRequest) -> Library:
     return host_build.load(SAMPLES, check_accesses=request.param)
 
 
 @pytest.fixture(scope="module")
-def checked() -> host_build.Library:
+def checked() -> Library:
     return host_build.load(SAMPLES, check_accesses=True)
 
 
-def copy_through_ring(library: host_build.Library, fault: int) -> bool:
+def copy_through_ring(library: Library, fault: int) -> bool:
     """Whether what arrives is right."""
     source = torch.randn(5, 32, 4)
     result = torch.zeros_like(source)
@@ -33,11 +36,11 @@ def copy_through_ring(library: host_build.Library, fault: int) -> bool:
     return torch.equal(source, result)
 
 
-def outcome(library: host_build.Library, fault: str) -> str:
+def outcome(library: Library, fault: str) -> str:
     """What comes of a fault: a right or wrong result, or the core of the report."""
     try:
         return "right" if copy_through_ring(library, FAULTS[fault]) else "wrong"
-    except host_build.EmulatorError as error:
+    except EmulatorError as error:
         reports = ("while an asynchronous copy", "no barrier", "nobody has")
         return next((r for r in reports if r in str(error)), str(error))
 
@@ -46,21 +49,19 @@ def outcome(library: host_build.Library, fault: str) -> str:
 
 
 @orders
-def test_copies_arrive_at_the_wait(library: host_build.Library, order: str, seed: int):
+def test_copies_arrive_at_the_wait(library: Library, order: str, seed: int):
     library.set_order(order, seed)
     assert copy_through_ring(library, 0)
 
 
 @pytest.mark.parametrize("fault", ["no wait", "waits for too few"])
 @orders
-def test_a_missing_wait_shows_in_every_order(
-    library: host_build.Library, fault: str, order: str, seed: int
-):
+def test_a_missing_wait_shows_in_every_order(library: Library, fault: str, order: str, seed: int):
     library.set_order(order, seed)
     assert outcome(library, fault) in ("wrong", "while an asynchronous copy")
 
 
-def test_a_missing_barrier_after_the_wait_shows_in_some_order(library: host_build.Library):
+def test_a_missing_barrier_after_the_wait_shows_in_some_order(library: Library):
     outcomes = set()
     for order, seed in ORDERS:
         library.set_order(order, seed)
@@ -69,16 +70,14 @@ def test_a_missing_barrier_after_the_wait_shows_in_some_order(library: host_buil
     assert outcomes <= {"right", "wrong", "while an asynchronous copy", "no barrier", "nobody has"}
 
 
-def test_copies_under_way_at_the_end_are_reported(library: host_build.Library):
+def test_copies_under_way_at_the_end_are_reported(library: Library):
     library.set_order("forward")
-    with pytest.raises(
-        host_build.EmulatorError, match=r"block \(0, 0, 0\), thread 0: exited with async"
-    ):
+    with pytest.raises(EmulatorError, match=r"block \(0, 0, 0\), thread 0: exited with async"):
         copy_through_ring(library, FAULTS["leaves early"])
 
 
 @pytest.mark.parametrize("size", [4, 16])
-def test_what_is_not_valid_becomes_zero(library: host_build.Library, size: int):
+def test_what_is_not_valid_becomes_zero(library: Library, size: int):
     source = torch.arange(1, 17, dtype=torch.uint8)
     for valid in range(size + 1):
         to = torch.full((size,), 255, dtype=torch.uint8)
@@ -90,14 +89,12 @@ def test_what_is_not_valid_becomes_zero(library: host_build.Library, size: int):
 # ---- Bounds and alignment -----------------------------------------------------------------------
 
 
-def copy_error(
-    library: host_build.Library, source: Tensor, size: int, valid: int, offset: int
-) -> str:
+def copy_error(library: Library, source: Tensor, size: int, valid: int, offset: int) -> str:
     to = torch.zeros(16, dtype=torch.uint8)
     return error_of(library, "copy_bytes", pointer(source), pointer(to), size, valid, offset)
 
 
-def test_copies_out_of_bounds_or_misaligned_are_reported(library: host_build.Library):
+def test_copies_out_of_bounds_or_misaligned_are_reported(library: Library):
     source = torch.zeros(64, dtype=torch.uint8)
     report = r"kernel copy_bytes, block \(0, 0, 0\), thread 0: cp.async: "
     for arguments, expected in [
@@ -112,14 +109,14 @@ def test_copies_out_of_bounds_or_misaligned_are_reported(library: host_build.Lib
         assert text == report.replace("\\", "") + expected
 
 
-def test_copies_from_outside_every_buffer_are_reported(library: host_build.Library):
+def test_copies_from_outside_every_buffer_are_reported(library: Library):
     source = torch.zeros(64, dtype=torch.uint8)
     with library.buffers(first=source[:16], second=source[16:40]):
         text = copy_error(library, source[32:], 16, 9, 0)
         assert "9 bytes at offset 16 of second, which has 24" in text
 
 
-def test_buffers_count_from_their_first_to_their_last_element(library: host_build.Library):
+def test_buffers_count_from_their_first_to_their_last_element(library: Library):
     to = torch.zeros(16, dtype=torch.uint8)
     memory = torch.zeros(64, dtype=torch.uint8)
     with library.buffers(to=to, slice=memory.view(4, 16)[:, 4:8]):  # bytes 4 to 55
@@ -131,7 +128,7 @@ def test_buffers_count_from_their_first_to_their_last_element(library: host_buil
 
 
 @orders
-def test_correct_kernels_pass_the_checks(checked: host_build.Library, order: str, seed: int):
+def test_correct_kernels_pass_the_checks(checked: Library, order: str, seed: int):
     checked.set_order(order, seed)
     x, total = torch.ones(2, 256), torch.zeros(2)
     with checked.buffers(x=x, total=total):
@@ -151,7 +148,7 @@ def test_correct_kernels_pass_the_checks(checked: host_build.Library, order: str
 
 
 @orders
-def test_races_are_seen_in_every_order(checked: host_build.Library, order: str, seed: int):
+def test_races_are_seen_in_every_order(checked: Library, order: str, seed: int):
     checked.set_order(order, seed)
     x, total = torch.arange(256.0), torch.zeros(1)
     text = error_of(checked, "tree_sum", 0, pointer(x), pointer(total), 1, 256)
@@ -163,21 +160,21 @@ def test_races_are_seen_in_every_order(checked: host_build.Library, order: str, 
 
 
 @orders
-def test_a_vote_is_no_barrier_for_memory(checked: host_build.Library, order: str, seed: int):
+def test_a_vote_is_no_barrier_for_memory(checked: Library, order: str, seed: int):
     checked.set_order(order, seed)
     out = torch.zeros(64, dtype=torch.int32)
     text = error_of(checked, "neighbours_of_a_warp", 0, pointer(out))
     assert "that thread" in text and "has written, with no barrier in between" in text
 
 
-def test_reads_of_unwritten_shared_memory(checked: host_build.Library):
+def test_reads_of_unwritten_shared_memory(checked: Library):
     out = torch.zeros(32, dtype=torch.int32)
     text = error_of(checked, "reads_unwritten", pointer(out))
     assert text.endswith("thread 2: reads shared memory at offset 12 that nobody has written")
 
 
 @pytest.mark.parametrize("offset", [64, 61, -4, 4096, -4096])
-def test_plain_accesses_outside_shared_memory(checked: host_build.Library, offset: int):
+def test_plain_accesses_outside_shared_memory(checked: Library, offset: int):
     text = error_of(checked, "writes_shared", offset)
     assert (
         "thread 2: writes 4 bytes outside the block's 64 bytes of shared memory, "
@@ -186,7 +183,7 @@ def test_plain_accesses_outside_shared_memory(checked: host_build.Library, offse
 
 
 @pytest.mark.parametrize("at", [40, -1, 1 << 40])
-def test_plain_accesses_outside_every_buffer(checked: host_build.Library, at: int):
+def test_plain_accesses_outside_every_buffer(checked: Library, at: int):
     out = torch.zeros(40, dtype=torch.int32)
     with checked.buffers(out=out):
         checked.call("sample_writes_global", pointer(out), c_int64(39))

@@ -5,21 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from emulation import Emulator
-from kernel_cases import (
-    HALVES,
-    KINDS,
-    LAYOUTS_MIXED,
-    WANTED,
-    Calls,
-    Kind,
-    Maker,
-    Pixels,
-    check,
-    conv1x1_backward,
-    conv3x3_backward,
-    forward,
-    transition_backward,
-)
+from kernel_calls import HALVES, KINDS, LAYOUTS_MIXED, Calls, Kind, Maker, Pixels
+from kernel_cases import WANTED, conv1x1_backward, conv3x3_backward, forward, transition_backward
+from kernel_checks import check
 
 from densenet_fast.operators import reference
 

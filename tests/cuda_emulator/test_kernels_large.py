@@ -8,11 +8,8 @@ import mmap
 import pytest
 import torch
 from emulation import Emulator
+from kernel_calls import KINDS, Calls, Kind, Maker
 from kernel_cases import (
-    KINDS,
-    Calls,
-    Kind,
-    Maker,
     avgpool_backward,
     avgpool_forward,
     channel_statistics,

@@ -7,16 +7,11 @@ from functools import cache
 import pytest
 import torch
 from emulation import DEVICES, SM_75, TURING, Device, Emulator, emulate
+from kernel_calls import KINDS, STORED, Calls, Kind, Maker
 from kernel_cases import (
-    KINDS,
-    STORED,
-    Calls,
-    Kind,
-    Maker,
     avgpool_backward,
     avgpool_forward,
     channel_statistics,
-    check,
     conv1x1_backward,
     conv3x3_backward,
     dropout,
@@ -26,6 +21,7 @@ from kernel_cases import (
     maxpool_forward,
     transition_backward,
 )
+from kernel_checks import check
 from torch import Tensor
 from vector_cases import (
     norm_coefficients,

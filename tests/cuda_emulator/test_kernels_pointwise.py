@@ -6,21 +6,17 @@ import pytest
 import torch
 from devices import device
 from emulation import Emulator
+from kernel_calls import LAYOUTS_MIXED, STORED, Kind, Maker, Pixels
 from kernel_cases import (
-    LAYOUTS_MIXED,
-    STORED,
-    Kind,
-    Maker,
-    Pixels,
     avgpool_backward,
     avgpool_forward,
     channel_statistics,
-    check,
     dropout,
     finish_gradient,
     maxpool_backward,
     maxpool_forward,
 )
+from kernel_checks import check
 from vector_cases import (
     norm_coefficients,
     norm_grad_coefficients,

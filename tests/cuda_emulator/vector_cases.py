@@ -6,7 +6,8 @@ import math
 
 import torch
 from devices import device
-from kernel_cases import Call, Calls, Maker, Pixels, avgpool_backward
+from kernel_calls import Call, Calls, Maker, Pixels
+from kernel_cases import avgpool_backward
 
 
 def norm_coefficients(channels: int, *, affine: bool = True) -> Calls:

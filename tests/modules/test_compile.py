@@ -93,6 +93,7 @@ def same_parameters_and_buffers(module: nn.Module, eager: nn.Module, rtol: float
         torch.testing.assert_close(state[name], buffer, rtol=rtol, atol=rtol, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", CHECKPOINT_MODES)
 def test_training_is_the_same(checkpoint: Checkpoint) -> None:
     module = network(checkpoint=checkpoint)
@@ -281,6 +282,7 @@ def test_as_much_is_saved_as_in_eager_mode(checkpoint: Checkpoint) -> None:
     assert saved(compiled) == saved(module)
 
 
+@pytest.mark.slow
 def test_transforms_within_a_graph() -> None:
     module = DenseBlock(1, 3, 2, 4, 0.0).eval()
     batches = torch.randn(2, 2, 3, 8, 8)

@@ -128,6 +128,7 @@ def test_what_is_kept_is_a_fifth_at_most() -> None:
     assert 5 * kept[0] < kept[1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_graphs_and_files() -> None:
     ours = network().float()

@@ -99,6 +99,7 @@ def test_patched_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls.count(nn.BatchNorm2d) == 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["features.denseblock2", LAYER, f"{LAYER}.conv1", "features"])
 def test_compiled_parts(name: str) -> None:
     pair = networks()
@@ -106,6 +107,7 @@ def test_compiled_parts(name: str) -> None:
     assert_same_steps(pair, SIZE)
 
 
+@pytest.mark.slow
 def test_wrapped_parts() -> None:
     """A compiled block is a module of another type; inside it is fused."""
     pair = networks()

@@ -165,6 +165,7 @@ def test_a_layer_with_a_hook_is_called() -> None:
     assert called == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_graphs_scripts_and_snapshots() -> None:
     ours = network().float()

@@ -105,7 +105,7 @@ def test_the_same_bits_for_any_number_of_threads_and_from_run_to_run(
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 1, 2, 2, 3, 5):
+        for threads in (1, 2, 2, 3, 5):
             torch.set_num_threads(threads)
             results.append(run(op, dtype))
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable
@@ -62,8 +63,11 @@ def altered(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return {**value, key: altered(value[key], tuple(rest), new)}
 
 
+whole = functools.cache(content)
+
+
 def write(trained: Path, file: Path, path: tuple[Any, ...], new: Any) -> None:
-    torch.save(altered(content(trained), path, new), file)
+    torch.save(altered(whole(trained), path, new), file)
 
 
 def commands(folder: Path, file: Path, image: Path) -> dict[str, Callable[[], int]]:

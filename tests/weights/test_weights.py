@@ -68,8 +68,9 @@ def test_round_trip(library: str, tmp_path: Path) -> None:
     load_weights(between, saved(tmp_path / "1.pth", first.state_dict()))
     load_weights(second, saved(tmp_path / "2.pth", between.state_dict()))
     load_weights(third, saved(tmp_path / "3.pth", second.state_dict()))
+    found = third.state_dict()
     for key, value in first.state_dict().items():
-        assert torch.equal(third.state_dict()[key], value), key
+        assert torch.equal(found[key], value), key
 
 
 class Lightning(nn.Module):
@@ -266,9 +267,10 @@ def test_encoders_of_segmentation_models(tmp_path: Path) -> None:
     decoder = unet.decoder.state_dict()
     before = {key: value.clone() for key, value in decoder.items()}
     report = load_weights(unet, path, ignore=("decoder.*", "segmentation_head.*", "*classifier.*"))
+    wanted = source.features.state_dict()
     for key, value in unet.encoder.features.state_dict().items():
         if not key.endswith("tracked"):
-            assert torch.equal(value, source.features.state_dict()[key]), key
+            assert torch.equal(value, wanted[key]), key
     assert all(torch.equal(value, before[key]) for key, value in decoder.items())
     assert all(name.startswith("encoder.features.") for name in report.loaded)
     kept = len(unet.state_dict()) - len(report)

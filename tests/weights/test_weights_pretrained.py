@@ -97,9 +97,10 @@ def test_weights_by_name_and_enum(
     assert network.classifier.out_features == len(CLASSES)
     assert (cache / file.name).read_bytes() == file.read_bytes()
     assert ("100%" in capfd.readouterr().err) == (how == "enum")
+    found = network.state_dict()
     for key, value in source.state_dict().items():
         if not key.endswith("num_batches_tracked"):
-            assert torch.equal(network.state_dict()[key], value), key
+            assert torch.equal(found[key], value), key
     if how == "DEFAULT":
         images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
         expected = source.double()(images)

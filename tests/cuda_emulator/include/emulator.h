@@ -2,10 +2,10 @@
 //
 // A kernel thread is a fiber (fiber.h). Blocks run one after another, and so do the threads of a
 // block, each until it has to wait for others, in an order that the test chooses: a missing barrier
-// shows as a different result or as poison (execution.h). Barriers, shuffles, ldmatrix and mma wait
-// until every participant has arrived and report it when one cannot (collectives.h). Shared memory
-// starts as NaNs, and what cp.async copies becomes visible only at the issuing thread's matching
-// wait (memory.h).
+// shows as a different result or as poison (scheduling.h). Barriers, shuffles, ldmatrix and mma
+// wait until every participant has arrived and report it when one cannot (collectives.h). Shared
+// memory starts as NaNs, and what cp.async copies becomes visible only at the issuing thread's
+// matching wait (memory.h).
 #pragma once
 
 #include <cuda_bf16.h>

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.cu"
 #include "samples.cu"
 
 namespace {
