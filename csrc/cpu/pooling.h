@@ -129,13 +129,12 @@ DF_INLINE void store_codes(uint8_t* p, Vec<T> v, int64_t n) {
 }
 
 // Positions of a window along a dimension of the image: [begin, end) of 2 * out - 1 + position that
-// are inside, or the only one of a dimension that it has not. The middle one always is.
+// are inside, or the only one of a dimension that it has not.
 struct WindowRange {
-  int64_t middle, first, begin, end;
+  int64_t first, begin, end;
 
   WindowRange(bool pooled, int64_t out, int64_t size)
-      : middle(pooled),
-        first(pooled ? 2 * out - 1 : 0),
+      : first(pooled ? 2 * out - 1 : 0),
         begin(first < 0),
         end(pooled ? smaller(3, size - first) : 1) {}
 };
@@ -237,69 +236,7 @@ DF_INLINE void unpool_line(const Image<const S>& grad_out, const uint8_t* argmax
   if (2 * grad_out.w - 1 < w) each(w - 1, right);
 }
 
-// Where the positions of a window are, in elements from its middle. Those that are outside, which
-// are no maxima, are the middle itself: whatever the codes are, nothing else is read.
-struct WindowPlaces {
-  int64_t at[32] = {};
-
-  WindowPlaces(const WindowRange& deep, const WindowRange& down, const WindowRange& across,
-               int64_t h, int64_t w, int64_t pitch) {
-    for (int64_t kd = deep.begin; kd < deep.end; ++kd) {
-      for (int64_t kh = down.begin; kh < down.end; ++kh) {
-        for (int64_t kw = across.begin; kw < across.end; ++kw) {
-          const int64_t z = kd - deep.middle, y = kh - down.middle, x = kw - across.middle;
-          at[(kd * 3 + kh) * 3 + kw] = ((z * h + y) * w + x) * pitch;
-        }
-      }
-    }
-  }
-};
-
-// Adds to the sums of a norm's affine gradients what lines of windows hand to their maxima: few
-// windows hold all that is not zero.
-template <class T, class S>
-void sum_at_maxima(const Image<const S>& grad_out, const uint8_t* argmax,
-                   const Image<const S>& input, const Norm<T>& norm, const EqualParts& lines,
-                   const TaskSums<T>& sums) {
-  constexpr int L = kLanes<T>;
-  for_each_task(lines.count, [&](int64_t task) {
-    for (int64_t line = lines.begin(task); line < lines.end(task); ++line) {
-      const int64_t slice = line / grad_out.h;
-      const WindowRange deep(input.dims > 2, slice % grad_out.d, input.d);
-      const WindowRange down(input.dims > 1, line % grad_out.h, input.h);
-      const auto places_at = [&](int64_t ox) {
-        return WindowPlaces(deep, down, {true, ox, input.w}, input.h, input.w, input.pitch);
-      };
-      const WindowPlaces first = places_at(0), inner = places_at(smaller(1, grad_out.w - 1)),
-                         last = places_at(grad_out.w - 1);
-      const int64_t z = slice / grad_out.d * input.d + deep.first + deep.middle;
-      const int64_t row = (z * input.h + down.first + down.middle) * input.w;
-      for (int64_t c = 0; c < input.c; c += L) {
-        const int64_t n = smaller(L, input.c - c);
-        const Vec<T> scale = load_upto<T>(norm.scale + c, n);
-        const Vec<T> shift = load_upto<T>(norm.shift + c, n), mean = load_upto<T>(norm.mean + c, n);
-        Vec<T> sum = zero<T>(), sum_centred = zero<T>();
-        for (int64_t ox = 0; ox < grad_out.w; ++ox) {
-          const int64_t pixel = line * grad_out.w + ox;
-          const WindowPlaces& places = ox == 0 ? first : ox + 1 < grad_out.w ? inner : last;
-          const S* middle = input.data + (row + 2 * ox) * input.pitch + c;
-          const uint8_t* codes = argmax + pixel * input.c + c;
-          S lanes[L] = {};
-          for (int64_t i = 0; i < n; ++i) {
-            lanes[i] = middle[places.at[codes[i] & 31] + i];
-          }
-          const Vec<T> value = load<T>(lanes);
-          const Vec<T> dy = load_upto<T>(grad_out.data + pixel * grad_out.pitch + c, n);
-          const Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), dy);
-          sum += d;
-          sum_centred = fma<T>(d, value - mean, sum_centred);
-        }
-        sums.add(task, c, sum, sum_centred);
-      }
-    }
-  });
-}
-
+// Both passes make D, the gradient behind the mask, anew: storing it would cost more.
 template <class S>
 void norm_relu_maxpool_backward(Image<const S> grad_out, const uint8_t* argmax,
                                 Image<const S> input, Norm<Compute<S>> norm, bool batch_statistics,
@@ -307,29 +244,46 @@ void norm_relu_maxpool_backward(Image<const S> grad_out, const uint8_t* argmax,
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
   const int64_t channels = input.c;
-  const EqualParts windows(grad_out.slices() * grad_out.h, 64, 1);
-  const TaskSums<T> sums(windows.count, channels);
-  sum_at_maxima<T>(grad_out, argmax, input, norm, windows, sums);
-  sums.finish(norm.rstd, channels, grad_affine);
-
-  // gradient = scale * (D - beta / M - xhat * gamma / M)
-  const T inverse = batch_statistics ? static_cast<T>(1.0 / static_cast<double>(input.rows())) : 0;
   const EqualParts lines(input.slices() * input.h, 64, 1);
+  const auto masked_line = [&](int64_t line, int64_t c, int64_t n, const auto& each) {
+    const Vec<T> scale = load_upto<T>(norm.scale + c, n), shift = load_upto<T>(norm.shift + c, n);
+    const S* from = input.data + line * input.w * input.pitch + c;
+    unpool_line<T>(grad_out, argmax, input, line, c, n, [&](int64_t x, Vec<T> gradient) {
+      const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
+      each(x, value, where_positive<T>(fma<T>(scale, value, shift), gradient));
+    });
+  };
+
+  const TaskSums<T> sums(lines.count, channels);
   for_each_task(lines.count, [&](int64_t task) {
     for (int64_t line = lines.begin(task); line < lines.end(task); ++line) {
       for (int64_t c = 0; c < channels; c += L) {
         const int64_t n = channels - c;
-        const Vec<T> scale = load_upto<T>(norm.scale + c, n),
-                     shift = load_upto<T>(norm.shift + c, n);
+        const Vec<T> mean = load_upto<T>(norm.mean + c, n);
+        Vec<T> sum = zero<T>(), sum_centred = zero<T>();
+        masked_line(line, c, n, [&](int64_t, Vec<T> value, Vec<T> d) {
+          sum += d;
+          sum_centred = fma<T>(d, value - mean, sum_centred);
+        });
+        sums.add(task, c, sum, sum_centred);
+      }
+    }
+  });
+  sums.finish(norm.rstd, channels, grad_affine);
+
+  // gradient = scale * (D - beta / M - xhat * gamma / M)
+  const T inverse = batch_statistics ? static_cast<T>(1.0 / static_cast<double>(input.rows())) : 0;
+  for_each_task(lines.count, [&](int64_t task) {
+    for (int64_t line = lines.begin(task); line < lines.end(task); ++line) {
+      for (int64_t c = 0; c < channels; c += L) {
+        const int64_t n = channels - c;
+        const Vec<T> scale = load_upto<T>(norm.scale + c, n);
         const Vec<T> mean = load_upto<T>(norm.mean + c, n);
         const Vec<T> constant = load_upto<T>(grad_affine.beta + c, n) * splat<T>(inverse);
         const Vec<T> slope = load_upto<T>(grad_affine.gamma + c, n) * splat<T>(inverse) *
                              load_upto<T>(norm.rstd + c, n);
-        const S* from = input.data + line * input.w * input.pitch + c;
         S* to = grad_input.data + line * input.w * grad_input.pitch + c;
-        unpool_line<T>(grad_out, argmax, input, line, c, n, [&](int64_t x, Vec<T> unpooled) {
-          const Vec<T> value = load_upto<T>(from + x * input.pitch, n);
-          const Vec<T> d = where_positive<T>(fma<T>(scale, value, shift), unpooled);
+        masked_line(line, c, n, [&](int64_t x, Vec<T> value, Vec<T> d) {
           const Vec<T> gradient = scale * (d - constant - (value - mean) * slope);
           store_upto<T>(to + x * grad_input.pitch, gradient, n);
         });

@@ -299,10 +299,6 @@ class Tester {
                                           batch_statistics, gradient, affine(c));
       keep(gradient);
     }
-    // Of codes that are no positions, or outside the image, nothing outside it is read.
-    for (int64_t i = 0; i < elements; ++i) argmax[static_cast<size_t>(i)] = i % 256;
-    kernels_.norm_relu_maxpool_backward(input(out, c), argmax.get(), features, norm(c), false,
-                                        output(size, c), affine(c));
   }
 
   void stem() {
