@@ -85,8 +85,7 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
     const int64_t k0 = group.begin * L, width = (group.end - group.begin) * L;
     const int64_t pitch = result_pitch(run * thick, width);
     const int64_t stride = packed_pitch(packed_rows, single ? width : padded<T>(k));
-    const T* packed =
-        (weight.packed ? weight.packed : memory.get()) + (single ? 0 : k0 * packed_rows);
+    const T* packed;
     if (single) {
       T* own = scratch<T>(Scratch::kWeight, kPoints * stride);
       for_each_block(group, [&](int64_t v, int nv) {
@@ -94,6 +93,8 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
                               own + (v - group.begin) * L * packed_rows, stride);
       });
       packed = own;
+    } else {
+      packed = (weight.packed ? weight.packed : memory.get()) + k0 * packed_rows;
     }
     const PointPlaces places(kPoints, run * tiles.read(), padded<T>(smaller(kPanel, channels)));
     T* operand = scratch<T>(Scratch::kOperand, places.size());
