@@ -46,8 +46,7 @@ def fresh() -> Iterator[Fresh]:
         def run(code: str, *paths: Path, **environment: str) -> Done:
             names = [str(path) for path in paths]
             return forks(
-                "import os\n"
-                f"os.environ.update({environment!r})\nsys.path[:0] = {names!r}\n{code}"
+                f"import os\nos.environ.update({environment!r})\nsys.path[:0] = {names!r}\n{code}"
             )
 
         yield run

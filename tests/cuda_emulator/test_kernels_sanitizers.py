@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 FAULTS = {
     "shared memory, one element too far": (
         Patch(
-            "cuda/pointwise.cuh",
-            "A* sums = reinterpret_cast<A*>(shared) + threadIdx.x;",
-            "A* sums = reinterpret_cast<A*>(shared) + threadIdx.x + 1;",
+            "cuda/pooling.cu",
+            "sum_of_runs(sum, shared)",
+            "sum_of_runs(sum, shared + sizeof(A))",
         ),
         "heap-buffer-overflow",
     ),

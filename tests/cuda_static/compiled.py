@@ -1,6 +1,6 @@
 """The CUDA kernels as the compiler makes them: its report, and the machine code.
 
-The objects are kept in a folder for temporary files, under a hash of all that went into them.
+The binaries are kept in a folder for temporary files, under a hash of all that went into them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120) if ALL else MACHINE_CODE
 # Sources of kernels with products; the others are small.
 PRODUCTS = ("conv1x1_forward", "conv1x1_backward", "conv3x3_forward", "conv3x3_backward")
 SOURCES = (*PRODUCTS, "transition", "weights", "pointwise", "pooling")
-# As the module is built: newer binaries come from the PTX of older architectures.
-CODES = setup_cuda.code_flags([setup_cuda.Architecture(a // 10, a % 10) for a in ARCHITECTURES])
-FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", *CODES]
+FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{CSRC}", f"-I{CSRC / 'cuda'}", "-cubin"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,16 @@ def _cache() -> Path:
     return folder
 
 
+def _code(architecture: int) -> list[str]:
+    """As the module is built: newer binaries come from the PTX of older architectures."""
+    chosen = setup_cuda.Architecture(architecture // 10, architecture % 10)
+    return setup_cuda.code_flags([chosen])
+
+
 @functools.cache
 def _key(compiler: str, source: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(version + repr((FLAGS, ARCHITECTURES)).encode())
+    digest = hashlib.sha256(version + repr(FLAGS).encode())
     headers = CSRC / "cuda" / "kernels.h", CSRC / "cuda" / "tiles.h", CSRC / "operators.h"
     for file in [*sorted((CSRC / "cuda").glob("*.cuh")), *headers]:
         digest.update(file.read_bytes())
@@ -82,23 +87,23 @@ def _key(compiler: str, source: str) -> str:
 
 
 @functools.cache
-def compiled(source: str) -> Path:
-    """The object of one source of csrc/cuda for all `ARCHITECTURES`; its report is beside it."""
+def compiled(source: str, architecture: int) -> Path:
+    """The binary of one source of csrc/cuda for one architecture; its report is beside it."""
     compiler = nvcc()
-    target = _cache() / f"{source}-{_key(compiler, source)}.o"
-    with (_cache() / "lock").open("w") as lock:  # tests in parallel wait for each other's results
+    target = _cache() / f"{source}-{architecture}-{_key(compiler, source)}.cubin"
+    with target.with_suffix(".lock").open("w") as lock:  # tests in parallel wait for each other
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _compile(compiler, source, target)
+        _compile([compiler, *FLAGS, *_code(architecture)], source, target)
     return target
 
 
-def _compile(compiler: str, source: str, target: Path) -> None:
+def _compile(command: list[str], source: str, target: Path) -> None:
     report = target.with_suffix(".txt")
     if target.exists() and report.exists():
         return
-    made = target.with_suffix(f".{os.getpid()}.o")
+    made = target.with_suffix(f".{os.getpid()}.cubin")
     file = CSRC / "cuda" / f"{source}.cu"
-    command = [compiler, *FLAGS, "-c", str(file), "-o", str(made)]
+    command = [*command, str(file), "-o", str(made)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report.write_text(done.stderr)
@@ -137,7 +142,11 @@ _ENTRY = re.compile(
 @functools.cache
 def kernels(source: str) -> tuple[Kernel, ...]:
     """What the compiler reports of all kernels in one source."""
-    entries = list(_ENTRY.finditer(compiled(source).with_suffix(".txt").read_text()))
+    nvcc()  # skips here, which a thread cannot
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        binaries = list(pool.map(lambda a: compiled(source, a), ARCHITECTURES))
+    reports = [binary.with_suffix(".txt").read_text() for binary in binaries]
+    entries = [entry for report in reports for entry in _ENTRY.finditer(report)]
     assert entries, "the compiler's report has no kernels"
     names = _demangled([entry["mangled"] for entry in entries])
     return tuple(
@@ -189,14 +198,8 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 def machine_code(source: str, architecture: int) -> dict[str, tuple[Instruction, ...]]:
     """The instructions of all kernels of one source, by mangled name."""
     tool, environment = _tools()
-    command = [tool, "--dump-sass", "--gpu-architecture", f"sm_{architecture}"]
-    done = subprocess.run(
-        [*command, str(compiled(source))],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    command = [tool, "--dump-sass", str(compiled(source, architecture))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     parts = re.split(r"^\s*Function : (\w+)$", done.stdout, flags=re.MULTILINE)
     return {
