@@ -19,18 +19,23 @@ int64_t packed_conv1x1_size(Weight<S> weight) {
   return padded<Compute<S>>(weight.out) * weight.in;
 }
 
-// Panel by panel, as product_tile reads them.
+// A group of columns, panel by panel, as product_tile reads them.
 template <class S>
-void pack_conv1x1(Weight<S> weight, Compute<S>* packed) {
+void pack_columns(const Weight<S>& weight, const BlockGroup& group, Compute<S>* packed) {
   using T = Compute<S>;
-  const int64_t k = weight.in, vecs = vectors<T>(weight.out), panel = panel_width<T>(k);
+  const int64_t k = weight.in, vecs = group.end - group.begin, panel = panel_width<T>(k);
   for_each_task(ceil_div(k, panel), [&](int64_t task) {
     const int64_t k0 = task * panel, width = smaller(panel, k - k0);
-    for_each_block(vecs, kForwardVectors, [&](int64_t v, int nv) {
+    for_each_block(group, [&](int64_t v, int nv) {
       pack_block(forward_matrix(weight), k0, width, v, nv,
-                 packed + (k0 * vecs + v * width) * kLanes<T>);
+                 packed + (k0 * vecs + (v - group.begin) * width) * kLanes<T>);
     });
   });
+}
+
+template <class S>
+void pack_conv1x1(Weight<S> weight, Compute<S>* packed) {
+  pack_columns(weight, BlockGroup(vectors<Compute<S>>(weight.out), kForwardVectors), packed);
 }
 
 // Rows of a product, cut into tasks and tiles; build(row, rows, c0, width, panel) makes operand A,
@@ -43,25 +48,31 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
   constexpr int64_t L = kLanes<T>;
   const int64_t columns = weight.out, width = padded<T>(columns), vecs = vectors<T>(columns);
   const bool few = rows <= kFewRows;
-  const CallMemory<T> memory(few || weight.packed ? 0 : packed_conv1x1_size(weight));
-  const T* packed = weight.packed;
-  if (!packed && !few) {
-    pack_conv1x1(weight, memory.get());
-    packed = memory.get();
-  }
 
   const EqualParts chunks(rows, few ? 1 : kMostTasks, 24);
   const int64_t tile = few ? rows : equal_tile(chunks.size, kForwardTile);
-  // Columns are independent: how many groups of them share the rows changes no result.
+  // Columns are independent: how many groups of them share the rows changes no result. Every thread
+  // packs those that it makes.
+  const int64_t blocks = ceil_div(vecs, kForwardVectors), threads = thread_count();
   const int64_t groups =
-      smaller(ceil_div(vecs, kForwardVectors), ceil_div(thread_count(), chunks.count));
+      smaller(blocks, larger(chunks.count < 4 * threads ? threads : 1,
+                             ceil_div(k * width, kOwnWeight)));
   TaskStatistics<T> partial(chunks.count, columns, groups);
-  for_each_task(chunks.count * groups, [&](int64_t task) {
-    const int64_t chunk = task / groups;
-    const BlockGroup group(vecs, kForwardVectors, task % groups, groups);
+  for_each_task(chunks.count * groups, [&](int64_t task, int64_t before) {
+    const int64_t chunk = task % chunks.count, index = task / chunks.count;
+    const BlockGroup group(vecs, kForwardVectors, index, groups);
     const int64_t c_begin = group.begin * L, c_end = smaller(columns, group.end * L);
     T* panel = scratch<T>(Scratch::kOperand, tile * kPanelPitch);
-    T* block = scratch<T>(Scratch::kActivated, packed ? 0 : kPanel * kMaxVectors * L);
+    T* block = scratch<T>(Scratch::kActivated, few ? kPanel * kMaxVectors * L : 0);
+    const T* packed = weight.packed;
+    int64_t packed_vecs = vecs, packed_begin = 0;  // where they lie
+    if (!packed && !few) {
+      packed_vecs = group.end - group.begin;
+      packed_begin = group.begin;
+      T* own = scratch<T>(Scratch::kWeight, k * packed_vecs * L);
+      if (before < 0 || before / chunks.count != index) pack_columns(weight, group, own);
+      packed = own;
+    }
     [[maybe_unused]] T* sums = kNarrow<S> ? scratch<T>(Scratch::kResult, tile * width) : nullptr;
     // Few rows wait for the weights: while a block is multiplied, the next one is fetched.
     const auto prefetch_next_block = [&](int64_t c0, int64_t width, int64_t v, int nv,
@@ -72,7 +83,7 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
       const int64_t next_width = smaller(width, k - next_c0), count = kForwardVectors * L;
       stream.clear();
       if (packed) {
-        stream.add(packed + (next_c0 * vecs + next_v * next_width) * L,
+        stream.add(packed + (next_c0 * packed_vecs + (next_v - packed_begin) * next_width) * L,
                    next_width * count * sizeof(T), 0, 1, false);
       } else if (weight.stride_in == 1 && weight.data) {
         stream.add(weight.data + next_v * L * weight.stride_out + next_c0, next_width * sizeof(S),
@@ -100,7 +111,7 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
             [&](int64_t c0, int64_t width, T* into) { build(r, count, c0, width, into); },
             [&](int64_t c0, int64_t width, int64_t v, int nv) -> const T* {
               if (few) prefetch_next_block(c0, width, v, nv, stream);
-              if (packed) return packed + (c0 * vecs + v * width) * L;
+              if (packed) return packed + (c0 * packed_vecs + (v - packed_begin) * width) * L;
               pack_block(forward_matrix(weight), c0, width, v, nv, block);
               return block;
             });
@@ -113,7 +124,7 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
       }
       if (statistics.mean) {
         accumulate_statistics<T>(to + c_begin, out.pitch, count, 1, 0, c_end - c_begin,
-                                 partial.of(chunk, task % groups, c_begin));
+                                 partial.of(chunk, index, c_begin));
       }
     }
   });

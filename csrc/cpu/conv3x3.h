@@ -53,12 +53,17 @@ void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weig
                             : conv3x3_forward_winograd<tile_size(2), S>)(bottleneck, act, weight,
                                                                          growth, statistics);
   }
-  const CallMemory<Compute<S>> memory(weight.packed ? 0 : packed_conv3x3_size(h, w, weight));
-  const Compute<S>* packed = weight.packed;
-  if (!packed) {
-    pack_conv3x3(h, w, weight, memory.get());
-    packed = memory.get();
-  }
+  const int64_t size = packed_conv3x3_size(h, w, weight);
+  const bool own = !weight.packed && size <= kOwnWeight;
+  const CallMemory<Compute<S>> memory(weight.packed || own ? 0 : size);
+  if (!weight.packed && !own) pack_conv3x3(h, w, weight, memory.get());
+  // What a thread reads that has run the task `before`.
+  const auto packed = [&](int64_t before) -> const Compute<S>* {
+    if (!own) return weight.packed ? weight.packed : memory.get();
+    Compute<S>* to = scratch<Compute<S>>(Scratch::kWeight, size);
+    if (before < 0) pack_conv3x3(h, w, weight, to);
+    return to;
+  };
   if (way == Conv3x3::kTaps) {
     return conv3x3_forward_taps<S>(bottleneck, act, packed, growth, statistics);
   }

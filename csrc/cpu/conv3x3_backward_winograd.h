@@ -137,12 +137,13 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const int64_t run = tiles.run(parts.size, (border && !narrow ? 2 : 1) * kWinogradRows);
   const int64_t groups = smaller(ceil_div(panel_vectors(0), prefer),
                                  ceil_div(2 * thread_count(), parts.count * panels));
-  // Of a single part every task packs what it reads and stores what it makes.
+  // Every thread packs what it reads, and of a single part stores what it makes.
   const bool single = parts.count == 1;
   const int64_t packed_rows = k * depth;
   const int64_t packed_panel = kPoints * packed_pitch(packed_rows, smaller(kPanel, width));
-  const CallMemory<T> packed(want_data && !single ? panels * packed_panel : 0);
-  for (int64_t q = 0; want_data && !single && q < panels; ++q) {
+  const bool own = single || panels * packed_panel <= kOwnWeight;
+  const CallMemory<T> packed(want_data && !own ? panels * packed_panel : 0);
+  for (int64_t q = 0; want_data && !own && q < panels; ++q) {
     const int64_t c0 = q * kPanel, stride = packed_pitch(packed_rows, panel_vectors(c0) * L);
     pack_blocks(k, packed_rows, smaller(kPanel, channels - c0), prefer,
                 packed.get() + q * packed_panel,
@@ -154,21 +155,23 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   CallMemory<T> partial_weight(want_weight && !single ? parts.count * weight.taps() * k * width
                                                       : 0);
 
-  for_each_task(parts.count * panels * groups, [&](int64_t task) {
-    const int64_t part = task / groups / panels, panel_begin = task / groups % panels * kPanel;
-    const BlockGroup group(panel_vectors(panel_begin), prefer, task % groups, groups);
+  for_each_task(parts.count * panels * groups, [&](int64_t task, int64_t before) {
+    const int64_t part = task / groups / panels, index = task % (groups * panels);
+    const int64_t panel_begin = index / groups * kPanel;
+    const BlockGroup group(panel_vectors(panel_begin), prefer, index % groups, groups);
     const int64_t c0 = panel_begin + group.begin * L, panel = (group.end - group.begin) * L;
     if (panel == 0) return;
     const int64_t columns = smaller(panel, channels - c0);
-    const int64_t stride = packed_pitch(packed_rows, single ? panel : group.vecs * L);
+    const int64_t stride = packed_pitch(packed_rows, own ? panel : group.vecs * L);
     const T* b = packed.get() + panel_begin / kPanel * packed_panel + group.begin * L * packed_rows;
-    if (single && want_data) {
-      T* own = scratch<T>(Scratch::kWeight, kPoints * stride);
+    if (own && want_data) {
+      T* memory = scratch<T>(Scratch::kWeight, kPoints * stride);
       for_each_block(group, [&](int64_t v, int nv) {
+        if (before >= 0 && before % (groups * panels) == index) return;
         pack_points<M, true>(weight, panel_begin, 0, k, v, nv,
-                             own + (v - group.begin) * L * packed_rows, stride);
+                             memory + (v - group.begin) * L * packed_rows, stride);
       });
-      b = own;
+      b = memory;
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);

@@ -112,9 +112,9 @@ void pack_direct(const Weight<S>& weight, Compute<S>* packed) {
   });
 }
 
-template <class S>
+template <class S, class Packed>
 void conv3x3_forward_direct(Image<const S> bottleneck, Activation<Compute<S>> act,
-                            const Weight<S>& weight, const Compute<S>* packed, Image<S> growth,
+                            const Weight<S>& weight, const Packed& packed_for, Image<S> growth,
                             Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int64_t L = kLanes<T>;
@@ -125,7 +125,8 @@ void conv3x3_forward_direct(Image<const S> bottleneck, Activation<Compute<S>> ac
   const Bands bands(bottleneck.slices(), h, w);
   const int64_t tasks = bands.count(bottleneck.slices());
   TaskStatistics<T> partial(tasks, k);
-  for_each_task(tasks, [&](int64_t task) {
+  for_each_task(tasks, [&](int64_t task, int64_t before) {
+    const T* packed = packed_for(before);
     const Band band(bands, task, h, w);
     const int64_t columns = band.columns + 2;
     T* activated =

@@ -37,9 +37,9 @@ void pack_taps(const Weight<S>& weight, Compute<S>* packed) {
   pack_blocks(weight.in, weight.in, columns, kForwardVectors, packed, pack);
 }
 
-template <class S>
+template <class S, class Packed>
 void conv3x3_forward_taps(Image<const S> bottleneck, Activation<Compute<S>> act,
-                          const Compute<S>* packed, Image<S> growth,
+                          const Packed& packed_for, Image<S> growth,
                           Statistics<Compute<S>> statistics) {
   using T = Compute<S>;
   constexpr int L = kLanes<T>;
@@ -53,7 +53,8 @@ void conv3x3_forward_taps(Image<const S> bottleneck, Activation<Compute<S>> act,
   const int64_t band_rows = ceil_div(h, down);
   const int64_t tasks = bottleneck.n * ceil_div(h, band_rows);
   TaskStatistics<T> partial(tasks, k);
-  for_each_task(tasks, [&](int64_t task) {
+  for_each_task(tasks, [&](int64_t task, int64_t before) {
+    const T* packed = packed_for(before);
     const int64_t bands = ceil_div(h, band_rows);
     const int64_t image = task / bands, begin = task % bands * band_rows;
     const int64_t end = smaller(h, begin + band_rows);

@@ -68,31 +68,30 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   const int64_t thick = tiles.thick;
   const EqualParts tasks(tiles.count(), kMostTasks, ceil_div(kWinogradRows / 3, thick));
   const int64_t run = tiles.run(tasks.size);
-  // Of a single part every task packs what it reads, some columns where threads would be idle; as
-  // scratch, which stays, so that features of any width do not.
-  const bool single = tasks.count == 1 && !weight.packed && channels <= 2 * kPanel;
-  // Of a few, every thread packs and reads columns of its own, which stay in its cache.
-  const int64_t threads = thread_count();
-  const bool few = !weight.packed && tasks.count <= 2 * threads && threads <= vecs;
-  const int64_t groups = single || few ? smaller(vecs, threads) : 1;
+  // Every thread packs what it reads, of a single part some columns where threads would be idle:
+  // what another one has packed would come from its cache. As scratch, which stays, so that
+  // weights of any size do not.
+  const bool own = !weight.packed && packed_winograd_size(weight) <= kOwnWeight;
+  const int64_t groups = own && tasks.count == 1 ? smaller(vecs, thread_count()) : 1;
   const int prefer = groups > 1 ? 1 : kWinogradForwardVectors;
-  const CallMemory<T> memory(weight.packed || single ? 0 : packed_winograd_size(weight));
-  if (!weight.packed && !single) pack_winograd<M>(weight, memory.get(), prefer);
+  const CallMemory<T> memory(weight.packed || own ? 0 : packed_winograd_size(weight));
+  if (!weight.packed && !own) pack_winograd<M>(weight, memory.get());
   TaskStatistics<T> partial(tasks.count, k, groups);
-  for_each_task(tasks.count * groups, [&](int64_t index) {
+  for_each_task(tasks.count * groups, [&](int64_t index, int64_t before) {
     const int64_t task = index % tasks.count, group_index = index / tasks.count;
     const BlockGroup group(vecs, prefer, group_index, groups);
     const int64_t k0 = group.begin * L, width = (group.end - group.begin) * L;
     const int64_t pitch = result_pitch(run * thick, width);
-    const int64_t stride = packed_pitch(packed_rows, single ? width : padded<T>(k));
+    const int64_t stride = packed_pitch(packed_rows, own ? width : padded<T>(k));
     const T* packed;
-    if (single) {
-      T* own = scratch<T>(Scratch::kWeight, kPoints * stride);
+    if (own) {
+      T* memory = scratch<T>(Scratch::kWeight, kPoints * stride);
       for_each_block(group, [&](int64_t v, int nv) {
+        if (before >= 0 && before / tasks.count == group_index) return;
         pack_points<M, false>(weight, 0, 0, channels, v, nv,
-                              own + (v - group.begin) * L * packed_rows, stride);
+                              memory + (v - group.begin) * L * packed_rows, stride);
       });
-      packed = own;
+      packed = memory;
     } else {
       packed = (weight.packed ? weight.packed : memory.get()) + k0 * packed_rows;
     }

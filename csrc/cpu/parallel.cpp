@@ -48,7 +48,7 @@ void run_tasks(int64_t tasks, TaskFunction function, void* context) {
   const int64_t threads = thread_count();
   const int64_t workers = threads < tasks ? threads : tasks;
   if (workers <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) function(context, i);
+    for (int64_t i = 0; i < tasks; ++i) function(context, i, i - 1);
     return;
   }
   // Every worker begins with the same share of the tasks in every call, so that it finds what it
@@ -62,10 +62,12 @@ void run_tasks(int64_t tasks, TaskFunction function, void* context) {
   }
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
+      int64_t before = -1;
       for (int64_t i = 0; i < workers; ++i) {
         Share& share = shares[static_cast<size_t>((worker + i) % workers)];
         for (int64_t task = share.take(); task < share.end; task = share.take()) {
-          function(context, task);
+          function(context, task, before);
+          before = task;
         }
       }
     }

@@ -6,12 +6,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace densenet_fast::cpu {
 
-using TaskFunction = void (*)(void* context, int64_t task);
+using TaskFunction = void (*)(void* context, int64_t task, int64_t before);
 
-// Runs `function(context, 0 .. tasks - 1)`, each once, in any order and on any thread.
+// Runs `function(context, 0 .. tasks - 1, before)`, each once, in any order and on any thread;
+// `before` is the one that its thread ran before, or -1.
 void run_tasks(int64_t tasks, TaskFunction function, void* context);
 
 // PyTorch's threads for operators. Only for choices that change no result.
@@ -46,10 +48,19 @@ class CallMemory {
   T* data_;
 };
 
+// Calls body(task), or body(task, before).
 template <class F>
 void for_each_task(int64_t tasks, const F& body) {
   run_tasks(
-      tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
+      tasks,
+      [](void* context, int64_t task, [[maybe_unused]] int64_t before) {
+        const F& call = *static_cast<const F*>(context);
+        if constexpr (std::is_invocable_v<const F&, int64_t, int64_t>) {
+          call(task, before);
+        } else {
+          call(task);
+        }
+      },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -135,28 +135,31 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
   const EqualParts chunks(shape.rows, 16, 384);
   const int64_t tile = equal_tile(chunks.size, kBackwardTile);
   // Column blocks are independent: how many share the source's rows changes no result.
-  const int64_t groups = smaller(blocks, ceil_div(4 * thread_count(), chunks.count));
+  const int64_t groups = smaller(blocks, larger(ceil_div(4 * thread_count(), chunks.count),
+                                                ceil_div(shape.k * width, kOwnWeight)));
 
   // Of a single tile every task packs what it reads and stores what it makes, block by block.
   const bool single = shape.rows <= tile;
   const int64_t outputs = weight.weight.out;
-  const CallMemory<T> packed(want_data && !single ? shape.k * width : 0);
-  if (want_data && !single) {
-    pack_blocks(outputs, shape.k, shape.n, kBackwardVectors, packed.get(),
-                [&](auto... block) { weight.pack(block...); });
-  }
   CallMemory<T> partial_sums(2 * chunks.count * width);
   CallMemory<T> partial_weight(want_weight && !single ? chunks.count * shape.k * width : 0);
 
-  for_each_task(chunks.count * groups, [&](int64_t task) {
-    const int64_t chunk = task / groups;
+  for_each_task(chunks.count * groups, [&](int64_t task, int64_t before) {
+    const int64_t chunk = task / groups, index = task % groups;
     T* sums = partial_sums.get() + 2 * chunk * width;
-    T* grad_weight = single ? scratch<T>(Scratch::kWeight, shape.k * kBlock)
-                            : partial_weight.get() + chunk * shape.k * width;
+    const BlockGroup group(vecs, kBackwardVectors, index, groups);
+    // Every thread packs the columns that it reads, of a single tile block by block.
+    T* packed = scratch<T>(Scratch::kWeight,
+                           shape.k * (single ? kBlock : (group.end - group.begin) * L));
+    if (want_data && !single && (before < 0 || before % groups != index)) {
+      for_each_block(group, [&](int64_t v, int nv) {
+        weight.pack(0, outputs, v, nv, packed + (v - group.begin) * L * shape.k);
+      });
+    }
+    T* grad_weight = single ? packed : partial_weight.get() + chunk * shape.k * width;
     const int64_t ldw = single ? kBlock : width;
     const int64_t row_begin = chunks.begin(chunk), row_end = chunks.end(chunk);
 
-    const BlockGroup group(vecs, kBackwardVectors, task % groups, groups);
     const int64_t c_begin = group.begin * L, c_end = smaller(shape.n, group.end * L);
     for (int64_t c = c_begin; c < group.end * L; ++c) sums[c] = sums[width + c] = T(0);
 
@@ -205,8 +208,8 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
 
         T* grad_block = single ? grad_weight : grad_weight + c;
         if (want_data) {
-          if (single) weight.pack(0, outputs, v, nv, grad_weight);
-          const T* block = single ? grad_weight : packed.get() + c * shape.k;
+          if (single) weight.pack(0, outputs, v, nv, packed);
+          const T* block = single ? packed : packed + (v - group.begin) * L * shape.k;
           for (int64_t q = 0; q < panels; ++q) {
             const int64_t k0 = q * shape.panel_width;
             const int64_t panel_k = smaller(shape.panel_width, shape.k - k0);
