@@ -138,8 +138,9 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
   const int64_t groups = smaller(blocks, larger(ceil_div(4 * thread_count(), chunks.count),
                                                 ceil_div(shape.k * width, kOwnWeight)));
 
-  // Of a single tile every task packs what it reads and stores what it makes, block by block.
-  const bool single = shape.rows <= tile;
+  // Of a single chunk every task stores what it makes, of a single tile block by block, and packs
+  // what it reads as well.
+  const bool single = chunks.count == 1, few = shape.rows <= tile;
   const int64_t outputs = weight.weight.out;
   CallMemory<T> partial_sums(2 * chunks.count * width);
   CallMemory<T> partial_weight(want_weight && !single ? chunks.count * shape.k * width : 0);
@@ -148,16 +149,18 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
     const int64_t chunk = task / groups, index = task % groups;
     T* sums = partial_sums.get() + 2 * chunk * width;
     const BlockGroup group(vecs, kBackwardVectors, index, groups);
-    // Every thread packs the columns that it reads, of a single tile block by block.
-    T* packed = scratch<T>(Scratch::kWeight,
-                           shape.k * (single ? kBlock : (group.end - group.begin) * L));
-    if (want_data && !single && (before < 0 || before % groups != index)) {
+    // Every thread packs the columns that it reads.
+    const int64_t size = shape.k * (few ? kBlock : (group.end - group.begin) * L);
+    T* packed = scratch<T>(Scratch::kWeight, few || !single ? size : 2 * size);
+    if (want_data && !few && (before < 0 || before % groups != index)) {
       for_each_block(group, [&](int64_t v, int nv) {
         weight.pack(0, outputs, v, nv, packed + (v - group.begin) * L * shape.k);
       });
     }
-    T* grad_weight = single ? packed : partial_weight.get() + chunk * shape.k * width;
-    const int64_t ldw = single ? kBlock : width;
+    const int64_t ldw = few ? kBlock : single ? (group.end - group.begin) * L : width;
+    T* grad_weight = few      ? packed
+                     : single ? packed + size
+                              : partial_weight.get() + chunk * shape.k * width + group.begin * L;
     const int64_t row_begin = chunks.begin(chunk), row_end = chunks.end(chunk);
 
     const int64_t c_begin = group.begin * L, c_end = smaller(shape.n, group.end * L);
@@ -183,14 +186,14 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
 
         // While this block computes, fetch what the next one will touch.
         stream.clear();
-        if (single && weight.gradient.data) {
+        if (few && weight.gradient.data) {
           const int64_t taps = weight.taps();
           stream.add(weight.gradient.data + c * taps, columns * taps * sizeof(S),
                      shape.n * taps * sizeof(S), outputs, true);
         }
         if (next_v < group.end) {
           const int64_t next_columns = smaller(kBlock, c_end - next_v * L);
-          if (single && weight.weight.stride_in == 1 && weight.weight.data) {
+          if (few && weight.weight.stride_in == 1 && weight.weight.data) {
             stream.add(weight.weight.data + next_v * L, next_columns * sizeof(S),
                        weight.weight.stride_out * sizeof(S), outputs, false);
           }
@@ -206,10 +209,10 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
         stream.start((want_data ? row_tiles * ceil_div(shape.k, kPrefetchEvery) : 0) +
                      (want_weight ? k_tiles * ceil_div(rows, kPrefetchEvery) : 0));
 
-        T* grad_block = single ? grad_weight : grad_weight + c;
+        T* grad_block = few ? grad_weight : grad_weight + c - c_begin;
         if (want_data) {
-          if (single) weight.pack(0, outputs, v, nv, packed);
-          const T* block = single ? packed : packed + (v - group.begin) * L * shape.k;
+          if (few) weight.pack(0, outputs, v, nv, packed);
+          const T* block = few ? packed : packed + (v - group.begin) * L * shape.k;
           for (int64_t q = 0; q < panels; ++q) {
             const int64_t k0 = q * shape.panel_width;
             const int64_t panel_k = smaller(shape.panel_width, shape.k - k0);
@@ -242,11 +245,14 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
                   kMicrokernels<T>.transposed[nv][count](p);
                 });
           }
-          for (int64_t out = 0; single && out < outputs; ++out) {
+          for (int64_t out = 0; few && out < outputs; ++out) {
             weight.store(out, c, columns, grad_block, ldw);
           }
         }
       });
+    }
+    for (int64_t out = 0; want_weight && single && !few && out < outputs; ++out) {
+      weight.store(out, c_begin, c_end - c_begin, grad_weight, ldw);
     }
   });
 
