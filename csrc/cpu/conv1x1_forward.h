@@ -54,9 +54,8 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
   // Columns are independent: how many groups of them share the rows changes no result. Every thread
   // packs those that it makes.
   const int64_t blocks = ceil_div(vecs, kForwardVectors), threads = thread_count();
-  const int64_t groups =
-      smaller(blocks, larger(chunks.count < 4 * threads ? threads : 1,
-                             ceil_div(k * width, kOwnWeight)));
+  const int64_t groups = smaller(blocks, larger(chunks.count < 4 * threads ? threads : 1,
+                                                ceil_div(k * width, most_own_weight())));
   TaskStatistics<T> partial(chunks.count, columns, groups);
   for_each_task(chunks.count * groups, [&](int64_t task, int64_t before) {
     const int64_t chunk = task % chunks.count, index = task / chunks.count;
@@ -69,7 +68,7 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
     if (!packed && !few) {
       packed_vecs = group.end - group.begin;
       packed_begin = group.begin;
-      T* own = scratch<T>(Scratch::kWeight, k * packed_vecs * L);
+      T* own = scratch<T>(Scratch::kPacked, k * packed_vecs * L);
       if (before < 0 || before / chunks.count != index) pack_columns(weight, group, own);
       packed = own;
     }

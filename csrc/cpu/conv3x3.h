@@ -54,13 +54,13 @@ void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weig
                                                                          growth, statistics);
   }
   const int64_t size = packed_conv3x3_size(h, w, weight);
-  const bool own = !weight.packed && size <= kOwnWeight;
+  const bool own = !weight.packed && size <= most_own_weight();
   const CallMemory<Compute<S>> memory(weight.packed || own ? 0 : size);
   if (!weight.packed && !own) pack_conv3x3(h, w, weight, memory.get());
   // What a thread reads that has run the task `before`.
   const auto packed = [&](int64_t before) -> const Compute<S>* {
     if (!own) return weight.packed ? weight.packed : memory.get();
-    Compute<S>* to = scratch<Compute<S>>(Scratch::kWeight, size);
+    Compute<S>* to = scratch<Compute<S>>(Scratch::kPacked, size);
     if (before < 0) pack_conv3x3(h, w, weight, to);
     return to;
   };

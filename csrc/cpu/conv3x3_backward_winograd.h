@@ -141,7 +141,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
   const bool single = parts.count == 1;
   const int64_t packed_rows = k * depth;
   const int64_t packed_panel = kPoints * packed_pitch(packed_rows, smaller(kPanel, width));
-  const bool own = single || panels * packed_panel <= kOwnWeight;
+  const bool own = single || panels * packed_panel <= most_own_weight();
   const CallMemory<T> packed(want_data && !own ? panels * packed_panel : 0);
   for (int64_t q = 0; want_data && !own && q < panels; ++q) {
     const int64_t c0 = q * kPanel, stride = packed_pitch(packed_rows, panel_vectors(c0) * L);
@@ -165,7 +165,7 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     const int64_t stride = packed_pitch(packed_rows, own ? panel : group.vecs * L);
     const T* b = packed.get() + panel_begin / kPanel * packed_panel + group.begin * L * packed_rows;
     if (own && want_data) {
-      T* memory = scratch<T>(Scratch::kWeight, kPoints * stride);
+      T* memory = scratch<T>(Scratch::kPacked, kPoints * stride);
       for_each_block(group, [&](int64_t v, int nv) {
         if (before >= 0 && before % (groups * panels) == index) return;
         pack_points<M, true>(weight, panel_begin, 0, k, v, nv,

@@ -71,7 +71,7 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   // Every thread packs what it reads, of a single part some columns where threads would be idle:
   // what another one has packed would come from its cache. As scratch, which stays, so that
   // weights of any size do not.
-  const bool own = !weight.packed && packed_winograd_size(weight) <= kOwnWeight;
+  const bool own = !weight.packed && packed_winograd_size(weight) <= most_own_weight();
   const int64_t groups = own && tasks.count == 1 ? smaller(vecs, thread_count()) : 1;
   const int prefer = groups > 1 ? 1 : kWinogradForwardVectors;
   const CallMemory<T> memory(weight.packed || own ? 0 : packed_winograd_size(weight));
@@ -85,7 +85,7 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
     const int64_t stride = packed_pitch(packed_rows, own ? width : padded<T>(k));
     const T* packed;
     if (own) {
-      T* memory = scratch<T>(Scratch::kWeight, kPoints * stride);
+      T* memory = scratch<T>(Scratch::kPacked, kPoints * stride);
       for_each_block(group, [&](int64_t v, int nv) {
         if (before >= 0 && before / tasks.count == group_index) return;
         pack_points<M, false>(weight, 0, 0, channels, v, nv,

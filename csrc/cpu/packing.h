@@ -16,7 +16,7 @@ DF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Elements of a packed weight, at most, that every thread packs for itself into scratch: what
 // another thread has packed would come from that one's cache, which takes longer.
-constexpr int64_t kOwnWeight = int64_t{1} << 20;
+DF_INLINE int64_t most_own_weight() { return (int64_t{1} << 22) / thread_count(); }
 
 template <class T>
 DF_INLINE int64_t vectors(int64_t columns) {

@@ -20,8 +20,9 @@ void run_tasks(int64_t tasks, TaskFunction function, void* context);
 int64_t thread_count();
 
 // Scratch of the calling thread, 64-byte aligned, kept for the next call; bounded by the tile
-// sizes. Every slot is one buffer: asking again for the same slot may move it.
-enum class Scratch { kOperand, kResult, kActivated, kWeight, kCount };
+// sizes. Every slot is one buffer: asking again for the same slot may move it, but for what is
+// packed: asking for as much finds it as it was.
+enum class Scratch { kOperand, kResult, kActivated, kWeight, kPacked, kCount };
 void* thread_scratch(Scratch slot, size_t bytes);
 
 // Memory that lives for one operator call: packed weights, partial results of tasks.

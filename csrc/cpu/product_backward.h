@@ -136,7 +136,7 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
   const int64_t tile = equal_tile(chunks.size, kBackwardTile);
   // Column blocks are independent: how many share the source's rows changes no result.
   const int64_t groups = smaller(blocks, larger(ceil_div(4 * thread_count(), chunks.count),
-                                                ceil_div(shape.k * width, kOwnWeight)));
+                                                ceil_div(shape.k * width, most_own_weight())));
 
   // Of a single chunk every task stores what it makes, of a single tile block by block, and packs
   // what it reads as well.
@@ -151,16 +151,16 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
     const BlockGroup group(vecs, kBackwardVectors, index, groups);
     // Every thread packs the columns that it reads.
     const int64_t size = shape.k * (few ? kBlock : (group.end - group.begin) * L);
-    T* packed = scratch<T>(Scratch::kWeight, few || !single ? size : 2 * size);
+    T* own_weight = scratch<T>(Scratch::kWeight, single ? size : 0);
+    T* packed = few ? own_weight : scratch<T>(Scratch::kPacked, size);
     if (want_data && !few && (before < 0 || before % groups != index)) {
       for_each_block(group, [&](int64_t v, int nv) {
         weight.pack(0, outputs, v, nv, packed + (v - group.begin) * L * shape.k);
       });
     }
     const int64_t ldw = few ? kBlock : single ? (group.end - group.begin) * L : width;
-    T* grad_weight = few      ? packed
-                     : single ? packed + size
-                              : partial_weight.get() + chunk * shape.k * width + group.begin * L;
+    T* grad_weight =
+        single ? own_weight : partial_weight.get() + chunk * shape.k * width + group.begin * L;
     const int64_t row_begin = chunks.begin(chunk), row_end = chunks.end(chunk);
 
     const int64_t c_begin = group.begin * L, c_end = smaller(shape.n, group.end * L);

@@ -22,6 +22,7 @@ void* allocate_nan(size_t bytes) {
 
 struct ThreadScratch {
   void* memory[static_cast<size_t>(Scratch::kCount)] = {};
+  size_t bytes_packed = 0;
   ~ThreadScratch() {
     for (void* p : memory) std::free(p);
   }
@@ -32,10 +33,15 @@ struct ThreadScratch {
 void* call_memory_allocate(size_t bytes) { return allocate_nan(bytes); }
 void call_memory_free(void* memory) { std::free(memory); }
 
-// A new buffer for every request: nothing that was left behind can be found again.
+// A new buffer for every request: nothing that was left behind can be found again, but what is
+// packed.
 void* thread_scratch(Scratch slot, size_t bytes) {
   thread_local ThreadScratch scratch;
   void*& memory = scratch.memory[static_cast<size_t>(slot)];
+  if (slot == Scratch::kPacked) {
+    if (memory && scratch.bytes_packed == bytes) return memory;
+    scratch.bytes_packed = bytes;
+  }
   std::free(memory);
   return memory = allocate_nan(bytes);
 }
@@ -44,14 +50,18 @@ int64_t thread_count() { return num_threads; }
 
 void run_tasks(int64_t tasks, TaskFunction function, void* context) {
   if (num_threads == 1) {
-    for (int64_t i = 0; i < tasks; ++i) function(context, i);
+    for (int64_t i = 0; i < tasks; ++i) function(context, i, i - 1);
     return;
   }
   std::atomic<int64_t> left{tasks};  // from the last task to the first
   std::vector<std::thread> threads;
   for (int t = 0; t < num_threads; ++t) {
     threads.emplace_back([&] {
-      for (int64_t i = left.fetch_sub(1); i > 0; i = left.fetch_sub(1)) function(context, i - 1);
+      int64_t before = -1;
+      for (int64_t i = left.fetch_sub(1); i > 0; i = left.fetch_sub(1)) {
+        function(context, i - 1, before);
+        before = i - 1;
+      }
     });
   }
   for (std::thread& thread : threads) thread.join();
