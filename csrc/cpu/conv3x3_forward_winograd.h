@@ -68,11 +68,12 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
   const int64_t thick = tiles.thick;
   const EqualParts tasks(tiles.count(), kMostTasks, ceil_div(kWinogradRows / 3, thick));
   const int64_t run = tiles.run(tasks.size);
-  // Every thread packs what it reads, of a single part some columns where threads would be idle:
-  // what another one has packed would come from its cache. As scratch, which stays, so that
-  // weights of any size do not.
+  // Every thread packs what it reads, some columns alone where threads would be idle otherwise:
+  // what another one has packed would come from its cache.
   const bool own = !weight.packed && packed_winograd_size(weight) <= most_own_weight();
-  const int64_t groups = own && tasks.count == 1 ? smaller(vecs, thread_count()) : 1;
+  const int64_t threads = thread_count();
+  const bool idle = tasks.count < 2 * threads && tasks.count % threads != 0;
+  const int64_t groups = own && idle ? smaller(vecs, threads) : 1;
   const int prefer = groups > 1 ? 1 : kWinogradForwardVectors;
   const CallMemory<T> memory(weight.packed || own ? 0 : packed_winograd_size(weight));
   if (!weight.packed && !own) pack_winograd<M>(weight, memory.get());
