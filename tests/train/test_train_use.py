@@ -241,10 +241,15 @@ def test_table_and_events(trained: Path) -> None:
     assert [event.step for event in events.Scalars("step/loss")] == [3, 6]
 
 
-def test_resumed_run_leaves_no_old_rows(tmp_path: Path) -> None:
+def test_resumed_run_leaves_no_old_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was logged behind the checkpoint is not there any more."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # Event files of one second are read in the order of the numbers in their names, as text: those
+    # of runs in one process, where there is a tenth, in another one.
+    counter = type(event_file_writer._global_uid)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter(0))
     data, output = write_idx(tmp_path / "data"), tmp_path / "out"
     assert train(data, output, "--epochs", "1", "--print-freq", "1") == 0
     shutil.copy(output / "last.pt", tmp_path / "early.pt")
