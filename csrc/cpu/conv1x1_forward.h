@@ -68,9 +68,8 @@ void product_forward(int64_t rows, int64_t k, Weight<S> weight, Image<S> out,
     if (!packed && !few) {
       packed_vecs = group.end - group.begin;
       packed_begin = group.begin;
-      T* own = scratch<T>(Scratch::kPacked, k * packed_vecs * L);
-      if (before < 0 || before / chunks.count != index) pack_columns(weight, group, own);
-      packed = own;
+      packed = own_weight<T>(k * packed_vecs * L, before >= 0 && before / chunks.count == index,
+                             [&](T* to) { pack_columns(weight, group, to); });
     }
     [[maybe_unused]] T* sums = kNarrow<S> ? scratch<T>(Scratch::kResult, tile * width) : nullptr;
     // Few rows wait for the weights: while a block is multiplied, the next one is fetched.

@@ -60,9 +60,8 @@ void conv3x3_forward(Image<const S> bottleneck, Activation<Compute<S>> act, Weig
   // What a thread reads that has run the task `before`.
   const auto packed = [&](int64_t before) -> const Compute<S>* {
     if (!own) return weight.packed ? weight.packed : memory.get();
-    Compute<S>* to = scratch<Compute<S>>(Scratch::kPacked, size);
-    if (before < 0) pack_conv3x3(h, w, weight, to);
-    return to;
+    return own_weight<Compute<S>>(size, before >= 0,
+                                  [&](Compute<S>* to) { pack_conv3x3(h, w, weight, to); });
   };
   if (way == Conv3x3::kTaps) {
     return conv3x3_forward_taps<S>(bottleneck, act, packed, growth, statistics);

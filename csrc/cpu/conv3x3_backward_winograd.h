@@ -165,13 +165,13 @@ void conv3x3_backward_winograd(Image<const S> grad_growth, Image<const S> bottle
     const int64_t stride = packed_pitch(packed_rows, own ? panel : group.vecs * L);
     const T* b = packed.get() + panel_begin / kPanel * packed_panel + group.begin * L * packed_rows;
     if (own && want_data) {
-      T* memory = scratch<T>(Scratch::kPacked, kPoints * stride);
-      for_each_block(group, [&](int64_t v, int nv) {
-        if (before >= 0 && before % (groups * panels) == index) return;
-        pack_points<M, true>(weight, panel_begin, 0, k, v, nv,
-                             memory + (v - group.begin) * L * packed_rows, stride);
+      const bool made = before >= 0 && before % (groups * panels) == index;
+      b = own_weight<T>(kPoints * stride, made, [&](T* to) {
+        for_each_block(group, [&](int64_t v, int nv) {
+          pack_points<M, true>(weight, panel_begin, 0, k, v, nv,
+                               to + (v - group.begin) * L * packed_rows, stride);
+        });
       });
-      b = memory;
     }
     T* sums = partial_sums.get() + 2 * part * width;
     for (int64_t c = c0; c < c0 + panel; ++c) sums[c] = sums[width + c] = T(0);

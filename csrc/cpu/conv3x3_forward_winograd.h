@@ -45,11 +45,10 @@ DF_INLINE int64_t packed_winograd_size(const Weight<S>& weight) {
 
 // One operand [slices of kernels, in, out] for each point, one after the other.
 template <int M, class S>
-void pack_winograd(const Weight<S>& weight, Compute<S>* packed,
-                   int prefer = kWinogradForwardVectors) {
+void pack_winograd(const Weight<S>& weight, Compute<S>* packed) {
   const int64_t rows = weight.in * weight.depth();
   const int64_t stride = packed_pitch(rows, padded<Compute<S>>(weight.out));
-  pack_blocks(weight.in, rows, weight.out, prefer, packed,
+  pack_blocks(weight.in, rows, weight.out, kWinogradForwardVectors, packed,
               [&](int64_t i, int64_t count, int64_t v, int nv, Compute<S>* block) {
                 pack_points<M, false>(weight, 0, i, count, v, nv, block, stride);
               });
@@ -86,13 +85,13 @@ void conv3x3_forward_winograd(Image<const S> bottleneck, Activation<Compute<S>> 
     const int64_t stride = packed_pitch(packed_rows, own ? width : padded<T>(k));
     const T* packed;
     if (own) {
-      T* memory = scratch<T>(Scratch::kPacked, kPoints * stride);
-      for_each_block(group, [&](int64_t v, int nv) {
-        if (before >= 0 && before / tasks.count == group_index) return;
-        pack_points<M, false>(weight, 0, 0, channels, v, nv,
-                              memory + (v - group.begin) * L * packed_rows, stride);
+      const bool made = before >= 0 && before / tasks.count == group_index;
+      packed = own_weight<T>(kPoints * stride, made, [&](T* to) {
+        for_each_block(group, [&](int64_t v, int nv) {
+          pack_points<M, false>(weight, 0, 0, channels, v, nv,
+                                to + (v - group.begin) * L * packed_rows, stride);
+        });
       });
-      packed = memory;
     } else {
       packed = (weight.packed ? weight.packed : memory.get()) + k0 * packed_rows;
     }

@@ -18,6 +18,14 @@ DF_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // another thread has packed would come from that one's cache, which takes longer.
 DF_INLINE int64_t most_own_weight() { return (int64_t{1} << 22) / thread_count(); }
 
+// What pack(to) makes of `size` elements, unless this thread has made it before.
+template <class T, class Pack>
+DF_INLINE const T* own_weight(int64_t size, bool made, const Pack& pack) {
+  T* to = scratch<T>(Scratch::kPacked, size);
+  if (!made) pack(to);
+  return to;
+}
+
 template <class T>
 DF_INLINE int64_t vectors(int64_t columns) {
   return ceil_div(columns, kLanes<T>);

@@ -151,16 +151,17 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
     const BlockGroup group(vecs, kBackwardVectors, index, groups);
     // Every thread packs the columns that it reads.
     const int64_t size = shape.k * (few ? kBlock : (group.end - group.begin) * L);
-    T* own_weight = scratch<T>(Scratch::kWeight, single ? size : 0);
-    T* packed = few ? own_weight : scratch<T>(Scratch::kPacked, size);
-    if (want_data && !few && (before < 0 || before % groups != index)) {
-      for_each_block(group, [&](int64_t v, int nv) {
-        weight.pack(0, outputs, v, nv, packed + (v - group.begin) * L * shape.k);
+    const T* packed = nullptr;
+    if (want_data && !few) {
+      packed = own_weight<T>(size, before >= 0 && before % groups == index, [&](T* to) {
+        for_each_block(group, [&](int64_t v, int nv) {
+          weight.pack(0, outputs, v, nv, to + (v - group.begin) * L * shape.k);
+        });
       });
     }
     const int64_t ldw = few ? kBlock : single ? (group.end - group.begin) * L : width;
-    T* grad_weight =
-        single ? own_weight : partial_weight.get() + chunk * shape.k * width + group.begin * L;
+    T* grad_weight = single ? scratch<T>(Scratch::kWeight, size)
+                            : partial_weight.get() + chunk * shape.k * width + group.begin * L;
     const int64_t row_begin = chunks.begin(chunk), row_end = chunks.end(chunk);
 
     const int64_t c_begin = group.begin * L, c_end = smaller(shape.n, group.end * L);
@@ -211,8 +212,8 @@ void product_backward(const BackwardShape& shape, bool want_data, bool want_weig
 
         T* grad_block = few ? grad_weight : grad_weight + c - c_begin;
         if (want_data) {
-          if (few) weight.pack(0, outputs, v, nv, packed);
-          const T* block = few ? packed : packed + (v - group.begin) * L * shape.k;
+          if (few) weight.pack(0, outputs, v, nv, grad_weight);
+          const T* block = few ? grad_weight : packed + (v - group.begin) * L * shape.k;
           for (int64_t q = 0; q < panels; ++q) {
             const int64_t k0 = q * shape.panel_width;
             const int64_t panel_k = smaller(shape.panel_width, shape.k - k0);

@@ -76,9 +76,9 @@ def _code(architecture: int) -> list[str]:
 
 
 @functools.cache
-def _key(compiler: str, source: str) -> str:
+def _key(compiler: str, source: str, architecture: int) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256(version + repr(FLAGS).encode())
+    digest = hashlib.sha256(version + repr([*FLAGS, *_code(architecture)]).encode())
     headers = CSRC / "cuda" / "kernels.h", CSRC / "cuda" / "tiles.h", CSRC / "operators.h"
     for file in [*sorted((CSRC / "cuda").glob("*.cuh")), *headers]:
         digest.update(file.read_bytes())
@@ -90,7 +90,7 @@ def _key(compiler: str, source: str) -> str:
 def compiled(source: str, architecture: int) -> Path:
     """The binary of one source of csrc/cuda for one architecture; its report is beside it."""
     compiler = nvcc()
-    target = _cache() / f"{source}-{architecture}-{_key(compiler, source)}.cubin"
+    target = _cache() / f"{source}-{_key(compiler, source, architecture)}.cubin"
     with target.with_suffix(".lock").open("w") as lock:  # tests in parallel wait for each other
         fcntl.flock(lock, fcntl.LOCK_EX)
         _compile([compiler, *FLAGS, *_code(architecture)], source, target)
